@@ -1,0 +1,72 @@
+"""The device's side of Flower's messages: what a server may ask, and what it gets back.
+
+A failure is answered with a code, never with an exception's text, which could quote a dialogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from privacy.plan import RoundPlan
+from privacy.release import PROTOCOL, Array as Numbers, Release, ReleaseRefusedError, Schema
+
+HELLO, TRAIN, ADOPT = "query", "train", "evaluate"  # Flower's message types
+FAILED, NO_BUDGET, BAD_MESSAGE = "failed", "no-budget", "bad-message"
+
+
+class Devices(Protocol):
+    """One device or a cohort, by their names."""
+
+    @property
+    def schema(self) -> Schema: ...
+
+    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]: ...
+
+    def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None: ...
+
+
+Answer = Callable[[Sequence[Message], Sequence[str], Devices], list[Message]]
+
+
+def answer(messages: Sequence[Message], names: Sequence[str], devices: Devices) -> list[Message]:
+    """Replies to messages of one type to the devices `names`, in their order."""
+    kind = messages[0].metadata.message_type
+    if kind == HELLO:
+        return [_reply(m, ConfigRecord({"device": name})) for m, name in zip(messages, names, strict=True)]
+    try:
+        plan, received = read_plan(messages[0], devices.schema)
+    except (KeyError, ReleaseRefusedError):
+        return [_reply(m, ConfigRecord({"error": BAD_MESSAGE})) for m in messages]
+    if kind == ADOPT:
+        devices.adopt(names, received, plan)
+        return [_reply(m, ConfigRecord({"adopted": plan.version})) for m in messages]
+    releases = devices.contribute(names, received, plan)
+    return [_release_reply(m, r) for m, r in zip(messages, releases, strict=True)]
+
+
+def read_plan(message: Message, schema: Schema) -> tuple[RoundPlan, torch.Tensor]:
+    """The plan and the shared adapter (P,) of a server's message; refuses what does not fit the device's schema."""
+    config = message.content.config_records["plan"]
+    plan = RoundPlan(int(str(config["round"])), int(str(config["version"])))
+    arrays = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
+    return plan, torch.from_numpy(schema.join(arrays))
+
+
+def _release_reply(message: Message, release: Release | None) -> Message:
+    if release is None:
+        return _reply(message, ConfigRecord({"error": NO_BUDGET}))
+    header = ConfigRecord({"protocol": PROTOCOL, "version": release.version})
+    arrays = ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in release.arrays.items()})
+    return Message(RecordDict({"header": header, "arrays": arrays}), reply_to=message)
+
+
+def _reply(message: Message, config: ConfigRecord) -> Message:
+    return Message(RecordDict({"header": config}), reply_to=message)
+
+
+__all__ = ["ADOPT", "FAILED", "HELLO", "TRAIN", "Answer", "Devices", "Numbers", "answer", "read_plan"]

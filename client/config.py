@@ -1,0 +1,61 @@
+"""A device's own settings. A server may ask; it cannot change them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from client.lm.adapter import AdapterConfig
+from client.lm.model import ModelConfig
+from client.policies import POLICIES
+from client.synthesize import SynthesisConfig
+from privacy.config import Config
+from privacy.policy import PrivacyConfig
+
+
+class SelectionConfig(Config):
+    """What the personal adapter's buffer holds."""
+
+    policy: str = Field("quality", description=", ".join(POLICIES))
+    bins: int = Field(32, ge=1)
+
+    @field_validator("policy")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in POLICIES:
+            raise ValueError(f"policy = {value!r} must be one of {', '.join(POLICIES)}")
+        return value
+
+
+class SharedConfig(Config):
+    """How a device trains its copy of the shared adapter: DP-SGD on its uniform pool."""
+
+    adapter: AdapterConfig = AdapterConfig(rank=4, alpha=4, factors="b")
+    pool_capacity: int = Field(64, ge=1, description="public")
+    sampling_rate: float = Field(0.5, gt=0, le=1, description="chance of each pool slot in each step; public")
+    steps_per_round: int = Field(4, ge=1, description="public")
+    learning_rate: float = Field(1.0, gt=0)
+
+
+class PersonalConfig(Config):
+    """How a device trains the adapter that never leaves it."""
+
+    adapter: AdapterConfig = AdapterConfig()
+    learning_rate: float = Field(4e-4, gt=0)
+    epochs: int = Field(2, ge=0, description="over originals and synthetic sets, each round")
+    batch_size: int = Field(8, ge=1)
+    weight_decay: float = Field(0.0, ge=0)
+    on_new_shared: Literal["keep", "retrain"] = Field("keep", description="what to do with it when the shared changes")
+
+
+class DeviceConfig(Config):
+    """Everything that one device is set to."""
+
+    model: ModelConfig = ModelConfig()
+    selection: SelectionConfig = SelectionConfig()
+    synthesis: SynthesisConfig = SynthesisConfig()
+    shared: SharedConfig = SharedConfig()
+    personal: PersonalConfig = PersonalConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    rounds: int = Field(3, ge=1, description="releases that the budget is planned for")

@@ -1,0 +1,22 @@
+"""One exchange between a person and a model: the unit that a device selects, keeps and learns from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A prompt and the reply that the device's user recorded for it.
+
+    `response` is the user's own annotation: a device may read it only after it has asked for it
+    (see `client.annotate`). `time` is seconds since the epoch, or a running number where a data set
+    has no clock. `parent` names the dialogue that a synthetic one was made from.
+    """
+
+    id: str
+    prompt: str
+    response: str
+    time: float = 0.0
+    domain: str = ""
+    parent: str = ""

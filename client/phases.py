@@ -1,0 +1,268 @@
+"""A round as phases over a cohort: each takes states and returns new ones with what was observed.
+
+    stream → observe → annotate → synthesize → learn_shared → release        (then the server aggregates)
+                                                              learn_personal (on the new shared adapter)
+
+The control flow of a device is plain Python; whatever touches the language model is one call for all devices.
+A device that is deployed is a cohort of one. Every phase is a function of its arguments: repeated, it gives the
+same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from client.buffer import candidate
+from client.config import DeviceConfig
+from client.dialogue import Dialogue
+from client.lexicons import bundled
+from client.lm.adapter import AdapterLayout
+from client.lm.model import LanguageModel, Lesson, schedule
+from client.state import DeviceState
+from client.synthesize import synthesize as write_similar
+from privacy.accounting import Event, calibrate, epsilon
+from privacy.dpsgd import PrivateRow, noise_generator
+from privacy.plan import RoundPlan
+from privacy.release import Release, Schema
+from privacy.seeds import derive_seed
+
+States = list[DeviceState]
+Observation = dict[str, Any]  # what a simulation notes about a device; never sent
+User = Callable[[str, str], str]  # (device, dialogue id) → the reply that this user would have written
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a cohort works with: the model, the settings, the layouts, the seed and its users."""
+
+    lm: LanguageModel
+    config: DeviceConfig
+    seed: int
+    shared_layout: AdapterLayout
+    personal_layout: AdapterLayout
+    user: User
+    listener: Callable[[str], None] | None = None  # told the name of each phase that begins
+
+    @classmethod
+    def of(
+        cls,
+        lm: LanguageModel,
+        config: DeviceConfig,
+        seed: int,
+        user: User,
+        listener: Callable[[str], None] | None = None,
+    ) -> Site:
+        shared = lm.layout(config.shared.adapter, public_seed=derive_seed(seed, "shared"))
+        return cls(lm, config, seed, shared, lm.layout(config.personal.adapter), user, listener)
+
+    @property
+    def schema(self) -> Schema:
+        return release_schema(self.shared_layout)
+
+    def new_state(self, device: str) -> DeviceState:
+        personal = self.personal_layout.start(derive_seed(self.seed, device, "personal"))
+        return DeviceState.new(device, self.config, personal)
+
+
+def release_schema(layout: AdapterLayout) -> Schema:
+    """The arrays that a release of this layout has: A and B of each layer, or B alone."""
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    for layer in layout.layers:
+        if layout.factors == "both":
+            shapes.append((f"{layer.name}.lora_A", (layout.rank, layer.in_features)))
+        shapes.append((f"{layer.name}.lora_B", (layer.out_features, layout.rank)))
+    return Schema(tuple(shapes))
+
+
+def observe(
+    states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, site: Site
+) -> tuple[States, list[Observation]]:
+    """Takes what came in: into the buffer by the policy, into the pool by coins. The replies are not looked at."""
+    features = iter(site.lm.embed([d.prompt for dialogues in arrived for d in dialogues]))
+    after, notes = [], []
+    for state, dialogues in zip(states, arrived, strict=True):
+        rng = np.random.Generator(np.random.Philox(key=derive_seed(site.seed, state.id, plan.round, "policy")))
+        buffer, pool, accepted, truncated = state.buffer, state.pool, 0, 0
+        for dialogue in dialogues:
+            feature = next(features)
+            buffer, taken = buffer.offer(candidate(dialogue, feature, bundled()), rng)
+            pool = pool.offer(dialogue.id, dialogue.prompt, derive_seed(site.seed, state.id))
+            accepted, truncated = accepted + taken, truncated + feature.truncated
+        after.append(replace(state, buffer=buffer, pool=pool, arrived=state.arrived + len(dialogues)))
+        notes.append({"arrived": len(dialogues), "accepted": accepted, "buffered": len(buffer), "truncated": truncated})
+    return after, notes
+
+
+def annotate(states: States, site: Site) -> tuple[States, list[Observation]]:
+    """Asks each user once for the reply to every dialogue that is kept, and forgets those of dropped ones."""
+    after, notes = [], []
+    for state in states:
+        kept = [k.id for k in state.buffer.bins] + [i for i, _ in state.pool.slots]
+        replies = {i: state.replies.get(i) or site.user(state.id, i) for i in kept}
+        asked = state.annotations + sum(i not in state.replies for i in replies)
+        after.append(replace(state, replies=replies, annotations=asked))
+        notes.append({"annotations": asked})
+    return after, notes
+
+
+def synthesize(states: States, plan: RoundPlan, site: Site) -> tuple[States, list[Observation]]:
+    """Writes prompts like those of each newly buffered dialogue; the checks may throw all of them away."""
+    config = site.config.synthesis
+    fresh = [(s, k) for s in states for k in s.buffer.bins if k.id not in s.synthetic]
+    seeds = [derive_seed(site.seed, s.id, k.id, "synthesis") for s, k in fresh]
+    kept, rejected = write_similar([k.prompt for _, k in fresh], site.lm, config, seeds)
+    made = {(s.id, k.id): (texts, bad) for (s, k), texts, bad in zip(fresh, kept, rejected, strict=True)}
+    after, notes = [], []
+    for state in states:
+        new = {i: texts for (device, i), (texts, _) in made.items() if device == state.id}
+        bad = [reasons for (device, _), (_, reasons) in made.items() if device == state.id]
+        synthetic = {k.id: state.synthetic.get(k.id) or tuple(new.get(k.id, ())) for k in state.buffer.bins}
+        after.append(replace(state, synthetic=synthetic))
+        notes.append({
+            "synthetic_kept": sum(map(len, new.values())),
+            "synthetic_rejected": sum(sum(reasons.values()) for reasons in bad),
+        })  # fmt: skip
+    return after, notes
+
+
+def noise_multiplier(config: DeviceConfig) -> float:
+    """σ with which all planned rounds together cost the whole budget."""
+    if config.privacy.mode == "none":
+        return 0.0
+    shared, privacy = config.shared, config.privacy
+    steps = shared.steps_per_round * config.rounds
+    return calibrate(privacy.epsilon, privacy.delta, shared.sampling_rate, steps, privacy.promise.adjacency)
+
+
+def learn_shared(
+    states: States, received: torch.Tensor, plan: RoundPlan, site: Site
+) -> tuple[States, list[torch.Tensor | None], list[Observation]]:
+    """DP-SGD of each device's copy of the shared adapter (P,) on its own pool, every other adapter off.
+
+    Returns the change (P,) of each device, None for one whose budget does not allow these steps.
+    """
+    config, event = site.config, planned_event(site.config)
+    able = [k for k, s in enumerate(states) if _affordable(s, event, config)]
+    charged = [replace(s, events=(*s.events, event)) if k in set(able) else s for k, s in enumerate(states)]
+    rows = {k: _private_row(states[k], received, plan, site, event) for k in able}
+    lessons = {k: site.lm.format.dialogues(_pool_dialogues(states[k])) for k in able}
+    for step in range(config.shared.steps_per_round):
+        chosen = {k: _coins(states[k], plan, step, site) for k in able}
+        gradients = _example_gradients(rows, lessons, chosen, site)
+        for k in able:
+            rows[k].step(gradients[k])
+    changes = [rows[k].row - received if k in rows else None for k in range(len(states))]
+    budget = [epsilon(s.events, config.privacy.delta, config.privacy.promise.adjacency) for s in charged]
+    return charged, changes, [{"epsilon": e} for e in budget]
+
+
+def planned_event(config: DeviceConfig) -> Event:
+    """What one round of the shared adapter's training spends."""
+    return Event(noise_multiplier(config), config.shared.sampling_rate, config.shared.steps_per_round)
+
+
+def _affordable(state: DeviceState, event: Event, config: DeviceConfig) -> bool:
+    privacy = config.privacy
+    if privacy.mode == "none":
+        return True
+    return epsilon((*state.events, event), privacy.delta, privacy.promise.adjacency) <= privacy.epsilon
+
+
+def _private_row(state: DeviceState, received: torch.Tensor, plan: RoundPlan, site: Site, event: Event) -> PrivateRow:
+    shared = site.config.shared
+    return PrivateRow(
+        received,
+        learning_rate=shared.learning_rate,
+        clip_norm_l2=site.config.privacy.clip_norm_l2,
+        noise_multiplier=event.noise_multiplier,
+        expected_batch=shared.sampling_rate * shared.pool_capacity,
+        generator=noise_generator(derive_seed(site.seed, state.id, plan.round, "noise")),
+    )
+
+
+def _pool_dialogues(state: DeviceState) -> list[Dialogue]:
+    return [Dialogue(i, prompt, state.replies[i]) for i, prompt in state.pool.slots]
+
+
+def _coins(state: DeviceState, plan: RoundPlan, step: int, site: Site) -> list[int]:
+    return state.pool.sample(site.config.shared.sampling_rate, derive_seed(site.seed, state.id, plan.round, step))
+
+
+def _example_gradients(
+    rows: Mapping[int, PrivateRow], lessons: Mapping[int, list[Any]], chosen: Mapping[int, list[int]], site: Site
+) -> dict[int, torch.Tensor]:
+    """Gradients (b_k, P) of each device's sampled examples, each of its own mean token loss, in one pass."""
+    order = list(rows)
+    pairs = [(place, i) for place, k in enumerate(order) for i in chosen[k]]
+    found = {k: torch.zeros(len(chosen[k]), site.shared_layout.width) for k in order}
+    if not pairs:
+        return found
+    stacked = site.lm.adapters(site.shared_layout, torch.stack([rows[k].row for k in order]))
+    examples = [lessons[order[place]][i] for place, i in pairs]
+    weights = [1 / max(1, len(e.reply)) for e in examples]
+    positions = [j for k in order for j in range(len(chosen[k]))]
+    slots = [place for place, _ in pairs]
+    for group, gradient, _ in site.lm.row_gradients(stacked, [], examples, slots, weights):
+        for i, row in zip(group, gradient.cpu(), strict=True):
+            found[order[slots[i]]][positions[i]] = row
+    return found
+
+
+def release(changes: Sequence[torch.Tensor | None], plan: RoundPlan, site: Site) -> list[Release | None]:
+    """What leaves each device; raises `ReleaseRefusedError` for anything that is not of the agreed form."""
+    schema = site.schema
+    return [None if c is None else Release.of(c.numpy(), plan.version, schema) for c in changes]
+
+
+def learn_personal(
+    states: States, received: torch.Tensor, plan: RoundPlan, site: Site
+) -> tuple[States, list[Observation]]:
+    """Trains each personal adapter on what is buffered, the received shared adapter (P,) frozen beneath it."""
+    config, lm = site.config.personal, site.lm
+    lessons = [_lesson(state, plan, site) for state in states]
+    start = [_start(state, site) for state in states]
+    rates = [[config.learning_rate * (1 - s / len(x.batches)) for s in range(len(x.batches))] for x in lessons]
+    trained, _, losses = lm.finetune(
+        lm.adapters(site.personal_layout, torch.stack(start)),
+        [lm.adapters(site.shared_layout, received)],
+        lessons,
+        rates,
+        config.weight_decay,
+    )
+    rows = trained.rows.cpu()
+    after = [replace(s, personal=row.clone()) for s, row in zip(states, rows, strict=True)]
+    return after, [
+        {
+            "personal_loss_first": x[0] if x else None,
+            "personal_loss_last": x[-1] if x else None,
+            "tokens_trained": _tokens(lesson) if x else 0,
+        }
+        for x, lesson in zip(losses, lessons, strict=True)
+    ]
+
+
+def _start(state: DeviceState, site: Site) -> torch.Tensor:
+    keep = site.config.personal.on_new_shared == "keep"
+    return state.personal if keep else site.new_state(state.id).personal
+
+
+def _tokens(lesson: Lesson) -> int:
+    return sum(lesson.examples[i].length for batch in lesson.batches for i in batch)
+
+
+def _lesson(state: DeviceState, plan: RoundPlan, site: Site) -> Lesson:
+    """Originals and their synthetic sets, each set with the user's own reply."""
+    dialogues = [
+        Dialogue(k.id, prompt, state.replies[k.id])
+        for k in state.buffer.bins
+        for prompt in (k.prompt, *state.synthetic.get(k.id, ()))
+    ]
+    config = site.config.personal
+    seed = derive_seed(site.seed, state.id, plan.round, "personal-order")
+    batches = schedule(len(dialogues), config.batch_size, config.epochs, seed)
+    return Lesson(site.lm.format.dialogues(dialogues), batches)

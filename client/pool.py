@@ -1,0 +1,39 @@
+"""The uniform pool that the shared adapter learns from (Vitter 1985, algorithm R).
+
+Its coins do not look at the data: whether a dialogue is in the pool depends on when it came, not on what it or
+any other says. So one dialogue cannot change which others are trained on, and a full pool takes one in by
+dropping another, which is why its privacy is accounted for as "replace one".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from privacy.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`capacity` public slots; `seen` dialogues have been offered so far."""
+
+    capacity: int
+    slots: tuple[tuple[str, str], ...] = ()  # (id, prompt)
+    seen: int = 0
+
+    def offer(self, identity: str, prompt: str, seed: int) -> Pool:
+        """After n offers each of them is in the pool with probability min(1, capacity / n)."""
+        seen = self.seen + 1
+        if len(self.slots) < self.capacity:
+            return replace(self, slots=(*self.slots, (identity, prompt)), seen=seen)
+        slot = int(np.random.Generator(np.random.Philox(key=derive_seed(seed, "pool", seen))).integers(seen))
+        if slot >= self.capacity:
+            return replace(self, seen=seen)
+        slots = (*self.slots[:slot], (identity, prompt), *self.slots[slot + 1 :])
+        return replace(self, slots=slots, seen=seen)
+
+    def sample(self, rate: float, seed: int) -> list[int]:
+        """A Poisson sample: each slot with probability `rate`, by a coin of its own; empty slots too have one."""
+        coins = np.random.Generator(np.random.Philox(key=seed)).random(self.capacity)
+        return [i for i in range(len(self.slots)) if coins[i] < rate]

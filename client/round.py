@@ -1,0 +1,73 @@
+"""One round of a cohort, read from top to bottom: what a device does before and after the server aggregates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from client.dialogue import Dialogue
+from client.phases import (
+    Observation,
+    Site,
+    States,
+    annotate,
+    learn_personal,
+    learn_shared,
+    observe,
+    release,
+    synthesize,
+)
+from privacy.plan import RoundPlan
+from privacy.release import Release
+
+
+def contribute(
+    states: States, arrived: Sequence[Sequence[Dialogue]], received: torch.Tensor, plan: RoundPlan, site: Site
+) -> tuple[States, list[Release | None], list[Observation]]:
+    """Selects, asks, synthesizes, trains the shared adapter (P,) and releases its noised change."""
+    diary = Diary(len(states), site.listener)
+    with diary.phase("observe") as seen:
+        states, seen[:] = observe(states, arrived, plan, site)
+    with diary.phase("annotate") as asked:
+        states, asked[:] = annotate(states, site)
+    with diary.phase("synthesize") as written:
+        states, written[:] = synthesize(states, plan, site)
+    with diary.phase("learn_shared") as spent:
+        states, changes, spent[:] = learn_shared(states, received, plan, site)
+    with diary.phase("release") as sent:
+        releases = release(changes, plan, site)
+        sent[:] = [{"upload_bytes": site.schema.size_bytes if r else 0} for r in releases]
+    return states, releases, diary.pages
+
+
+def adopt(
+    states: States, received: torch.Tensor, plan: RoundPlan, site: Site
+) -> tuple[States, list[Observation]]:
+    """Takes the aggregated shared adapter (P,) and trains the personal one on top of it."""
+    diary = Diary(len(states), site.listener)
+    with diary.phase("learn_personal") as learned:
+        states, learned[:] = learn_personal(states, received, plan, site)
+    return states, diary.pages
+
+
+class Diary:
+    """What a simulation notes of each device of a cohort, with the cohort's seconds shared out evenly."""
+
+    def __init__(self, devices: int, listener: Callable[[str], None] | None) -> None:
+        self.pages: list[Observation] = [{"seconds": {}} for _ in range(devices)]
+        self.listener = listener
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[list[Observation]]:
+        """Yields a list to fill with one observation a device."""
+        if self.listener:
+            self.listener(name)
+        began, observations = time.perf_counter(), list[Observation]()
+        yield observations
+        seconds = (time.perf_counter() - began) / len(self.pages)
+        for page, observation in zip(self.pages, observations, strict=True):
+            page.update(observation)
+            page["seconds"][name] = seconds

@@ -1,0 +1,128 @@
+"""What a device remembers between rounds, and the file that holds it.
+
+One file a device and round, replaced atomically: a device that is killed goes on from its last whole file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from client.buffer import Buffer, Kept
+from client.config import DeviceConfig
+from client.pool import Pool
+from privacy.accounting import Event
+
+
+class StateError(RuntimeError):
+    """A device's file is missing or does not fit the settings."""
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """One device after a phase."""
+
+    id: str
+    buffer: Buffer
+    pool: Pool
+    personal: torch.Tensor  # (P,) float32 on the CPU
+    arrived: int = 0  # dialogues taken from the stream
+    replies: dict[str, str] = field(default_factory=dict)  # dialogue id → the user's annotation
+    annotations: int = 0  # times the user was asked
+    synthetic: dict[str, tuple[str, ...]] = field(default_factory=dict)  # dialogue id → prompts made from it
+    events: tuple[Event, ...] = ()  # what was spent
+
+    @classmethod
+    def new(cls, identity: str, config: DeviceConfig, personal: torch.Tensor) -> DeviceState:
+        buffer = Buffer(config.selection.bins, config.selection.policy)
+        return cls(identity, buffer, Pool(config.shared.pool_capacity), personal)
+
+
+class DeviceStore:
+    """A folder with a file for each device and stage. A stage is `(round, phase)`; later ones sort later."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, device: str, stage: str) -> Path:
+        return self.folder / device / f"{stage}.safetensors"
+
+    def save(self, states: Iterable[DeviceState], stage: str) -> None:
+        for state in states:
+            path = self.path(state.id, stage)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {"personal": state.personal.contiguous()}
+            if state.buffer.bins:
+                tensors["embeddings"] = torch.stack([k.embedding for k in state.buffer.bins])
+            fresh = path.with_suffix(".new")
+            save_file(tensors, fresh, metadata={"device": json.dumps(_facts(state))})
+            fresh.replace(path)
+
+    def load(self, device: str, stage: str) -> DeviceState:
+        """Raises `StateError` naming the file that is missing."""
+        path = self.path(device, stage)
+        if not path.exists():
+            raise StateError(f"{path} is missing: device {device} has not finished {stage}")
+        with safe_open(path, "pt") as stored:
+            facts = json.loads(stored.metadata()["device"])
+            personal = stored.get_tensor("personal")
+            embeddings = stored.get_tensor("embeddings") if facts["buffer"]["bins"] else ()
+        return _state(facts, personal, embeddings)
+
+    def latest(self, device: str, until: str) -> str | None:
+        """The last stage of a device that does not sort after `until`."""
+        stages = sorted(path.stem for path in (self.folder / device).glob("*.safetensors"))
+        return next((s for s in reversed(stages) if s <= until), None)
+
+    def forget(self, device: str, before: str) -> None:
+        """Removes the device's files of stages that sort before `before`."""
+        for path in (self.folder / device).glob("*.safetensors"):
+            if path.stem < before:
+                path.unlink()
+
+
+def stage(round_number: int, phase: str = "z-done") -> str:
+    """The name of a stage; `stage(r)` is the end of round r and sorts after its other phases."""
+    return f"{round_number:05d}-{phase}"
+
+
+def _facts(state: DeviceState) -> dict[str, Any]:
+    bins = [{k: v for k, v in asdict(b).items() if k != "embedding"} for b in _without_tensors(state)]
+    return {
+        "id": state.id,
+        "arrived": state.arrived,
+        "replies": state.replies,
+        "annotations": state.annotations,
+        "synthetic": state.synthetic,
+        "events": [asdict(e) for e in state.events],
+        "pool": asdict(state.pool),
+        "buffer": {"capacity": state.buffer.capacity, "policy": state.buffer.policy, "bins": bins},
+    }
+
+
+def _without_tensors(state: DeviceState) -> list[Kept]:
+    return [Kept(b.id, b.prompt, b.domain, torch.empty(0), b.eoe, b.dss, b.idd) for b in state.buffer.bins]
+
+
+def _state(facts: dict[str, Any], personal: torch.Tensor, embeddings: Iterable[torch.Tensor]) -> DeviceState:
+    stored = facts["buffer"]
+    bins = tuple(Kept(embedding=e, **b) for b, e in zip(stored["bins"], embeddings, strict=True))
+    pool = facts["pool"]
+    return DeviceState(
+        id=facts["id"],
+        buffer=Buffer(stored["capacity"], stored["policy"], bins),
+        pool=Pool(pool["capacity"], tuple((i, p) for i, p in pool["slots"]), pool["seen"]),
+        personal=personal,
+        arrived=facts["arrived"],
+        replies=facts["replies"],
+        annotations=facts["annotations"],
+        synthetic={k: tuple(v) for k, v in facts["synthetic"].items()},
+        events=tuple(Event(**e) for e in facts["events"]),
+    )

@@ -1,0 +1,64 @@
+"""DP-SGD on one device's row of adapter parameters, by Opacus (Abadi et al. 2016, arXiv 1607.00133).
+
+Each row of a cohort has its own `DPOptimizer`, so that devices are clipped and noised apart. The denominator is
+public: the expected, not the actual, number of sampled examples. Accounting is in `privacy.accounting`; the
+per-example gradients come from the caller, who must compute each from its own example alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from opacus.optimizers import DPOptimizer
+
+
+def noise_generator(seed: int | None) -> torch.Generator:
+    """A generator for noise: from the operating system's entropy, or from a seed in a simulation."""
+    fresh = int.from_bytes(os.urandom(8), "big") >> 1
+    return torch.Generator().manual_seed(fresh if seed is None else seed)
+
+
+class PrivateRow:
+    """One device's parameters during the noisy steps of a round."""
+
+    def __init__(
+        self,
+        row: torch.Tensor,
+        *,
+        learning_rate: float,
+        clip_norm_l2: float,
+        noise_multiplier: float,
+        expected_batch: float,
+        generator: torch.Generator,
+    ) -> None:
+        """`row` is (P,), on the CPU; `expected_batch` is q times the pool's capacity."""
+        self.parameter = torch.nn.Parameter(row.detach().clone())
+        self.optimizer = DPOptimizer(
+            torch.optim.SGD([self.parameter], lr=learning_rate),
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=clip_norm_l2,
+            expected_batch_size=expected_batch,  # type: ignore[arg-type]  # a mean need not be whole
+            generator=generator,
+        )
+
+    @property
+    def row(self) -> torch.Tensor:
+        return self.parameter.detach()
+
+    def step(self, gradients: torch.Tensor) -> None:
+        """Clips each example's gradient (b, P), sums, adds noise, steps. b may be 0: then it is noise alone.
+
+        A gradient with a number that is not finite counts as zero: it must not decide over the others.
+        """
+        finite = torch.isfinite(gradients).all(dim=1, keepdim=True)
+        self.parameter.grad_sample = torch.where(finite, gradients, 0.0)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def clipped_sum(gradients: torch.Tensor, clip_norm_l2: float) -> torch.Tensor:
+    """Σ g · min(1, C/‖g‖₂) over the rows of (b, P): what the noise is added to; for tests and audits."""
+    norms = gradients.norm(dim=1)  # (b,)
+    factors = (clip_norm_l2 / (norms + 1e-6)).clamp(max=1.0)
+    return factors @ gradients

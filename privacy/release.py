@@ -1,0 +1,75 @@
+"""`Release`: the only thing that goes from a device to a server.
+
+It holds the noised change of the shared adapter, by layer, and the version it belongs to. What it cannot hold:
+texts, losses, counts, timings, personal adapters, error messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+PROTOCOL = 1
+Array = npt.NDArray[np.float32]
+
+
+class ReleaseRefusedError(Exception):
+    """Something that is not a release of the agreed form was about to be sent or was received."""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Names and shapes of the arrays of a release; all are float32."""
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(4 * int(np.prod(shape)) for _, shape in self.shapes)
+
+    def split(self, row: Array) -> dict[str, Array]:
+        """The arrays of a flat row (P,)."""
+        arrays, start = {}, 0
+        for name, shape in self.shapes:
+            size = int(np.prod(shape))
+            arrays[name] = np.ascontiguousarray(row[start : start + size].reshape(shape))
+            start += size
+        if start != row.size:
+            raise ReleaseRefusedError(f"a row of {row.size} numbers does not fill the schema's {start}")
+        return arrays
+
+    def join(self, arrays: Mapping[str, Array]) -> Array:
+        """The flat row (P,) of arrays that must fit this schema exactly."""
+        self.check(arrays)
+        return np.concatenate([arrays[name].reshape(-1) for name, _ in self.shapes])
+
+    def check(self, arrays: Mapping[str, Array]) -> None:
+        """Raises `ReleaseRefusedError` unless names, shapes and dtypes agree and every number is finite."""
+        expected = dict(self.shapes)
+        if set(arrays) != set(expected):
+            odd = sorted(set(arrays) ^ set(expected))
+            raise ReleaseRefusedError(f"arrays {odd[:4]} are missing or not in the schema")
+        for name, array in arrays.items():
+            if array.dtype != np.float32 or array.shape != expected[name]:
+                raise ReleaseRefusedError(f"{name} is {array.dtype}{array.shape}, expected float32{expected[name]}")
+            if not np.isfinite(array).all():
+                raise ReleaseRefusedError(f"{name} holds a number that is not finite")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A noised change of the shared adapter of version `version`."""
+
+    version: int
+    arrays: Mapping[str, Array]
+    protocol: int = PROTOCOL
+
+    @classmethod
+    def of(cls, row: Array, version: int, schema: Schema) -> Release:
+        """The release of a flat change (P,), checked against the schema."""
+        release = cls(version, schema.split(row))
+        schema.check(release.arrays)
+        return release

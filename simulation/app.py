@@ -1,0 +1,75 @@
+"""The apps that Flower starts: `flwr run .`, or this project's `engine = "flower"`.
+
+A simulated device is named after its partition. Its stream and its state are in the run's folder; nothing of it
+is in Flower's context.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from client.app import FAILED, answer
+from simulation.config import find_config, load_config
+from simulation.experiment import RUN_VARIABLE, federate
+from simulation.host import device_name, devices_of_worker, open_devices
+from simulation.report import render_report
+from simulation.runs import RunFolder, create
+from simulation.summary import write_summary
+
+log = logging.getLogger(__name__)
+client_app = ClientApp()
+server_app = ServerApp()
+
+
+def run_path(context: Context) -> Path:
+    """The run's folder: named by the environment, or after the id that Flower gave the run."""
+    named = os.environ.get(RUN_VARIABLE)
+    if named:
+        return Path(named)
+    runs = Path(str(context.run_config["runs"])).expanduser()
+    return (runs if runs.is_absolute() else Path.home() / runs) / f"flwr-{context.run_id}"
+
+
+def _answer(message: Message, context: Context) -> Message:
+    """One device's reply. What went wrong stays on the device: the server gets a code."""
+    try:
+        devices = devices_of_worker(run_path(context))
+        name = device_name(int(str(context.node_config["partition-id"])))
+        return answer([message], [name], devices)[0]
+    except Exception:
+        log.exception("the device could not answer")
+        return Message(RecordDict({"header": ConfigRecord({"error": FAILED})}), reply_to=message)
+
+
+@client_app.query()
+def hello(message: Message, context: Context) -> Message:
+    return _answer(message, context)
+
+
+@client_app.train()
+def train(message: Message, context: Context) -> Message:
+    return _answer(message, context)
+
+
+@client_app.evaluate()
+def adopt(message: Message, context: Context) -> Message:
+    return _answer(message, context)
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Federates over the grid that Flower passes."""
+    path = run_path(context)
+    if not (path / "config.toml").exists():
+        overrides = [f"{k}={v}" for k, v in context.run_config.items() if k not in ("config", "runs")]
+        create(path, load_config(find_config(str(context.run_config["config"])), overrides))
+    run = RunFolder(path)
+    federate(run, grid, open_devices(run))
+    write_summary(run)
+    log.warning("report: %s", render_report(path))

@@ -1,0 +1,114 @@
+"""The settings of an experiment: one tree, read from a TOML file that holds only what differs from the defaults."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import Field, ValidationError, field_validator
+
+from client.config import DeviceConfig
+from client.lm.generate import SamplingConfig
+from privacy.config import Config
+from server.config import ServerConfig
+from simulation.data.population import DataConfig
+
+
+class ConfigError(ValueError):
+    """A config file or an override is wrong; names file, key, value and what was expected."""
+
+
+class EvaluationConfig(Config):
+    """How held-out replies are used. How many there are of each user is set in [data]."""
+
+    every_round: bool = Field(True, description="learning curves; the last round is always evaluated")
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=24)
+    rouge_queries_per_user: int = Field(4, ge=0, description="replies generated per user and arm at the end")
+    pooled_epochs: int = Field(1, ge=0, description="of the ceiling that sees all data without privacy; 0: left out")
+    pooled_batch_size: int = Field(64, ge=1)
+    pooled_learning_rate: float = Field(2e-3, gt=0)
+    replies_shown: int = Field(6, ge=0, description="before and after replies in the report")
+
+
+class ExperimentConfig(DeviceConfig):
+    """A federation to simulate: its devices, its server, its people."""
+
+    name: str = "experiment"
+    seed: int = Field(0, ge=0)
+    engine: Literal["cohort", "flower"] = "cohort"
+    cohort_size: int = Field(128, ge=1, description="devices in one pass; changes memory and speed, not results")
+    data: DataConfig = DataConfig()
+    server: ServerConfig = ServerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, value: str) -> str:
+        if not value or not all(c.isalnum() or c in "-_." for c in value) or value.startswith("."):
+            raise ValueError(f"name = {value!r} must be letters, digits, '-', '_' or '.': it names the run's folder")
+        return value
+
+
+def config_folder() -> Path:
+    """The configs that come with the package: beside the sources, or inside an installed distribution."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """A path, or the name of a config that comes with the package (`quickstart`)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    bundled = config_folder() / f"{path.stem}.toml"
+    if bundled.is_file() and path.parent in (Path(), Path("configs")):
+        return bundled
+    have = ", ".join(sorted(p.stem for p in config_folder().glob("*.toml")))
+    raise ConfigError(f"config {name!r} is neither a file nor one of: {have}")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Reads a config; `overrides` are `key.path=value` with a TOML value or a bare word."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        _set(tree, override)
+    try:
+        return ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(e)}" for e in error.errors())) from None
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """The complete config as TOML."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    keys, sign, text = override.partition("=")
+    if not sign or not keys:
+        raise ConfigError(f"override {override!r} must be key=value, for example personal.learning_rate=1e-4")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = keys.split(".")
+    for key in path:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {key} is a value, not a section")
+    tree[last] = value
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "top level"
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(error.get("input"), dict | Config):
+        return f"{where}: {message}"
+    return f"{where} = {error.get('input')!r}: {message}"

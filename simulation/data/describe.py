@@ -1,0 +1,150 @@
+"""What a data set holds, for `florilegium data list` and `florilegium data describe NAME`.
+
+Figures are of the users that an experiment with the same settings draws from: eligible, of one split, capped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from inspect import getdoc
+from typing import NamedTuple
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from client.dialogue import Dialogue
+from simulation.data.conversations import READERS, locate
+from simulation.data.errors import DataError
+from simulation.data.population import HUB, DataConfig, collect, streams
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+Quantiles = tuple[int, ...]
+
+
+class Listed(NamedTuple):
+    """A line of `florilegium data list`."""
+
+    name: str
+    about: str
+    available: bool
+
+
+@dataclass(frozen=True)
+class Description:
+    """Counts of one half of a data set. Quantiles are at `SHARES`: least, quarter, median, three quarters, most.
+
+    Of an anonymous data set, `users_eligible` is the number of devices dealt: `data.users` at most.
+    """
+
+    name: str
+    about: str
+    split: str
+    anonymous: bool
+    users_found: int
+    users_eligible: int
+    pairs: int
+    pairs_per_user: Quantiles
+    words_per_prompt: Quantiles
+    words_per_response: Quantiles
+    domains: tuple[tuple[str, int], ...]
+    example: Dialogue | None
+    dropped_empty: int
+    dropped_repeated: int
+
+
+def names() -> list[Listed]:
+    """Every data set known by name, the first line about it, and whether it could be read here and now."""
+    return [Listed(name, _about(name).splitlines()[0], _available(name)) for name in READERS]
+
+
+def describe(config: DataConfig, seed: int) -> Description:
+    """Reads the data set and counts. Too few users is no error here: that is what one came to see."""
+    replies = collect(config)
+    eligible = streams(replies, config, seed)
+    pairs = [reply for said in eligible.values() for reply in said]
+    return Description(
+        name=config.name,
+        about=_about(config.name),
+        split=config.split,
+        anonymous=replies.anonymous,
+        users_found=0 if replies.anonymous else len(replies.by_user),
+        users_eligible=len(eligible),
+        pairs=len(pairs),
+        pairs_per_user=quantiles(len(said) for said in eligible.values()),
+        words_per_prompt=quantiles(len(pair.prompt.split()) for pair in pairs),
+        words_per_response=quantiles(len(pair.response.split()) for pair in pairs),
+        domains=tuple(Counter(pair.domain for pair in pairs if pair.domain).most_common()),
+        example=pairs[seed % len(pairs)] if pairs else None,
+        dropped_empty=replies.empty,
+        dropped_repeated=replies.repeated,
+    )
+
+
+def quantiles(counts: Iterable[int]) -> Quantiles:
+    """The counts nearest to each of `SHARES` in rank; nothing of nothing.
+
+    >>> quantiles([5, 1, 2, 4, 3])
+    (1, 2, 3, 4, 5)
+    """
+    ranked = sorted(counts)
+    return tuple(ranked[round(share * (len(ranked) - 1))] for share in SHARES) if ranked else ()
+
+
+def render(description: Description) -> RenderableType:
+    """A table of the figures, and one exchange."""
+    d = description
+    users = "none known: replies are dealt to devices" if d.anonymous else f"{d.users_found:,} in both halves"
+    table = Table.grid(padding=(0, 2))
+    for label, value in (
+        ("data set", d.name),
+        ("about", d.about),
+        ("users", users),
+        (f"eligible ({d.split})", f"{d.users_eligible:,} {'devices' if d.anonymous else 'users'}, {d.pairs:,} pairs"),
+        ("pairs per user", _spread(d.pairs_per_user)),
+        ("words per prompt", _spread(d.words_per_prompt)),
+        ("words per response", _spread(d.words_per_response)),
+        ("domains", _domains(d.domains)),
+        ("left out", f"{d.dropped_empty:,} empty pairs, {d.dropped_repeated:,} recorded twice"),
+    ):
+        table.add_row(Text(label, style="bold"), Text(value))
+    if d.example is None:
+        return Group(table, Text("No user is eligible: lower data.min_pairs.", style="yellow"))
+    exchange = Text.assemble((_start(d.example.prompt), "cyan"), "\n", (_start(d.example.response), "green"))
+    return Group(table, Panel(exchange, title="a prompt and the user's reply", title_align="left"))
+
+
+def _start(text: str, characters: int = 600) -> str:
+    return text if len(text) <= characters else f"{text[:characters].rstrip()} …"
+
+
+def _about(name: str) -> str:
+    if name in READERS:
+        return getdoc(READERS[name]) or name
+    if name.startswith(HUB):
+        return "A data set of the Hugging Face hub; its licence stands on its page there."
+    return "A file of user, time, prompt, response and domain."
+
+
+def _available(name: str) -> bool:
+    try:
+        return locate(name).exists()
+    except DataError:
+        return False
+
+
+def _spread(values: Quantiles) -> str:
+    if not values:
+        return "none"
+    least, quarter, median, three_quarters, most = values
+    return f"median {median:,} (half of them {quarter:,} to {three_quarters:,}; all {least:,} to {most:,})"
+
+
+def _domains(domains: tuple[tuple[str, int], ...], shown: int = 8) -> str:
+    if not domains:
+        return "none named"
+    rest = f" and {len(domains) - shown} more" if len(domains) > shown else ""
+    return ", ".join(f"{domain} {count:,}" for domain, count in domains[:shown]) + rest

@@ -1,0 +1,105 @@
+"""Reader of a data set of the Hugging Face hub, through the optional package `datasets`.
+
+Each row is one exchange. Rows without a column for users are anonymous and are dealt to devices later. Columns of
+messages, streaming and data sets that run code of their own are not covered: turn such data into a jsonl file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from pydantic import Field
+
+from privacy.config import Config
+from simulation.data.conversations import Conversation, Turn
+from simulation.data.errors import DataError
+from simulation.data.jsonl import seconds
+
+ANSWER_WITHIN_S = 8.0
+INSTEAD = "name a .jsonl file with user, prompt and response in [data] name instead"
+
+
+class HubFields(Config):
+    """Which columns of a hub data set hold what. An empty name means that the data set has no such column."""
+
+    user: str = ""
+    time: str = ""
+    prompt: str = Field(default="prompt", min_length=1)
+    response: str = Field(default="response", min_length=1)
+    domain: str = ""
+    subset: str = Field(default="", description="the hub's name of one configuration of the data set")
+    part: str = Field(default="train", description="the hub's own split that is read")
+    revision: str = Field(default="main", description="branch, tag or commit; a commit makes a run repeatable")
+
+
+def read_hub(dataset: str, fields: HubFields) -> Iterator[Conversation]:
+    """Each row as a conversation of two turns: the prompt, and the reply.
+
+    Raises `DataError` at once where the package, the network, the data set or a column is missing. With
+    `HF_HUB_OFFLINE=1` only a copy that was downloaded before is read.
+    """
+    table = _load(dataset, fields)
+    _check_columns(dataset, fields, table.column_names)
+    for i, row in enumerate(table):
+        user = str(row[fields.user] if row[fields.user] is not None else "") if fields.user else ""
+        if fields.user and not user:
+            raise DataError(f"hub data set {dataset!r}, row {i}: {fields.user} is empty; {INSTEAD}")
+        time = _time(row[fields.time], f"hub data set {dataset!r}, row {i}") if fields.time else float(i)
+        turns = (Turn("asker", _text(row[fields.prompt]), time), Turn(user, _text(row[fields.response]), time))
+        domain = _text(row[fields.domain]) if fields.domain else ""
+        yield Conversation(f"{dataset}:{i}", turns, domain, replies_by=None if fields.user else "")
+
+
+def _load(dataset: str, fields: HubFields) -> Any:
+    """The table, after one short question whether the hub answers: `datasets` itself would retry for long."""
+    try:
+        datasets, hub = import_module("datasets"), import_module("huggingface_hub")
+    except ImportError:
+        raise DataError(
+            f"hub data set {dataset!r} needs the package datasets: pip install 'florilegium[hub]', or {INSTEAD}"
+        ) from None
+    try:
+        hub.HfApi().dataset_info(dataset, revision=fields.revision, timeout=ANSWER_WITHIN_S)
+    except hub.errors.OfflineModeIsEnabled:
+        pass  # a copy in the cache can still be read
+    except Exception as error:  # the HTTP library, and so the type, differs between versions of huggingface_hub
+        raise DataError(
+            f"hub data set {dataset!r} cannot be reached ({_first_line(error)}); check its id and the network, "
+            f"set HF_HUB_OFFLINE=1 to read a downloaded copy, or {INSTEAD}"
+        ) from error
+    try:
+        return datasets.load_dataset(dataset, fields.subset or None, split=fields.part, revision=fields.revision)
+    except Exception as error:  # any builder's failure, of any type
+        raise DataError(
+            f"hub data set {dataset!r} cannot be loaded ({_first_line(error)}); check hub_fields.subset = "
+            f"{fields.subset!r}, part = {fields.part!r} and revision = {fields.revision!r}, or {INSTEAD}"
+        ) from error
+
+
+def _check_columns(dataset: str, fields: HubFields, columns: list[str]) -> None:
+    for role in ("user", "time", "prompt", "response", "domain"):
+        column = getattr(fields, role)
+        if column and column not in columns:
+            near = get_close_matches(column, columns, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(columns)};"
+            raise DataError(f"hub data set {dataset!r} has no column {column!r}; {hint} set hub_fields.{role}")
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _time(value: object, where: str) -> float:
+    try:
+        return seconds(value)
+    except ValueError:
+        raise DataError(
+            f"{where}: time = {value!r} must be a number, a date or ISO 8601; or leave hub_fields.time empty"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,195 @@
+"""From a data set to users: whose replies a simulated device sees, in which order, and which are held out.
+
+A turn that follows another is a reply, and its speaker the user: the turn before is the prompt. In `self_dialogue`
+one person writes both sides, so every turn but the first is that person's reply. What is drawn depends on the data,
+the config and the seed alone, never on the order of a file's lines. Not covered: which user joins which round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from client.dialogue import Dialogue
+from privacy.config import Config
+from privacy.seeds import derive_seed
+from simulation.data.conversations import READERS, Conversation
+from simulation.data.errors import DataError
+from simulation.data.folder import OPENERS
+from simulation.data.hub import HubFields, read_hub
+from simulation.data.jsonl import read_jsonl
+
+Half = Literal["development", "test"]
+HUB = "hub:"
+
+
+class DataConfig(Config):
+    """Which people are simulated."""
+
+    name: str = Field(default="chitchat", description="a known name, a .jsonl[.gz|.xz] file, or hub:owner/dataset")
+    users: int = Field(default=64, ge=1)
+    split: Half = Field(default="test", description="tune on development users, report on test users")
+    min_pairs: int = Field(default=40, ge=2, description="users with fewer replies are left out")
+    max_pairs: int = Field(default=160, ge=2, description="replies kept of each user: the first ones in time")
+    held_out_share: float = Field(default=0.25, gt=0, lt=1, description="last part in time of each user's kept replies")
+    queries_per_user: int = Field(default=8, ge=1, description="held-out replies kept: at most the first ones")
+    hub_fields: HubFields = HubFields()
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_source(cls, name: str) -> str:
+        if name in READERS or name.startswith(HUB) or name.endswith(tuple(OPENERS)):
+            return name
+        near = get_close_matches(name, READERS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(READERS)}"
+        endings = ", ".join(OPENERS)
+        raise ValueError(f"unknown data set {name!r}; {hint} (or a file ending in {endings}, or hub:owner/dataset)")
+
+    @model_validator(mode="after")
+    def _cap_is_above_the_floor(self) -> Self:
+        if self.max_pairs < self.min_pairs:
+            raise ValueError(f"max_pairs = {self.max_pairs} must be >= min_pairs = {self.min_pairs}")
+        return self
+
+
+@dataclass(frozen=True)
+class User:
+    """A person: the replies that the device meets in time order, and later ones that it never meets."""
+
+    id: str
+    stream: tuple[Dialogue, ...]
+    held_out: tuple[Dialogue, ...]
+
+
+@dataclass(frozen=True)
+class Replies:
+    """All replies of a data set by user, in time order, and how many were left out as empty or recorded twice.
+
+    Where the data knows no users, all of them stand under the user "".
+    """
+
+    by_user: dict[str, tuple[Dialogue, ...]]
+    anonymous: bool
+    empty: int
+    repeated: int
+
+
+def load_population(config: DataConfig, seed: int) -> list[User]:
+    """`config.users` users of one half of a data set, drawn by the seed, each with a stream and held-out replies.
+
+    The halves are disjoint whatever the seed. Every device of an anonymous data set is a random hand of replies.
+    Raises `DataError` with the number there is where users are too few.
+    """
+    return draw(collect(config), config, seed)
+
+
+def collect(config: DataConfig) -> Replies:
+    """Reads the whole data set. A reply with the same user, time, prompt and response as another counts once."""
+    found: dict[str, list[Dialogue]] = {}
+    seen: set[tuple[str, float, str, str]] = set()
+    empty = repeated = 0
+    anonymous = False
+    for conversation in _conversations(config):
+        anonymous = conversation.replies_by == ""
+        for user, reply in _replies(conversation):
+            record = (user, reply.time, reply.prompt, reply.response)
+            if not reply.prompt or not reply.response:
+                empty += 1
+            elif record in seen:
+                repeated += 1
+            else:
+                seen.add(record)
+                found.setdefault(user, []).append(reply)
+    in_order = {user: tuple(sorted(found[user], key=_when)) for user in sorted(found)}
+    return Replies(in_order, anonymous, empty, repeated)
+
+
+def streams(replies: Replies, config: DataConfig, seed: int) -> dict[str, tuple[Dialogue, ...]]:
+    """What each eligible user of the split has said, capped: `min_pairs <= len(stream) <= max_pairs`."""
+    if replies.anonymous:
+        return _deal(replies.by_user.get("", ()), config, seed)
+    return {
+        user: said[: config.max_pairs]
+        for user, said in replies.by_user.items()
+        if len(said) >= config.min_pairs and half_of(user) == config.split
+    }
+
+
+def draw(replies: Replies, config: DataConfig, seed: int) -> list[User]:
+    """The users with the lowest keyed hashes: a draw of k users is the start of every longer one."""
+    eligible = streams(replies, config, seed)
+    if len(eligible) < config.users:
+        raise DataError(_too_few(replies, config, len(eligible)))
+    chosen = sorted(eligible, key=lambda user: derive_seed(seed, "draw", user))[: config.users]
+    return [_user(user, eligible[user], config) for user in chosen]
+
+
+def half_of(identity: str) -> Half:
+    """The half that a user, or an anonymous conversation, belongs to for ever: the parity of a hash."""
+    return "development" if sha256(f"half:{identity}".encode()).digest()[0] % 2 == 0 else "test"
+
+
+def _conversations(config: DataConfig) -> Iterator[Conversation]:
+    if config.name.startswith(HUB):
+        return read_hub(config.name.removeprefix(HUB), config.hub_fields)
+    if config.name in READERS:
+        return READERS[config.name]()
+    return read_jsonl(Path(config.name).expanduser())
+
+
+def _replies(conversation: Conversation) -> Iterator[tuple[str, Dialogue]]:
+    """Each reply of somebody who counts as a user, with that user; a nameless speaker among named ones does not."""
+    wanted = conversation.replies_by
+    for i, (said, reply) in enumerate(pairwise(conversation.turns), start=1):
+        if reply.speaker == wanted or (wanted is None and reply.speaker):
+            identity = f"{conversation.id}:{i}"
+            prompt, response = said.text.strip(), reply.text.strip()
+            yield reply.speaker, Dialogue(identity, prompt, response, reply.time, conversation.domain)
+
+
+def _deal(replies: tuple[Dialogue, ...], config: DataConfig, seed: int) -> dict[str, tuple[Dialogue, ...]]:
+    """Shuffled replies, dealt round to the devices; a conversation lies in one half. Times become running numbers."""
+    half = [reply for reply in replies if half_of(_conversation_of(reply)) == config.split]
+    shuffled = sorted(half, key=lambda reply: derive_seed(seed, "deal", reply.id))
+    devices = min(config.users, len(half) // config.min_pairs)
+    return {
+        f"{config.split}-{i:05d}": tuple(
+            replace(reply, time=float(n)) for n, reply in enumerate(shuffled[i::devices][: config.max_pairs])
+        )
+        for i in range(devices)
+    }
+
+
+def _user(identity: str, said: tuple[Dialogue, ...], config: DataConfig) -> User:
+    """Cuts what was said in time: at least one reply on either side."""
+    held_out = min(len(said) - 1, max(1, round(config.held_out_share * len(said))))
+    cut = len(said) - held_out
+    return User(identity, said[:cut], said[cut : cut + config.queries_per_user])
+
+
+def _too_few(replies: Replies, config: DataConfig, eligible: int) -> str:
+    asked = f"data.users = {config.users}, but the {config.split} half of {config.name!r} has"
+    remedy = f"set users <= {eligible}, lower min_pairs" if eligible else "lower min_pairs"
+    if replies.anonymous:
+        return f"{asked} replies for {eligible} devices of min_pairs = {config.min_pairs}; {remedy}"
+    return (
+        f"{asked} {eligible} users with min_pairs = {config.min_pairs} replies or more; {remedy}, "
+        f"or take a larger data set ({len(replies.by_user)} users in both halves)"
+    )
+
+
+def _conversation_of(reply: Dialogue) -> str:
+    return reply.id.rpartition(":")[0]
+
+
+def _when(reply: Dialogue) -> tuple[float, str, int]:
+    """Time, then the id with its turn as a number."""
+    conversation, _, turn = reply.id.rpartition(":")
+    return reply.time, conversation, int(turn)

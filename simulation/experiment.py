@@ -1,0 +1,107 @@
+"""A whole experiment: make or find its folder, federate on the chosen engine, write summary and report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.serverapp import Grid
+
+from client.phases import planned_event
+from privacy.seeds import derive_seed
+from server.strategy import FedAvgReleases, to_arrays, to_numpy
+from simulation.config import ExperimentConfig
+from simulation.grid import CohortGrid
+from simulation.host import SimulatedDevices, open_devices
+from simulation.report import render_report
+from simulation.runs import RunFolder, create, resume
+from simulation.session import Session
+from simulation.summary import export_adapters, write_summary
+
+Listener = Callable[[str], None]
+RUN_VARIABLE = "FLORILEGIUM_RUN"  # how the apps of Flower's own engine find the run's folder
+
+
+def run_experiment(
+    config: ExperimentConfig,
+    folder: Path,
+    *,
+    resuming: bool = False,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report."""
+    run = resume(folder, config) if resuming else create(folder, config, overwrite=overwrite)
+    try:
+        ENGINES[config.engine](run, listener)
+    finally:
+        if run.metrics.exists():
+            render_report(run.path)
+    return write_summary(run)
+
+
+def _on_cohorts(run: RunFolder, listener: Listener | None) -> None:
+    devices = open_devices(run, listener)
+    federate(run, CohortGrid(devices, list(devices.users)), devices)
+
+
+def _on_flower(run: RunFolder, listener: Listener | None) -> None:
+    """Flower's stock simulation: a message per device, Ray actors."""
+    from flwr.simulation import run_simulation
+
+    from simulation.app import client_app, server_app
+
+    here = Path.cwd()
+    os.environ[RUN_VARIABLE] = str(run.path.resolve())
+    os.chdir(run.path)  # Ray puts the working directory first on its workers' path: no foreign client.py may be there
+    try:
+        run_simulation(
+            server_app,
+            client_app,
+            num_supernodes=run.config.data.users,
+            backend_config={
+                "init_args": {"include_dashboard": False, "log_to_driver": False},
+                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            },
+        )
+    finally:
+        os.chdir(here)
+
+
+ENGINES: dict[str, Callable[[RunFolder, Listener | None], None]] = {"cohort": _on_cohorts, "flower": _on_flower}
+
+
+def federate(run: RunFolder, grid: Grid, devices: SimulatedDevices) -> None:
+    """All rounds over a grid, from the last one that was finished, and the verdict."""
+    config, last = run.config, run.last_shared()
+    done = last[0] if last else -1
+    strategy = FedAvgReleases(config.server, config.seed, release_noise_std(config), first_round=max(1, done + 1))
+    session = Session(run, devices, strategy)
+    if last:
+        run.rewind(done)
+        arrays = to_arrays(last[1])
+    else:
+        run.metrics.unlink(missing_ok=True)
+        session.open()
+        start = devices.site.shared_layout.start(derive_seed(config.seed, "shared"))
+        arrays = to_arrays(devices.schema.split(start.numpy()))
+    try:
+        timeout = config.server.reply_timeout_s
+        result = strategy.start(grid, arrays, config.rounds, timeout, evaluate_fn=session.after_round)
+        shared = torch.from_numpy(devices.schema.join(to_numpy(result.arrays)))
+        session.finish(shared)
+        export_adapters(run, devices, shared)
+    except BaseException:
+        session.close(interrupted=True)
+        raise
+    session.close(interrupted=False)
+
+
+def release_noise_std(config: ExperimentConfig) -> float:
+    """Standard deviation of the noise in each number of one release: rate · σ · C · √T / (q · capacity)."""
+    event, shared = planned_event(config), config.shared
+    per_step = event.noise_multiplier * config.privacy.clip_norm_l2 / (shared.sampling_rate * shared.pool_capacity)
+    return float(shared.learning_rate * per_step * shared.steps_per_round**0.5)

@@ -1,0 +1,416 @@
+"""The report of a run, from event lists written by hand: no model, no engine."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+
+from simulation.report import (
+    MOST_DEVICES_LISTED,
+    ReportError,
+    duration,
+    flattened,
+    outcome,
+    read_events,
+    render_report,
+    signed,
+    size,
+    verdict,
+)
+from simulation.report_figures import ARMS, MINUS, device_totals, epsilon_spent, gains_by_arm, spread
+
+Event = dict[str, Any]
+
+PRIVACY = {
+    "mode": "example-local", "unit": "one dialogue", "adjacency": "replace-one", "trust": "server untrusted",
+    "epsilon_budget": 8.0, "delta": 1e-5, "noise_multiplier": 1.1, "clip_norm_l2": 1.0, "sampling_rate": 0.25,
+    "steps_per_round": 8, "accountant": "PLD",
+}  # fmt: skip
+RUN = {
+    "event": "run", "time": 1767600000, "name": "quickstart", "engine": "cohort", "seed": 0, "devices": 2, "rounds": 2,
+    "model": {"name": "nano", "parameters": 2557632, "architecture": "LlamaForCausalLM"},
+    "data": {"name": "chitchat", "split": "test"}, "hardware": "2 cores, cpu",
+    "versions": {"florilegium": "0.1.0", "torch": "2.13.0"}, "privacy": PRIVACY,
+    "config": {"training": {"lr": 1e-3, "targets": ["q_proj", "v_proj"]}, "privacy": {"epsilon_budget": 8.0}},
+}  # fmt: skip
+END = {"event": "end", "wall_s": 130.2, "peak_rss_bytes": 1_500_000_000, "tokens_trained": 812345, "interrupted": False}
+DASH = "\N{EN DASH}"
+SCRIPT = "<script>alert('x')</script>"
+
+
+def device_round(round: int, device: str = "u1", epsilon: float | None = 1.0, upload_bytes: int = 100) -> Event:
+    return {
+        "event": "device_round", "round": round, "device": device, "arrived": 20, "accepted": 14, "buffered": 14,
+        "annotations": 14 * round, "synthetic_kept": 10, "synthetic_rejected": 4, "truncated": 0,
+        "personal_loss_first": 4.3, "personal_loss_last": 4.1, "tokens_trained": 3000,
+        "upload_bytes": upload_bytes, "epsilon": epsilon,
+    }  # fmt: skip
+
+
+def finished_round(round: int, signal_to_noise: float = 2.0) -> Event:
+    seconds = {"observe": 1.5, "learn_shared": 4.5}
+    return {
+        "event": "round", "round": round, "devices": 2, "seconds": seconds, "signal_to_noise": signal_to_noise,
+        "shared_norm_l2": 0.41, "download_bytes": 100,
+    }  # fmt: skip
+
+
+def evaluation(round: int, arm: str, value: float, metric: str = "nll") -> Event:
+    return {
+        "event": "evaluation", "round": round, "arm": arm, "metric": metric, "mean_per_user": value,
+        "mean_per_query": value, "ci95": [value - 0.2, value + 0.2], "users": 2, "queries": 16,
+    }  # fmt: skip
+
+
+def comparison(
+    better: str, difference: float, ci95: list[float], metric: str = "nll", than: str = "base", users_better: int = 1
+) -> Event:
+    return {
+        "event": "comparison", "metric": metric, "better": better, "than": than, "mean_difference": difference,
+        "ci95": ci95, "users": 2, "users_better": users_better,
+    }  # fmt: skip
+
+
+def result(device: str, arm: str, nll: float) -> Event:
+    return {
+        "event": "result", "device": device, "arm": arm, "nll": nll, "rouge1": 0.08, "queries": 8, "tokens": 120,
+        "mean_length_tokens": 11.5,
+    }  # fmt: skip
+
+
+def replies(device: str = "u1", text: str = "hello") -> Event:
+    return {"event": "replies", "device": device, "prompt": text, "recorded": text, "before": text, "after": text}
+
+
+def render(folder: Path, events: list[Event], tail: bytes = b"") -> str:
+    lines = b"".join(json.dumps(e).encode() + b"\n" for e in events)
+    (folder / "metrics.jsonl").write_bytes(lines + tail)
+    return render_report(folder).read_text(encoding="utf-8")
+
+
+# ---- a whole run, drawn from a seed ----
+
+PROMPTS = [
+    ("any plans for the weekend?", "hiking if the rain stops, or tea and a book", "i am not sure", "hiking i think :)"),
+    ("what do you do for work", "i fix bikes :) mostly old steel ones", "i work in a office", "i fix old bikes"),
+    ("Do you like cooking?", "only soups haha. leek and potato is my thing", "Yes, I like to cook.", "only soups haha"),
+]
+
+
+def sample_run(devices: int = 8, rounds: int = 3, seed: int = 0) -> list[Event]:
+    """Every kind of event as an engine writes them, with numbers that look like those of a small run."""
+    rng = random.Random(seed)
+    names = [f"u{i:04d}" for i in range(devices)]
+    base = {name: rng.gauss(4.3, 0.35) for name in names}
+    effect = {"base": 0.0, "shared": -0.004, "local": -0.045, "personal": -0.055, "shuffled": 0.02, "pooled": -0.09}
+    shift = {arm: {n: rng.gauss(by, 0.03 if by else 0.0) for n in names} for arm, by in effect.items()}
+    rouge = {arm: {n: max(0.0, rng.gauss(0.08, 0.03)) for n in names} for arm in effect}
+
+    def evaluated(round: int, arm: str, progress: float) -> Event:
+        nll = [base[n] + progress * shift[arm][n] for n in names]
+        return evaluation(round, arm, mean(nll)) | {"ci95": _interval(nll), "users": devices, "queries": 8 * devices}
+
+    events: list[Event] = [RUN | {"devices": devices, "rounds": rounds}, evaluated(0, "base", 1)]
+    events += [evaluated(0, "shared", 0), evaluated(0, "personal", 0), evaluated(0, "local", 0)]
+    for r in range(1, rounds + 1):
+        for i, name in enumerate(names):
+            kept = rng.randint(4, 14)
+            work = {"accepted": rng.randint(6, 16), "synthetic_kept": kept, "synthetic_rejected": 14 - kept}
+            spent = 2.5 * r**0.5 * (1 + 0.05 * (i % 3))
+            events.append(device_round(r, name, round(spent, 3), 16512) | work | {"tokens_trained": 200 * kept})
+        seconds = {"observe": 1.2, "annotate": 0.1, "synthesize": 5.0, "learn_shared": 4.1, "release": 0.1,
+                   "learn_personal": 9.0, "aggregate": 0.02, "evaluate": 3.0}  # fmt: skip
+        jittered = {phase: s * rng.uniform(0.9, 1.1) * devices / 64 for phase, s in seconds.items()}
+        events.append(finished_round(r, 0.8) | {"seconds": jittered, "devices": devices, "download_bytes": 16512})
+        arms = ("shared", "local", "personal") if r < rounds else tuple(effect)
+        events += [evaluated(r, arm, (r / rounds) ** 0.6) for arm in arms]
+    events += [evaluation(rounds, arm, mean(rouge[arm].values()), "rouge1") for arm in effect]
+    for arm in effect:
+        events += [result(n, arm, base[n] + shift[arm][n]) | {"rouge1": rouge[arm][n]} for n in names]
+    pairs = [(arm, "base") for arm in list(effect)[1:]] + [("personal", "shuffled"), ("personal", "local")]
+    for metric, values, sign in (("nll", shift, 1), ("rouge1", rouge, -1)):
+        for better, than in pairs:
+            gaps = [values[better][n] - values[than][n] for n in names]
+            won = sum(sign * gap < 0 for gap in gaps)
+            paired = comparison(better, mean(gaps), _interval(gaps), metric, than, won)
+            events.append(paired | {"users": devices})
+    for name in names[:2]:
+        texts = [dict(zip(("prompt", "recorded", "before", "after"), p, strict=True)) for p in PROMPTS]
+        events += [replies(name) | text for text in texts]
+    in_rounds = sum(sum(e["seconds"].values()) for e in events if e["event"] == "round")
+    return [*events, END | {"wall_s": 1.1 * in_rounds}]
+
+
+def _interval(values: list[float]) -> list[float]:
+    half = 1.96 * stdev(values) / len(values) ** 0.5
+    return [mean(values) - half, mean(values) + half]
+
+
+# ---- the verdict ----
+
+
+def test_verdict_sums_up_what_won_and_what_did_not() -> None:
+    events = [
+        RUN, finished_round(1), finished_round(2), evaluation(2, "base", 4.0),
+        comparison("personal", -0.05, [-0.06, -0.04], users_better=2),
+        comparison("shared", -0.004, [-0.01, 0.002]),
+        comparison("personal", 0.002, [-0.004, 0.008], metric="rouge1"),
+        END,
+    ]  # fmt: skip
+    sentences = verdict(events)
+    assert sentences[0] == (
+        "Against the base model, the personal adapter was better by 0.050 nats per token, "
+        "the shared adapter was not better, and ROUGE-1 of the replies did not move."
+    )
+    assert sentences[2] == (
+        f"The personal adapter was better than the base model: NLL {MINUS}0.050 nats per token, "
+        f"95% interval {MINUS}0.060 to {MINUS}0.040; better for 2 of 2 users."
+    )
+    assert sentences[1].startswith("The shared adapter was not better than the base model")
+    assert sentences[3].startswith("ROUGE-1 did not move from the base model to the personal adapter: +0.002")
+
+
+def test_verdict_says_worse_when_an_arm_is_worse() -> None:
+    sentences = verdict([comparison("shared", 0.03, [0.02, 0.04], users_better=0)])
+    assert "the shared adapter was worse by 0.030 nats per token" in " ".join(sentences)
+    assert any(s.startswith("The shared adapter was worse than the base model") for s in sentences)
+
+
+@pytest.mark.parametrize(
+    ("metric", "ci95", "expected"),
+    [
+        ("nll", [-0.02, -0.01], "better"), ("nll", [0.01, 0.02], "worse"), ("nll", [-0.01, 0.0], "unclear"),
+        ("rouge1", [0.01, 0.02], "better"), ("rouge1", [-0.02, -0.01], "worse"), ("rouge1", None, "unclear"),
+    ],
+)  # fmt: skip
+def test_outcome_needs_an_interval_without_zero(metric: str, ci95: list[float] | None, expected: str) -> None:
+    assert outcome({"metric": metric, "ci95": ci95}) == expected
+
+
+def test_verdict_says_how_far_an_unfinished_run_came() -> None:
+    assert verdict([]) == ["The run has recorded nothing yet."]
+    assert verdict([RUN])[:2] == [
+        "The run has not finished: 0 of 2 rounds are recorded.",
+        "There is no evaluation yet.",
+    ]
+    stopped = [RUN, finished_round(1), END | {"interrupted": True}]
+    assert verdict(stopped)[0] == "The run was interrupted after 1 of 2 rounds."
+    assert verdict([*stopped, RUN])[0] == "The run has not finished: 1 of 2 rounds are recorded."  # resumed
+
+
+def test_verdict_states_the_highest_epsilon_and_an_overspent_budget() -> None:
+    within = verdict([RUN, device_round(1, "u1", 3.1), device_round(1, "u2", 2.0)])
+    kind = "(δ = 1e-05, unit one dialogue, replace-one)"
+    assert f"No device spent more than ε = 3.10 of its budget of 8 {kind}." in within
+    beyond = verdict([RUN, device_round(1, "u1", 8.5)])
+    assert f"The privacy budget was exceeded: a device spent ε = 8.50 of 8 {kind}." in beyond
+    unprotected = verdict([RUN | {"privacy": PRIVACY | {"mode": "none"}}, device_round(1, "u1", None)])
+    assert "What left the devices was not protected: privacy mode none is for simulation only." in unprotected
+
+
+def test_verdict_never_leaves_out_an_unbounded_or_unknown_epsilon() -> None:
+    unbounded = verdict([RUN, device_round(1, "u1", float("inf")), device_round(1, "u2", 2.0)])
+    assert any(s.startswith("The privacy budget was exceeded: a device spent ε = inf of 8") for s in unbounded)
+    unknown = verdict([RUN, device_round(1, "u1", None), device_round(1, "u2", 2.0)])
+    assert "The privacy spent is not known: 1 of the devices released without a recorded ε." in unknown
+    assert spread(device_totals([device_round(1, "u1", float("inf"))]), "epsilon") == (float("inf"),) * 4
+
+
+def test_verdict_says_when_noise_outweighed_the_update() -> None:
+    assert any("0.80 in the last round" in s for s in verdict([RUN, finished_round(1, 3.0), finished_round(2, 0.8)]))
+    assert not any("noise" in s for s in verdict([RUN, finished_round(1, 0.8), finished_round(2, 3.0)]))
+
+
+# ---- numbers ----
+
+
+def test_numbers_carry_units() -> None:
+    assert [size(n) for n in (999, 16512, 2_500_000, 3e9, None)] == ["999 B", "16.5 kB", "2.5 MB", "3.0 GB", DASH]
+    assert [duration(s) for s in (4.06, 130.2, 7260, None)] == ["4.1 s", "2 min 10 s", "2 h 1 min", DASH]
+    assert [signed(v) for v in (0.05, -0.05, -0.0001, float("nan"))] == ["+0.050", f"{MINUS}0.050", "0.000", DASH]
+
+
+def test_config_is_written_as_the_keys_of_the_command_line() -> None:
+    config = {"training": {"lr": 0.001, "targets": ["q", "v"]}, "seed": 0, "extra": {}}
+    expected = [("training.lr", "0.001"), ("training.targets", '["q", "v"]'), ("seed", "0"), ("extra", "{}")]
+    assert list(flattened(config)) == expected
+
+
+def test_totals_add_bytes_and_keep_the_last_epsilon() -> None:
+    totals = device_totals([device_round(1, "a", 1.0), device_round(2, "a", 1.5), device_round(1, "b", 2.0)])
+    assert [(t.device, t.upload_bytes, t.releases, t.epsilon, t.annotations) for t in totals] == [
+        ("b", 100, 1, 2.0, 14),
+        ("a", 200, 2, 1.5, 28),
+    ]
+    assert spread(totals, "upload_bytes") == (100, 150, 200, 300)
+    assert spread(device_totals([device_round(1, "a", None)]), "epsilon") is None
+
+
+def test_gains_are_paired_by_user() -> None:
+    results = [result("a", "base", 4.0), result("b", "base", 3.0)]
+    results += [result("a", "shared", 3.5), result("b", "shared", 3.2)]
+    assert gains_by_arm(results) == {"shared": [0.5, -0.2]}
+
+
+def test_epsilon_figure_shows_the_range_and_the_budget() -> None:
+    figure = epsilon_spent([device_round(1, "a", 1.0), device_round(1, "b", 3.0), device_round(1, "c", 1.5)], 8.0)
+    assert {trace.name: trace.y[0] for trace in figure.data} == {"lowest": 1.0, "median": 1.5, "highest": 3.0}
+    assert figure.layout.shapes[0].y0 == 8.0
+
+
+# ---- the record ----
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    events = [RUN, device_round(1), finished_round(1)]
+    in_the_middle_of_a_letter = '{"event":"end","name":"é'.encode()[:-1]
+    assert render(tmp_path, events, in_the_middle_of_a_letter) == render(tmp_path, events)
+
+
+def test_damage_inside_the_record_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event":"run"\n{"event":"end"}\n')
+    with pytest.raises(ReportError, match="line 1 is not JSON"):
+        read_events(path)
+
+
+def test_a_missing_record_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="give the folder of a run"):
+        render_report(tmp_path)
+
+
+def test_a_round_that_was_repeated_after_a_crash_counts_once(tmp_path: Path) -> None:
+    once = render(tmp_path, [RUN, device_round(1), finished_round(1)])
+    assert render(tmp_path, [RUN, device_round(1), RUN, device_round(1), finished_round(1)]) == once
+
+
+# ---- the page ----
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._raw = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._raw = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._raw = False
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self._raw else data
+
+
+def test_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    html = render(tmp_path, sample_run())
+    page = Page(html)
+    assert not [a for tag, a in page.tags if tag in ("link", "iframe", "img", "base", "object")]
+    assert not [a for tag, a in page.tags if {"src", "srcset", "data"} & a.keys()]
+    assert all((a["href"] or "").startswith("#") for _, a in page.tags if "href" in a)
+    assert html.count("* plotly.js v") == 1
+    assert "default-src 'none'" in html
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    assert len(html) < 6_000_000
+
+
+def test_texts_of_people_are_escaped(tmp_path: Path) -> None:
+    run = RUN | {"name": SCRIPT, "hardware": SCRIPT, "config": {"note": SCRIPT}}
+    events = [run, device_round(1, SCRIPT), finished_round(1), replies(SCRIPT, SCRIPT), result(SCRIPT, "base", 4.0)]
+    events += [result(SCRIPT, "personal", 3.9), evaluation(1, SCRIPT, 4.0), comparison(SCRIPT, 0.1, [0.0, 0.2])]
+    html = render(tmp_path, events)
+    assert SCRIPT not in html
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in html
+    assert len([tag for tag, _ in Page(html).tags if tag == "script"]) == 2  # plotly.js and our own
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_report(tmp_path: Path) -> None:
+    assert "a?b" in render(tmp_path, [RUN, replies(text="a\ud83db")])
+
+
+@pytest.mark.parametrize("length", range(9))
+def test_unfinished_runs_give_a_report(tmp_path: Path, length: int) -> None:
+    events = [
+        RUN, evaluation(0, "base", 4.3), device_round(1), finished_round(1), evaluation(1, "shared", 4.2),
+        result("u1", "base", 4.2), comparison("shared", -0.1, [-0.2, 0.0]), replies(), END,
+    ]  # fmt: skip
+    text = Page(render(tmp_path, events[:length])).text
+    assert ("not finished" in text) == (length > 0)
+    assert ("No arm has been evaluated yet" in text) == (length < 2)
+    assert not (tmp_path / "report.html.partial").exists()
+
+
+def test_page_shows_every_arm_and_what_did_not_help(tmp_path: Path) -> None:
+    html = render(tmp_path, sample_run())
+    text = " ".join(Page(html).text.split())
+    table = html[html.index('<table class="arms">') : html.index("</table>")]
+    assert re.findall(r'--arm: (#\w+)" aria-hidden="true"></span>(\w+)</span>', table) == [
+        (arm.colour, name) for name, arm in ARMS.items()
+    ]
+    assert "the shared adapter was not better" in text
+    assert "ROUGE-1 of the replies did not move" in text
+    for name in ("curves", "differences", "gains", "epsilon", "timing"):
+        assert f'id="plot-{name}"' in html
+    for said in ("training.lr = 0.001", "one dialogue", "replace-one", "What is not covered"):
+        assert said in text
+
+
+def test_page_has_a_name_for_every_table_and_figure(tmp_path: Path) -> None:
+    tags = Page(render(tmp_path, sample_run())).tags
+    count = [tag for tag, _ in tags].count
+    assert count("h1") == 1
+    assert count("caption") == count("table") > 0
+    assert count("figcaption") == count("figure") == 5
+    ids = {a["id"] for _, a in tags if "id" in a}
+    references = [a[key] for _, a in tags for key in ("aria-labelledby", "aria-describedby") if key in a]
+    assert ids.issuperset(references)
+
+
+def test_many_devices_are_cut_off_and_the_page_says_so(tmp_path: Path) -> None:
+    many = [device_round(1, f"u{i:04d}", 1 + i / 1000) for i in range(MOST_DEVICES_LISTED + 1)]
+    html = render(tmp_path, [RUN, *many, finished_round(1)])
+    assert "The 200 devices with the highest ε, of 201." in html
+    assert ">u0200<" in html and ">u0000<" not in html
+
+
+def test_no_privacy_is_said_loudly(tmp_path: Path) -> None:
+    bare = {"mode": "none", "unit": "none", "adjacency": "none", "trust": "none", "epsilon_budget": None, "delta": None}
+    html = render(tmp_path, [RUN | {"privacy": bare}, device_round(1, epsilon=None), finished_round(1)])
+    assert "No differential privacy." in html and "no guarantee" in html
+
+
+def test_the_same_record_gives_the_same_bytes(tmp_path: Path) -> None:
+    assert render(tmp_path, sample_run()) == render(tmp_path, sample_run())
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed; install it to draw the report in a browser")
+def test_a_browser_draws_every_figure(tmp_path: Path) -> None:
+    """Under the page's own policy, which forbids every load, all five figures are drawn."""
+    render(tmp_path, sample_run())
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000", "--dump-dom",
+        (tmp_path / "report.html").as_uri(),
+    ]  # fmt: skip
+    drawn = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert len(re.findall(r'class="plot js-plotly-plot"', drawn)) == 5
