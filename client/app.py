@@ -13,7 +13,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from privacy.plan import RoundPlan
-from privacy.release import PROTOCOL, Array as Numbers, Release, ReleaseRefusedError, Schema
+from privacy.release import PROTOCOL, Release, ReleaseRefusedError, Schema
+from privacy.release import Array as Numbers
 
 HELLO, TRAIN, ADOPT = "query", "train", "evaluate"  # Flower's message types
 FAILED, NO_BUDGET, BAD_MESSAGE = "failed", "no-budget", "bad-message"

@@ -108,9 +108,8 @@ def reply_arms(
     asked = [(k, q) for k, of_user in enumerate(queries) for q in of_user]
     replies: dict[str, list[Reply]] = {}
     for name, adapters in arms.items():
-        texts = lm.generate(
-            [q.prompt for _, q in asked], [k for k, _ in asked], adapters, sampling, [seed + i for i in range(len(asked))]
-        )
+        seeds = [seed + i for i in range(len(asked))]
+        texts = lm.generate([q.prompt for _, q in asked], [k for k, _ in asked], adapters, sampling, seeds)
         replies[name] = [Reply(k, q, t, rouge1(q.response, t)) for (k, q), t in zip(asked, texts, strict=True)]
     return replies
 

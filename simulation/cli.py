@@ -1,0 +1,125 @@
+"""The command `florilegium`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Federated, private, personal language models.")
+models = typer.Typer(no_args_is_help=True, help="Language models: what there is, pull one, train one.")
+data = typer.Typer(no_args_is_help=True, help="Data sets: what there is, and what is in one.")
+app.add_typer(models, name="models")
+app.add_typer(data, name="data")
+console = Console()
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled config such as quickstart.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings, as key=value: personal.epochs=4")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run of the same name.")] = False,
+    runs: Annotated[Path, typer.Option(help="The folder that holds the runs.")] = Path("runs"),
+) -> None:
+    """Simulate a federation and write its report to runs/NAME."""
+    from simulation.config import find_config, load_config
+    from simulation.experiment import run_experiment
+    from simulation.summary import render_summary
+
+    settings = load_config(find_config(config), overrides or [])
+    folder = runs / settings.name
+    with console.status("loading") as status:
+        summary = run_experiment(
+            settings,
+            folder,
+            resuming=resume,
+            overwrite=overwrite,
+            listener=lambda phase: status.update(f"{settings.name}: {phase}"),
+        )
+    console.print(render_summary(summary))
+    console.print(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+    """Make report.html of a run again, also of one that was stopped."""
+    from simulation.report import render_report
+
+    console.print(f"report: {render_report(run)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed, what the machine has, and which defaults a run would take."""
+    from simulation.doctor import doctor as examine
+
+    console.print(examine())
+
+
+@models.command("list")
+def list_models() -> None:
+    """The models known by name; a hub id or a folder will do as well."""
+    from client.lm.hub import NAMES
+
+    for name in NAMES:
+        console.print(name)
+
+
+@models.command()
+def pull(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> None:
+    """Fetch a model into the cache."""
+    from client.lm.hub import ModelError
+    from client.lm.pull import pull_smollm2
+
+    if name != "smollm2-135m":
+        raise ModelError(f"model {name!r} cannot be pulled; only smollm2-135m can")
+    console.print(f"{name}: {pull_smollm2(report=console.print)}")
+
+
+@models.command()
+def pretrain(config: Annotated[Path, typer.Argument(help="A TOML file such as configs/pretrain/nano.toml.")]) -> None:
+    """Train a small dialogue model from scratch."""
+    import tomllib
+
+    from simulation.pretrain import PretrainConfig
+    from simulation.pretrain import pretrain as train
+
+    console.print(train(PretrainConfig.model_validate(tomllib.loads(config.read_text(encoding="utf-8")))))
+
+
+@data.command("list")
+def list_data() -> None:
+    """The data sets known by name, and whether they are on this machine."""
+    from simulation.data.describe import names
+
+    for listed in names():
+        console.print(f"{listed.name:16}{'' if listed.available else '(absent) '}{listed.about}")
+
+
+@data.command("describe")
+def describe_data(
+    name: Annotated[str, typer.Argument(help="A known name, a .jsonl file, or hub:owner/dataset.")],
+    split: Annotated[str, typer.Option(help="development or test")] = "test",
+) -> None:
+    """Users, pairs, quantiles and an example of a data set."""
+    from simulation.data.describe import describe, render
+    from simulation.data.population import DataConfig
+
+    console.print(render(describe(DataConfig.model_validate({"name": name, "split": split}), seed=0)))
+
+
+def main() -> None:
+    """Runs the command; a user's mistake is told in words, not in a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        console.print("stopped; what was finished is kept: go on with --resume")
+        raise SystemExit(130) from None
+    except (ValueError, RuntimeError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        raise SystemExit(2) from None
