@@ -38,13 +38,14 @@ class PrivateRow:
             torch.optim.SGD([self.parameter], lr=learning_rate),
             noise_multiplier=noise_multiplier,
             max_grad_norm=clip_norm_l2,
-            expected_batch_size=expected_batch,  # type: ignore[arg-type]  # a mean need not be whole
+            expected_batch_size=expected_batch,  # a mean: it need not be whole
             generator=generator,
         )
 
     @property
     def row(self) -> torch.Tensor:
-        return self.parameter.detach()
+        row: torch.Tensor = self.parameter.detach()
+        return row
 
     def step(self, gradients: torch.Tensor) -> None:
         """Clips each example's gradient (b, P), sums, adds noise, steps. b may be 0: then it is noise alone.
@@ -61,4 +62,5 @@ def clipped_sum(gradients: torch.Tensor, clip_norm_l2: float) -> torch.Tensor:
     """Σ g · min(1, C/‖g‖₂) over the rows of (b, P): what the noise is added to; for tests and audits."""
     norms = gradients.norm(dim=1)  # (b,)
     factors = (clip_norm_l2 / (norms + 1e-6)).clamp(max=1.0)
-    return factors @ gradients
+    total: torch.Tensor = factors @ gradients
+    return total

@@ -11,7 +11,7 @@ import platform
 from importlib import metadata, util
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 from rich.table import Table
 

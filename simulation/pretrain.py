@@ -78,7 +78,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=END, chat_template=CHAT_TEMPLATE
     )
 
@@ -102,8 +102,7 @@ class Corpus:
 
     def __init__(self, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, talks: list[Conversation]) -> None:
         self.config = config
-        self.bos, self.end = tokenizer.convert_tokens_to_ids([BOS, END])
-        self.roles = tokenizer.convert_tokens_to_ids(list(ROLES))
+        self.bos, self.end, *self.roles = (int(str(tokenizer.convert_tokens_to_ids(t))) for t in (BOS, END, *ROLES))
         rng = np.random.default_rng((config.seed, 1))
         exercises = _rewriting_exercises(talks, config, rng)
         turns = [[t.text for t in talk.turns] for talk in talks] + exercises
@@ -235,7 +234,8 @@ def pretrain(config: PretrainConfig, report: Callable[[str], None] = print) -> d
     tokenizer = _tokenizer(config, train)
     corpus = Corpus(config, tokenizer, train)
     torch.manual_seed(config.seed)
-    model = build_model(config.model, tokenizer).to(device)
+    model = build_model(config.model, tokenizer)
+    torch.nn.Module.to(model, device)
     optimizer = _optimizer(model, config)
     checkpoints = config.out / "checkpoints"
     done, steps = _load_checkpoint(checkpoints, model, optimizer), config.tokens // config.batch_tokens
@@ -267,7 +267,8 @@ def pretrain(config: PretrainConfig, report: Callable[[str], None] = print) -> d
 def _tokenizer(config: PretrainConfig, talks: list[Conversation]) -> PreTrainedTokenizerFast:
     """The tokenizer of a training that was begun, else a new one."""
     if (config.out / "tokenizer.json").exists():
-        return PreTrainedTokenizerFast.from_pretrained(config.out)
+        found: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(config.out)
+        return found
     texts = (turn.text for talk in talks for turn in talk.turns)
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
     tokenizer.save_pretrained(config.out)
@@ -305,6 +306,7 @@ def _facts(
 def _write(
     config: PretrainConfig, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dict[str, float]
 ) -> None:
-    model.to(torch.float16).save_pretrained(config.out)
+    torch.nn.Module.to(model, torch.float16)
+    model.save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
     (config.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

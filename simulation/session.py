@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-import psutil
 import torch
 from flwr.app import ArrayRecord, MetricRecord
 
@@ -274,9 +274,7 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, A
 
 def peak_rss_bytes() -> int:
     """The largest resident memory of this process so far."""
-    import resource
-
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _mean(values: list[int]) -> float:

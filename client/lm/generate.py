@@ -51,7 +51,7 @@ def decode(
             logits_to_keep=1,
         )
         cache = out.past_key_values
-        token = _choose(out.logits[:, -1].float(), uniform[:, step], sampling.temperature)
+        token = _choose(out.logits[:, -1].float(), uniform[:, step : step + 1].contiguous(), sampling.temperature)
         running = running & (token != stop_id)
         new.append(torch.where(running, token, stop_id))
         if not bool(running.any()):
@@ -69,9 +69,9 @@ def _uniform(seeds: Sequence[int], sampling: SamplingConfig) -> torch.Tensor:
 
 
 def _choose(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The most likely token, or the inverse of the cumulative distribution at `uniform` (R,)."""
+    """The most likely token, or the inverse of the cumulative distribution at `uniform` (R, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = torch.softmax(logits / temperature, -1).cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform[:, None]).squeeze(1)
+    drawn = torch.searchsorted(cumulative, uniform).squeeze(1)
     return drawn.clamp(max=logits.shape[-1] - 1)

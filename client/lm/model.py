@@ -66,7 +66,8 @@ class LanguageModel:
     """The frozen base, held once, and the operations on stacked adapters."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
-        self.model, self.config = model.eval().requires_grad_(False), config
+        model.train(False)
+        self.model, self.config = model.requires_grad_(False), config
         self.device, self.dtype = model.device, model.dtype
         _check_head(model)
         self.modules = layers.adapt(model, config.targets)
@@ -262,7 +263,8 @@ def schedule(count: int, size: int, epochs: int, seed: int) -> list[list[int]]:
 
 
 def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model.get_output_embeddings()(hidden)
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    logits: torch.Tensor = head(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
 

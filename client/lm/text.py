@@ -100,7 +100,9 @@ def pad(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch
     width = max(e.length for e in examples)
     ids = torch.full((len(examples), width), pad_id)
     mask = torch.zeros((len(examples), width), dtype=torch.long)
-    rows, columns, targets = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
     for i, e in enumerate(examples):
         ids[i, : e.length] = torch.tensor([*e.prompt, *e.reply])
         mask[i, : e.length] = 1
