@@ -1,0 +1,118 @@
+"""The language model with stacked adapters, on the bundled model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from client.dialogue import Dialogue
+from client.lm.adapter import AdapterConfig
+from client.lm.generate import SamplingConfig
+from client.lm.hub import nano_folder
+from client.lm.model import LanguageModel, Lesson, ModelConfig, schedule
+from client.lm.optimizer import Moments, adamw_
+from client.lm.peft_format import read_peft, write_peft
+
+TALKS = [Dialogue(str(i), f"what do you think about {w}?", f"i like {w} a lot, {w} is fun") for i, w in enumerate(
+    ["movies", "the sea", "old books and new ones", "rain", "jazz", "cats"])]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return LanguageModel.load(ModelConfig())
+
+
+def lessons(lm: LanguageModel, devices: int) -> list[Lesson]:
+    """Device k has 2 + k % 3 examples, so that lengths and step counts differ."""
+    made = []
+    for k in range(devices):
+        talks = [TALKS[(k + i) % len(TALKS)] for i in range(2 + k % 3)]
+        made.append(Lesson(lm.format.dialogues(talks), schedule(len(talks), 2, 2, k)))
+    return made
+
+
+@pytest.mark.parametrize("factors", ["both", "b"])
+def test_a_device_learns_the_same_alone_and_in_a_cohort(lm: LanguageModel, factors: str) -> None:
+    layout = lm.layout(AdapterConfig.model_validate({"rank": 4, "factors": factors}), public_seed=3)
+    rows = torch.stack([layout.start(k) for k in range(5)])
+    work = lessons(lm, 5)
+    rates = [[3e-4] * len(x.batches) for x in work]
+    together, _, losses = lm.finetune(lm.adapters(layout, rows), [], work, rates)
+    for k in range(5):
+        alone, _, own = lm.finetune(lm.adapters(layout, rows[k]), [], [work[k]], [rates[k]])
+        torch.testing.assert_close(together.rows[k], alone.rows[0], atol=1e-5, rtol=0)
+        assert losses[k] == pytest.approx(own[0], abs=1e-5)
+        assert (alone.rows[0] - rows[k]).abs().max() > 1e-4  # it did move
+
+
+def test_a_row_is_scored_with_its_own_adapter(lm: LanguageModel) -> None:
+    layout = lm.layout(AdapterConfig(rank=2))
+    rows = torch.randn(3, layout.width, generator=torch.Generator().manual_seed(0)) * 0.05
+    examples = lm.format.dialogues(TALKS)
+    slots = [2, 0, 1, 1, 0, 2]
+    mixed = lm.score(examples, slots, [lm.adapters(layout, rows)])
+    for example, slot, score in zip(examples, slots, mixed, strict=True):
+        (alone,) = lm.score([example], [0], [lm.adapters(layout, rows[slot])])
+        assert score.nll == pytest.approx(alone.nll, abs=1e-4)
+
+
+def test_example_gradients_add_up_to_the_batch_gradient(lm: LanguageModel) -> None:
+    layout = lm.layout(AdapterConfig(rank=2))
+    stack = lm.adapters(layout, torch.randn(1, layout.width, generator=torch.Generator().manual_seed(1)) * 0.05)
+    examples = lm.format.dialogues(TALKS)
+    weights = [1 / len(e.reply) for e in examples]
+    by_example = torch.zeros(len(examples), layout.width)
+    for group, gradient, _ in lm.row_gradients(stack, [], examples, [0] * len(examples), weights):
+        by_example[group] = gradient
+    for i, (example, weight) in enumerate(zip(examples, weights, strict=True)):
+        ((_, alone, _),) = lm.row_gradients(stack, [], [example], [0], [weight])
+        torch.testing.assert_close(by_example[i], alone[0], atol=1e-5, rtol=1e-4)
+
+
+def test_peft_loads_an_exported_adapter_and_gives_the_same_logits(lm: LanguageModel, tmp_path: Path) -> None:
+    layout = lm.layout(AdapterConfig(rank=2, alpha=6))
+    row = torch.randn(layout.width, generator=torch.Generator().manual_seed(2)) * 0.1
+    write_peft(tmp_path, layout, row, "nano")
+    assert torch.equal(read_peft(tmp_path, layout), row)
+    ids = torch.tensor([[1, 3, 100, 200, 300, 2, 4]])
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(nano_folder(), dtype=torch.float32), tmp_path)
+    with torch.inference_mode(), lm.active([lm.adapters(layout, row)], torch.tensor([0])):
+        ours = lm.model(ids).logits
+    with torch.inference_mode():
+        torch.testing.assert_close(ours, plain(ids).logits, atol=1e-5, rtol=1e-5)
+        assert (ours - lm.model(ids).logits).abs().max() > 1e-2
+
+
+def test_sampled_replies_depend_on_their_seed_alone(lm: LanguageModel) -> None:
+    sampling = SamplingConfig(max_new_tokens=8, temperature=0.9)
+    prompts = [t.prompt for t in TALKS]
+    many = lm.generate(prompts, [0] * 6, [], sampling, list(range(6)))
+    assert [lm.generate([p], [0], [], sampling, [i])[0] for i, p in enumerate(prompts)] == many
+
+
+def test_long_prompts_lose_their_beginning(lm: LanguageModel) -> None:
+    (example,) = lm.format.dialogues([Dialogue("x", "start " + "word " * 500 + "end", "yes")])
+    words = lm.tokenizer.decode(example.prompt[slice(*example.words)])
+    assert example.truncated
+    assert "start" not in words
+    assert words.endswith("end")
+
+
+def test_stacked_adamw_is_torchs_on_each_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 7, generator=generator)
+    expected = [torch.nn.Parameter(r.clone()) for r in rows]
+    optimizers = [torch.optim.AdamW([p], lr=0.01 * (k + 1), weight_decay=0.1) for k, p in enumerate(expected)]
+    moments, rate = Moments.zeros(rows), torch.tensor([0.01, 0.02, 0.03])
+    for step in range(5):
+        gradient = torch.randn(3, 7, generator=generator)
+        moving = [k for k in range(3) if (step + k) % 3]
+        for k in moving:
+            expected[k].grad = gradient[k].clone()
+            optimizers[k].step()
+        adamw_(rows, gradient, moments, torch.tensor(moving), rate, 0.1)
+    torch.testing.assert_close(rows, torch.stack([p.detach() for p in expected]), atol=1e-6, rtol=1e-5)

@@ -1,0 +1,98 @@
+"""Accounting, DP-SGD on a row, releases and their mean: figures that can be checked by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from privacy.accounting import Event, calibrate, epsilon
+from privacy.dpsgd import PrivateRow, clipped_sum, noise_generator
+from privacy.release import Release, ReleaseRefusedError, Schema
+from privacy.seeds import derive_seed
+from server.aggregate import FixedPointMean
+from server.strategy import signal_to_noise
+
+
+def test_epsilon_of_known_settings() -> None:
+    assert epsilon([Event(1.0, 0.01, 1000)], 1e-5, "add-or-remove-one") == pytest.approx(1.828, abs=0.01)
+    assert epsilon([Event(1.0, 0.1, 100)], 1e-5) == pytest.approx(10.52, abs=0.02)
+    assert epsilon([], 1e-5) == 0
+    assert epsilon([Event(0.0, 0.5, 1)], 1e-5) == float("inf")
+
+
+def test_calibrated_noise_costs_the_budget_and_no_more() -> None:
+    sigma = calibrate(8.0, 1e-5, 0.5, 12)
+    assert 7.9 < epsilon([Event(sigma, 0.5, 12)], 1e-5) <= 8.0
+    assert epsilon([Event(sigma, 0.5, 4)] * 3, 1e-5) <= 8.0
+    assert epsilon([Event(sigma, 0.5, 4)] * 4, 1e-5) > 8.0
+
+
+def private_row(width: int, noise: float, seed: int = 0) -> PrivateRow:
+    return PrivateRow(
+        torch.zeros(width), learning_rate=1.0, clip_norm_l2=1.0, noise_multiplier=noise, expected_batch=4.0,
+        generator=noise_generator(seed),
+    )  # fmt: skip
+
+
+def test_without_noise_a_step_is_the_clipped_sum_over_the_expected_batch() -> None:
+    gradients = torch.tensor([[3.0, 4.0], [0.3, 0.4], [float("nan"), 1.0]])
+    row = private_row(2, 0.0)
+    row.step(gradients)
+    torch.testing.assert_close(row.row, -torch.tensor([0.9, 1.2]) / 4, atol=1e-5, rtol=0)
+
+
+def test_noise_has_the_announced_deviation_also_on_an_empty_sample() -> None:
+    row = private_row(250_000, 2.0)
+    row.step(torch.zeros(0, 250_000))
+    assert float(row.row.std()) == pytest.approx(2.0 / 4, rel=0.005)
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_one_example_moves_the_clipped_sum_by_at_most_the_clipping_norm(rows: list[list[float]]) -> None:
+    gradients = torch.tensor(rows)
+    moved = clipped_sum(gradients, 1.0) - clipped_sum(gradients[1:], 1.0)
+    assert float(moved.norm()) <= 1.0 + 1e-4
+
+
+SCHEMA = Schema((("a", (2, 3)), ("b", (4,))))
+
+
+def test_a_release_is_of_the_agreed_form_or_is_refused() -> None:
+    row = np.arange(10, dtype=np.float32)
+    release = Release.of(row, 0, SCHEMA)
+    assert np.array_equal(SCHEMA.join(release.arrays), row)
+    assert SCHEMA.size_bytes == 40
+    for wrong in (
+        {"a": release.arrays["a"]},
+        {**release.arrays, "text": np.zeros(1, np.float32)},
+        {"a": release.arrays["a"], "b": np.zeros(5, np.float32)},
+        {"a": release.arrays["a"], "b": np.zeros(4, np.float64)},
+        {"a": release.arrays["a"], "b": np.full(4, np.inf, np.float32)},
+    ):
+        with pytest.raises(ReleaseRefusedError):
+            SCHEMA.check(wrong)
+
+
+@given(st.permutations(range(6)))
+def test_the_order_of_arrival_never_changes_the_mean(order: list[int]) -> None:
+    rows = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    mean, shuffled = FixedPointMean(5), FixedPointMean(5)
+    for i in range(6):
+        mean.add(rows[i])
+        shuffled.add(rows[order[i]])
+    assert np.array_equal(mean.mean(), shuffled.mean())
+    np.testing.assert_allclose(mean.mean(), rows.mean(0), atol=1e-6)
+
+
+def test_signal_to_noise_by_hand() -> None:
+    assert signal_to_noise(5.0, 4.0 * 0.75, 4, 4) == pytest.approx(4 / 3)
+    assert signal_to_noise(1.0, 3.0, 4, 4) == 0
+
+
+def test_seeds_differ_by_purpose_and_fit_a_generator() -> None:
+    assert derive_seed(0, "a", 1) == derive_seed(0, "a", 1)
+    assert len({derive_seed(0, "a", i) for i in range(100)} | {derive_seed(1, "a", 0)}) == 101
+    assert 0 <= derive_seed(0, "x") < 2**63
