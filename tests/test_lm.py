@@ -79,7 +79,8 @@ def test_peft_loads_an_exported_adapter_and_gives_the_same_logits(lm: LanguageMo
     write_peft(tmp_path, layout, row, "nano")
     assert torch.equal(read_peft(tmp_path, layout), row)
     ids = torch.tensor([[1, 3, 100, 200, 300, 2, 4]])
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(nano_folder(), dtype=torch.float32), tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(nano_folder(), dtype=torch.float32)
+    plain = PeftModel.from_pretrained(base, tmp_path)
     with torch.inference_mode(), lm.active([lm.adapters(layout, row)], torch.tensor([0])):
         ours = lm.model(ids).logits
     with torch.inference_mode():
