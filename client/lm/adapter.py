@@ -26,7 +26,7 @@ class AdapterConfig(Config):
 
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0)
-    targets: tuple[str, ...] = Field((), description="endings of the adapted linear layers' names; empty: attention")
+    targets: tuple[str, ...] = Field((), description="endings of the adapted linear layers' names; empty: all")
     factors: Factors = "both"
 
 

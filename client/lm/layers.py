@@ -10,9 +10,6 @@ from torch import nn
 
 from client.lm.adapter import AdaptedLayer, Adapters
 
-# Endings of the names of attention projections, by family: Llama, Qwen, Gemma, Mistral, Phi; GPT-NeoX; Falcon.
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "query_key_value", "attention.dense", "self_attention.dense")
-
 
 class UnsupportedModelError(ValueError):
     """The model is built in a way that stacked adapters cannot change."""
@@ -39,14 +36,18 @@ class AdaptedLinear(nn.Module):
 
 
 def adapt(model: nn.Module, targets: Sequence[str]) -> dict[str, AdaptedLinear]:
-    """Puts an `AdaptedLinear` in the place of every linear layer whose name ends in a target; by name."""
-    wanted = tuple(targets) or ATTENTION
+    """Puts an `AdaptedLinear` in the place of each linear layer whose name ends in a target; by name.
+
+    Without targets, of every linear layer but the head.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = [n for n, _ in model.named_modules() if any(n == t or n.endswith(f".{t}") for t in wanted)]
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    names = [n for n, _ in model.named_modules() if _ends_in(n, targets)] if targets else linear
     if not names:
+        sought = f"ends in any of {', '.join(targets)}" if targets else "is nn.Linear outside the head"
         raise UnsupportedModelError(
-            f"no layer of {type(model).__name__} ends in any of {', '.join(wanted)}; "
-            f"its linear layers end in: {_linear_endings(model)}; set [model] targets"
+            f"no layer of {type(model).__name__} {sought}; its layers with weights end in: {_endings(model)}; "
+            f"adapters need nn.Linear, as in Llama, Qwen, Gemma or GPT-NeoX; set [model] targets"
         )
     adapted: dict[str, AdaptedLinear] = {}
     for name in names:
@@ -64,7 +65,7 @@ def adapt(model: nn.Module, targets: Sequence[str]) -> dict[str, AdaptedLinear]:
 
 def adapted_layers(modules: dict[str, AdaptedLinear], targets: Sequence[str] = ()) -> tuple[AdaptedLayer, ...]:
     """Names and sizes of the layers that an adapter with these targets changes, in the model's order."""
-    chosen = [n for n in modules if not targets or any(n == t or n.endswith(f".{t}") for t in targets)]
+    chosen = [n for n in modules if not targets or _ends_in(n, targets)]
     if not chosen:
         endings = sorted({n.rpartition(".")[2] for n in modules})
         raise UnsupportedModelError(f"targets {list(targets)} match no adapted layer; there are {endings}")
@@ -84,6 +85,10 @@ def active(modules: dict[str, AdaptedLinear], adapters: Sequence[Adapters], dtyp
             module.active = []
 
 
-def _linear_endings(model: nn.Module) -> str:
+def _ends_in(name: str, targets: Sequence[str]) -> bool:
+    return any(name == t or name.endswith(f".{t}") for t in targets)
+
+
+def _endings(model: nn.Module) -> str:
     found = {n.rpartition(".")[2]: type(m).__name__ for n, m in model.named_modules() if hasattr(m, "weight") and n}
     return ", ".join(f"{ending} ({kind})" for ending, kind in sorted(found.items())) or "none"

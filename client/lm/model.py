@@ -32,9 +32,9 @@ class ModelConfig(Config):
     dtype: str = Field("auto", pattern="^(auto|float32|bfloat16)$", description="auto: float32 on CPU, else bfloat16")
     device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
     chat_template: str = Field("", description="for a tokenizer that has none: plain, or a Jinja template")
-    targets: tuple[str, ...] = Field((), description="endings of the linear layers to adapt; empty: attention")
+    targets: tuple[str, ...] = Field((), description="endings of the linear layers to adapt; empty: all but the head")
     limits: TextLimits = TextLimits()
-    max_batch_tokens: int = Field(6144, ge=64, description="padded tokens in one forward pass")
+    max_batch_tokens: int = Field(2048, ge=64, description="padded tokens in one pass; small ones fit a CPU cache")
 
 
 @dataclass(frozen=True)
