@@ -5,7 +5,7 @@ A failure is answered with a code, never with an exception's text, which could q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,10 +14,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from privacy.plan import RoundPlan
 from privacy.release import PROTOCOL, Release, ReleaseRefusedError, Schema
-from privacy.release import Array as Numbers
 
 HELLO, TRAIN, ADOPT = "query", "train", "evaluate"  # Flower's message types
-FAILED, NO_BUDGET, BAD_MESSAGE = "failed", "no-budget", "bad-message"
+FAILED, NO_BUDGET, BAD_MESSAGE, NO_DEVICE = "failed", "no-budget", "bad-message", "no-device"
 
 
 class Devices(Protocol):
@@ -31,9 +30,6 @@ class Devices(Protocol):
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None: ...
 
 
-Answer = Callable[[Sequence[Message], Sequence[str], Devices], list[Message]]
-
-
 def answer(messages: Sequence[Message], names: Sequence[str], devices: Devices) -> list[Message]:
     """Replies to messages of one type to the devices `names`, in their order."""
     kind = messages[0].metadata.message_type
@@ -42,7 +38,7 @@ def answer(messages: Sequence[Message], names: Sequence[str], devices: Devices) 
     try:
         plan, received = read_plan(messages[0], devices.schema)
     except (KeyError, ReleaseRefusedError):
-        return [_reply(m, ConfigRecord({"error": BAD_MESSAGE})) for m in messages]
+        return [refusal(m, BAD_MESSAGE) for m in messages]
     if kind == ADOPT:
         devices.adopt(names, received, plan)
         return [_reply(m, ConfigRecord({"adopted": plan.version})) for m in messages]
@@ -60,14 +56,16 @@ def read_plan(message: Message, schema: Schema) -> tuple[RoundPlan, torch.Tensor
 
 def _release_reply(message: Message, release: Release | None) -> Message:
     if release is None:
-        return _reply(message, ConfigRecord({"error": NO_BUDGET}))
+        return refusal(message, NO_BUDGET)
     header = ConfigRecord({"protocol": PROTOCOL, "version": release.version})
     arrays = ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in release.arrays.items()})
     return Message(RecordDict({"header": header, "arrays": arrays}), reply_to=message)
 
 
+def refusal(message: Message, code: str) -> Message:
+    """An answer that says only that there is none, and why, in a word."""
+    return _reply(message, ConfigRecord({"error": code}))
+
+
 def _reply(message: Message, config: ConfigRecord) -> Message:
     return Message(RecordDict({"header": config}), reply_to=message)
-
-
-__all__ = ["ADOPT", "FAILED", "HELLO", "TRAIN", "Answer", "Devices", "Numbers", "answer", "read_plan"]

@@ -31,10 +31,10 @@ class SelectionConfig(Config):
 class SharedConfig(Config):
     """How a device trains its copy of the shared adapter: DP-SGD on its uniform pool."""
 
-    adapter: AdapterConfig = AdapterConfig(rank=4, alpha=4, factors="b")
+    adapter: AdapterConfig = AdapterConfig(rank=4, alpha=64, factors="b")
     pool_capacity: int = Field(64, ge=1, description="public")
     sampling_rate: float = Field(0.5, gt=0, le=1, description="chance of each pool slot in each step; public")
-    steps_per_round: int = Field(4, ge=1, description="public")
+    steps_per_round: int = Field(1, ge=1, description="public")
     learning_rate: float = Field(1.0, gt=0)
 
 
@@ -42,8 +42,8 @@ class PersonalConfig(Config):
     """How a device trains the adapter that never leaves it."""
 
     adapter: AdapterConfig = AdapterConfig()
-    learning_rate: float = Field(4e-4, gt=0)
-    epochs: int = Field(2, ge=0, description="over originals and synthetic sets, each round")
+    learning_rate: float = Field(1e-3, gt=0)
+    epochs: int = Field(1, ge=0, description="over originals and synthetic sets, each round")
     batch_size: int = Field(8, ge=1)
     weight_decay: float = Field(0.0, ge=0)
     on_new_shared: Literal["keep", "retrain"] = Field("keep", description="what to do with it when the shared changes")

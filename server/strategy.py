@@ -58,8 +58,10 @@ class FedAvgReleases(Strategy):
             return
         asked = [_message(ArrayRecord(), ConfigRecord(), node, "query") for node in grid.get_node_ids()]
         for reply in grid.send_and_receive(asked, timeout=self.config.reply_timeout_s):
-            if not reply.has_error():
-                self.nodes[str(reply.content.config_records["header"]["device"])] = reply.metadata.src_node_id
+            if not reply.has_error() and "device" in (header := reply.content.config_records["header"]):
+                self.nodes[str(header["device"])] = reply.metadata.src_node_id
+        if not self.nodes:
+            raise NoReleaseError("no device answered the server's greeting")
 
     def sampled(self, server_round: int) -> list[str]:
         """The devices of a round, by name, from the experiment's seed."""

@@ -10,11 +10,11 @@ import logging
 import os
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from client.app import FAILED, answer
+from client.app import FAILED, NO_DEVICE, answer, refusal
 from simulation.config import find_config, load_config
 from simulation.experiment import RUN_VARIABLE, federate
 from simulation.host import device_name, devices_of_worker, open_devices
@@ -41,10 +41,10 @@ def _answer(message: Message, context: Context) -> Message:
     try:
         devices = devices_of_worker(run_path(context))
         name = device_name(int(str(context.node_config["partition-id"])))
-        return answer([message], [name], devices)[0]
+        return answer([message], [name], devices)[0] if name in devices.users else refusal(message, NO_DEVICE)
     except Exception:
         log.exception("the device could not answer")
-        return Message(RecordDict({"header": ConfigRecord({"error": FAILED})}), reply_to=message)
+        return refusal(message, FAILED)
 
 
 @client_app.query()

@@ -29,18 +29,13 @@ def run(
     """Simulate a federation and write its report to runs/NAME."""
     from simulation.config import find_config, load_config
     from simulation.experiment import run_experiment
+    from simulation.progress import progress_bar
     from simulation.summary import render_summary
 
     settings = load_config(find_config(config), overrides or [])
     folder = runs / settings.name
-    with console.status("loading") as status:
-        summary = run_experiment(
-            settings,
-            folder,
-            resuming=resume,
-            overwrite=overwrite,
-            listener=lambda phase: status.update(f"{settings.name}: {phase}"),
-        )
+    with progress_bar(settings, console) as listener:
+        summary = run_experiment(settings, folder, resuming=resume, overwrite=overwrite, listener=listener)
     console.print(render_summary(summary))
     console.print(f"report: {folder / 'report.html'}")
 

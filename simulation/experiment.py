@@ -38,6 +38,8 @@ def run_experiment(
     try:
         ENGINES[config.engine](run, listener)
     finally:
+        if listener:
+            listener("report")
         if run.metrics.exists():
             render_report(run.path)
     return write_summary(run)

@@ -100,13 +100,15 @@ def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Ten
 
 
 def render_summary(summary: Summary) -> RenderableType:
-    """The table that a run ends with."""
+    """The table that a run ends with. Intervals are half widths."""
     table = Table(title=f"{summary['name']}: {summary['devices']} devices, {summary['rounds']} rounds", title_style="")
-    for heading in ("arm", "NLL per user", "95 %", "per query", "ROUGE-1 per user", "95 %"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for heading in ("arm", "NLL per user", "per query", "ROUGE-1 per user", "per query", "tokens"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
     for arm in ARMS:
         if arm in summary["nll"]:
-            table.add_row(arm, *_cells(summary["nll"][arm], 3, True), *_cells(summary["rouge1"].get(arm), 3, False))
+            length = summary["mean_length_tokens"].get(arm)
+            cells = (*_cells(summary["nll"][arm]), *_cells(summary["rouge1"].get(arm)))
+            table.add_row(arm, *cells, "–" if length is None else f"{length:.1f}")
     lines = [_comparison(c) for c in summary["comparisons"]]
     ratios = ", ".join("no noise" if r is None or math.isnan(r) else f"{r:.2f}" for r in summary["signal_to_noise"])
     facts = [
@@ -114,24 +116,22 @@ def render_summary(summary: Summary) -> RenderableType:
         f"ε = {summary['epsilon']:.2f} at δ = {summary['delta']:g}",
         f"signal to noise of the mean release, by round: {ratios}",
         f"{summary['upload_bytes_per_release']:,} bytes left a device per release; "
-        f"{summary['annotations_per_device']:.1f} annotations a device; "
-        f"{summary['wall_s']:.0f} s, {summary['peak_rss_bytes'] / 1e9:.2f} GB",
+        f"{summary['annotations_per_device']:.1f} annotations a device",
+        f"{summary['hardware']}: {summary['wall_s']:.0f} s, {summary['peak_rss_bytes'] / 1e9:.2f} GB, "
+        f"{summary['tokens_trained']:,} tokens trained",
     ]
     return Group(table, Text("\n".join([*lines, *facts])))
 
 
-def _cells(figures: Summary | None, digits: int, with_query: bool) -> list[str]:
+def _cells(figures: Summary | None) -> tuple[str, str]:
     if figures is None:
-        return ["–", "–"]
+        return "–", "–"
     low, high = figures["ci95"]
-    cells = [f"{figures['mean_per_user']:.{digits}f}", f"{low:.{digits}f} … {high:.{digits}f}"]
-    return [*cells, f"{figures['mean_per_query']:.{digits}f}"] if with_query else cells
+    return f"{figures['mean_per_user']:.3f} ± {(high - low) / 2:.3f}", f"{figures['mean_per_query']:.3f}"
 
 
 def _comparison(found: Event) -> str:
     low, high = found["ci95"]
-    sure = "" if low > 0 or high < 0 else ": the interval contains 0, no difference shown"
-    return (
-        f"{found['metric']}: {found['better']} − {found['than']} = {found['mean_difference']:+.4f} "
-        f"({low:+.4f} … {high:+.4f}), better for {found['users_better']} of {found['users']} users{sure}"
-    )
+    verdict = f"better for {found['users_better']} of {found['users']}" if low > 0 or high < 0 else "no difference shown"
+    name = f"{found['metric']}: {found['better']} − {found['than']}"
+    return f"{name:28} {found['mean_difference']:+.4f} ({low:+.4f} … {high:+.4f}) {verdict}"

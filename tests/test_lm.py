@@ -13,17 +13,12 @@ from client.dialogue import Dialogue
 from client.lm.adapter import AdapterConfig
 from client.lm.generate import SamplingConfig
 from client.lm.hub import nano_folder
-from client.lm.model import LanguageModel, Lesson, ModelConfig, schedule
+from client.lm.model import LanguageModel, Lesson, schedule
 from client.lm.optimizer import Moments, adamw_
 from client.lm.peft_format import read_peft, write_peft
 
 TALKS = [Dialogue(str(i), f"what do you think about {w}?", f"i like {w} a lot, {w} is fun") for i, w in enumerate(
     ["movies", "the sea", "old books and new ones", "rain", "jazz", "cats"])]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return LanguageModel.load(ModelConfig())
 
 
 def lessons(lm: LanguageModel, devices: int) -> list[Lesson]:

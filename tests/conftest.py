@@ -1,0 +1,50 @@
+"""What several tests share: the bundled model, real dialogues, a very small experiment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from client.lm.model import LanguageModel, ModelConfig
+from simulation.config import ExperimentConfig, config_folder, load_config
+from simulation.data.population import DataConfig, User, load_population
+
+SMALL = (
+    "rounds=2",
+    "data.users=3",
+    "data.max_pairs=40",
+    "data.queries_per_user=2",
+    "selection.bins=6",
+    "synthesis.sampling.max_new_tokens=12",
+    "shared.pool_capacity=16",
+    "evaluation.rouge_queries_per_user=1",
+    "evaluation.sampling.max_new_tokens=8",
+    "evaluation.every_round=false",
+)
+
+
+@pytest.fixture(scope="session")
+def lm() -> LanguageModel:
+    return LanguageModel.load(ModelConfig())
+
+
+@pytest.fixture(scope="session")
+def people() -> list[User]:
+    """Two development users of chitchat: real chats, of which the settings were chosen too."""
+    return load_population(DataConfig(users=2, split="development", max_pairs=80), seed=0)
+
+
+@pytest.fixture
+def small() -> ExperimentConfig:
+    """The quickstart with three users and two rounds."""
+    return load_config(config_folder() / "quickstart.toml", [*SMALL, "name=small"])
+
+
+@pytest.fixture
+def quickstart() -> Path:
+    return config_folder() / "quickstart.toml"
