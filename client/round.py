@@ -43,9 +43,7 @@ def contribute(
     return states, releases, diary.pages
 
 
-def adopt(
-    states: States, received: torch.Tensor, plan: RoundPlan, site: Site
-) -> tuple[States, list[Observation]]:
+def adopt(states: States, received: torch.Tensor, plan: RoundPlan, site: Site) -> tuple[States, list[Observation]]:
     """Takes the aggregated shared adapter (P,) and trains the personal one on top of it."""
     diary = Diary(len(states), site.listener)
     with diary.phase("learn_personal") as learned:

@@ -132,6 +132,8 @@ def _cells(figures: Summary | None) -> tuple[str, str]:
 
 def _comparison(found: Event) -> str:
     low, high = found["ci95"]
-    verdict = f"better for {found['users_better']} of {found['users']}" if low > 0 or high < 0 else "no difference shown"
+    verdict = (
+        f"better for {found['users_better']} of {found['users']}" if low > 0 or high < 0 else "no difference shown"
+    )
     name = f"{found['metric']}: {found['better']} − {found['than']}"
     return f"{name:28} {found['mean_difference']:+.4f} ({low:+.4f} … {high:+.4f}) {verdict}"

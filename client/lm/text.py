@@ -65,9 +65,7 @@ class ChatFormat:
         replies = [(*ids[:limit], *(self.after if len(ids) <= limit else ())) for ids in encoded]
         return self._examples([d.prompt for d in dialogues], replies, [len(ids) > limit for ids in encoded])
 
-    def _examples(
-        self, texts: Sequence[str], replies: Sequence[tuple[int, ...]], cut: Sequence[bool]
-    ) -> list[Example]:
+    def _examples(self, texts: Sequence[str], replies: Sequence[tuple[int, ...]], cut: Sequence[bool]) -> list[Example]:
         limit, start = self.limits.prompt_tokens, len(self.before)
         examples = []
         for ids, reply, was_cut in zip(self._batch(texts), replies, cut, strict=True):

@@ -1,0 +1,230 @@
+"""Proofs that a shared adapter's training has the sensitivity that its accounting assumes, with controls that fail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from opacus import GradSampleModule
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from client.buffer import Buffer, candidate
+from client.config import DeviceConfig
+from client.dialogue import Dialogue
+from client.lexicons import bundled
+from client.lm.adapter import AdapterConfig, AdapterLayout, Adapters
+from client.lm.hub import nano_folder
+from client.lm.model import LanguageModel, Lesson, schedule
+from client.lm.peft_format import PREFIX
+from client.lm.text import Example, pad
+from client.phases import Site, annotate, learn_shared, observe, synthesize
+from privacy.accounting import Event, epsilon
+from privacy.dpsgd import clipped_sum
+from privacy.plan import RoundPlan
+from simulation.data.population import User
+
+CLIP = 1.0
+PLAN = RoundPlan(1, 0)
+NOISELESS = DeviceConfig.model_validate({
+    "privacy": {"mode": "none", "clip_norm_l2": CLIP},
+    "selection": {"bins": 8},
+    "synthesis": {"per_dialogue": 1, "instruction": "Rewrite: ", "sampling": {"max_new_tokens": 12}},
+    "shared": {"pool_capacity": 12, "learning_rate": 1.0, "adapter": {"targets": ["v_proj"]}},
+})  # fmt: skip
+
+
+# -- gradients ----------------------------------------------------------------------------------------------------
+
+
+def test_example_gradients_are_those_of_opacus_hooks(lm: LanguageModel, people: list[User]) -> None:
+    """Plain transformers, PEFT and Opacus' GradSampleModule, on a padded batch; A frozen, B not zero."""
+    layout = lm.layout(AdapterConfig(rank=2, alpha=4, factors="b", targets=("q_proj", "v_proj")), public_seed=5)
+    row = torch.randn(layout.width, generator=torch.Generator().manual_seed(0)) * 0.1
+    examples = lm.format.dialogues(people[0].stream[:6])
+    assert len({e.length for e in examples}) > 1  # so that there is padding
+    ours = example_gradients(lm, layout, row, [], examples, [1 / len(e.reply) for e in examples])
+    theirs = opacus_gradients(lm, layout, row, examples)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert ours.norm(dim=1).min() > 1e-2
+
+
+def example_gradients(
+    lm: LanguageModel,
+    layout: AdapterLayout,
+    row: torch.Tensor,
+    frozen: list[Adapters],
+    examples: list[Example],
+    weights: list[float],
+) -> torch.Tensor:
+    found = torch.zeros(len(examples), layout.width)
+    for group, gradient, _ in lm.row_gradients(
+        lm.adapters(layout, row), frozen, examples, [0] * len(examples), weights
+    ):
+        found[group] = gradient
+    return found
+
+
+def opacus_gradients(
+    lm: LanguageModel, layout: AdapterLayout, row: torch.Tensor, examples: list[Example]
+) -> torch.Tensor:
+    plain = AutoModelForCausalLM.from_pretrained(str(nano_folder()), dtype=torch.float32)
+    names = [layer.name for layer in layout.layers]
+    model = get_peft_model(plain, LoraConfig(r=layout.rank, lora_alpha=int(layout.alpha), target_modules=names))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, a, b in layout.split(row[None]):
+            parameters[f"{PREFIX}{name}.lora_A.default.weight"].copy_(a)
+            parameters[f"{PREFIX}{name}.lora_B.default.weight"].copy_(b[0])
+    for name, parameter in parameters.items():
+        parameter.requires_grad_("lora_B" in name)
+    hooked = GradSampleModule(model.train(), loss_reduction="sum")
+    batch = pad(examples, lm.pad_id, lm.device)
+    logits = hooked(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+    picked = torch.log_softmax(logits[batch.target_rows, batch.target_columns], -1)
+    losses = -picked.gather(1, batch.targets[:, None]).squeeze(1)
+    means = torch.zeros(len(examples)).index_add(0, batch.target_rows, losses)
+    means = means / torch.tensor([float(len(e.reply)) for e in examples])
+    means.sum().backward()
+    samples = [parameters[f"{PREFIX}{name}.lora_B.default.weight"].grad_sample for name in names]
+    return torch.cat([s.reshape(len(examples), -1) for s in samples], dim=1)
+
+
+# -- coupling -----------------------------------------------------------------------------------------------------
+
+
+def clipped_sum_of_round(lm: LanguageModel, stream: tuple[Dialogue, ...], config: DeviceConfig) -> torch.Tensor:
+    """What one noisy step would add its noise to, after the whole round up to it, with fixed coins."""
+    recorded = {d.id: d.response for d in stream}
+    site = Site.of(lm, config, 11, lambda device, dialogue: recorded[dialogue])
+    states, _ = observe([site.new_state("d")], [stream], PLAN, site)
+    states, _ = annotate(states, site)
+    states, _ = synthesize(states, PLAN, site)
+    received = 0.05 * torch.randn(site.shared_layout.width, generator=torch.Generator().manual_seed(2))
+    _, changes, _ = learn_shared(states, received, PLAN, site)
+    assert changes[0] is not None
+    shared = config.shared
+    return changes[0] * shared.sampling_rate * shared.pool_capacity / shared.learning_rate
+
+
+def neighbours(people: list[User], length: int = 30) -> list[tuple[tuple[Dialogue, ...], tuple[Dialogue, ...]]]:
+    """A real stream, and the same with one of its first dialogues replaced by one of another person."""
+    stream, others = people[0].stream[:length], people[1].stream
+    return [(stream, (*stream[:i], others[i], *stream[i + 1 :])) for i in range(10)]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_replacing_one_dialogue_moves_the_clipped_sum_by_at_most_twice_the_norm(
+    lm: LanguageModel, people: list[User], steps: int
+) -> None:
+    """The whole stream is run again; full batches, so that the coin cannot hide the replaced one."""
+    shared = NOISELESS.shared.model_copy(update={"sampling_rate": 1.0})
+    config = NOISELESS.model_copy(update={"shared": shared})
+    moved = []
+    for one, other in neighbours(people)[:: 3 - steps]:
+        change = clipped_sum_of_round(lm, one, config) - clipped_sum_of_round(lm, other, config)
+        moved.append(float(change.norm()))
+    assert max(moved) <= 2 * CLIP + 1e-4
+    assert max(moved) > 0.5 * CLIP  # some replaced dialogue was in the pool: the test could have failed
+
+
+def test_control_a_pool_chosen_by_quality_breaks_the_bound(lm: LanguageModel, people: list[User]) -> None:
+    """One dialogue decides which others stay: here, of many real replacements, the one that decides most."""
+    stream, others = people[0].stream, people[1].stream
+    features = {d.id: lm.embed([d.prompt])[0] for d in (*stream, *others)}
+
+    def chosen(dialogues: Sequence[Dialogue]) -> dict[str, Dialogue]:
+        buffer, by_id = Buffer(8, "quality"), {d.id: d for d in dialogues}
+        for n, d in enumerate(dialogues):
+            buffer, _ = buffer.offer(candidate(d, features[d.id], bundled()), np.random.default_rng(n))
+        return {k.id: by_id[k.id] for k in buffer.bins}
+
+    kept = chosen(stream)
+    pairs = [chosen((*stream[:i], other, *stream[i + 1 :])) for i in range(8) for other in others[:30]]
+    other = max(pairs, key=lambda found: len(set(found) ^ set(kept)))
+    layout = lm.layout(NOISELESS.shared.adapter, public_seed=1)
+    sums = []
+    for dialogues in (kept, other):
+        examples = lm.format.dialogues(list(dialogues.values()))
+        weights = [1 / len(e.reply) for e in examples]
+        sums.append(clipped_sum(example_gradients(lm, layout, torch.zeros(layout.width), [], examples, weights), CLIP))
+    assert (sums[0] - sums[1]).norm() > 2 * CLIP, len(set(other) ^ set(kept))
+
+
+def test_control_an_active_personal_adapter_breaks_the_bound(lm: LanguageModel, people: list[User]) -> None:
+    """It was trained on the same dialogues without noise, so one of them changes the gradient of every other."""
+    shared, personal = lm.layout(NOISELESS.shared.adapter, public_seed=1), lm.layout(AdapterConfig())
+    stream, other = neighbours(people, length=20)[3]
+    sums, without = [], []
+    for dialogues in (stream, other):
+        examples = lm.format.dialogues(dialogues)
+        weights = [1 / len(e.reply) for e in examples]
+        lesson = Lesson(examples, schedule(len(examples), 4, 2, 0))
+        start = lm.adapters(personal, personal.start(0))
+        trained, _, _ = lm.finetune(start, [], [lesson], [[2e-2] * len(lesson.batches)])
+        row = torch.zeros(shared.width)
+        sums.append(clipped_sum(example_gradients(lm, shared, row, [trained], examples, weights), CLIP))
+        without.append(clipped_sum(example_gradients(lm, shared, row, [], examples, weights), CLIP))
+    assert (sums[0] - sums[1]).norm() > 2 * CLIP
+    assert (without[0] - without[1]).norm() <= 2 * CLIP + 1e-4
+
+
+def test_control_a_loss_averaged_over_the_batch_breaks_the_bound(lm: LanguageModel) -> None:
+    """Its denominator is the tokens of all: a long reply shrinks the gradient of every other example."""
+    layout = lm.layout(NOISELESS.shared.adapter, public_seed=1)
+    short = [Dialogue(str(i), "are you there?", "yes") for i in range(64)]
+    long = [Dialogue("0", "are you there?", "no " * 40), *short[1:]]
+    gradients = {}
+    for loss in ("batch", "own"):
+        for name, dialogues in (("short", short), ("long", long)):
+            examples = lm.format.dialogues(dialogues)
+            total = sum(len(e.reply) for e in examples)
+            weights = [(len(examples) / total if loss == "batch" else 1 / len(e.reply)) for e in examples]
+            row = torch.zeros(layout.width)
+            gradients[loss, name] = example_gradients(lm, layout, row, [], examples, weights)
+    clip = float(gradients["own", "short"].norm(dim=1).max())
+    moved = {
+        loss: float((clipped_sum(gradients[loss, "short"], clip) - clipped_sum(gradients[loss, "long"], clip)).norm())
+        for loss in ("batch", "own")
+    }
+    assert moved["batch"] > 2 * clip
+    assert moved["own"] <= 2 * clip
+
+
+# -- budget -------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_release_that_the_budget_allows_succeeds_and_the_next_is_refused(
+    lm: LanguageModel, people: list[User]
+) -> None:
+    privacy = {"mode": "example-local", "epsilon": 2.0}
+    config = DeviceConfig.model_validate({**NOISELESS.model_dump(), "privacy": privacy, "rounds": 2})
+    recorded = {d.id: d.response for d in people[0].stream}
+    site = Site.of(lm, config, 0, lambda device, dialogue: recorded[dialogue])
+    states, _ = observe([site.new_state("d")], [people[0].stream[:20]], PLAN, site)
+    states, _ = annotate(states, site)
+    received = torch.zeros(site.shared_layout.width)
+    for number in (1, 2):
+        states, changes, notes = learn_shared(states, received, RoundPlan(number, number - 1), site)
+        assert changes[0] is not None and changes[0].abs().max() > 0
+    assert 1.9 < notes[0]["epsilon"] <= 2.0
+    before = states[0]
+    states, changes, notes = learn_shared(states, received, RoundPlan(3, 2), site)
+    assert changes == [None]
+    assert states[0] == before  # nothing was charged, nothing changed
+    assert epsilon(states[0].events, 1e-5) <= 2.0
+
+
+def test_a_device_with_little_left_sends_nothing_while_others_go_on(lm: LanguageModel, people: list[User]) -> None:
+    config = DeviceConfig.model_validate({**NOISELESS.model_dump(), "privacy": {"epsilon": 4.0}, "rounds": 1})
+    recorded = {d.id: d.response for user in people for d in user.stream}
+    site = Site.of(lm, config, 0, lambda device, dialogue: recorded[dialogue])
+    states = [site.new_state("d0"), site.new_state("d1")]
+    states, _ = observe(states, [user.stream[:10] for user in people], PLAN, site)
+    states, _ = annotate(states, site)
+    states[0] = replace(states[0], events=(Event(1.0, 0.5, 1),))
+    _, changes, _ = learn_shared(states, torch.zeros(site.shared_layout.width), PLAN, site)
+    assert changes[0] is None and changes[1] is not None

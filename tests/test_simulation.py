@@ -1,0 +1,277 @@
+"""Whole experiments, small: what a run leaves, resuming, engines, and what a user may get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors.numpy import load_file
+
+from client.app import answer
+from simulation.cli import main
+from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config
+from simulation.experiment import run_experiment
+from simulation.runs import RunError, RunFolder, check_sources, create
+
+ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
+
+
+def adapters(run: Path) -> dict[str, dict[str, np.ndarray]]:
+    return {str(p.relative_to(run)): load_file(p) for p in sorted((run / "adapters").rglob("*.safetensors"))}
+
+
+def assert_same_adapters(one: Path, other: Path, tolerance: float = 0.0) -> None:
+    ours, theirs = adapters(one), adapters(other)
+    assert ours.keys() == theirs.keys() and len(ours) == 4
+    for path, tensors in ours.items():
+        for name, tensor in tensors.items():
+            np.testing.assert_allclose(tensor, theirs[path][name], rtol=0, atol=tolerance, err_msg=f"{path} {name}")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three devices and two rounds."""
+    path = tmp_path_factory.mktemp("runs") / "small"
+    run_experiment(load_config(find_config("quickstart"), [*SMALL, "name=small"]), path)
+    return path
+
+
+# -- what a run leaves --------------------------------------------------------------------------------------------
+
+
+def test_the_summary_has_what_programs_rely_on(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert (summary["devices"], summary["rounds"], summary["seed"], summary["model"]) == (3, 2, 0, "nano")
+    for metric in ("nll", "rouge1"):
+        assert set(summary[metric]) == ARMS
+        for figures in summary[metric].values():
+            assert set(figures) == {"mean_per_user", "mean_per_query", "ci95"}
+            assert figures["ci95"][0] <= figures["mean_per_user"] <= figures["ci95"][1]
+    assert 7.9 < summary["epsilon"] <= 8.0 and summary["delta"] == 1e-5
+    assert summary["privacy_unit"] == "one dialogue"
+    assert summary["upload_bytes_per_release"] == 4 * 4 * 192 * 4  # float32, layers, outputs, rank
+    assert summary["download_bytes_per_round"] == 2 * 3 * summary["upload_bytes_per_release"]
+    assert len(summary["signal_to_noise"]) == 2
+    assert 0 < summary["acceptance_rate"] < 1
+    for key in ("annotations_per_device", "wall_s", "peak_rss_bytes", "tokens_trained"):
+        assert summary[key] > 0
+
+
+def test_a_run_leaves_its_files(finished: Path) -> None:
+    assert ExperimentConfig.model_validate(RunFolder(finished).config.model_dump()) == RunFolder(finished).config
+    results = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
+    assert {(r["device"], r["arm"]) for r in results} == {(f"device-0000{k}", a) for k in range(3) for a in ARMS}
+    assert "<html" in (finished / "report.html").read_text()
+    assert len(adapters(finished)) == 4
+
+
+def test_the_shuffled_arm_gives_nobody_the_own_adapter(finished: Path) -> None:
+    results = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
+    nll = {(r["device"], r["arm"]): r["nll"] for r in results}
+    assert all(nll[d, "shuffled"] != nll[d, "personal"] for d, _ in nll)
+
+
+def test_only_noised_adapters_of_the_schema_cross_to_the_server(small: ExperimentConfig, tmp_path: Path) -> None:
+    """Every byte of every reply belongs to a header of public values or to the agreed arrays."""
+    from simulation.host import device_name, open_devices
+
+    devices = open_devices(create(tmp_path / "run", small))
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    received = devices.schema.split(np.zeros(devices.site.shared_layout.width, dtype=np.float32))
+    arrays = ArrayRecord({k: _array(v) for k, v in received.items()})
+    plan = ConfigRecord({"round": 1, "version": 0})
+    names = [device_name(k) for k in range(3)]
+    content = RecordDict({"arrays": arrays, "plan": plan})
+    asked = [Message(content, dst_node_id=k + 1, message_type="train") for k in range(3)]
+    for reply in answer(asked, names, devices):
+        assert dict(reply.content.config_records["header"]) == {"protocol": 1, "version": 0}
+        assert set(reply.content) == {"header", "arrays"}
+        devices.schema.check({k: v.numpy() for k, v in reply.content.array_records["arrays"].items()})
+    bad = Message(RecordDict({"arrays": arrays}), dst_node_id=1, message_type="train")
+    assert dict(answer([bad], names[:1], devices)[0].content.config_records["header"]) == {"error": "bad-message"}
+
+
+def _array(values: np.ndarray):  # type: ignore[no-untyped-def]
+    from flwr.app import Array
+
+    return Array(values)
+
+
+# -- stopping and going on ----------------------------------------------------------------------------------------
+
+
+def test_a_run_stopped_in_round_two_ends_like_one_that_was_not(finished: Path, tmp_path: Path) -> None:
+    config = RunFolder(finished).config
+    heard: list[str] = []
+
+    def stop_in_round_two(phase: str) -> None:
+        heard.append(phase)
+        if phase == "learn_shared" and heard.count(phase) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(config, tmp_path / "run", listener=stop_in_round_two)
+    assert "<html" in (tmp_path / "run" / "report.html").read_text()  # what was finished can be read
+    run_experiment(config, tmp_path / "run", resuming=True)
+    assert_same_adapters(finished, tmp_path / "run")
+    ours, theirs = (json.loads((p / "summary.json").read_text()) for p in (finished, tmp_path / "run"))
+    different = {"wall_s", "peak_rss_bytes"}
+    assert {k: v for k, v in ours.items() if k not in different} == {
+        k: v for k, v in theirs.items() if k not in different
+    }
+
+
+def test_a_killed_process_resumes(finished: Path, tmp_path: Path) -> None:
+    """kill -9 after the first round, by the command line, from a folder with a foreign client.py."""
+    (tmp_path / "client.py").write_text("raise SystemExit('a foreign client.py was imported')")
+    command = [Path(sys.executable).parent / "florilegium", "run", "quickstart", *SMALL, "name=small"]
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    checkpoint = tmp_path / "runs" / "small" / "server" / "00001.safetensors"
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert checkpoint.exists() and not (tmp_path / "runs" / "small" / "summary.json").exists()
+    again = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout
+    assert "personal − base" in again.stdout
+    assert_same_adapters(finished, tmp_path / "runs" / "small")
+
+
+def test_cohorts_of_one_give_the_same_run(finished: Path, tmp_path: Path) -> None:
+    config = RunFolder(finished).config.model_copy(update={"cohort_size": 1})
+    run_experiment(config, tmp_path / "run")
+    assert_same_adapters(finished, tmp_path / "run", tolerance=1e-4)
+
+
+@pytest.mark.slow
+def test_flowers_own_engine_gives_the_same_aggregate(finished: Path, tmp_path: Path) -> None:
+    """A message a device, Ray actors; started where a foreign client.py lies."""
+    (tmp_path / "client.py").write_text("raise SystemExit('a foreign client.py was imported')")
+    command = [Path(sys.executable).parent / "florilegium", "run", "quickstart", *SMALL, "name=small", "engine=flower"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_adapters(finished, tmp_path / "runs" / "small", tolerance=1e-4)
+
+
+@pytest.mark.slow
+def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
+    """smollm2-135m, four devices; every stage leaves its traces."""
+    from client.lm.hub import ModelError, resolve
+
+    try:
+        resolve("smollm2-135m")
+    except ModelError as error:
+        pytest.skip(str(error))
+    settings = [*SMALL, "data.users=4", "model.name=smollm2-135m", "data.max_pairs=40", "personal.learning_rate=5e-4"]
+    tiny = ["selection.bins=4", "shared.pool_capacity=8", "evaluation.pooled_epochs=0", "name=smollm2"]
+    summary = run_experiment(load_config(find_config("quickstart"), [*settings, *tiny]), tmp_path / "run")
+    assert summary["model"] == "smollm2-135m" and summary["devices"] == 4
+    assert summary["synthetic_kept"] + summary["synthetic_rejected"] > 0
+    assert summary["nll"]["personal"]["mean_per_user"] != summary["nll"]["base"]["mean_per_user"]
+    assert summary["upload_bytes_per_release"] == 4 * 30 * 4 * 192  # float32, layers, rank, key-value outputs
+
+
+# -- a user's mistakes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("personal.lerning_rate=1", r"personal: unknown key 'lerning_rate'; did you mean 'learning_rate'\?"),
+        ("rounds=0", r"rounds = 0: .*greater than or equal to 1"),
+        ("rounds=many", r"rounds = 'many': .*valid integer"),
+        ("privacy.epsilon=-1", r"privacy.epsilon = -1: .*greater than 0"),
+        ("privacy.mode=user", r"privacy.mode = 'user': .*example-local"),
+        ("selection.policy=qualty", r"selection.policy = 'qualty': .*quality, random"),
+        ("data.name=chitchta", r"did you mean 'chitchat'"),
+        ("name=a/b", "names the run's folder"),
+        ("rounds", "must be key=value"),
+        ("rounds.x=1", "is a value, not a section"),
+    ],
+)
+def test_a_wrong_setting_is_named(quickstart: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(quickstart, [override])
+
+
+def test_a_section_given_in_part_keeps_the_other_defaults(quickstart: Path) -> None:
+    config = load_config(quickstart, ["shared.adapter.rank=2"])
+    assert config.shared.adapter.factors == "b" and config.shared.adapter.rank == 2
+    plain = ExperimentConfig.model_validate({"shared": {"adapter": {"targets": ["q_proj"]}}})
+    assert plain.shared.adapter.factors == "b" and plain.shared.adapter.rank == 4
+
+
+def test_a_config_survives_its_own_file(small: ExperimentConfig, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(dump_config(small))
+    assert load_config(tmp_path / "c.toml") == small
+
+
+def test_broken_toml_and_unknown_configs_are_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("rounds = = 3")
+    with pytest.raises(ConfigError, match=r"bad.toml: not valid TOML: .*line 1"):
+        load_config(tmp_path / "bad.toml")
+    with pytest.raises(ConfigError, match=r"nor one of: .*quickstart"):
+        find_config("quikstart")
+
+
+def test_a_run_that_exists_is_left_alone(finished: Path, small: ExperimentConfig, tmp_path: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match=r"--resume .* --overwrite"):
+        create(finished, small)
+    with pytest.raises(ConfigError, match="same settings"):
+        run_experiment(small.model_copy(update={"seed": 5}), finished, resuming=True)
+    with pytest.raises(RunError, match="no run to resume"):
+        run_experiment(small, tmp_path / "nothing", resuming=True)
+    (tmp_path / "mine.txt").write_text("not a run")
+    with pytest.raises(RunError, match="left alone"):
+        create(tmp_path, small, overwrite=True)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_worker_with_other_code_is_refused(small: ExperimentConfig, tmp_path: Path) -> None:
+    run = create(tmp_path / "run", small)
+    check_sources(run)
+    (run.path / "sources.sha256").write_text("0" * 64)
+    with pytest.raises(RunError, match="is not the code that started"):
+        check_sources(run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "quickstart", "model.name=nano2"], "did you mean 'nano'"),
+        (["run", "quickstart", "data.name=missing.jsonl"], "missing.jsonl"),
+        (["run", "quickstart", "data.users=100000"], "set users <="),
+        (["run", "quickstart", "personal.lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["run", "quickstart", "shared.adapter.targets=['c_attn']"], "c_attn"),
+        (["report", "nowhere"], "nowhere"),
+        (["data", "describe", "chitchta"], "did you mean 'chitchat'"),
+        (["models", "pull", "nano"], "only smollm2-135m"),
+    ],
+)
+def test_the_command_tells_a_mistake_in_words(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["florilegium", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 2
+    assert "error:" in text and message in text
