@@ -6,6 +6,7 @@ The bundled lists are the project's own, short and general; nothing of a license
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.resources import files
@@ -21,7 +22,6 @@ def words(text: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def bundled() -> Lexicons:
-    """Domain → words, from `client/lexicons.txt`."""
-    lines = files("client").joinpath("lexicons.txt").read_text(encoding="utf-8").splitlines()
-    pairs = (line.split(":", 1) for line in lines if line and not line.startswith("#"))
-    return {name.strip(): frozenset(listed.split()) for name, listed in pairs}
+    """Domain → words, from `client/lexicons.toml`."""
+    listed = tomllib.loads(files("client").joinpath("lexicons.toml").read_text(encoding="utf-8"))
+    return {name: frozenset(words.split()) for name, words in listed.items()}

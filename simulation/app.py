@@ -18,7 +18,6 @@ from client.app import FAILED, NO_DEVICE, answer, refusal
 from simulation.config import find_config, load_config
 from simulation.experiment import RUN_VARIABLE, federate
 from simulation.host import device_name, devices_of_worker, open_devices
-from simulation.report import render_report
 from simulation.runs import RunFolder, create
 from simulation.summary import write_summary
 
@@ -64,12 +63,12 @@ def adopt(message: Message, context: Context) -> Message:
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Federates over the grid that Flower passes."""
+    """Federates over the grid that Flower passes: a device for each of its nodes."""
     path = run_path(context)
     if not (path / "config.toml").exists():
-        overrides = [f"{k}={v}" for k, v in context.run_config.items() if k not in ("config", "runs")]
-        create(path, load_config(find_config(str(context.run_config["config"])), overrides))
+        nodes = len(list(grid.get_node_ids()))
+        create(path, load_config(find_config(str(context.run_config["config"])), [f"data.users={nodes}"]))
     run = RunFolder(path)
     federate(run, grid, open_devices(run))
     write_summary(run)
-    log.warning("report: %s", render_report(path))
+    log.warning("for the report: florilegium report %s", path)  # its template is not part of a Flower bundle

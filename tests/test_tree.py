@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
+import socket
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from zipfile import ZipFile
 
+import psutil
 import pytest
 
+BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "privacy": {"privacy"},
@@ -75,3 +81,39 @@ def test_every_config_says_how_it_is_launched() -> None:
         first = path.read_text(encoding="utf-8").splitlines()[0]
         assert first.startswith("# ") and ("florilegium " in first or "flwr run" in first), path
         tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_flower_bundle_is_small_and_holds_no_weights(tmp_path: Path) -> None:
+    done = subprocess.run([BIN / "flwr", "build", "--app", ROOT], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (bundle,) = tmp_path.glob("*.fab")
+    assert bundle.stat().st_size < 10 * 2**20
+    names = ZipFile(bundle).namelist()
+    assert {"simulation/app.py", "client/lexicons.toml", "configs/flwr.toml"} <= set(names)
+    assert not [name for name in names if name.endswith(".safetensors")]
+
+
+@pytest.mark.slow
+def test_flwr_run_works_from_the_repository(tmp_path: Path) -> None:
+    """Four SuperNodes of Flower's own local deployment; the weights come from the installed distribution."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", 39091)) == 0:
+            pytest.skip("a SuperLink of somebody else listens on port 39091")
+    home = {**os.environ, "HOME": str(tmp_path), "FLWR_HOME": str(tmp_path / ".flwr")}
+    home["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
+    command = [BIN / "flwr", "run", ROOT, "--federation-config", "num-supernodes=4", "--stream"]
+    try:
+        done = subprocess.run(command, cwd=tmp_path, env=home, capture_output=True, text=True, timeout=600)
+        (summary,) = (tmp_path / ".florilegium" / "runs").glob("flwr-*/summary.json")
+        assert json.loads(summary.read_text())["devices"] == 4, done.stdout
+    finally:
+        for process in psutil.process_iter(["cmdline"]):
+            if any("flower-superlink" in part for part in process.info["cmdline"] or ()) and _home(process) == tmp_path:
+                process.terminate()
+
+
+def _home(process: psutil.Process) -> Path | None:
+    try:
+        return Path(process.environ().get("HOME", ""))
+    except psutil.Error:
+        return None
