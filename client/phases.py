@@ -151,14 +151,16 @@ def learn_shared(
     charged = [replace(s, events=(*s.events, event)) if k in set(able) else s for k, s in enumerate(states)]
     rows = {k: _private_row(states[k], received, plan, site, event) for k in able}
     lessons = {k: site.lm.format.dialogues(_pool_dialogues(states[k])) for k in able}
+    tokens = dict.fromkeys(able, 0)
     for step in range(config.shared.steps_per_round):
         chosen = {k: _coins(states[k], plan, step, site) for k in able}
+        tokens = {k: n + sum(lessons[k][i].length for i in chosen[k]) for k, n in tokens.items()}
         gradients = _example_gradients(rows, lessons, chosen, site)
         for k in able:
             rows[k].step(gradients[k])
     changes = [rows[k].row - received if k in rows else None for k in range(len(states))]
     budget = [epsilon(s.events, config.privacy.delta, config.privacy.promise.adjacency) for s in charged]
-    return charged, changes, [{"epsilon": e} for e in budget]
+    return charged, changes, [{"epsilon": e, "shared_tokens": tokens.get(k, 0)} for k, e in enumerate(budget)]
 
 
 def planned_event(config: DeviceConfig) -> Event:
@@ -240,7 +242,7 @@ def learn_personal(
         {
             "personal_loss_first": x[0] if x else None,
             "personal_loss_last": x[-1] if x else None,
-            "tokens_trained": _tokens(lesson) if x else 0,
+            "personal_tokens": _tokens(lesson),
         }
         for x, lesson in zip(losses, lessons, strict=True)
     ]

@@ -10,7 +10,12 @@ import typer
 from rich.console import Console
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Federated, private, personal language models.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # they can hold what people said
+    help="Federated, private, personal language models.",
+)
 models = typer.Typer(no_args_is_help=True, help="Language models: what there is, pull one, train one.")
 data = typer.Typer(no_args_is_help=True, help="Data sets: what there is, and what is in one.")
 app.add_typer(models, name="models")
@@ -34,8 +39,12 @@ def run(
 
     settings = load_config(find_config(config), overrides or [])
     folder = runs / settings.name
-    with progress_bar(settings, console) as listener:
-        summary = run_experiment(settings, folder, resuming=resume, overwrite=overwrite, listener=listener)
+    try:
+        with progress_bar(settings, console) as listener:
+            summary = run_experiment(settings, folder, resuming=resume, overwrite=overwrite, listener=listener)
+    except KeyboardInterrupt:
+        console.print(f"stopped; what was finished is kept in {folder}: go on with --resume")
+        raise typer.Exit(130) from None
     console.print(render_summary(summary))
     console.print(f"report: {folder / 'report.html'}")
 
@@ -112,9 +121,6 @@ def main() -> None:
     """Runs the command; a user's mistake is told in words, not in a traceback."""
     try:
         app()
-    except KeyboardInterrupt:
-        console.print("stopped; what was finished is kept: go on with --resume")
-        raise SystemExit(130) from None
     except (ValueError, RuntimeError) as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         raise SystemExit(2) from None

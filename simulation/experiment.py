@@ -34,6 +34,7 @@ def run_experiment(
     listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report."""
+    folder = folder.resolve()  # an engine may change the working directory
     run = resume(folder, config) if resuming else create(folder, config, overwrite=overwrite)
     try:
         ENGINES[config.engine](run, listener)
@@ -57,7 +58,7 @@ def _on_flower(run: RunFolder, listener: Listener | None) -> None:
     from simulation.app import client_app, server_app
 
     here = Path.cwd()
-    os.environ[RUN_VARIABLE] = str(run.path.resolve())
+    os.environ[RUN_VARIABLE] = str(run.path)
     os.chdir(run.path)  # Ray puts the working directory first on its workers' path: no foreign client.py may be there
     try:
         run_simulation(

@@ -109,11 +109,12 @@ class Session:
                 self.run.record("comparison", metric=metric, better=better, than=than, **found)
 
     def close(self, *, interrupted: bool) -> None:
+        rounds = [e for e in self.run.events() if e["event"] == "device_round"]
         self.run.record(
             "end",
             wall_s=round(time.perf_counter() - self.began, 2),
             peak_rss_bytes=peak_rss_bytes(),
-            tokens_trained=sum(e.get("tokens_trained", 0) for e in self.run.events()),
+            tokens_trained=sum(e["tokens_trained"] for e in rounds),
             interrupted=interrupted,
         )
 
@@ -126,7 +127,8 @@ class Session:
             notes = self.run.notes(device, round_number)
             for phase, spent in notes.pop("seconds").items():
                 seconds[phase] = seconds.get(phase, 0.0) + spent
-            self.run.record("device_round", round=round_number, device=device, **notes)
+            tokens = notes.pop("shared_tokens", 0) + notes.pop("personal_tokens", 0)
+            self.run.record("device_round", round=round_number, device=device, tokens_trained=tokens, **notes)
         return seconds
 
     def _round_event(self, round_number: int, shared: torch.Tensor, seconds: Mapping[str, float]) -> None:

@@ -53,7 +53,7 @@ def summarize(events: Iterable[Event]) -> Summary:
         "acceptance_rate": sum(e["accepted"] for e in devices) / max(1, sum(e["arrived"] for e in devices)),
         "synthetic_kept": sum(e["synthetic_kept"] for e in devices),
         "synthetic_rejected": sum(e["synthetic_rejected"] for e in devices),
-        "prompts_truncated": sum(e["truncated"] for e in devices),
+        "truncated": sum(e["truncated"] for e in devices),
         "epsilon": max(_last_of_devices(devices, "epsilon").values()),
         "delta": start["privacy"]["delta"],
         "noise_multiplier": start["privacy"]["noise_multiplier"],
@@ -116,7 +116,8 @@ def render_summary(summary: Summary) -> RenderableType:
         f"ε = {summary['epsilon']:.2f} at δ = {summary['delta']:g}",
         f"signal to noise of the mean release, by round: {ratios}",
         f"{summary['upload_bytes_per_release']:,} bytes left a device per release; "
-        f"{summary['annotations_per_device']:.1f} annotations a device",
+        f"{summary['annotations_per_device']:.1f} annotations a device; "
+        f"{summary['truncated']:,} texts were cut to the model's limits",
         f"{summary['hardware']}: {summary['wall_s']:.0f} s, {summary['peak_rss_bytes'] / 1e9:.2f} GB, "
         f"{summary['tokens_trained']:,} tokens trained",
     ]

@@ -7,12 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from client.dialogue import Dialogue
 from client.lm.adapter import AdapterConfig
 from client.lm.generate import SamplingConfig
 from client.lm.hub import nano_folder
+from client.lm.layers import UnsupportedModelError, adapt
 from client.lm.model import LanguageModel, Lesson, schedule
 from client.lm.optimizer import Moments, adamw_
 from client.lm.peft_format import read_peft, write_peft
@@ -112,3 +125,58 @@ def test_stacked_adamw_is_torchs_on_each_row() -> None:
             optimizers[k].step()
         adamw_(rows, gradient, moments, torch.tensor(moving), rate, 0.1)
     torch.testing.assert_close(rows, torch.stack([p.detach() for p in expected]), atol=1e-6, rtol=1e-5)
+
+
+# -- families of models -------------------------------------------------------------------------------------------
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
+    "llama": (LlamaConfig, {"num_key_value_heads": 2}),
+    "qwen2": (Qwen2Config, {"num_key_value_heads": 2}),
+    "qwen3": (Qwen3Config, {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma2": (Gemma2Config, {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma3": (Gemma3TextConfig, {"num_key_value_heads": 2, "head_dim": 8}),
+    "gpt-neox": (GPTNeoXConfig, {}),
+    "mistral": (MistralConfig, {"num_key_value_heads": 2}),
+    "phi3": (Phi3Config, {"num_key_value_heads": 2}),
+}
+
+
+def tiny(lm: LanguageModel, config: PretrainedConfig) -> LanguageModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return LanguageModel(model, lm.tokenizer, lm.config.model_copy(update={"name": "tiny"}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_of_models_learns_as_plain_peft_reads_it(lm: LanguageModel, family: str, tmp_path: Path) -> None:
+    kind, more = FAMILIES[family]
+    other = tiny(
+        lm, kind(vocab_size=len(lm.tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, **SIZES, **more)
+    )
+    layout = other.layout(AdapterConfig(rank=2, alpha=4))
+    lesson = Lesson(other.format.dialogues(TALKS), [[0, 1, 2], [3, 4, 5]])
+    start = other.adapters(layout, layout.start(0))
+    trained, _, losses = other.finetune(start, [], [lesson], [[1e-2, 1e-2]])
+    write_peft(tmp_path, layout, trained.rows[0], "tiny")
+    ids = torch.tensor([[1, 9, 8, 7]])
+    with torch.inference_mode(), other.active([trained], torch.zeros(1, dtype=torch.long)):
+        ours = other.model(ids).logits
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(other.model.config, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        theirs = PeftModel.from_pretrained(plain, str(tmp_path))(ids).logits
+        bare = other.model(ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (ours - bare).abs().max() > 1e-4 and len(losses[0]) == 2
+
+
+def test_a_family_without_linear_projections_is_refused_with_what_was_found(lm: LanguageModel) -> None:
+    config = GPT2Config(vocab_size=len(lm.tokenizer), n_embd=32, n_layer=1, n_head=2)
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel .*c_attn \(Conv1D\)"):
+        tiny(lm, config)
+
+
+def test_an_attached_head_is_not_adapted(lm: LanguageModel) -> None:
+    with pytest.raises(UnsupportedModelError, match="outside the head"):
+        adapt(AutoModelForCausalLM.from_pretrained(str(nano_folder())), ["lm_head"])

@@ -149,6 +149,19 @@ def test_a_killed_process_resumes(finished: Path, tmp_path: Path) -> None:
     assert_same_adapters(finished, tmp_path / "runs" / "small")
 
 
+def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
+    command = [Path(sys.executable).parent / "florilegium", "run", "quickstart", *SMALL, "name=small"]
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "runs" / "small" / "server" / "00000.safetensors"
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    said, _ = run.communicate(timeout=120)
+    assert run.returncode == 130 and "go on with --resume" in " ".join(said.split())
+    assert "<html" in (tmp_path / "runs" / "small" / "report.html").read_text()
+
+
 def test_cohorts_of_one_give_the_same_run(finished: Path, tmp_path: Path) -> None:
     config = RunFolder(finished).config.model_copy(update={"cohort_size": 1})
     run_experiment(config, tmp_path / "run")

@@ -74,7 +74,6 @@ class LanguageModel:
         self.format = ChatFormat(tokenizer, config.limits)
         self.tokenizer = tokenizer
         self.pad_id = int(tokenizer.pad_token_id)
-        self.tokens_trained = 0
 
     @classmethod
     def load(cls, config: ModelConfig) -> LanguageModel:
@@ -144,7 +143,7 @@ class LanguageModel:
         """A reply to each prompt; row i draws from `seeds[i]` alone. Greedy at temperature 0."""
         examples = self.format.prompts(prompts)
         replies: dict[int, str] = {}
-        for group in by_length(examples, self.config.max_batch_tokens):
+        for group in by_length(examples, 4 * self.config.max_batch_tokens):  # no activations are kept
             rows = torch.tensor([slots[i] for i in group], device=self.device)
             with self.active(adapters, rows):
                 ids = decode(
@@ -181,7 +180,6 @@ class LanguageModel:
             with torch.enable_grad(), self.active([*frozen, Adapters(trained.layout, rows)], torch.arange(len(group))):
                 losses = self._row_sums(batch)
                 (gradient,) = torch.autograd.grad((losses * weight).sum(), rows)
-            self.tokens_trained += int(batch.mask.sum())
             yield group, gradient, losses.detach()
 
     def finetune(
@@ -229,7 +227,6 @@ class LanguageModel:
                 losses = self._row_sums(batch) / tokens[chosen]
                 gradient += torch.autograd.grad(losses.sum(), rows)[0]
             value.index_add_(0, chosen, losses.detach())
-            self.tokens_trained += int(batch.mask.sum())
         return gradient, value
 
     # -- forward ------------------------------------------------------------------------------------------------
