@@ -10,12 +10,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from privacy.plan import RoundPlan
 from privacy.release import PROTOCOL, Release, ReleaseRefusedError, Schema
 
-HELLO, TRAIN, ADOPT = "query", "train", "evaluate"  # Flower's message types
 FAILED, NO_BUDGET, BAD_MESSAGE, NO_DEVICE = "failed", "no-budget", "bad-message", "no-device"
 
 
@@ -33,13 +32,13 @@ class Devices(Protocol):
 def answer(messages: Sequence[Message], names: Sequence[str], devices: Devices) -> list[Message]:
     """Replies to messages of one type to the devices `names`, in their order."""
     kind = messages[0].metadata.message_type
-    if kind == HELLO:
+    if kind == MessageType.QUERY:
         return [_reply(m, ConfigRecord({"device": name})) for m, name in zip(messages, names, strict=True)]
     try:
         plan, received = read_plan(messages[0], devices.schema)
-    except (KeyError, ReleaseRefusedError):
+    except (KeyError, ValueError, ReleaseRefusedError):
         return [refusal(m, BAD_MESSAGE) for m in messages]
-    if kind == ADOPT:
+    if kind == MessageType.EVALUATE:
         devices.adopt(names, received, plan)
         return [_reply(m, ConfigRecord({"adopted": plan.version})) for m in messages]
     releases = devices.contribute(names, received, plan)

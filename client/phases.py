@@ -229,7 +229,7 @@ def learn_personal(
     lessons = [_lesson(state, plan, site) for state in states]
     start = [_start(state, site) for state in states]
     rates = [[config.learning_rate * (1 - s / len(x.batches)) for s in range(len(x.batches))] for x in lessons]
-    trained, _, losses = lm.finetune(
+    trained, losses = lm.finetune(
         lm.adapters(site.personal_layout, torch.stack(start)),
         [lm.adapters(site.shared_layout, received)],
         lessons,

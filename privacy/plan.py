@@ -11,4 +11,3 @@ class RoundPlan:
 
     round: int
     version: int
-    last: bool = False

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -56,7 +56,7 @@ class FedAvgReleases(Strategy):
         """Learns which device is behind each node; node ids are random, names are not."""
         if self.nodes:
             return
-        asked = [_message(ArrayRecord(), ConfigRecord(), node, "query") for node in grid.get_node_ids()]
+        asked = [_message(ArrayRecord(), ConfigRecord(), node, MessageType.QUERY) for node in grid.get_node_ids()]
         for reply in grid.send_and_receive(asked, timeout=self.config.reply_timeout_s):
             if not reply.has_error() and "device" in (header := reply.content.config_records["header"]):
                 self.nodes[str(header["device"])] = reply.metadata.src_node_id
@@ -74,12 +74,12 @@ class FedAvgReleases(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         self.arrays = arrays
-        return self._messages(server_round, server_round - 1, arrays, "train")
+        return self._messages(server_round, server_round - 1, arrays, MessageType.TRAIN)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        return self._messages(server_round, server_round, arrays, "evaluate")
+        return self._messages(server_round, server_round, arrays, MessageType.EVALUATE)
 
     def _messages(self, server_round: int, version: int, arrays: ArrayRecord, kind: str) -> list[Message]:
         plan = ConfigRecord({"round": server_round, "version": version})

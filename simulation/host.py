@@ -38,10 +38,6 @@ class SimulatedDevices:
     def schema(self) -> Schema:
         return self.site.schema
 
-    @property
-    def config_rounds(self) -> int:
-        return self.site.config.rounds
-
     def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
         """Everything before the aggregation; the states are stored before a release is handed out."""
         releases: list[Release | None] = []
@@ -69,10 +65,10 @@ class SimulatedDevices:
 
     def _until(self, name: str, round_number: int) -> int:
         """How much of its stream a device has met by a round: equal parts over the run."""
-        return round(len(self.users[name].stream) * round_number / self.config_rounds)
+        return round(len(self.users[name].stream) * round_number / self.site.config.rounds)
 
     def _cohorts(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
-        size = getattr(self.site.config, "cohort_size", len(names))
+        size = self.run.config.cohort_size
         return (names[i : i + size] for i in range(0, len(names), size))
 
     def _keep(self, states: States, at: str, pages: list[Observation]) -> None:

@@ -125,6 +125,8 @@ class Session:
         seconds: dict[str, float] = {}
         for device in self.strategy.sampled(round_number):
             notes = self.run.notes(device, round_number)
+            if not notes["seconds"]:
+                continue  # the device failed: the strategy counts it
             for phase, spent in notes.pop("seconds").items():
                 seconds[phase] = seconds.get(phase, 0.0) + spent
             tokens = notes.pop("shared_tokens", 0) + notes.pop("personal_tokens", 0)

@@ -92,7 +92,7 @@ def _mean_lengths(results: list[Event]) -> dict[str, float]:
 
 def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Tensor) -> None:
     """`adapters/shared` and `adapters/personal/<device>`, as plain `peft` reads them."""
-    site, last = devices.site, devices.config_rounds
+    site, last = devices.site, devices.site.config.rounds
     write_peft(run.path / "adapters" / "shared", site.shared_layout, shared, site.lm.name)
     for name in devices.users:
         row = devices.state(name, last).personal

@@ -49,9 +49,9 @@ def test_a_device_learns_the_same_alone_and_in_a_cohort(lm: LanguageModel, facto
     rows = torch.stack([layout.start(k) for k in range(5)])
     work = lessons(lm, 5)
     rates = [[3e-4] * len(x.batches) for x in work]
-    together, _, losses = lm.finetune(lm.adapters(layout, rows), [], work, rates)
+    together, losses = lm.finetune(lm.adapters(layout, rows), [], work, rates)
     for k in range(5):
-        alone, _, own = lm.finetune(lm.adapters(layout, rows[k]), [], [work[k]], [rates[k]])
+        alone, own = lm.finetune(lm.adapters(layout, rows[k]), [], [work[k]], [rates[k]])
         torch.testing.assert_close(together.rows[k], alone.rows[0], atol=1e-5, rtol=0)
         assert losses[k] == pytest.approx(own[0], abs=1e-5)
         assert (alone.rows[0] - rows[k]).abs().max() > 1e-4  # it did move
@@ -157,7 +157,7 @@ def test_a_family_of_models_learns_as_plain_peft_reads_it(lm: LanguageModel, fam
     layout = other.layout(AdapterConfig(rank=2, alpha=4))
     lesson = Lesson(other.format.dialogues(TALKS), [[0, 1, 2], [3, 4, 5]])
     start = other.adapters(layout, layout.start(0))
-    trained, _, losses = other.finetune(start, [], [lesson], [[1e-2, 1e-2]])
+    trained, losses = other.finetune(start, [], [lesson], [[1e-2, 1e-2]])
     write_peft(tmp_path, layout, trained.rows[0], "tiny")
     ids = torch.tensor([[1, 9, 8, 7]])
     with torch.inference_mode(), other.active([trained], torch.zeros(1, dtype=torch.long)):

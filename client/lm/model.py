@@ -189,14 +189,13 @@ class LanguageModel:
         lessons: Sequence[Lesson],
         rates: Sequence[Sequence[float]],
         weight_decay: float = 0.0,
-        moments: Moments | None = None,
-    ) -> tuple[Adapters, Moments, list[list[float]]]:
-        """Trains the row of each device on its lesson; new rows, optimizer state, loss per token of every step.
+    ) -> tuple[Adapters, list[list[float]]]:
+        """Trains the row of each device on its lesson; the new rows, and the loss per token of every step.
 
         Device k does step s on `lessons[k].batches[s]` at rate `rates[k][s]`; devices with fewer steps rest.
         """
         rows = trained.rows.clone()
-        moments = moments or Moments.zeros(rows)
+        moments = Moments.zeros(rows)
         losses: list[list[float]] = [[] for _ in lessons]
         for step in range(max((len(x.batches) for x in lessons), default=0)):
             moving = [k for k, lesson in enumerate(lessons) if step < len(lesson.batches)]
@@ -205,7 +204,7 @@ class LanguageModel:
             adamw_(rows, gradient, moments, torch.tensor(moving, device=self.device), rate, weight_decay)
             for k in moving:
                 losses[k].append(float(loss[k]))
-        return Adapters(trained.layout, rows), moments, losses
+        return Adapters(trained.layout, rows), losses
 
     def _step_gradient(
         self,
