@@ -103,7 +103,10 @@ class LanguageModel:
 
     def active(self, adapters: Sequence[Adapters], slots: torch.Tensor) -> AbstractContextManager[None]:
         """The adapters of the devices `slots` (R,) switched on for one batch of R rows."""
-        return layers.active(self.modules, [a.pick(slots) for a in adapters], self.dtype)
+        return self._switched_on([a.pick(slots) for a in adapters])
+
+    def _switched_on(self, of_rows: Sequence[Adapters]) -> AbstractContextManager[None]:
+        return layers.active(self.modules, of_rows, self.dtype)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -177,7 +180,8 @@ class LanguageModel:
         for group, batch, chosen in self._groups(examples, slots):
             rows = trained.rows[chosen].detach().requires_grad_(True)  # (R, P)
             weight = torch.tensor([weights[i] for i in group], device=self.device)
-            with torch.enable_grad(), self.active([*frozen, Adapters(trained.layout, rows)], torch.arange(len(group))):
+            others = [a.pick(chosen) for a in frozen]
+            with torch.enable_grad(), self._switched_on([*others, Adapters(trained.layout, rows)]):
                 losses = self._row_sums(batch)
                 (gradient,) = torch.autograd.grad((losses * weight).sum(), rows)
             yield group, gradient, losses.detach()
@@ -217,8 +221,9 @@ class LanguageModel:
         """Gradient (K, P) and value (K,) of each device's mean loss over the tokens of its own batch."""
         pairs = [(k, lessons[k].examples[i]) for k in moving for i in lessons[k].batches[step]]
         slots, examples = [k for k, _ in pairs], [e for _, e in pairs]
-        tokens = torch.zeros(len(lessons), device=self.device)
+        tokens = torch.zeros(len(lessons))
         tokens.index_add_(0, torch.tensor(slots), torch.tensor([float(len(e.reply)) for e in examples]))
+        tokens = tokens.to(self.device)
         gradient, value = torch.zeros_like(trained.rows), torch.zeros(len(lessons), device=self.device)
         for _, batch, chosen in self._groups(examples, slots):
             rows = trained.rows.detach().requires_grad_(True)  # (K, P)
