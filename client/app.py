@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 from privacy.plan import RoundPlan
 from privacy.release import PROTOCOL, Release, ReleaseRefusedError, Schema
 
-FAILED, NO_BUDGET, BAD_MESSAGE, NO_DEVICE = "failed", "no-budget", "bad-message", "no-device"
+FAILED, NO_RELEASE, BAD_MESSAGE, NO_DEVICE = "failed", "no-release", "bad-message", "no-device"
 
 
 class Devices(Protocol):
@@ -55,7 +55,7 @@ def read_plan(message: Message, schema: Schema) -> tuple[RoundPlan, torch.Tensor
 
 def _release_reply(message: Message, release: Release | None) -> Message:
     if release is None:
-        return refusal(message, NO_BUDGET)
+        return refusal(message, NO_RELEASE)
     header = ConfigRecord({"protocol": PROTOCOL, "version": release.version})
     arrays = ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in release.arrays.items()})
     return Message(RecordDict({"header": header, "arrays": arrays}), reply_to=message)

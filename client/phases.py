@@ -1,7 +1,7 @@
 """A round as phases over a cohort: each takes states and returns new ones with what was observed.
 
-    stream → observe → annotate → synthesize → learn_shared → release        (then the server aggregates)
-                                                              learn_personal (on the new shared adapter)
+    stream → observe → annotate → learn_shared → release             (then the server aggregates)
+                       synthesize → learn_personal                   (on the new shared adapter)
 
 The control flow of a device is plain Python; whatever touches the language model is one call for all devices.
 A device that is deployed is a cohort of one. Every phase is a function of its arguments: repeated, it gives the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,10 @@ from client.lm.model import LanguageModel, Lesson, schedule
 from client.state import DeviceState
 from client.synthesize import synthesize as write_similar
 from privacy.accounting import Event, calibrate, epsilon
-from privacy.dpsgd import PrivateRow, noise_generator
+from privacy.dpsgd import PrivateRow
 from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
-from privacy.seeds import derive_seed
+from privacy.seeds import derive_key, derive_seed, fresh_secret
 
 States = list[DeviceState]
 Observation = dict[str, Any]  # what a simulation notes about a device; never sent
@@ -66,7 +67,9 @@ class Site:
 
     def new_state(self, device: str) -> DeviceState:
         personal = self.personal_layout.start(derive_seed(self.seed, device, "personal"))
-        return DeviceState.new(device, self.config, personal)
+        from_os = self.config.privacy.secret == "os"
+        secret = fresh_secret() if from_os else derive_key(self.seed, device, "secret")
+        return DeviceState.new(device, self.config, personal, secret)
 
 
 def release_schema(layout: AdapterLayout) -> Schema:
@@ -91,7 +94,7 @@ def observe(
         for dialogue in dialogues:
             feature = next(features)
             buffer, taken = buffer.offer(candidate(dialogue, feature, bundled()), rng)
-            pool = pool.offer(dialogue.id, dialogue.prompt, derive_seed(site.seed, state.id))
+            pool = pool.offer(dialogue.id, dialogue.prompt, state.secret)
             accepted, truncated = accepted + taken, truncated + feature.truncated
         after.append(replace(state, buffer=buffer, pool=pool, arrived=state.arrived + len(dialogues)))
         notes.append({"arrived": len(dialogues), "accepted": accepted, "buffered": len(buffer), "truncated": truncated})
@@ -144,11 +147,15 @@ def learn_shared(
 ) -> tuple[States, list[torch.Tensor | None], list[Observation]]:
     """DP-SGD of each device's copy of the shared adapter (P,) on its own pool, every other adapter off.
 
-    Returns the change (P,) of each device, None for one whose budget does not allow these steps.
+    Returns the change (P,) of each device, None for one whose budget does not allow these steps or that has
+    already answered in this round or a later one.
     """
     config, event = site.config, planned_event(site.config)
-    able = [k for k, s in enumerate(states) if _affordable(s, event, config)]
-    charged = [replace(s, events=(*s.events, event)) if k in set(able) else s for k, s in enumerate(states)]
+    able = [k for k, s in enumerate(states) if plan.round > s.answered[0] and _affordable(s, event, config)]
+    charged = list(states)
+    for k in able:
+        answered = (plan.round, fingerprint(received))
+        charged[k] = replace(states[k], events=(*states[k].events, event), answered=answered)
     rows = {k: _private_row(states[k], received, plan, site, event) for k in able}
     lessons = {k: site.lm.format.dialogues(_pool_dialogues(states[k])) for k in able}
     tokens = dict.fromkeys(able, 0)
@@ -161,6 +168,11 @@ def learn_shared(
     changes = [rows[k].row - received if k in rows else None for k in range(len(states))]
     budget = [epsilon(s.events, config.privacy.delta, config.privacy.promise.adjacency) for s in charged]
     return charged, changes, [{"epsilon": e, "shared_tokens": tokens.get(k, 0)} for k, e in enumerate(budget)]
+
+
+def fingerprint(received: torch.Tensor) -> str:
+    """SHA-256 of a shared adapter (P,): whether a server asks the same again."""
+    return sha256(received.numpy().tobytes()).hexdigest()
 
 
 def planned_event(config: DeviceConfig) -> Event:
@@ -183,7 +195,7 @@ def _private_row(state: DeviceState, received: torch.Tensor, plan: RoundPlan, si
         clip_norm_l2=site.config.privacy.clip_norm_l2,
         noise_multiplier=event.noise_multiplier,
         expected_batch=shared.sampling_rate * shared.pool_capacity,
-        generator=noise_generator(derive_seed(site.seed, state.id, plan.round, "noise")),
+        key=derive_key(state.secret, plan.round, "noise"),
     )
 
 
@@ -192,7 +204,7 @@ def _pool_dialogues(state: DeviceState) -> list[Dialogue]:
 
 
 def _coins(state: DeviceState, plan: RoundPlan, step: int, site: Site) -> list[int]:
-    return state.pool.sample(site.config.shared.sampling_rate, derive_seed(site.seed, state.id, plan.round, step))
+    return state.pool.sample(site.config.shared.sampling_rate, derive_key(state.secret, plan.round, "coins", step))
 
 
 def _example_gradients(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from privacy.seeds import derive_seed
+from privacy.seeds import derive_key
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,18 @@ class Pool:
     slots: tuple[tuple[str, str], ...] = ()  # (id, prompt)
     seen: int = 0
 
-    def offer(self, identity: str, prompt: str, seed: int) -> Pool:
+    def offer(self, identity: str, prompt: str, secret: int) -> Pool:
         """After n offers each of them is in the pool with probability min(1, capacity / n)."""
         seen = self.seen + 1
         if len(self.slots) < self.capacity:
             return replace(self, slots=(*self.slots, (identity, prompt)), seen=seen)
-        slot = int(np.random.Generator(np.random.Philox(key=derive_seed(seed, "pool", seen))).integers(seen))
+        slot = int(np.random.Generator(np.random.Philox(key=derive_key(secret, "pool", seen))).integers(seen))
         if slot >= self.capacity:
             return replace(self, seen=seen)
         slots = (*self.slots[:slot], (identity, prompt), *self.slots[slot + 1 :])
         return replace(self, slots=slots, seen=seen)
 
-    def sample(self, rate: float, seed: int) -> list[int]:
+    def sample(self, rate: float, key: int) -> list[int]:
         """A Poisson sample: each slot with probability `rate`, by a coin of its own; empty slots too have one."""
-        coins = np.random.Generator(np.random.Philox(key=seed)).random(self.capacity)
+        coins = np.random.Generator(np.random.Philox(key=key)).random(self.capacity)
         return [i for i in range(len(self.slots)) if coins[i] < rate]

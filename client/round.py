@@ -27,14 +27,15 @@ from privacy.release import Release
 def contribute(
     states: States, arrived: Sequence[Sequence[Dialogue]], received: torch.Tensor, plan: RoundPlan, site: Site
 ) -> tuple[States, list[Release | None], list[Observation]]:
-    """Selects, asks, synthesizes, trains the shared adapter (P,) and releases its noised change."""
+    """Selects, asks, trains the shared adapter (P,) and releases its noised change.
+
+    What only the personal adapter needs comes after the aggregation: it must not delay or spoil a release.
+    """
     diary = Diary(len(states), site.listener)
     with diary.phase("observe") as seen:
         states, seen[:] = observe(states, arrived, plan, site)
     with diary.phase("annotate") as asked:
         states, asked[:] = annotate(states, site)
-    with diary.phase("synthesize") as written:
-        states, written[:] = synthesize(states, plan, site)
     with diary.phase("learn_shared") as spent:
         states, changes, spent[:] = learn_shared(states, received, plan, site)
     with diary.phase("release") as sent:
@@ -44,8 +45,10 @@ def contribute(
 
 
 def adopt(states: States, received: torch.Tensor, plan: RoundPlan, site: Site) -> tuple[States, list[Observation]]:
-    """Takes the aggregated shared adapter (P,) and trains the personal one on top of it."""
+    """Takes the aggregated shared adapter (P,), synthesizes, and trains the personal adapter on top of it."""
     diary = Diary(len(states), site.listener)
+    with diary.phase("synthesize") as written:
+        states, written[:] = synthesize(states, plan, site)
     with diary.phase("learn_personal") as learned:
         states, learned[:] = learn_personal(states, received, plan, site)
     return states, diary.pages

@@ -33,16 +33,18 @@ class DeviceState:
     buffer: Buffer
     pool: Pool
     personal: torch.Tensor  # (P,) float32 on the CPU
+    secret: int  # 128 bits, from which noise and coins are drawn; never leaves
     arrived: int = 0  # dialogues taken from the stream
     replies: dict[str, str] = field(default_factory=dict)  # dialogue id → the user's annotation
     annotations: int = 0  # times the user was asked
     synthetic: dict[str, tuple[str, ...]] = field(default_factory=dict)  # dialogue id → prompts made from it
     events: tuple[Event, ...] = ()  # what was spent
+    answered: tuple[int, str] = (0, "")  # the last round that was trained for, and a hash of what was received in it
 
     @classmethod
-    def new(cls, identity: str, config: DeviceConfig, personal: torch.Tensor) -> DeviceState:
+    def new(cls, identity: str, config: DeviceConfig, personal: torch.Tensor, secret: int) -> DeviceState:
         buffer = Buffer(config.selection.bins, config.selection.policy)
-        return cls(identity, buffer, Pool(config.shared.pool_capacity), personal)
+        return cls(identity, buffer, Pool(config.shared.pool_capacity), personal, secret)
 
 
 class DeviceStore:
@@ -76,15 +78,16 @@ class DeviceStore:
             embeddings = stored.get_tensor("embeddings") if facts["buffer"]["bins"] else ()
         return _state(facts, personal, embeddings)
 
-    def latest(self, device: str, until: str) -> str | None:
-        """The last stage of a device that does not sort after `until`."""
+    def latest(self, device: str, until: str = "~") -> str | None:
+        """The last stage of a device that does not sort after `until`; without it, of all."""
         stages = sorted(path.stem for path in (self.folder / device).glob("*.safetensors"))
         return next((s for s in reversed(stages) if s <= until), None)
 
-    def forget(self, device: str, before: str) -> None:
-        """Removes the device's files of stages that sort before `before`."""
+    def forget(self, device: str, until: str) -> None:
+        """Removes the device's files except the newest that does not sort after `until`, and later ones."""
+        newest = self.latest(device, until)
         for path in (self.folder / device).glob("*.safetensors"):
-            if path.stem < before:
+            if newest and path.stem < newest:
                 path.unlink()
 
 
@@ -97,7 +100,9 @@ def _facts(state: DeviceState) -> dict[str, Any]:
     bins = [{k: v for k, v in asdict(b).items() if k != "embedding"} for b in _without_tensors(state)]
     return {
         "id": state.id,
+        "secret": state.secret,
         "arrived": state.arrived,
+        "answered": state.answered,
         "replies": state.replies,
         "annotations": state.annotations,
         "synthetic": state.synthetic,
@@ -120,7 +125,9 @@ def _state(facts: dict[str, Any], personal: torch.Tensor, embeddings: Iterable[t
         buffer=Buffer(stored["capacity"], stored["policy"], bins),
         pool=Pool(pool["capacity"], tuple((i, p) for i, p in pool["slots"]), pool["seen"]),
         personal=personal,
+        secret=facts["secret"],
         arrived=facts["arrived"],
+        answered=(facts["answered"][0], facts["answered"][1]),
         replies=facts["replies"],
         annotations=facts["annotations"],
         synthetic={k: tuple(v) for k, v in facts["synthetic"].items()},

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 class Config(BaseModel):
     """A frozen group of settings. Each field documents itself by its name, its type and its bounds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

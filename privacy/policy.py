@@ -28,10 +28,10 @@ class Promise:
 
 PROMISES: dict[Mode, Promise] = {
     "example-local": Promise(
-        unit="one dialogue",
+        unit="one dialogue (a prompt and its reply)",
         adjacency="replace-one",
         trust="the server is not trusted: noise is added on the device",
-        not_covered="facts repeated over many dialogues; that and when a device takes part",
+        not_covered="what spans many dialogues; that, when and how fast a device answers",
     ),
     "none": Promise(
         unit="none",
@@ -49,6 +49,10 @@ class PrivacyConfig(Config):
     epsilon: float = Field(8.0, gt=0, description="for the whole run, at `delta`")
     delta: float = Field(1e-5, gt=0, lt=1)
     clip_norm_l2: float = Field(1.0, gt=0, description="bound on the gradient of one dialogue")
+    secret: Literal["seed", "os"] = Field(
+        "seed",
+        description="where a device's secret, for noise and coins, comes from; seed: repeatable, simulation only",
+    )
 
     @property
     def promise(self) -> Promise:

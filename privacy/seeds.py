@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import secrets
 from hashlib import blake2b
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """A number below 2⁶³ from the experiment's seed and a purpose, such as device, round and phase."""
-    text = "\x1f".join(str(part) for part in (seed, *purpose))
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    """A number below 2⁶³ from a seed and a purpose, such as device, round and phase."""
+    return int.from_bytes(_digest(8, seed, *purpose), "big") >> 1
+
+
+def derive_key(secret: int, *purpose: str | int) -> int:
+    """A number below 2¹²⁸: a key for what must not be guessed, such as noise."""
+    return int.from_bytes(_digest(16, secret, *purpose), "big")
+
+
+def fresh_secret() -> int:
+    """128 bits from the operating system."""
+    return secrets.randbits(128)
+
+
+def _digest(size: int, *parts: str | int) -> bytes:
+    return blake2b("\x1f".join(map(str, parts)).encode(), digest_size=size).digest()

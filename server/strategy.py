@@ -99,7 +99,7 @@ class FedAvgReleases(Strategy):
                 facts.refused[problem] = facts.refused.get(problem, 0) + 1
         facts.releases = mean.count
         if not mean.count:
-            if not set(facts.refused) <= {"no-budget"}:
+            if not set(facts.refused) <= {"no-release"}:
                 raise NoReleaseError(f"round {server_round}: no device sent a release: {facts.refused}")
             return None, None
         change = mean.mean()

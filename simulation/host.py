@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from client.lm.model import LanguageModel
-from client.phases import Observation, Site, States
+from client.phases import Observation, Site, States, fingerprint
 from client.round import adopt, contribute
 from client.state import DeviceState, stage
 from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
 from simulation.data.population import User, load_population
-from simulation.runs import RunFolder, check_sources
+from simulation.runs import RunError, RunFolder, check_sources
 
 CONTRIBUTED = "a-contributed"
 
@@ -39,15 +39,32 @@ class SimulatedDevices:
         return self.site.schema
 
     def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
-        """Everything before the aggregation; the states are stored before a release is handed out."""
-        releases: list[Release | None] = []
+        """Everything before the aggregation; the states are stored before a release is handed out.
+
+        None for a device that does not release: its budget is spent, or this round is over for it.
+        """
+        releases: dict[str, Release | None] = {}
         for cohort in self._cohorts(names):
-            states = [self.state(name, plan.round - 1) for name in cohort]
+            states = [s for s in (self._before(name, received, plan) for name in cohort) if s]
+            if not states:
+                continue
             arrived = [self.users[s.id].stream[s.arrived : self._until(s.id, plan.round)] for s in states]
             states, sent, pages = contribute(states, arrived, received, plan, self.site)
             self._keep(states, stage(plan.round, CONTRIBUTED), pages)
-            releases += sent
-        return releases
+            releases |= {s.id: r for s, r in zip(states, sent, strict=True)}
+        return [releases.get(name) for name in names]
+
+    def _before(self, name: str, received: torch.Tensor, plan: RoundPlan) -> DeviceState | None:
+        """A device as it enters a round. One that is asked again for the same gives the same, for something else
+        nothing: with the same noise on another adapter a server could take the noise off."""
+        last = self.state(name)
+        if not 1 <= plan.round <= self.site.config.rounds:
+            return None
+        if plan.round > last.answered[0]:
+            return last
+        if last.answered != (plan.round, fingerprint(received)):
+            return None
+        return replace(self.state(name, plan.round - 1), secret=last.secret)
 
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
         """Personal learning on the aggregated adapter; ends the round for these devices."""
@@ -56,11 +73,15 @@ class SimulatedDevices:
             states, pages = adopt(states, received, plan, self.site)
             self._keep(states, stage(plan.round), pages)
             for name in cohort:
-                self.run.devices.forget(name, before=stage(plan.round - 1))
+                self.run.devices.forget(name, until=stage(plan.round - 1))
 
-    def state(self, name: str, round_number: int) -> DeviceState:
-        """A device as it was at the end of a round, or of the last one before that it took part in."""
-        found = self.run.devices.latest(name, stage(round_number))
+    def state(self, name: str, round_number: int | None = None) -> DeviceState:
+        """A device as it is, or as it was at the end of a round or of the last one before that it took part in."""
+        found = (
+            self.run.devices.latest(name)
+            if round_number is None
+            else self.run.devices.latest(name, stage(round_number))
+        )
         return self.run.devices.load(name, found) if found else self.site.new_state(name)
 
     def _until(self, name: str, round_number: int) -> int:
@@ -82,6 +103,9 @@ def open_devices(run: RunFolder, listener: Callable[[str], None] | None = None) 
     config = run.config
     users = {device_name(i): user for i, user in enumerate(load_population(config.data, config.seed))}
     recorded = {name: {d.id: d.response for d in user.stream} for name, user in users.items()}
+    for name, user in users.items():
+        if len(recorded[name]) < len(user.stream):
+            raise RunError(f"user {user.id} of {config.data.name} has two replies with the same id")
     lm = LanguageModel.load(config.model)
     site = Site.of(lm, config, config.seed, lambda device, dialogue: recorded[device][dialogue], listener)
     return SimulatedDevices(run, site, users)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 
 from simulation.config import ExperimentConfig
 
-OF_COHORT = ("observe", "annotate", "synthesize", "learn_shared", "release", "learn_personal")
+OF_COHORT = ("observe", "annotate", "learn_shared", "release", "synthesize", "learn_personal")
 OF_ROUND = ("control", "evaluate")
 OF_RUN = ("evaluate", "pooled", "reply", "report")  # the first before round 1, the others at the end
 

@@ -162,7 +162,7 @@ class Session:
         learned, _ = learn_personal(states, nothing, RoundPlan(round_number, round_number), site)
         self.run.controls.save(learned, stage(round_number))
         for name in names:
-            self.run.controls.forget(name, before=stage(round_number - 1))
+            self.run.controls.forget(name, until=stage(round_number - 1))
 
     # -- arms ---------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from client.lm.hub import nano_folder
 from client.lm.model import LanguageModel, Lesson, schedule
 from client.lm.peft_format import PREFIX
 from client.lm.text import Example, pad
-from client.phases import Site, annotate, learn_shared, observe, synthesize
+from client.phases import Site, States, annotate, learn_shared, observe
 from privacy.accounting import Event, epsilon
 from privacy.dpsgd import clipped_sum
 from privacy.plan import RoundPlan
@@ -35,6 +35,18 @@ NOISELESS = DeviceConfig.model_validate({
     "synthesis": {"per_dialogue": 1, "instruction": "Rewrite: ", "sampling": {"max_new_tokens": 12}},
     "shared": {"pool_capacity": 12, "learning_rate": 1.0, "adapter": {"targets": ["v_proj"]}},
 })  # fmt: skip
+
+
+FULL = NOISELESS.model_copy(update={"shared": NOISELESS.shared.model_copy(update={"sampling_rate": 1.0})})
+
+
+def annotated(lm: LanguageModel, people: list[User], config: DeviceConfig, dialogues: int = 15) -> tuple[States, Site]:
+    """A device for each of the people, as far as it is when the shared adapter's training begins."""
+    recorded = {d.id: d.response for user in people for d in user.stream}
+    site = Site.of(lm, config, 0, lambda device, dialogue: recorded[dialogue])
+    states = [site.new_state(f"d{k}") for k in range(len(people))]
+    states, _ = observe(states, [user.stream[:dialogues] for user in people], PLAN, site)
+    return annotate(states, site)[0], site
 
 
 # -- gradients ----------------------------------------------------------------------------------------------------
@@ -102,7 +114,6 @@ def clipped_sum_of_round(lm: LanguageModel, stream: tuple[Dialogue, ...], config
     site = Site.of(lm, config, 11, lambda device, dialogue: recorded[dialogue])
     states, _ = observe([site.new_state("d")], [stream], PLAN, site)
     states, _ = annotate(states, site)
-    states, _ = synthesize(states, PLAN, site)
     received = 0.05 * torch.randn(site.shared_layout.width, generator=torch.Generator().manual_seed(2))
     _, changes, _ = learn_shared(states, received, PLAN, site)
     assert changes[0] is not None
@@ -116,19 +127,91 @@ def neighbours(people: list[User], length: int = 30) -> list[tuple[tuple[Dialogu
     return [(stream, (*stream[:i], others[i], *stream[i + 1 :])) for i in range(10)]
 
 
-@pytest.mark.parametrize("steps", [1, 2])
 def test_replacing_one_dialogue_moves_the_clipped_sum_by_at_most_twice_the_norm(
-    lm: LanguageModel, people: list[User], steps: int
+    lm: LanguageModel, people: list[User]
 ) -> None:
     """The whole stream is run again; full batches, so that the coin cannot hide the replaced one."""
-    shared = NOISELESS.shared.model_copy(update={"sampling_rate": 1.0})
-    config = NOISELESS.model_copy(update={"shared": shared})
     moved = []
-    for one, other in neighbours(people)[:: 3 - steps]:
-        change = clipped_sum_of_round(lm, one, config) - clipped_sum_of_round(lm, other, config)
+    for one, other in neighbours(people)[::2]:
+        change = clipped_sum_of_round(lm, one, FULL) - clipped_sum_of_round(lm, other, FULL)
         moved.append(float(change.norm()))
     assert max(moved) <= 2 * CLIP + 1e-4
     assert max(moved) > 0.5 * CLIP  # some replaced dialogue was in the pool: the test could have failed
+
+
+def test_one_long_reply_among_short_ones_moves_the_clipped_sum_no_further(lm: LanguageModel) -> None:
+    """A loss averaged over the tokens of all would fail here."""
+    short = tuple(Dialogue(str(i), "are you there?", "yes") for i in range(12))
+    long = (Dialogue("0", "are you there?", "no " * 40), *short[1:])
+    moved = clipped_sum_of_round(lm, short, FULL) - clipped_sum_of_round(lm, long, FULL)
+    assert 0.1 * CLIP < moved.norm() <= 2 * CLIP + 1e-4
+
+
+def test_the_shared_adapter_learns_from_the_pool_alone(lm: LanguageModel, people: list[User]) -> None:
+    """Neither the personal adapter nor the buffer nor what was synthesized from it changes a bit of a release."""
+    states, site = annotated(lm, people, FULL)
+    received = torch.zeros(site.shared_layout.width)
+    _, changes, _ = learn_shared(states, received, PLAN, site)
+    other = [replace(s, personal=torch.randn_like(s.personal), buffer=Buffer(1, "fifo"), synthetic={}) for s in states]
+    _, again, _ = learn_shared(other, received, PLAN, site)
+    for one, two in zip(changes, again, strict=True):
+        assert one is not None and two is not None
+        assert torch.equal(one, two) and one.abs().max() > 0
+
+
+def test_a_pool_that_is_not_full_keeps_its_public_denominator(lm: LanguageModel, people: list[User]) -> None:
+    states, site = annotated(lm, people[:1], FULL, dialogues=3)
+    _, changes, _ = learn_shared(states, torch.zeros(site.shared_layout.width), PLAN, site)
+    examples = lm.format.dialogues(people[0].stream[:3])
+    row, weights = torch.zeros(site.shared_layout.width), [1 / len(e.reply) for e in examples]
+    expected = clipped_sum(example_gradients(lm, site.shared_layout, row, [], examples, weights), CLIP) / 12
+    assert changes[0] is not None
+    torch.testing.assert_close(changes[0], -expected, atol=1e-5, rtol=0)
+
+
+# -- noise --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_noise_of_a_round_is_what_was_charged_and_never_the_same(
+    lm: LanguageModel, people: list[User], steps: int
+) -> None:
+    """(private − noiseless change) over two devices and two rounds, from pools without a dialogue.
+
+    An empty pool leaves noise alone: its deviation must be rate · σ · C · √T / (q · capacity).
+    """
+    settings = NOISELESS.model_dump()
+    settings["privacy"] = {"mode": "example-local", "epsilon": 4.0, "clip_norm_l2": CLIP}
+    settings["shared"] |= {"steps_per_round": steps, "adapter": {**settings["shared"]["adapter"], "rank": 32}}
+    config = DeviceConfig.model_validate({**settings, "rounds": 2})
+    states, site = annotated(lm, people, config, dialogues=0)
+    received, drawn = torch.zeros(site.shared_layout.width), []
+    for number in (1, 2):
+        states, changes, _ = learn_shared(states, received, RoundPlan(number, number - 1), site)
+        drawn += [c.numpy() for c in changes if c is not None]
+    event = states[0].events[0]
+    assert [e.steps for e in states[0].events] == [steps, steps]
+    assert 3.9 < epsilon(states[0].events, config.privacy.delta) <= 4.0
+    expected = event.noise_multiplier * CLIP * steps**0.5 / (0.5 * 12)
+    for noise in drawn:
+        assert noise.std() == pytest.approx(expected, rel=0.02)  # 24,576 numbers: σ = 0.45 %
+    assert np.abs(np.corrcoef(np.stack(drawn)) - np.eye(4)).max() < 0.03  # σ = 0.006
+
+
+def test_steps_and_rounds_and_devices_toss_their_own_coins(lm: LanguageModel, people: list[User]) -> None:
+    states, site = annotated(lm, people, NOISELESS, dialogues=12)
+    received = torch.zeros(site.shared_layout.width)
+    seen = []
+    for number in (1, 2, 3):
+        _, changes, _ = learn_shared(states, received, RoundPlan(number, number - 1), site)
+        seen += [tuple(c.tolist()) for c in changes if c is not None]
+    assert len(set(seen)) == 6  # 2 devices with pools of their own, 3 rounds: chance of equal coins 2⁻¹²
+    twin = [states[0], replace(states[0], secret=states[1].secret)]
+    _, changes, _ = learn_shared(twin, received, PLAN, site)
+    assert changes[0] is not None and changes[1] is not None and not torch.equal(changes[0], changes[1])
+
+
+# -- controls -----------------------------------------------------------------------------------------------------
 
 
 def test_control_a_pool_chosen_by_quality_breaks_the_bound(lm: LanguageModel, people: list[User]) -> None:
@@ -202,10 +285,7 @@ def test_the_last_release_that_the_budget_allows_succeeds_and_the_next_is_refuse
 ) -> None:
     privacy = {"mode": "example-local", "epsilon": 2.0}
     config = DeviceConfig.model_validate({**NOISELESS.model_dump(), "privacy": privacy, "rounds": 2})
-    recorded = {d.id: d.response for d in people[0].stream}
-    site = Site.of(lm, config, 0, lambda device, dialogue: recorded[dialogue])
-    states, _ = observe([site.new_state("d")], [people[0].stream[:20]], PLAN, site)
-    states, _ = annotate(states, site)
+    states, site = annotated(lm, people[:1], config)
     received = torch.zeros(site.shared_layout.width)
     for number in (1, 2):
         states, changes, notes = learn_shared(states, received, RoundPlan(number, number - 1), site)
@@ -220,11 +300,7 @@ def test_the_last_release_that_the_budget_allows_succeeds_and_the_next_is_refuse
 
 def test_a_device_with_little_left_sends_nothing_while_others_go_on(lm: LanguageModel, people: list[User]) -> None:
     config = DeviceConfig.model_validate({**NOISELESS.model_dump(), "privacy": {"epsilon": 4.0}, "rounds": 1})
-    recorded = {d.id: d.response for user in people for d in user.stream}
-    site = Site.of(lm, config, 0, lambda device, dialogue: recorded[dialogue])
-    states = [site.new_state("d0"), site.new_state("d1")]
-    states, _ = observe(states, [user.stream[:10] for user in people], PLAN, site)
-    states, _ = annotate(states, site)
+    states, site = annotated(lm, people, config)
     states[0] = replace(states[0], events=(Event(1.0, 0.5, 1),))
     _, changes, _ = learn_shared(states, torch.zeros(site.shared_layout.width), PLAN, site)
     assert changes[0] is None and changes[1] is not None

@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from privacy.accounting import Event, calibrate, epsilon
-from privacy.dpsgd import PrivateRow, clipped_sum, noise_generator
+from privacy.dpsgd import PrivateRow, clipped_sum
 from privacy.release import Release, ReleaseRefusedError, Schema
-from privacy.seeds import derive_seed
+from privacy.seeds import derive_key, derive_seed
 from server.aggregate import FixedPointMean
 from server.strategy import signal_to_noise
 
@@ -33,7 +34,7 @@ def test_calibrated_noise_costs_the_budget_and_no_more() -> None:
 def private_row(width: int, noise: float, seed: int = 0) -> PrivateRow:
     return PrivateRow(
         torch.zeros(width), learning_rate=1.0, clip_norm_l2=1.0, noise_multiplier=noise, expected_batch=4.0,
-        generator=noise_generator(seed),
+        key=seed,
     )  # fmt: skip
 
 
@@ -48,6 +49,15 @@ def test_noise_has_the_announced_deviation_also_on_an_empty_sample() -> None:
     row = private_row(250_000, 2.0)
     row.step(torch.zeros(0, 250_000))
     assert float(row.row.std()) == pytest.approx(2.0 / 4, rel=0.005)
+
+
+def test_noise_is_normal_and_every_bit_of_its_key_counts() -> None:
+    noise = {key: private_row(200_000, 4.0, key) for key in (7, 7 + 2**32, 7 + 2**64, 7 + 2**127)}
+    for row in noise.values():
+        row.step(torch.zeros(0, 200_000))
+        assert stats.kstest(row.row.numpy(), "norm").pvalue > 1e-3
+    drawn = np.stack([row.row.numpy() for row in noise.values()])
+    assert np.abs(np.corrcoef(drawn) - np.eye(4)).max() < 0.02
 
 
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3), min_size=1, max_size=5))
@@ -96,3 +106,4 @@ def test_seeds_differ_by_purpose_and_fit_a_generator() -> None:
     assert derive_seed(0, "a", 1) == derive_seed(0, "a", 1)
     assert len({derive_seed(0, "a", i) for i in range(100)} | {derive_seed(1, "a", 0)}) == 101
     assert 0 <= derive_seed(0, "x") < 2**63
+    assert len({derive_key(0, "a", i) >> 64 for i in range(100)}) == 100  # the upper half differs too

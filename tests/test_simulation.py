@@ -12,15 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
 from client.app import answer
+from privacy.plan import RoundPlan
 from simulation.cli import main
 from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config
 from simulation.experiment import run_experiment
+from simulation.host import device_name, open_devices
 from simulation.runs import RunError, RunFolder, check_sources, create
 
 ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
@@ -30,12 +33,17 @@ def adapters(run: Path) -> dict[str, dict[str, np.ndarray]]:
     return {str(p.relative_to(run)): load_file(p) for p in sorted((run / "adapters").rglob("*.safetensors"))}
 
 
-def assert_same_adapters(one: Path, other: Path, tolerance: float = 0.0) -> None:
+def assert_same_adapters(one: Path, other: Path, *, rounding: bool = False) -> None:
+    """Bit for bit; with `rounding` the shared adapter to 1e-5 and a personal one to 1 % of its norm.
+
+    Adam divides a gradient by its size, so that where both are next to nothing rounding can turn a step round.
+    """
     ours, theirs = adapters(one), adapters(other)
     assert ours.keys() == theirs.keys() and len(ours) == 4
     for path, tensors in ours.items():
-        for name, tensor in tensors.items():
-            np.testing.assert_allclose(tensor, theirs[path][name], rtol=0, atol=tolerance, err_msg=f"{path} {name}")
+        mine, yours = (np.concatenate([t[k].ravel() for k in sorted(tensors)]) for t in (tensors, theirs[path]))
+        allowed = 1e-5 if "shared" in path else 0.01 * float(np.linalg.norm(mine))
+        assert float(np.linalg.norm(mine - yours)) <= (allowed if rounding else 0), path
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,7 @@ def test_the_summary_has_what_programs_rely_on(finished: Path) -> None:
             assert set(figures) == {"mean_per_user", "mean_per_query", "ci95"}
             assert figures["ci95"][0] <= figures["mean_per_user"] <= figures["ci95"][1]
     assert 7.9 < summary["epsilon"] <= 8.0 and summary["delta"] == 1e-5
-    assert summary["privacy_unit"] == "one dialogue"
+    assert summary["privacy_unit"] == "one dialogue (a prompt and its reply)"
     assert summary["upload_bytes_per_release"] == 4 * 4 * 192 * 4  # float32, layers, outputs, rank
     assert summary["download_bytes_per_round"] == 2 * 3 * summary["upload_bytes_per_release"]
     assert len(summary["signal_to_noise"]) == 2
@@ -83,8 +91,6 @@ def test_the_shuffled_arm_gives_nobody_the_own_adapter(finished: Path) -> None:
 
 def test_only_noised_adapters_of_the_schema_cross_to_the_server(small: ExperimentConfig, tmp_path: Path) -> None:
     """Every byte of every reply belongs to a header of public values or to the agreed arrays."""
-    from simulation.host import device_name, open_devices
-
     devices = open_devices(create(tmp_path / "run", small))
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     received = devices.schema.split(np.zeros(devices.site.shared_layout.width, dtype=np.float32))
@@ -99,6 +105,49 @@ def test_only_noised_adapters_of_the_schema_cross_to_the_server(small: Experimen
         devices.schema.check({k: v.numpy() for k, v in reply.content.array_records["arrays"].items()})
     bad = Message(RecordDict({"arrays": arrays}), dst_node_id=1, message_type="train")
     assert dict(answer([bad], names[:1], devices)[0].content.config_records["header"]) == {"error": "bad-message"}
+
+
+def test_a_server_cannot_ask_twice_with_another_adapter(small: ExperimentConfig, tmp_path: Path) -> None:
+    """The same noise on two adapters would cancel; and no order of asking gives a device a new budget."""
+    devices = open_devices(create(tmp_path / "run", small))
+    zero = torch.zeros(devices.site.shared_layout.width)
+    names = list(devices.users)[:1]
+    (first,) = devices.contribute(names, zero, RoundPlan(1, 0))
+    (again,) = devices.contribute(names, zero, RoundPlan(1, 0))
+    assert first is not None and again is not None
+    assert all(np.array_equal(first.arrays[k], again.arrays[k]) for k in first.arrays)
+    assert devices.contribute(names, zero + 1, RoundPlan(1, 0)) == [None]
+    devices.adopt(names, zero, RoundPlan(1, 1))
+    assert devices.contribute(names, zero, RoundPlan(2, 1))[0] is not None
+    devices.adopt(names, zero, RoundPlan(2, 2))
+    for number in (-1, 0, 1, 3, 100_000):
+        assert devices.contribute(names, zero, RoundPlan(number, number - 1)) == [None]
+    assert len(devices.state(names[0]).events) == 2
+
+
+def test_a_device_that_sits_rounds_out_keeps_its_state(small: ExperimentConfig, tmp_path: Path) -> None:
+    config = small.model_copy(update={"rounds": 4})
+    devices = open_devices(create(tmp_path / "run", config))
+    zero = torch.zeros(devices.site.shared_layout.width)
+    names = list(devices.users)[:1]
+    for number in (1, 4):  # not sampled in between
+        assert devices.contribute(names, zero, RoundPlan(number, number - 1))[0] is not None
+        devices.adopt(names, zero, RoundPlan(number, number))
+    assert devices.contribute(names, zero, RoundPlan(4, 3))[0] is not None  # a killed driver asks again
+    assert len(devices.state(names[0]).events) == 2
+
+
+def test_secrets_from_the_operating_system_differ_between_runs(small: ExperimentConfig, tmp_path: Path) -> None:
+    secret = small.privacy.model_copy(update={"secret": "os"})
+    drawn = []
+    for name in ("a", "b"):
+        devices = open_devices(create(tmp_path / name, small.model_copy(update={"privacy": secret})))
+        zero = torch.zeros(devices.site.shared_layout.width)
+        first, again = (devices.contribute(["device-00000"], zero, RoundPlan(1, 0))[0] for _ in range(2))
+        assert first is not None and again is not None
+        assert all(np.array_equal(first.arrays[k], again.arrays[k]) for k in first.arrays)  # asked again, the same
+        drawn.append(np.concatenate([a.ravel() for a in first.arrays.values()]))
+    assert abs(np.corrcoef(drawn)[0, 1]) < 0.5
 
 
 def _array(values: np.ndarray):  # type: ignore[no-untyped-def]
@@ -165,7 +214,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
 def test_cohorts_of_one_give_the_same_run(finished: Path, tmp_path: Path) -> None:
     config = RunFolder(finished).config.model_copy(update={"cohort_size": 1})
     run_experiment(config, tmp_path / "run")
-    assert_same_adapters(finished, tmp_path / "run", tolerance=1e-4)
+    assert_same_adapters(finished, tmp_path / "run", rounding=True)
 
 
 @pytest.mark.slow
@@ -175,7 +224,7 @@ def test_flowers_own_engine_gives_the_same_aggregate(finished: Path, tmp_path: P
     command = [Path(sys.executable).parent / "florilegium", "run", "quickstart", *SMALL, "name=small", "engine=flower"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert_same_adapters(finished, tmp_path / "runs" / "small", tolerance=1e-4)
+    assert_same_adapters(finished, tmp_path / "runs" / "small", rounding=True)
 
 
 @pytest.mark.slow
@@ -206,6 +255,7 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
         ("rounds=0", r"rounds = 0: .*greater than or equal to 1"),
         ("rounds=many", r"rounds = 'many': .*valid integer"),
         ("privacy.epsilon=-1", r"privacy.epsilon = -1: .*greater than 0"),
+        ("privacy.epsilon=inf", r"privacy.epsilon = inf: .*finite"),
         ("privacy.mode=user", r"privacy.mode = 'user': .*example-local"),
         ("selection.policy=qualty", r"selection.policy = 'qualty': .*quality, random"),
         ("data.name=chitchta", r"did you mean 'chitchat'"),
