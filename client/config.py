@@ -24,7 +24,7 @@ class SelectionConfig(Config):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in POLICIES:
-            raise ValueError(f"policy = {value!r} must be one of {', '.join(POLICIES)}")
+            raise ValueError(f"must be one of {', '.join(POLICIES)}")
         return value
 
 

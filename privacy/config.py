@@ -23,7 +23,7 @@ class Config(BaseModel):
             return values
         for key in values:
             if key not in cls.model_fields:
-                near = get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                near = get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.6)
                 hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
                 raise ValueError(f"unknown key {key!r}; {hint}")
         defaults = {k: cls.model_fields[k].default for k in values}

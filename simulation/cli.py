@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads spin for each other: ruinous beside other work
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -132,10 +134,11 @@ def describe_data(
 
     NAME is one of florilegium data list, a .jsonl[.gz|.xz] file, or hub:owner/dataset.
     """
+    from simulation.config import validate
     from simulation.data.describe import describe, render
     from simulation.data.population import DataConfig
 
-    console.print(render(describe(DataConfig.model_validate({"name": name, "split": split}), seed=0)))
+    console.print(render(describe(validate(DataConfig, {"name": name, "split": split}, "data describe"), seed=0)))
 
 
 def main() -> None:
@@ -143,5 +146,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, RuntimeError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        console.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
         raise SystemExit(2) from None

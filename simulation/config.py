@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator
@@ -15,6 +15,8 @@ from client.lm.generate import SamplingConfig
 from privacy.config import Config
 from server.config import ServerConfig
 from simulation.data.population import DataConfig
+
+Model = TypeVar("Model", bound=Config)
 
 
 class ConfigError(ValueError):
@@ -48,7 +50,7 @@ class ExperimentConfig(DeviceConfig):
     @classmethod
     def _folder_name(cls, value: str) -> str:
         if not value or not all(c.isalnum() or c in "-_." for c in value) or value.startswith("."):
-            raise ValueError(f"name = {value!r} must be letters, digits, '-', '_' or '.': it names the run's folder")
+            raise ValueError("must be letters, digits, '-', '_' or '.': it names the run's folder")
         return value
 
 
@@ -79,10 +81,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     tree.setdefault("name", path.stem)
     for override in overrides:
         _set(tree, override)
+    return validate(ExperimentConfig, tree, f"{path.name} with {' '.join(overrides)}" if overrides else str(path))
+
+
+def validate(kind: type[Model], tree: dict[str, Any], where: str) -> Model:
+    """The settings of a tree; raises `ConfigError` with a line for each that is wrong."""
     try:
-        return ExperimentConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_explain(e)}" for e in error.errors())) from None
+        raise ConfigError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
 
 
 def dump_config(config: ExperimentConfig) -> str:

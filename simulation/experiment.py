@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,12 @@ def run_experiment(
     try:
         ENGINES[config.engine](run, listener)
     finally:
-        if listener:
-            listener("report")
         if run.metrics.exists():
+            if listener:
+                listener("report")
             render_report(run.path)
+        elif not resuming:
+            shutil.rmtree(run.path)  # nothing has begun: the corrected command shall find no folder
     return write_summary(run)
 
 
@@ -82,7 +85,8 @@ def federate(run: RunFolder, grid: Grid, devices: SimulatedDevices) -> None:
     config, last = run.config, run.last_shared()
     done = last[0] if last else -1
     strategy = FedAvgReleases(config.server, config.seed, release_noise_std(config), first_round=max(1, done + 1))
-    session = Session(run, devices, strategy)
+    ends = [e["wall_s"] for e in run.events() if e["event"] == "end"]
+    session = Session(run, devices, strategy, earlier_s=ends[-1] if last and ends else 0.0)
     if last:
         run.rewind(done)
         arrays = to_arrays(last[1])

@@ -46,6 +46,7 @@ class Session:
     run: RunFolder
     devices: SimulatedDevices
     strategy: FedAvgReleases
+    earlier_s: float = 0.0  # what the run took before it was stopped and resumed
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -102,7 +103,7 @@ class Session:
                 facts = {"rouge1": rouge[arm].by_user[k], "mean_length_tokens": lengths[arm][k]} if rouge else {}
                 queries = len(self.devices.users[device].held_out)
                 self.run.record("result", device=device, arm=arm, nll=nll[arm].by_user[k], queries=queries, **facts)
-        for metric, better, than in COMPARISONS:
+        for metric, better, than in COMPARISONS if len(self.names) > 1 else ():  # one user has no interval
             table = nll if metric == "nll" else rouge
             if better in table and than in table:
                 found = asdict(compare(table[better], table[than], lower_is_better=metric == "nll"))
@@ -112,7 +113,7 @@ class Session:
         rounds = [e for e in self.run.events() if e["event"] == "device_round"]
         self.run.record(
             "end",
-            wall_s=round(time.perf_counter() - self.began, 2),
+            wall_s=round(self.earlier_s + time.perf_counter() - self.began, 2),
             peak_rss_bytes=peak_rss_bytes(),
             tokens_trained=sum(e["tokens_trained"] for e in rounds),
             interrupted=interrupted,
@@ -146,7 +147,7 @@ class Session:
             signal_to_noise=None if math.isnan(ratio) else ratio,
             change_norm_l2=facts.change_norm_l2,
             shared_norm_l2=float(shared.norm()),
-            download_bytes=2 * self.devices.schema.size_bytes * len(self.strategy.sampled(round_number)),
+            download_bytes=2 * self.devices.schema.size_bytes,  # to a device: before its training and after
         )
 
     def _local_control(self, round_number: int) -> None:

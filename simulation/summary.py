@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from client.lm.hub import resolve
 from client.lm.peft_format import write_peft
 from simulation.host import SimulatedDevices
 from simulation.runs import Event, RunFolder
@@ -93,10 +94,11 @@ def _mean_lengths(results: list[Event]) -> dict[str, float]:
 def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Tensor) -> None:
     """`adapters/shared` and `adapters/personal/<device>`, as plain `peft` reads them."""
     site, last = devices.site, devices.site.config.rounds
-    write_peft(run.path / "adapters" / "shared", site.shared_layout, shared, site.lm.name)
+    base = str(resolve(site.lm.name).resolve())
+    write_peft(run.path / "adapters" / "shared", site.shared_layout, shared, base)
     for name in devices.users:
         row = devices.state(name, last).personal
-        write_peft(run.path / "adapters" / "personal" / name, site.personal_layout, row, site.lm.name)
+        write_peft(run.path / "adapters" / "personal" / name, site.personal_layout, row, base)
 
 
 def render_summary(summary: Summary) -> RenderableType:

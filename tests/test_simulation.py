@@ -16,6 +16,7 @@ import torch
 from conftest import SMALL
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from peft import AutoPeftModelForCausalLM
 from safetensors.numpy import load_file
 
 from client.app import answer
@@ -68,7 +69,7 @@ def test_the_summary_has_what_programs_rely_on(finished: Path) -> None:
     assert 7.9 < summary["epsilon"] <= 8.0 and summary["delta"] == 1e-5
     assert summary["privacy_unit"] == "one dialogue (a prompt and its reply)"
     assert summary["upload_bytes_per_release"] == 4 * 4 * 192 * 4  # float32, layers, outputs, rank
-    assert summary["download_bytes_per_round"] == 2 * 3 * summary["upload_bytes_per_release"]
+    assert summary["download_bytes_per_round"] == 2 * summary["upload_bytes_per_release"]
     assert len(summary["signal_to_noise"]) == 2
     assert 0 < summary["acceptance_rate"] < 1
     for key in ("annotations_per_device", "wall_s", "peak_rss_bytes", "tokens_trained"):
@@ -81,6 +82,18 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     assert {(r["device"], r["arm"]) for r in results} == {(f"device-0000{k}", a) for k in range(3) for a in ARMS}
     assert "<html" in (finished / "report.html").read_text()
     assert len(adapters(finished)) == 4
+
+
+def test_plain_peft_finds_the_base_model_of_an_exported_adapter(finished: Path) -> None:
+    model = AutoPeftModelForCausalLM.from_pretrained(str(finished / "adapters" / "shared"))
+    ids = torch.tensor([[1, 40, 41, 42]])
+    shared = model(ids).logits
+    model.load_adapter(str(finished / "adapters" / "personal" / "device-00000"), "personal")
+    model.base_model.set_adapter(["default", "personal"])
+    both = model(ids).logits
+    with model.disable_adapter():
+        base = model(ids).logits
+    assert min((shared - base).abs().max(), (both - shared).abs().max(), (both - base).abs().max()) > 1e-3
 
 
 def test_the_shuffled_arm_gives_nobody_the_own_adapter(finished: Path) -> None:
@@ -320,6 +333,8 @@ def test_a_worker_with_other_code_is_refused(small: ExperimentConfig, tmp_path: 
         (["run", "quickstart", "personal.lerning_rate=1"], "did you mean 'learning_rate'"),
         (["run", "quickstart", "shared.adapter.targets=['c_attn']"], "c_attn"),
         (["report", "nowhere"], "nowhere"),
+        (["data", "describe", "[/b].jsonl"], "[/b].jsonl"),
+        (["data", "describe", "chitchat", "--split", "foo"], "split = 'foo'"),
         (["data", "describe", "chitchta"], "did you mean 'chitchat'"),
         (["models", "pull", "nano"], "only smollm2-135m"),
     ],
@@ -336,5 +351,5 @@ def test_the_command_tells_a_mistake_in_words(
     with pytest.raises(SystemExit) as stopped:
         main()
     text = " ".join(capsys.readouterr().out.split())
-    assert stopped.value.code == 2
+    assert stopped.value.code == 2 and not list(tmp_path.glob("runs/*"))  # the corrected command finds no folder
     assert "error:" in text and message in text
