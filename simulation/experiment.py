@@ -18,7 +18,7 @@ from simulation.config import ExperimentConfig
 from simulation.grid import CohortGrid
 from simulation.host import SimulatedDevices, open_devices
 from simulation.report import render_report
-from simulation.runs import RunFolder, create, resume
+from simulation.runs import RunError, RunFolder, create, resume
 from simulation.session import Session
 from simulation.summary import export_adapters, write_summary
 
@@ -35,6 +35,8 @@ def run_experiment(
     listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report."""
+    if resuming and overwrite:
+        raise RunError("--resume and --overwrite exclude each other")
     folder = folder.resolve()  # an engine may change the working directory
     run = resume(folder, config) if resuming else create(folder, config, overwrite=overwrite)
     try:

@@ -310,6 +310,8 @@ def test_a_run_that_exists_is_left_alone(finished: Path, small: ExperimentConfig
         run_experiment(small.model_copy(update={"seed": 5}), finished, resuming=True)
     with pytest.raises(RunError, match="no run to resume"):
         run_experiment(small, tmp_path / "nothing", resuming=True)
+    with pytest.raises(RunError, match="exclude each other"):
+        run_experiment(small, finished, resuming=True, overwrite=True)
     (tmp_path / "mine.txt").write_text("not a run")
     with pytest.raises(RunError, match="left alone"):
         create(tmp_path, small, overwrite=True)
