@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from simulation.config import ExperimentConfig
 from simulation.grid import CohortGrid
 from simulation.host import SimulatedDevices, open_devices
 from simulation.report import render_report
-from simulation.runs import RunError, RunFolder, create, resume
+from simulation.runs import RunError, RunFolder, create, resume, settle
 from simulation.session import Session
 from simulation.summary import export_adapters, write_summary
 
@@ -42,12 +41,10 @@ def run_experiment(
     try:
         ENGINES[config.engine](run, listener)
     finally:
-        if run.metrics.exists():
+        if run.metrics.exists() if resuming else settle(run):
             if listener:
                 listener("report")
             render_report(run.path)
-        elif not resuming:
-            shutil.rmtree(run.path)  # nothing has begun: the corrected command shall find no folder
     return write_summary(run)
 
 

@@ -112,17 +112,37 @@ def _belongs(event: Event, round_number: int) -> bool:
 
 
 def create(path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> RunFolder:
-    """A new run. Refuses a folder that exists, unless it is a run and may be overwritten."""
+    """A new run. Refuses a folder that exists, unless it is a run and may be overwritten.
+
+    The run that it replaces lies aside until `settle` says that the new one has begun.
+    """
     if path.exists() and any(path.iterdir()):
         if not overwrite:
             raise RunError(f"{path} exists; use --resume to go on with it, --overwrite to replace it, or name=…")
         if not (path / "config.toml").exists():
             raise RunError(f"{path} is not the folder of a run (no config.toml); it is left alone")
-        shutil.rmtree(path)
+        shutil.rmtree(_aside(path), ignore_errors=True)
+        path.rename(_aside(path))
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.toml").write_text(dump_config(config), encoding="utf-8")
     (path / "sources.sha256").write_text(sources_sha256() + "\n", encoding="utf-8")
     return RunFolder(path)
+
+
+def settle(run: RunFolder) -> bool:
+    """Whether a new run has begun. If not, its folder goes, and the one that it should replace comes back."""
+    begun = run.metrics.exists()
+    if begun:
+        shutil.rmtree(_aside(run.path), ignore_errors=True)
+    else:
+        shutil.rmtree(run.path)
+        if _aside(run.path).exists():
+            _aside(run.path).rename(run.path)
+    return begun
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
 
 
 def resume(path: Path, config: ExperimentConfig) -> RunFolder:

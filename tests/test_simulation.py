@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +317,17 @@ def test_a_run_that_exists_is_left_alone(finished: Path, small: ExperimentConfig
     with pytest.raises(RunError, match="left alone"):
         create(tmp_path, small, overwrite=True)
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_replacement_that_cannot_begin_leaves_the_old_run(
+    finished: Path, small: ExperimentConfig, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "small"))
+    wrong = small.model_copy(update={"data": small.data.model_copy(update={"users": 100_000})})
+    with pytest.raises(ValueError, match="set users <="):
+        run_experiment(wrong, run, overwrite=True)
+    assert (run / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["small"]
 
 
 def test_a_worker_with_other_code_is_refused(small: ExperimentConfig, tmp_path: Path) -> None:
