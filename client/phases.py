@@ -152,9 +152,8 @@ def learn_shared(
     """
     config, event = site.config, planned_event(site.config)
     able = [k for k, s in enumerate(states) if plan.round > s.answered[0] and _affordable(s, event, config)]
-    charged = list(states)
+    charged, answered = list(states), (plan.round, fingerprint(received))
     for k in able:
-        answered = (plan.round, fingerprint(received))
         charged[k] = replace(states[k], events=(*states[k].events, event), answered=answered)
     rows = {k: _private_row(states[k], received, plan, site, event) for k in able}
     lessons = {k: site.lm.format.dialogues(_pool_dialogues(states[k])) for k in able}

@@ -78,10 +78,10 @@ class DeviceStore:
             embeddings = stored.get_tensor("embeddings") if facts["buffer"]["bins"] else ()
         return _state(facts, personal, embeddings)
 
-    def latest(self, device: str, until: str = "~") -> str | None:
+    def latest(self, device: str, until: str | None = None) -> str | None:
         """The last stage of a device that does not sort after `until`; without it, of all."""
         stages = sorted(path.stem for path in (self.folder / device).glob("*.safetensors"))
-        return next((s for s in reversed(stages) if s <= until), None)
+        return next((s for s in reversed(stages) if until is None or s <= until), None)
 
     def forget(self, device: str, until: str) -> None:
         """Removes the device's files except the newest that does not sort after `until`, and later ones."""

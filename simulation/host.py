@@ -77,11 +77,7 @@ class SimulatedDevices:
 
     def state(self, name: str, round_number: int | None = None) -> DeviceState:
         """A device as it is, or as it was at the end of a round or of the last one before that it took part in."""
-        found = (
-            self.run.devices.latest(name)
-            if round_number is None
-            else self.run.devices.latest(name, stage(round_number))
-        )
+        found = self.run.devices.latest(name, None if round_number is None else stage(round_number))
         return self.run.devices.load(name, found) if found else self.site.new_state(name)
 
     def _until(self, name: str, round_number: int) -> int:

@@ -8,7 +8,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class RunFolder:
     def controls(self) -> DeviceStore:
         return DeviceStore(self.path / "controls")
 
-    @property
+    @cached_property
     def config(self) -> ExperimentConfig:
         """The config that the run was started with."""
         text = (self.path / "config.toml").read_text(encoding="utf-8")

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from peft import AutoPeftModelForCausalLM
 from safetensors.numpy import load_file
 
 from client.app import answer
 from privacy.plan import RoundPlan
+from server.strategy import to_arrays
 from simulation.cli import main
 from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config
 from simulation.experiment import run_experiment
@@ -108,7 +109,7 @@ def test_only_noised_adapters_of_the_schema_cross_to_the_server(small: Experimen
     devices = open_devices(create(tmp_path / "run", small))
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     received = devices.schema.split(np.zeros(devices.site.shared_layout.width, dtype=np.float32))
-    arrays = ArrayRecord({k: _array(v) for k, v in received.items()})
+    arrays = to_arrays(received)
     plan = ConfigRecord({"round": 1, "version": 0})
     names = [device_name(k) for k in range(3)]
     content = RecordDict({"arrays": arrays, "plan": plan})
@@ -162,12 +163,6 @@ def test_secrets_from_the_operating_system_differ_between_runs(small: Experiment
         assert all(np.array_equal(first.arrays[k], again.arrays[k]) for k in first.arrays)  # asked again, the same
         drawn.append(np.concatenate([a.ravel() for a in first.arrays.values()]))
     assert abs(np.corrcoef(drawn)[0, 1]) < 0.5
-
-
-def _array(values: np.ndarray):  # type: ignore[no-untyped-def]
-    from flwr.app import Array
-
-    return Array(values)
 
 
 # -- stopping and going on ----------------------------------------------------------------------------------------
