@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from client.lm.adapter import AdapterConfig
-from client.lm.model import ModelConfig
+from client.lm.config import AdapterConfig, ModelConfig
 from client.policies import POLICIES
 from client.synthesize import SynthesisConfig
 from privacy.config import Config

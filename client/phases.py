@@ -23,7 +23,8 @@ from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lexicons import bundled
 from client.lm.adapter import AdapterLayout
-from client.lm.model import LanguageModel, Lesson, schedule
+from client.lm.engine import Lesson
+from client.lm.model import LanguageModel, schedule
 from client.state import DeviceState
 from client.synthesize import synthesize as write_similar
 from privacy.accounting import Event, calibrate, epsilon
@@ -220,7 +221,7 @@ def _example_gradients(
     weights = [1 / max(1, len(e.reply)) for e in examples]
     positions = [j for k in order for j in range(len(chosen[k]))]
     slots = [place for place, _ in pairs]
-    for group, gradient, _ in site.lm.row_gradients(stacked, [], examples, slots, weights):
+    for group, gradient, _ in site.lm.engine.row_gradients(stacked, [], examples, slots, weights):
         for i, row in zip(group, gradient.cpu(), strict=True):
             found[order[slots[i]]][positions[i]] = row
     return found
@@ -240,22 +241,23 @@ def learn_personal(
     lessons = [_lesson(state, plan, site) for state in states]
     start = [_start(state, site) for state in states]
     rates = [[config.learning_rate * (1 - s / len(x.batches)) for s in range(len(x.batches))] for x in lessons]
-    trained, losses = lm.finetune(
+    trained = lm.engine.finetune(
         lm.adapters(site.personal_layout, torch.stack(start)),
         [lm.adapters(site.shared_layout, received)],
         lessons,
         rates,
         config.weight_decay,
     )
-    rows = trained.rows.cpu()
+    rows = trained.adapters.rows.cpu()
     after = [replace(s, personal=row.clone()) for s, row in zip(states, rows, strict=True)]
     return after, [
         {
             "personal_loss_first": x[0] if x else None,
             "personal_loss_last": x[-1] if x else None,
             "personal_tokens": _tokens(lesson),
+            **({"personal_failed": trained.failed[k]} if k in trained.failed else {}),
         }
-        for x, lesson in zip(losses, lessons, strict=True)
+        for k, (x, lesson) in enumerate(zip(trained.losses, lessons, strict=True))
     ]
 
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pydantic import Field, model_validator
 from rouge_score.rouge_scorer import RougeScorer
 
-from client.lm.generate import SamplingConfig
+from client.lm.config import SamplingConfig
 from client.lm.model import LanguageModel
 from privacy.config import Config
 

@@ -11,7 +11,7 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator
 
 from client.config import DeviceConfig
-from client.lm.generate import SamplingConfig
+from client.lm.config import SamplingConfig
 from privacy.config import Config
 from server.config import ServerConfig
 from simulation.data.population import DataConfig

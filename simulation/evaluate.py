@@ -14,7 +14,7 @@ from scipy import stats
 
 from client.dialogue import Dialogue
 from client.lm.adapter import Adapters
-from client.lm.generate import SamplingConfig
+from client.lm.config import SamplingConfig
 from client.lm.model import LanguageModel
 from client.synthesize import rouge1
 

@@ -15,7 +15,8 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord
 
 from client.lm.adapter import Adapters
-from client.lm.model import Lesson, schedule
+from client.lm.engine import Lesson
+from client.lm.model import schedule
 from client.phases import learn_personal, noise_multiplier
 from client.state import stage
 from privacy.plan import RoundPlan
@@ -201,7 +202,7 @@ class Session:
         start = site.personal_layout.start(derive_seed(self.config.seed, "pooled", "start"))
         rates = [settings.pooled_learning_rate * (1 - s / len(order)) for s in range(len(order))]
         adapters = site.lm.adapters(site.personal_layout, start)
-        return site.lm.finetune(adapters, [], [Lesson(examples, order)], [rates])[0]
+        return site.lm.engine.finetune(adapters, [], [Lesson(examples, order)], [rates]).adapters
 
     def _evaluate(self, round_number: int, arms: Mapping[str, Arm]) -> dict[str, Measured]:
         queries = [user.held_out for user in self.devices.users.values()]
@@ -252,12 +253,12 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, A
         "devices": len(devices.users),
         "model": {
             "name": lm.name,
-            "parameters": sum(p.numel() for p in lm.model.parameters()),
-            "architecture": type(lm.model).__name__,
-            "dtype": str(lm.dtype).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in lm.engine.model.parameters()),
+            "architecture": type(lm.engine.model).__name__,
+            "dtype": str(lm.engine.dtype).removeprefix("torch."),
         },
         "data": {"name": config.data.name, "split": config.data.split},
-        "hardware": f"{len(os.sched_getaffinity(0))} cores, {lm.device}",
+        "hardware": f"{len(os.sched_getaffinity(0))} cores, {lm.engine.device}",
         "versions": {name: version(name) for name in ("florilegium", "torch", "flwr", "opacus", "peft")},
         "privacy": {
             "mode": config.privacy.mode,

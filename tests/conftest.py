@@ -11,7 +11,8 @@ os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import pytest
 
-from client.lm.model import LanguageModel, ModelConfig
+from client.lm.config import ModelConfig
+from client.lm.model import LanguageModel
 from simulation.config import ExperimentConfig, config_folder, load_config
 from simulation.data.population import DataConfig, User, load_population
 

@@ -10,17 +10,21 @@ import pytest
 import torch
 from opacus import GradSampleModule
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from client.buffer import Buffer, candidate
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lexicons import bundled
-from client.lm.adapter import AdapterConfig, AdapterLayout, Adapters
+from client.lm.adapter import AdapterLayout, Adapters
+from client.lm.config import AdapterConfig
+from client.lm.engine import Lesson
 from client.lm.hub import nano_folder
-from client.lm.model import LanguageModel, Lesson, schedule
+from client.lm.model import LanguageModel, schedule
+from client.lm.packing import Example
 from client.lm.peft_format import PREFIX
-from client.lm.text import Example, pad
 from client.phases import Site, States, annotate, learn_shared, observe
 from privacy.accounting import Event, epsilon
 from privacy.dpsgd import clipped_sum
@@ -73,7 +77,7 @@ def example_gradients(
     weights: list[float],
 ) -> torch.Tensor:
     found = torch.zeros(len(examples), layout.width)
-    for group, gradient, _ in lm.row_gradients(
+    for group, gradient, _ in lm.engine.row_gradients(
         lm.adapters(layout, row), frozen, examples, [0] * len(examples), weights
     ):
         found[group] = gradient
@@ -94,13 +98,12 @@ def opacus_gradients(
     for name, parameter in parameters.items():
         parameter.requires_grad_("lora_B" in name)
     hooked = GradSampleModule(model.train(), loss_reduction="sum")
-    batch = pad(examples, lm.pad_id, lm.device)
-    logits = hooked(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-    picked = torch.log_softmax(logits[batch.target_rows, batch.target_columns], -1)
-    losses = -picked.gather(1, batch.targets[:, None]).squeeze(1)
-    means = torch.zeros(len(examples)).index_add(0, batch.target_rows, losses)
-    means = means / torch.tensor([float(len(e.reply)) for e in examples])
-    means.sum().backward()
+    ids = pad_sequence([torch.tensor(e.prompt + e.reply) for e in examples], batch_first=True)
+    labels = pad_sequence([torch.tensor([-100] * len(e.prompt) + list(e.reply)) for e in examples], True, -100)
+    mask = (torch.arange(ids.shape[1]) < torch.tensor([[e.length] for e in examples])).long()
+    logits = hooked(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    losses = cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none")
+    (losses.sum(1) / torch.tensor([len(e.reply) for e in examples])).sum().backward()
     samples = [parameters[f"{PREFIX}{name}.lora_B.default.weight"].grad_sample for name in names]
     return torch.cat([s.reshape(len(examples), -1) for s in samples], dim=1)
 
@@ -247,7 +250,7 @@ def test_control_an_active_personal_adapter_breaks_the_bound(lm: LanguageModel, 
         weights = [1 / len(e.reply) for e in examples]
         lesson = Lesson(examples, schedule(len(examples), 4, 2, 0))
         start = lm.adapters(personal, personal.start(0))
-        trained, _ = lm.finetune(start, [], [lesson], [[2e-2] * len(lesson.batches)])
+        trained = lm.engine.finetune(start, [], [lesson], [[2e-2] * len(lesson.batches)]).adapters
         row = torch.zeros(shared.width)
         sums.append(clipped_sum(example_gradients(lm, shared, row, [trained], examples, weights), CLIP))
         without.append(clipped_sum(example_gradients(lm, shared, row, [], examples, weights), CLIP))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,13 @@ from transformers import (
 )
 
 from client.dialogue import Dialogue
-from client.lm.adapter import AdapterConfig
-from client.lm.generate import SamplingConfig
+from client.lm.config import AdapterConfig, SamplingConfig
+from client.lm.engine import Lesson
 from client.lm.hub import nano_folder
 from client.lm.layers import UnsupportedModelError, adapt
-from client.lm.model import LanguageModel, Lesson, schedule
+from client.lm.model import LanguageModel, schedule
 from client.lm.optimizer import Moments, adamw_
+from client.lm.packing import Example
 from client.lm.peft_format import read_peft, write_peft
 
 TALKS = [Dialogue(str(i), f"what do you think about {w}?", f"i like {w} a lot, {w} is fun") for i, w in enumerate(
@@ -49,12 +51,12 @@ def test_a_device_learns_the_same_alone_and_in_a_cohort(lm: LanguageModel, facto
     rows = torch.stack([layout.start(k) for k in range(5)])
     work = lessons(lm, 5)
     rates = [[3e-4] * len(x.batches) for x in work]
-    together, losses = lm.finetune(lm.adapters(layout, rows), [], work, rates)
+    together = lm.engine.finetune(lm.adapters(layout, rows), [], work, rates)
     for k in range(5):
-        alone, own = lm.finetune(lm.adapters(layout, rows[k]), [], [work[k]], [rates[k]])
-        torch.testing.assert_close(together.rows[k], alone.rows[0], atol=1e-5, rtol=0)
-        assert losses[k] == pytest.approx(own[0], abs=1e-5)
-        assert (alone.rows[0] - rows[k]).abs().max() > 1e-4  # it did move
+        alone = lm.engine.finetune(lm.adapters(layout, rows[k]), [], [work[k]], [rates[k]])
+        torch.testing.assert_close(together.adapters.rows[k], alone.adapters.rows[0], atol=1e-5, rtol=0)
+        assert together.losses[k] == pytest.approx(alone.losses[0], abs=1e-5)
+        assert (alone.adapters.rows[0] - rows[k]).abs().max() > 1e-4  # it did move
 
 
 def test_a_row_is_scored_with_its_own_adapter(lm: LanguageModel) -> None:
@@ -74,10 +76,10 @@ def test_example_gradients_add_up_to_the_batch_gradient(lm: LanguageModel) -> No
     examples = lm.format.dialogues(TALKS)
     weights = [1 / len(e.reply) for e in examples]
     by_example = torch.zeros(len(examples), layout.width)
-    for group, gradient, _ in lm.row_gradients(stack, [], examples, [0] * len(examples), weights):
+    for group, gradient, _ in lm.engine.row_gradients(stack, [], examples, [0] * len(examples), weights):
         by_example[group] = gradient
     for i, (example, weight) in enumerate(zip(examples, weights, strict=True)):
-        ((_, alone, _),) = lm.row_gradients(stack, [], [example], [0], [weight])
+        ((_, alone, _),) = lm.engine.row_gradients(stack, [], [example], [0], [weight])
         torch.testing.assert_close(by_example[i], alone[0], atol=1e-5, rtol=1e-4)
 
 
@@ -86,14 +88,24 @@ def test_peft_loads_an_exported_adapter_and_gives_the_same_logits(lm: LanguageMo
     row = torch.randn(layout.width, generator=torch.Generator().manual_seed(2)) * 0.1
     write_peft(tmp_path, layout, row, "nano")
     assert torch.equal(read_peft(tmp_path, layout), row)
-    ids = torch.tensor([[1, 3, 100, 200, 300, 2, 4]])
+    examples = lm.format.dialogues(TALKS)
     base = AutoModelForCausalLM.from_pretrained(nano_folder(), dtype=torch.float32)
-    plain = PeftModel.from_pretrained(base, tmp_path)
-    with torch.inference_mode(), lm.active([lm.adapters(layout, row)], torch.tensor([0])):
-        ours = lm.model(ids).logits
-    with torch.inference_mode():
-        torch.testing.assert_close(ours, plain(ids).logits, atol=1e-5, rtol=1e-5)
-        assert (ours - lm.model(ids).logits).abs().max() > 1e-2
+    bare = plain_nll(base, examples)
+    theirs = plain_nll(PeftModel.from_pretrained(base, tmp_path), examples)
+    ours = [s.nll for s in lm.score(examples, [0] * 6, [lm.adapters(layout, row)])]
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert min(abs(x - y) for x, y in zip(ours, bare, strict=True)) > 1e-2
+
+
+def plain_nll(model: torch.nn.Module, examples: Sequence[Example]) -> list[float]:
+    """Summed NLL of the replies by a model as transformers or PEFT has it, one example after the other."""
+    found = []
+    for e in examples:
+        ids = torch.tensor([e.prompt + e.reply])
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[0, len(e.prompt) - 1 : -1]
+        found.append(float(torch.nn.functional.cross_entropy(logits, ids[0, len(e.prompt) :], reduction="sum")))
+    return found
 
 
 def test_sampled_replies_depend_on_their_seed_alone(lm: LanguageModel) -> None:
@@ -116,14 +128,14 @@ def test_stacked_adamw_is_torchs_on_each_row() -> None:
     rows = torch.randn(3, 7, generator=generator)
     expected = [torch.nn.Parameter(r.clone()) for r in rows]
     optimizers = [torch.optim.AdamW([p], lr=0.01 * (k + 1), weight_decay=0.1) for k, p in enumerate(expected)]
-    moments, rate = Moments.zeros(rows), torch.tensor([0.01, 0.02, 0.03])
+    moments, rate = Moments.zeros(rows), [0.01, 0.02, 0.03]
     for step in range(5):
         gradient = torch.randn(3, 7, generator=generator)
-        moving = [k for k in range(3) if (step + k) % 3]
+        moving = range(3 - step // 2)  # the first ones; the others rest
         for k in moving:
             expected[k].grad = gradient[k].clone()
             optimizers[k].step()
-        adamw_(rows, gradient, moments, torch.tensor(moving), rate, 0.1)
+        adamw_(rows, gradient[: len(moving)], moments, rate[: len(moving)], 0.1)
     torch.testing.assert_close(rows, torch.stack([p.detach() for p in expected]), atol=1e-6, rtol=1e-5)
 
 
@@ -157,18 +169,17 @@ def test_a_family_of_models_learns_as_plain_peft_reads_it(lm: LanguageModel, fam
     layout = other.layout(AdapterConfig(rank=2, alpha=4))
     lesson = Lesson(other.format.dialogues(TALKS), [[0, 1, 2], [3, 4, 5]])
     start = other.adapters(layout, layout.start(0))
-    trained, losses = other.finetune(start, [], [lesson], [[1e-2, 1e-2]])
-    write_peft(tmp_path, layout, trained.rows[0], "tiny")
-    ids = torch.tensor([[1, 9, 8, 7]])
-    with torch.inference_mode(), other.active([trained], torch.zeros(1, dtype=torch.long)):
-        ours = other.model(ids).logits
+    trained = other.engine.finetune(start, [], [lesson], [[1e-2, 1e-2]])
+    write_peft(tmp_path, layout, trained.adapters.rows[0], "tiny")
     torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(other.model.config, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        theirs = PeftModel.from_pretrained(plain, str(tmp_path))(ids).logits
-        bare = other.model(ids).logits
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert (ours - bare).abs().max() > 1e-4 and len(losses[0]) == 2
+    plain = AutoModelForCausalLM.from_config(
+        other.engine.model.config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    bare = plain_nll(plain, lesson.examples)
+    theirs = plain_nll(PeftModel.from_pretrained(plain, str(tmp_path)), lesson.examples)
+    ours = [s.nll for s in other.score(lesson.examples, [0] * 6, [trained.adapters])]
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert min(abs(x - y) for x, y in zip(ours, bare, strict=True)) > 1e-3 and len(trained.losses[0]) == 2
 
 
 def test_a_family_without_linear_projections_is_refused_with_what_was_found(lm: LanguageModel) -> None:

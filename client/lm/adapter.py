@@ -9,25 +9,14 @@ seed (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313). Not covered: DoRA, embedding
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from torch.autograd.function import once_differentiable
 
-from privacy.config import Config
-
-Factors = Literal["both", "b"]
-
-
-class AdapterConfig(Config):
-    """The shape of a LoRA adapter."""
-
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    targets: tuple[str, ...] = Field((), description="endings of the adapted linear layers' names; empty: all")
-    factors: Factors = "both"
+Trained = Literal["both", "b"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +35,7 @@ class AdapterLayout:
     layers: tuple[AdaptedLayer, ...]
     rank: int
     alpha: float
-    factors: Factors
+    factors: Trained
     frozen_a: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)  # (r, in) by layer
 
     @property
@@ -88,13 +77,19 @@ class AdapterLayout:
         return row
 
 
-def layout(layers: tuple[AdaptedLayer, ...], config: AdapterConfig, public_seed: int = 0) -> AdapterLayout:
-    """The layout of `config` over `layers`; the frozen factors, if any, follow from `public_seed`."""
+def layout(
+    layers: tuple[AdaptedLayer, ...],
+    rank: int = 8,
+    alpha: float = 16.0,
+    factors: Trained = "both",
+    public_seed: int = 0,
+) -> AdapterLayout:
+    """The layout of adapters over `layers`; the frozen factors, if any, follow from `public_seed`."""
     frozen: dict[str, torch.Tensor] = {}
-    if config.factors == "b":
+    if factors == "b":
         generator = torch.Generator().manual_seed(public_seed)
-        frozen = {x.name: _uniform_a(config.rank, x.in_features, generator) for x in layers}
-    return AdapterLayout(layers, config.rank, config.alpha, config.factors, frozen)
+        frozen = {x.name: _uniform_a(rank, x.in_features, generator) for x in layers}
+    return AdapterLayout(layers, rank, alpha, factors, frozen)
 
 
 @dataclass(frozen=True)
@@ -104,9 +99,48 @@ class Adapters:
     layout: AdapterLayout
     rows: torch.Tensor  # (K, P) or (1, P)
 
-    def pick(self, slots: torch.Tensor) -> Adapters:
-        """The rows of the batch: row i belongs to device `slots[i]`."""
-        return self if self.rows.shape[0] == 1 else Adapters(self.layout, self.rows.index_select(0, slots))
+    def pick(self, devices: Sequence[int]) -> Adapters:
+        """The rows of these devices; a single row stays what it is."""
+        if len(self.rows) == 1:
+            return self
+        first, count = devices[0], len(devices)
+        run = list(devices) == list(range(first, first + count))
+        return Adapters(self.layout, self.rows[first : first + count] if run else self.rows[list(devices)])
+
+    def unstack(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Name, A (K, r, in) and Bᵀ (K, r, out) of each layer, contiguous, in `dtype`; differentiable."""
+        parts = iter(_Unstack.apply(self.rows, self.layout, dtype))  # type: ignore[no-untyped-call]
+        for layer in self.layout.layers:
+            if self.layout.factors == "both":
+                a = next(parts)
+            else:
+                a = self.layout.frozen_a[layer.name].to(dtype).expand(len(self.rows), -1, -1)
+            yield layer.name, a, next(parts)
+
+
+class _Unstack(torch.autograd.Function):
+    """Copies the trained factors out of the rows; the derivative is written straight into float32 rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, layout: AdapterLayout, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        ctx.layout, ctx.shape = layout, rows.shape
+        return tuple(part.to(dtype).contiguous() for part in _trained_parts(rows, layout))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        gathered = torch.empty(ctx.shape, device=grads[0].device)
+        for part, grad in zip(_trained_parts(gathered, ctx.layout), grads, strict=True):
+            part.copy_(grad)
+        return gathered, None, None
+
+
+def _trained_parts(rows: torch.Tensor, layout: AdapterLayout) -> Iterator[torch.Tensor]:
+    """Views of the rows: of each layer A (K, r, in) if it is trained, then Bᵀ (K, r, out)."""
+    for _, a, b in layout.split(rows):
+        if layout.factors == "both":
+            yield a
+        yield b.mT
 
 
 def _uniform_a(rank: int, in_features: int, generator: torch.Generator) -> torch.Tensor:

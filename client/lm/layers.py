@@ -1,18 +1,33 @@
-"""Linear layers that add the adapters of each row of a batch to what the frozen base computes."""
+"""Linear layers that add the adapters of each device to what the frozen base computes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from client.lm.adapter import AdaptedLayer, Adapters
+from client.lm.packing import Example, Rectangle
 
 
 class UnsupportedModelError(ValueError):
     """The model is built in a way that stacked adapters cannot change."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's part of stacked adapters, and which tokens each device has."""
+
+    a: torch.Tensor  # (K, r, in)
+    bt: torch.Tensor  # (K, r, out), B transposed
+    scale: float
+    owned: Rectangle
 
 
 class AdaptedLinear(nn.Module):
@@ -21,18 +36,80 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base
-        self.active: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+        self.active: list[Factors] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (R, T, in) → (R, T, out), row r through its own factors."""
-        y: torch.Tensor = self.base(x)
-        for a, b, scale in self.active:
-            down = x @ a.mT if a.dim() == 2 or a.shape[0] > 1 else x @ a[0].mT  # (R, T, r)
-            if b.shape[0] > 1:
-                y = torch.baddbmm(y, down, b.mT, alpha=scale)
+        """x (..., in) → (..., out); the tokens are those of the active factors' rectangles."""
+        if not self.active:
+            return self.base(x)  # type: ignore[no-any-return]
+        tensors = [t for f in self.active for t in (f.a, f.bt)]
+        flat = x.reshape(-1, x.shape[-1])
+        y: torch.Tensor = _Adapted.apply(flat, self.base.weight, self.base.bias, self.active, *tensors)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], -1)
+
+
+class _Adapted(torch.autograd.Function):
+    """The layer and its derivative, with the thin operands transposed instead of the activations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        active: list[Factors],
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        y = torch.nn.functional.linear(x, weight, bias)  # (N, out)
+        saved = [weight]
+        for f in active:
+            spread = f.owned.spread(x)  # (K, T, in)
+            down = torch.bmm(f.a, spread.mT).mul_(f.scale)  # (K, r, T)
+            if f.owned.even:
+                y.view(*spread.shape[:2], -1).baddbmm_(down.mT, f.bt)
             else:
-                y = torch.add(y, down @ b[0].mT, alpha=scale)
+                y.add_(f.owned.collect(torch.bmm(down.mT, f.bt)))
+            saved += [spread, down, f.a, f.bt]
+        ctx.save_for_backward(*saved)
+        ctx.active = [(f.scale, f.owned) for f in active]
         return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, *saved = ctx.saved_tensors
+        dx = grad @ weight if ctx.needs_input_grad[0] else None
+        found: list[torch.Tensor | None] = []
+        for i, (scale, owned) in enumerate(ctx.active):
+            spread, down, a, bt = saved[4 * i : 4 * i + 4]
+            needs_a, needs_b = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
+            out = owned.spread_zero(grad)  # (K, T, out)
+            ddown = torch.bmm(bt, out.mT).mul_(scale)  # (K, r, T)
+            found.append(torch.bmm(ddown, spread) if needs_a else None)
+            found.append(torch.bmm(down, out) if needs_b else None)
+            if dx is not None and owned.even:
+                dx.view(*out.shape[:2], -1).baddbmm_(ddown.mT, a)
+            elif dx is not None:
+                dx.add_(owned.collect(torch.bmm(ddown.mT, a)))
+        return dx, None, None, None, *found
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """The layer that makes logits of the last hidden states."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(head, nn.Linear):
+        raise UnsupportedModelError(f"the head of {type(model).__name__} is {type(head).__name__}, not nn.Linear")
+    return head
+
+
+PROBES = tuple(Example(tuple(range(3, 3 + n)), (), (0, n), False) for n in (4, 9, 6))
+
+
+@torch.inference_mode()
+def probe(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of `PROBES` one after the other, by the model as it is; (N, V)."""
+    ids = [torch.tensor([x.prompt], device=model.device) for x in sorted(PROBES, key=lambda x: -x.length)]
+    return torch.cat([model(i, use_cache=False).logits[0] for i in ids]).float()
 
 
 def adapt(model: nn.Module, targets: Sequence[str]) -> dict[str, AdaptedLinear]:
@@ -73,12 +150,18 @@ def adapted_layers(modules: dict[str, AdaptedLinear], targets: Sequence[str] = (
 
 
 @contextmanager
-def active(modules: dict[str, AdaptedLinear], adapters: Sequence[Adapters], dtype: torch.dtype) -> Iterator[None]:
-    """Within it, each row of a batch passes through its row of every adapter; outside, the base is bare."""
+def active(
+    modules: dict[str, AdaptedLinear], adapters: Sequence[Adapters], owned: Rectangle, dtype: torch.dtype
+) -> Iterator[None]:
+    """Within it, the tokens of owner k pass through row k of every adapter; outside, the base is bare.
+
+    An adapter of one row serves all owners.
+    """
     try:
         for adapter in adapters:
-            for name, a, b in adapter.layout.split(adapter.rows.to(dtype)):
-                modules[name].active.append((a.to(b), b, adapter.layout.scale))
+            shape = owned if len(adapter.rows) == owned.rows else owned.together
+            for name, a, bt in adapter.unstack(dtype):
+                modules[name].active.append(Factors(a, bt, adapter.layout.scale, shape))
         yield
     finally:
         for module in modules.values():

@@ -1,10 +1,12 @@
-"""AdamW over the rows of a cohort: each device has its own step count, and those that rest stay as they are."""
+"""AdamW over the rows of a cohort, each with its own rate and step count, by torch's fused kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.optim.adamw import adamw
 
 
 @dataclass(frozen=True)
@@ -13,33 +15,42 @@ class Moments:
 
     mean: torch.Tensor  # (K, P)
     square: torch.Tensor  # (K, P)
-    steps: torch.Tensor  # (K,)
+    steps: list[torch.Tensor]  # K scalars
 
     @classmethod
     def zeros(cls, like: torch.Tensor) -> Moments:
-        return cls(torch.zeros_like(like), torch.zeros_like(like), torch.zeros(len(like), device=like.device))
+        steps = [torch.zeros((), device=like.device) for _ in range(len(like))]
+        return cls(torch.zeros_like(like), torch.zeros_like(like), steps)
 
 
 def adamw_(
     rows: torch.Tensor,
     gradient: torch.Tensor,
     moments: Moments,
-    moving: torch.Tensor,
-    rate: torch.Tensor,
+    rates: Sequence[float],
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> None:
-    """One step of AdamW (Loshchilov & Hutter 2019) in place on the rows (K, P) that `moving` (M,) names.
+    """One step of AdamW (Loshchilov & Hutter 2019) in place on the first M of the rows (K, P).
 
-    `gradient` is (K, P), `rate` (K,). Equal to `torch.optim.AdamW` on each row alone.
+    `gradient` is (M, P), `rates` has M. Equal to `torch.optim.AdamW` on each row alone.
     """
-    grad = gradient[moving]
-    steps = moments.steps[moving] + 1
-    mean = moments.mean[moving].lerp_(grad, 1 - betas[0])
-    square = moments.square[moving].mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    correction = (1 - betas[1] ** steps).sqrt()[:, None]
-    size = (rate[moving] / (1 - betas[0] ** steps))[:, None]
-    decayed = rows[moving] * (1 - rate[moving] * weight_decay)[:, None]
-    rows[moving] = decayed - size * mean / ((square.sqrt() / correction).add_(eps))
-    moments.mean[moving], moments.square[moving], moments.steps[moving] = mean, square, steps
+    for rate in dict.fromkeys(rates):
+        same = [k for k, r in enumerate(rates) if r == rate]
+        adamw(
+            [rows[k] for k in same],
+            [gradient[k] for k in same],
+            [moments.mean[k] for k in same],
+            [moments.square[k] for k in same],
+            [],
+            [moments.steps[k] for k in same],
+            fused=True,
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=rate,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+        )

@@ -1,0 +1,63 @@
+"""Cross-entropy at the replies' tokens, in pieces: few logits exist at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+PIECE = 1 << 21  # logits at a time
+
+
+def token_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """NLL (M,) in nats, float32, of `targets` (M,) given the last hidden states (M, H) before them."""
+    losses: torch.Tensor = _TokenLosses.apply(hidden, weight, bias, targets, softcap)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
+) -> torch.Tensor:
+    """(M, H) → (M, V)."""
+    scores = torch.nn.functional.linear(hidden, weight, bias)
+    return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
+
+
+class _TokenLosses(torch.autograd.Function):
+    """-log softmax(W h)_t and, as long as the piece is at hand, its derivative by h: Wᵀ (softmax - onehot)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        losses = torch.empty(len(hidden), device=hidden.device)
+        derivative = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        step = max(1, PIECE // len(weight))
+        for start in range(0, len(hidden), step):
+            piece = slice(start, start + step)
+            scores, target = logits(hidden[piece], weight, bias, softcap), targets[piece, None]
+            chances = torch.softmax(scores, -1, dtype=torch.float32)
+            log_sum = scores.amax(-1).float() - chances.amax(-1).log()  # the largest chance is exp(0) / Σ
+            losses[piece] = log_sum - scores.gather(1, target)[:, 0]
+            if derivative is not None:
+                slope = chances.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+                if softcap:
+                    slope.mul_(1 - (scores.float() / softcap).square_())
+                torch.mm(slope.to(weight.dtype), weight, out=derivative[piece])
+        if derivative is not None:
+            ctx.save_for_backward(derivative)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (derivative,) = ctx.saved_tensors
+        return derivative * grad[:, None].to(derivative.dtype), None, None, None, None
