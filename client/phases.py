@@ -10,7 +10,7 @@ same result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -159,12 +159,13 @@ def learn_shared(
     rows = {k: _private_row(states[k], received, plan, site, event) for k in able}
     lessons = {k: site.lm.format.dialogues(_pool_dialogues(states[k])) for k in able}
     tokens = dict.fromkeys(able, 0)
-    for step in range(config.shared.steps_per_round):
+    for step in range(config.shared.steps_per_round if able else 0):
         chosen = {k: _coins(states[k], plan, step, site) for k in able}
         tokens = {k: n + sum(lessons[k][i].length for i in chosen[k]) for k, n in tokens.items()}
-        gradients = _example_gradients(rows, lessons, chosen, site)
-        for k in able:
-            rows[k].step(gradients[k])
+        now = site.lm.adapters(site.shared_layout, torch.stack([rows[k].row for k in able]))
+        gradients, _ = site.lm.engine.dp_gradients(now, [], [[lessons[k][i] for i in chosen[k]] for k in able])
+        for k, own in zip(able, gradients, strict=True):
+            rows[k].step(own)
     changes = [rows[k].row - received if k in rows else None for k in range(len(states))]
     budget = [epsilon(s.events, config.privacy.delta, config.privacy.promise.adjacency) for s in charged]
     return charged, changes, [{"epsilon": e, "shared_tokens": tokens.get(k, 0)} for k, e in enumerate(budget)]
@@ -205,26 +206,6 @@ def _pool_dialogues(state: DeviceState) -> list[Dialogue]:
 
 def _coins(state: DeviceState, plan: RoundPlan, step: int, site: Site) -> list[int]:
     return state.pool.sample(site.config.shared.sampling_rate, derive_key(state.secret, plan.round, "coins", step))
-
-
-def _example_gradients(
-    rows: Mapping[int, PrivateRow], lessons: Mapping[int, list[Any]], chosen: Mapping[int, list[int]], site: Site
-) -> dict[int, torch.Tensor]:
-    """Gradients (b_k, P) of each device's sampled examples, each of its own mean token loss, in one pass."""
-    order = list(rows)
-    pairs = [(place, i) for place, k in enumerate(order) for i in chosen[k]]
-    found = {k: torch.zeros(len(chosen[k]), site.shared_layout.width) for k in order}
-    if not pairs:
-        return found
-    stacked = site.lm.adapters(site.shared_layout, torch.stack([rows[k].row for k in order]))
-    examples = [lessons[order[place]][i] for place, i in pairs]
-    weights = [1 / max(1, len(e.reply)) for e in examples]
-    positions = [j for k in order for j in range(len(chosen[k]))]
-    slots = [place for place, _ in pairs]
-    for group, gradient, _ in site.lm.engine.row_gradients(stacked, [], examples, slots, weights):
-        for i, row in zip(group, gradient.cpu(), strict=True):
-            found[order[slots[i]]][positions[i]] = row
-    return found
 
 
 def release(changes: Sequence[torch.Tensor | None], plan: RoundPlan, site: Site) -> list[Release | None]:

@@ -22,6 +22,8 @@ models = typer.Typer(no_args_is_help=True, help="Language models: what there is,
 data = typer.Typer(no_args_is_help=True, help="Data sets: what there is, and what is in one.")
 app.add_typer(models, name="models")
 app.add_typer(data, name="data")
+bench = typer.Typer(no_args_is_help=True, help="Measure this machine with what it is asked to do.")
+app.add_typer(bench, name="bench")
 console = Console()
 
 
@@ -139,6 +141,40 @@ def describe_data(
     from simulation.data.population import DataConfig
 
     console.print(render(describe(validate(DataConfig, {"name": name, "split": split}, "data describe"), seed=0)))
+
+
+@bench.callback()
+def _benchmarks() -> None:
+    """Each benchmark is a command of its own."""
+
+
+@bench.command("engine")
+def bench_engine(
+    model: Annotated[str, typer.Option(help="nano, smollm2-135m, a hub id or a folder")] = "nano",
+    devices: Annotated[str, typer.Option(help="How many devices in one pass, with commas.")] = "1,8,64,256,1024",
+    kinds: Annotated[str, typer.Option(help="What to measure.")] = "training,embedding,generation,dp_training",
+    steps: Annotated[int, typer.Option(min=1, help="Local steps of training.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="In each of them every arm has its turn.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One object instead of the table.")] = False,
+) -> None:
+    """Train, embed and generate for many devices, beside what you would use instead: PEFT, Flower, pfl, Opacus.
+
+    Arms that are not installed are named as absent; pip install 'florilegium[bench]' adds pfl-research.
+
+    florilegium bench engine --devices 64 --kinds training --repeats 3
+    """
+    import json
+
+    from simulation.bench.engine import as_json as to_json
+    from simulation.bench.engine import as_table, measure, numbers
+
+    told = Console(stderr=True)
+    with told.status("starting") as status:
+        outcome = measure(model, numbers(devices), kinds.split(","), steps, repeats, status.update)
+    if as_json:
+        print(json.dumps(to_json(outcome), indent=1))
+    else:
+        console.print(as_table(outcome))
 
 
 def main() -> None:

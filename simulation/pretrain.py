@@ -78,7 +78,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=END, chat_template=CHAT_TEMPLATE
     )
 
@@ -248,7 +248,7 @@ def pretrain(config: PretrainConfig, report: Callable[[str], None] = print) -> d
             group["lr"] = rate(step, steps, config)
         with torch.autocast(device, dtype=torch.bfloat16):
             loss = loss_of(model, ids.to(device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -32,7 +32,7 @@ SMALL = (
 
 @pytest.fixture(scope="session")
 def lm() -> LanguageModel:
-    return LanguageModel.load(ModelConfig())
+    return LanguageModel.load(ModelConfig(dtype="float32"))
 
 
 @pytest.fixture(scope="session")

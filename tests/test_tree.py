@@ -25,6 +25,7 @@ ALLOWED = {
     "simulation": {"privacy", "client", "server", "simulation"},
 }
 WITH_FLOWER = {
+    "simulation/bench/flower_arm.py",
     "client/app.py",
     "server/strategy.py",
     "simulation/app.py",

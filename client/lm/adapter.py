@@ -92,6 +92,39 @@ def layout(
     return AdapterLayout(layers, rank, alpha, factors, frozen)
 
 
+def widen(row: torch.Tensor, small: AdapterLayout, large: AdapterLayout) -> torch.Tensor:
+    """A row (P,) of a lower rank as a row of a higher one, so that devices of different ranks share a stack.
+
+    The additional parts of A and B are zero, and so are then their gradients: training leaves them zero. Raises
+    `ValueError` unless the layouts have the same layers, factors and scale.
+    """
+    wide = torch.zeros(large.width, device=row.device)
+    for part, whole in _matching(row, small, wide, large):
+        whole.copy_(part)
+    return wide
+
+
+def narrow(row: torch.Tensor, large: AdapterLayout, small: AdapterLayout) -> torch.Tensor:
+    """The inverse of `widen`."""
+    thin = torch.zeros(small.width, device=row.device)
+    for part, whole in _matching(thin, small, row, large):
+        part.copy_(whole)
+    return thin
+
+
+def _matching(
+    thin: torch.Tensor, small: AdapterLayout, wide: torch.Tensor, large: AdapterLayout
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The factors of the thin row, each with its place in the wide one."""
+    if (small.layers, small.factors, small.scale) != (large.layers, large.factors, large.scale):
+        raise ValueError("adapters share a stack only with the same layers, factors and alpha / rank")
+    if small.factors == "b":
+        raise ValueError("adapters with a frozen A share a stack only with the same rank: A depends on it")
+    for (_, a, b), (_, wide_a, wide_b) in zip(small.split(thin[None]), large.split(wide[None]), strict=True):
+        yield a, wide_a[:, : small.rank]
+        yield b, wide_b[:, :, : small.rank]
+
+
 @dataclass(frozen=True)
 class Adapters:
     """Rows of one layout. One row alone serves every device of a batch."""
@@ -101,7 +134,7 @@ class Adapters:
 
     def pick(self, devices: Sequence[int]) -> Adapters:
         """The rows of these devices; a single row stays what it is."""
-        if len(self.rows) == 1:
+        if len(self.rows) == 1 or list(devices) == list(range(len(self.rows))):
             return self
         first, count = devices[0], len(devices)
         run = list(devices) == list(range(first, first + count))

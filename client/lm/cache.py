@@ -8,12 +8,11 @@ from client.lm.packing import Texts
 
 
 class KeyValues:
-    """A cache for R texts: row r holds the keys of its `lengths[r]` tokens, then room for the new ones."""
+    """A cache for R texts: row r holds the keys of its `lengths[r]` tokens, and room for `more`."""
 
-    def __init__(self, lengths: torch.Tensor, room: int) -> None:
-        self.lengths, self.room, self.decoding = lengths, room, False
+    def __init__(self, lengths: torch.Tensor, more: int) -> None:
+        self.lengths, self.more, self.decoding = lengths, more, False
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # (R, g, room, d) each
-        self._hidden: torch.Tensor | None = None
 
     def keep(self, layer: int, k: torch.Tensor, v: torch.Tensor, texts: Texts) -> None:
         """Takes over the prompts' keys and values (N, g, d)."""
@@ -21,9 +20,9 @@ class KeyValues:
         (band,), _ = texts.heads(groups)
         made = []
         for x in (k, v):
-            buffer = x.new_zeros(band.texts, groups, self.room, size)
+            buffer = x.new_zeros(len(self.lengths), groups, band.width + self.more, size)
             picked = x.reshape(-1, size).index_select(0, band.pick)
-            buffer[:, :, : band.width] = picked.view(band.texts, groups, band.width, size)
+            buffer[:, :, : band.width] = picked.view(band.texts, groups, band.width, size)[: len(self.lengths)]
             made.append(buffer)
         self._layers[layer] = (made[0], made[1])
 
@@ -32,8 +31,6 @@ class KeyValues:
         if self.decoding:
             self.lengths = self.lengths + 1
         self.decoding = True
-        places = torch.arange(self.room, device=self.lengths.device)[None]
-        self._age = self.lengths[:, None] - places  # (R, room)
 
     def attend(
         self,
@@ -54,7 +51,8 @@ class KeyValues:
         scores = torch.bmm(queries, keys.view(rows * groups, -1, size).mT).mul_(scale)
         if softcap:
             scores.div_(softcap).tanh_().mul_(softcap)
-        unseen = (self._age < 0) | (self._age >= (window or self.room + 1))  # (R, room)
+        age = self.lengths[:, None] - torch.arange(keys.shape[2], device=k.device)[None]  # (R, room)
+        unseen = (age < 0) | (age >= (window or keys.shape[2]))
         scores.view(rows, heads, -1).masked_fill_(unseen[:, None], -torch.inf)
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
         return torch.bmm(weights, values.view(rows * groups, -1, size)).view(rows, heads, size)

@@ -19,12 +19,12 @@ class ModelConfig(Config):
     """Which language model, and how it reads."""
 
     name: str = Field("nano", description="nano, smollm2-135m, a hub id or a folder")
-    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16)$", description="auto: float32 on CPU, else bfloat16")
+    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16)$", description="auto: bfloat16 where it is fast")
     device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
     chat_template: str = Field("", description="for a tokenizer that has none: plain, or a Jinja template")
     targets: tuple[str, ...] = Field((), description="endings of the linear layers to adapt; empty: all but the head")
     limits: TextLimits = TextLimits()
-    max_batch_tokens: int = Field(2048, ge=64, description="tokens in one pass; small ones fit a CPU cache")
+    max_batch_tokens: int = Field(0, ge=0, description="tokens in one pass; 0: what suits the device")
 
 
 class AdapterConfig(Config):

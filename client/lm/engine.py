@@ -8,6 +8,7 @@ several GPUs.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,10 +22,19 @@ from client.lm.cache import KeyValues
 from client.lm.decode import Decoding
 from client.lm.loss import logits, token_losses
 from client.lm.memory import Allowance, keep_freed_memory
+from client.lm.norms import replace_norms
 from client.lm.optimizer import Moments, adamw_
 from client.lm.packing import Example, Pack, Rectangle, Texts, owned_by
 
+TOKENS = {  # in one pass, if it is not said: what fits the caches of a CPU, what fills a GPU
+    ("cpu", torch.float32): 2048,
+    ("cpu", torch.bfloat16): 4096,
+    ("cuda", torch.float32): 16384,
+    ("cuda", torch.bfloat16): 32768,
+}
 CONTINUING = 4  # times as many tokens when nothing is kept for a derivative
+PASSES_PER_BLOCK = 4  # of training: more make passes of devices that are more alike, and more optimizer state
+EVEN = 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Training:
 class Engine:
     """The frozen base, held once, and the operations on stacked adapters."""
 
-    def __init__(self, model: PreTrainedModel, targets: Sequence[str] = (), max_batch_tokens: int = 2048) -> None:
+    def __init__(self, model: PreTrainedModel, targets: Sequence[str] = (), max_batch_tokens: int = 0) -> None:
         """Adapts the model in place; raises `UnsupportedModelError` for one that it cannot reproduce."""
         model.train(False)
         self.model = model.requires_grad_(False)
@@ -63,9 +73,14 @@ class Engine:
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         expected = layers.probe(model)
         self.modules = layers.adapt(model, targets)
+        replace_norms(model)
         model.set_attn_implementation(attention.NAME)
-        self.allowance = Allowance(max_batch_tokens)
+        self.allowance = Allowance(max_batch_tokens or TOKENS[self.device.type, self.dtype])
         self._check(expected)
+
+    def pack(self, examples: Sequence[Example], slots: Sequence[int]) -> Pack:
+        """The examples as one pass; those of one device follow each other."""
+        return Pack(examples, slots, self.device)
 
     def active(self, adapters: Sequence[Adapters], owned: Rectangle) -> AbstractContextManager[None]:
         """The adapters switched on: row k of a stack for the tokens of owner k, one row for all."""
@@ -80,9 +95,9 @@ class Engine:
 
         def read(group: list[int]) -> tuple[torch.Tensor, ...]:
             chosen = [examples[i] for i in group]
-            pack = Pack(chosen, [0] * len(chosen), self.device)
-            hidden = self._forward(pack.ids, pack.positions, pack.texts)
-            return torch.split(hidden, list(pack.texts.lengths))
+            pack = self.pack(chosen, [0] * len(chosen))
+            hidden, lengths = self._forward(pack.ids, pack.positions, pack.texts), [e.length for e in chosen]
+            return torch.split(hidden[: sum(lengths)], lengths)
 
         for group, found in self.allowance.each(order, _by_tokens([e.length for e in examples]), read):
             yield from zip(group, found, strict=True)
@@ -93,9 +108,9 @@ class Engine:
         found = [0.0] * len(examples)
 
         def measure(group: list[int]) -> list[float]:
-            pack = Pack([examples[i] for i in group], [slots[i] for i in group], self.device)
+            pack = self.pack([examples[i] for i in group], [slots[i] for i in group])
             with self.active([a.pick(pack.owners) for a in adapters], pack.owned):
-                losses: list[float] = self._losses(pack).tolist()
+                losses: list[float] = self.losses(pack).tolist()
                 return losses
 
         lengths = [e.length for e in examples]
@@ -122,7 +137,7 @@ class Engine:
 
         def continued(group: list[int]) -> list[list[int]]:
             decoding = Decoding([seeds[i] for i in group], max_new_tokens, temperature, stop_id, self.device)
-            pack = Pack([examples[i] for i in group], [slots[i] for i in group], self.device)
+            pack = self.pack([examples[i] for i in group], [slots[i] for i in group])
             self._decode(pack, decoding, adapters)
             return decoding.replies
 
@@ -133,8 +148,8 @@ class Engine:
 
     def _decode(self, pack: Pack, decoding: Decoding, adapters: Sequence[Adapters]) -> None:
         texts = Texts(pack.texts.lengths, self.device, ordered=True)
-        lengths = torch.tensor(texts.lengths, device=self.device)  # (R,)
-        cache = KeyValues(lengths, max(texts.lengths) + decoding.ids.shape[1])
+        lengths = torch.tensor([e.length for e in pack.examples], device=self.device)  # (R,)
+        cache = KeyValues(lengths, decoding.ids.shape[1])
         with self.active([a.pick(pack.owners) for a in adapters], pack.owned):
             hidden = self._forward(pack.ids, pack.positions, texts, cache)[lengths.cumsum(0) - 1]  # (R, H)
         decoding.take(self._logits(hidden))
@@ -166,18 +181,36 @@ class Engine:
         order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
 
         def differentiate(group: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-            pack = Pack([examples[i] for i in group], range(len(group)), self.device)  # each its own owner
+            pack = self.pack([examples[i] for i in group], range(len(group)))  # each its own owner
             devices = [slots[i] for i in group]
             rows = trained.rows[devices if len(trained.rows) > 1 else [0] * len(group)].detach().requires_grad_(True)
             weight = torch.tensor([weights[i] for i in group], device=self.device)
             with torch.enable_grad():
                 with self.active([*(a.pick(devices) for a in frozen), Adapters(trained.layout, rows)], pack.owned):
-                    losses = self._losses(pack)
+                    losses = self.losses(pack)
                 (gradient,) = torch.autograd.grad((losses * weight).sum(), rows)
             return gradient, losses.detach()
 
         for group, found in self.allowance.each(order, _by_tokens([e.length for e in examples]), differentiate):
             yield group, *found
+
+    def dp_gradients(
+        self, trained: Adapters, frozen: Sequence[Adapters], batches: Sequence[Sequence[Example]]
+    ) -> tuple[list[torch.Tensor], list[float]]:
+        """Of each device, the gradient (b_k, P) of every example's own mean token loss, and the mean of these losses.
+
+        On the CPU, in the order of the examples.
+        """
+        examples, slots = [e for batch in batches for e in batch], [k for k, batch in enumerate(batches) for _ in batch]
+        weights = [1 / max(1, e.targets) for e in examples]
+        found = torch.zeros(len(examples), trained.layout.width)
+        losses = torch.zeros(len(examples))
+        for group, gradient, loss in self.row_gradients(trained, frozen, examples, slots, weights):
+            found[group], losses[group] = gradient.cpu(), loss.cpu()
+        losses *= torch.tensor(weights)
+        sizes = [len(batch) for batch in batches]
+        means = [float(own.mean()) if len(own) else 0.0 for own in losses.split(sizes)]
+        return list(found.split(sizes)), means
 
     def finetune(
         self,
@@ -190,7 +223,8 @@ class Engine:
         """Trains the row of each device on its lesson, by AdamW on the mean loss over the tokens of each batch.
 
         Device k does step s on `lessons[k].batches[s]` at rate `rates[k][s]`. Devices are taken in blocks of like
-        lessons, a block through all of its steps, so that the optimizer's state exists for one block at a time.
+        lessons, a block through all of its steps, so that the optimizer's state exists for one block at a time;
+        each step goes in passes of devices with batches of like size.
         A device whose loss or adapter stops being a number keeps the row that it came with and is named in `failed`.
         """
         rows, losses = trained.rows.clone(), [list[float]() for _ in lessons]
@@ -203,7 +237,8 @@ class Engine:
             return self._train_block(Adapters(trained.layout, trained.rows[block]), own, work, pace, weight_decay)
 
         failed: dict[int, str] = {}
-        for block, (learned, found) in self.allowance.each(busy, _by_tokens([x.tokens for x in lessons]), train):
+        room = [x.tokens // PASSES_PER_BLOCK for x in lessons]
+        for block, (learned, found) in self.allowance.each(busy, _by_tokens(room), train):
             sound = learned.isfinite().all(1).tolist()
             for place, k in enumerate(block):
                 losses[k] = found[place]
@@ -216,45 +251,45 @@ class Engine:
 
     def _train_block(
         self,
-        start: Adapters,
+        adapters: Adapters,
         frozen: Sequence[Adapters],
         lessons: Sequence[Lesson],
         rates: Sequence[Sequence[float]],
         weight_decay: float,
     ) -> tuple[torch.Tensor, list[list[float]]]:
-        """Rows (K, P) and losses of devices in the order of falling numbers of steps."""
-        rows, losses = start.rows.clone(), [list[float]() for _ in lessons]
+        """Rows (K, P), trained in place, and losses of devices in the order of falling numbers of steps."""
+        rows, losses = adapters.rows, [list[float]() for _ in lessons]
         moments = Moments.zeros(rows)
         for step in range(len(lessons[0].batches)):
-            moving = sum(step < len(x.batches) for x in lessons)  # the first ones: the others are done
-            batches = [[x.examples[i] for i in x.batches[step]] for x in lessons[:moving]]
-            gradient, loss = self._step_gradient(Adapters(start.layout, rows), frozen, batches)
-            adamw_(rows, gradient, moments, [r[step] for r in rates[:moving]], weight_decay)
-            for own, value in zip(losses, loss.tolist(), strict=False):
-                own.append(value)
+            batches = [[x.examples[i] for i in x.batches[step]] for x in lessons if step < len(x.batches)]
+            sizes = [sum(e.length for e in batch) for batch in batches]
+            order = sorted(range(len(batches)), key=lambda k: -sizes[k])  # so that those of a pass are alike
+            for group in _by_tokens(sizes, EVEN)(order, self.allowance.tokens):
+                chosen = [batches[k] for k in group]
+                gradient, loss = self._gradient(adapters.pick(group), [a.pick(group) for a in frozen], chosen)
+                adamw_(rows, gradient, moments, group, [rates[k][step] for k in group], weight_decay)
+                for k, value in zip(group, loss.tolist(), strict=True):
+                    losses[k].append(value)
         return rows, losses
 
-    def _step_gradient(
+    def _gradient(
         self, trained: Adapters, frozen: Sequence[Adapters], batches: Sequence[Sequence[Example]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradient (M, P) and value (M,) of each device's mean loss over the tokens of its own batch."""
         pairs = [(k, e) for k, batch in enumerate(batches) for e in batch]
         tokens = torch.tensor([float(max(1, sum(e.targets for e in batch))) for batch in batches], device=self.device)
         value = torch.zeros(len(batches), device=self.device)
-        parts = []
+        gradient: torch.Tensor | None = None
         for group in _by_tokens([e.length for _, e in pairs])(range(len(pairs)), self.allowance.tokens):
-            pack = Pack([pairs[i][1] for i in group], [pairs[i][0] for i in group], self.device)
-            rows = trained.rows[pack.owners[0] : pack.owners[-1] + 1].detach().requires_grad_(True)
-            with torch.enable_grad():
-                with self.active([*(a.pick(pack.owners) for a in frozen), Adapters(trained.layout, rows)], pack.owned):
-                    losses = self._losses(pack) / tokens[pack.slots]
-                parts.append((pack.owners, torch.autograd.grad(losses.sum(), rows)[0]))
-            value.index_add_(0, torch.tensor(pack.slots, device=self.device), losses.detach())
-        if len(parts) == 1:
-            return parts[0][1], value
-        gradient = torch.zeros_like(trained.rows[: len(batches)])
-        for owners, part in parts:
-            gradient[owners[0] : owners[-1] + 1] += part
+            pack = self.pack([pairs[i][1] for i in group], [pairs[i][0] for i in group])
+            rows = trained.rows.detach().requires_grad_(True)
+            own = Adapters(trained.layout, rows).pick(pack.owners)
+            with torch.enable_grad(), self.active([*(a.pick(pack.owners) for a in frozen), own], pack.owned):
+                losses = self.losses(pack) / tokens[list(pack.slots)]
+                (part,) = torch.autograd.grad(losses.sum(), rows)
+            value.index_add_(0, torch.tensor(list(pack.slots), device=self.device), losses.detach())
+            gradient = part if gradient is None else gradient.add_(part)
+        assert gradient is not None
         return gradient, value
 
     # -- forward ------------------------------------------------------------------------------------------------
@@ -270,7 +305,7 @@ class Engine:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return logits(hidden, self.head.weight, self.head.bias, self.softcap)
 
-    def _losses(self, pack: Pack) -> torch.Tensor:
+    def losses(self, pack: Pack) -> torch.Tensor:
         """Σ NLL over the targets of each example, (R,) nats; only targets pass the head."""
         places, ids, rows = pack.targets
         hidden = self._forward(pack.ids, pack.positions, pack.texts)[places]  # (M, H)
@@ -292,18 +327,24 @@ class Engine:
 Split = Callable[[Sequence[int], int], list[list[int]]]
 
 
-def _by_tokens(lengths: Sequence[int]) -> Split:
-    """Cuts indices, in their order, into groups of at most so many tokens, or of one index."""
+def _by_tokens(lengths: Sequence[int], even: int = 1) -> Split:
+    """Cuts indices, in their order, into groups of at most so many tokens, or of one index.
+
+    Groups of more than `even` indices, but the last, have a multiple of it: so there are few shapes.
+    """
 
     def split(items: Sequence[int], most: int) -> list[list[int]]:
         groups: list[list[int]] = []
-        room = 0
-        for i in items:
-            room -= lengths[i]
-            if not groups or room < 0:
-                groups.append([])
-                room = most - lengths[i]
-            groups[-1].append(i)
+        waiting = deque(items)
+        while waiting:
+            group, room = [waiting.popleft()], most
+            room -= lengths[group[0]]
+            while waiting and lengths[waiting[0]] <= room:
+                room -= lengths[waiting[0]]
+                group.append(waiting.popleft())
+            while waiting and len(group) > even and len(group) % even:
+                waiting.appendleft(group.pop())
+            groups.append(group)
         return groups
 
     return split

@@ -51,6 +51,14 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether `device` has instructions for bfloat16 matrices, so that they are faster than float32 ones."""
+    if device != "cpu":
+        return True
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private in torch: may be missing
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
 def cache_folder() -> Path:
     """Where pulled models are kept: `FLORILEGIUM_CACHE`, else `florilegium` in the user's cache folder."""
     named = os.environ.get("FLORILEGIUM_CACHE")
@@ -80,7 +88,7 @@ def load(
         raise ModelError(f"model {name!r}: token id {highest} has no row in an embedding of {rows}; wrong tokenizer?")
     model.config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers' wrapper hides its signature
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     return model.requires_grad_(False), tokenizer
 
 
@@ -269,14 +277,14 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype) -> PreTrainedModel:
 def quiet() -> Iterator[None]:
     """Loading without transformers' progress bars and reports; they are as they were afterwards."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from client.lm.adapter import AdaptedLayer, Adapters
 from client.lm.packing import Example, Rectangle
 
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as Llama and its kin name them
+
 
 class UnsupportedModelError(ValueError):
     """The model is built in a way that stacked adapters cannot change."""
@@ -37,66 +39,92 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.active: list[Factors] = []
+        self.siblings = [self]  # layers that are given the same input, in the order in which the model calls them
+        self._ready: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and the output for it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) → (..., out); the tokens are those of the active factors' rectangles."""
         if not self.active:
             return self.base(x)  # type: ignore[no-any-return]
-        tensors = [t for f in self.active for t in (f.a, f.bt)]
-        flat = x.reshape(-1, x.shape[-1])
-        y: torch.Tensor = _Adapted.apply(flat, self.base.weight, self.base.bias, self.active, *tensors)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], -1)
+        if self._ready is None or self._ready[0] is not x:
+            together = [s for s in self.siblings if len(s.active) == len(self.active)]
+            for sibling, y in zip(together, _adapted(together, x), strict=True):
+                sibling._ready = x, y
+        assert self._ready is not None
+        y, self._ready = self._ready[1], None
+        return y
+
+
+def _adapted(siblings: Sequence[AdaptedLinear], x: torch.Tensor) -> list[torch.Tensor]:
+    """The outputs of layers with the same input."""
+    tensors = [t for s in siblings for f in s.active for t in (f.a, f.bt)]
+    flat = x.reshape(-1, x.shape[-1])
+    ys: tuple[torch.Tensor, ...] = _Adapted.apply(flat, siblings, *tensors)  # type: ignore[no-untyped-call]
+    return [y.view(*x.shape[:-1], -1) for y in ys]
 
 
 class _Adapted(torch.autograd.Function):
-    """The layer and its derivative, with the thin operands transposed instead of the activations."""
+    """The layers and their derivative, with the thin operands transposed instead of the activations.
+
+    The A of layers with the same input are one matrix: one product for q, k and v.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        active: list[Factors],
-        *factors: torch.Tensor,
-    ) -> torch.Tensor:
-        y = torch.nn.functional.linear(x, weight, bias)  # (N, out)
-        saved = [weight]
-        for f in active:
-            spread = f.owned.spread(x)  # (K, T, in)
-            down = torch.bmm(f.a, spread.mT).mul_(f.scale)  # (K, r, T)
-            if f.owned.even:
-                y.view(*spread.shape[:2], -1).baddbmm_(down.mT, f.bt)
-            else:
-                y.add_(f.owned.collect(torch.bmm(down.mT, f.bt)))
-            saved += [spread, down, f.a, f.bt]
-        ctx.save_for_backward(*saved)
-        ctx.active = [(f.scale, f.owned) for f in active]
-        return y
+        ctx: Any, x: torch.Tensor, siblings: Sequence[AdaptedLinear], *factors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        bases = [s.base for s in siblings]
+        ys = tuple(torch.nn.functional.linear(x, base.weight, base.bias) for base in bases)  # (N, out) each
+        saved = []
+        for adapter in zip(*(s.active for s in siblings), strict=True):
+            owned, scale = adapter[0].owned, adapter[0].scale
+            a = _cat([f.a for f in adapter])  # (K, Σr, in)
+            spread = owned.spread(x)  # (K, T, in)
+            down = torch.bmm(a, spread.mT).mul_(scale)  # (K, Σr, T)
+            for y, f, part in zip(ys, adapter, down.split([f.a.shape[1] for f in adapter], 1), strict=True):
+                owned.add_product(y, part.mT, f.bt)
+            saved += [spread, down, a, *(f.bt for f in adapter)]
+        ctx.save_for_backward(*(base.weight for base in bases), *saved)
+        ctx.adapters = [(f.scale, f.owned) for f in siblings[0].active]
+        return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, *saved = ctx.saved_tensors
-        dx = grad @ weight if ctx.needs_input_grad[0] else None
-        found: list[torch.Tensor | None] = []
-        for i, (scale, owned) in enumerate(ctx.active):
-            spread, down, a, bt = saved[4 * i : 4 * i + 4]
-            needs_a, needs_b = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
-            out = owned.spread_zero(grad)  # (K, T, out)
-            ddown = torch.bmm(bt, out.mT).mul_(scale)  # (K, r, T)
-            found.append(torch.bmm(ddown, spread) if needs_a else None)
-            found.append(torch.bmm(down, out) if needs_b else None)
-            if dx is not None and owned.even:
-                dx.view(*out.shape[:2], -1).baddbmm_(ddown.mT, a)
-            elif dx is not None:
-                dx.add_(owned.collect(torch.bmm(ddown.mT, a)))
-        return dx, None, None, None, *found
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        count = len(grads)
+        weights, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        dx = _products(grads, weights) if ctx.needs_input_grad[0] else None
+        by_adapter: list[list[torch.Tensor | None]] = []  # of each adapter dA, dBᵀ of each layer
+        for i, (scale, owned) in enumerate(ctx.adapters):
+            spread, down, a, *bts = saved[i * (3 + count) : (i + 1) * (3 + count)]
+            ranks = [bt.shape[1] for bt in bts]
+            outs = [owned.spread_zero(grad) for grad in grads]  # (K, T, out) each
+            ddown = _cat([torch.bmm(bt, out.mT) for bt, out in zip(bts, outs, strict=True)]).mul_(scale)  # (K, Σr, T)
+            needs_a, needs_b = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
+            das = torch.bmm(ddown, spread).split(ranks, 1) if needs_a else [None] * count
+            dbs = [torch.bmm(p, o) if needs_b else None for p, o in zip(down.split(ranks, 1), outs, strict=True)]
+            by_adapter.append([t for pair in zip(das, dbs, strict=True) for t in pair])
+            if dx is not None:
+                owned.add_product(dx, ddown.mT, a)
+        by_layer = [by_adapter[i][2 * m + j] for m in range(count) for i in range(len(ctx.adapters)) for j in (0, 1)]
+        return dx, None, *by_layer
+
+
+def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _products(lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Σ left @ right."""
+    total = lefts[0] @ rights[0]
+    for left, right in zip(lefts[1:], rights[1:], strict=True):
+        total.addmm_(left, right)
+    return total
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
     """The layer that makes logits of the last hidden states."""
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UnsupportedModelError(f"the head of {type(model).__name__} is {type(head).__name__}, not nn.Linear")
     return head
@@ -137,6 +165,11 @@ def adapt(model: nn.Module, targets: Sequence[str]) -> dict[str, AdaptedLinear]:
         adapted[name] = AdaptedLinear(module)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapted[name])
+    for name, layer in adapted.items():
+        parent, _, child = name.rpartition(".")
+        for family in SAME_INPUT:
+            if child in family:
+                layer.siblings = [adapted[n] for n in (f"{parent}.{c}" for c in family) if n in adapted]
     return adapted
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from client.lm.packing import rounded
 
 PIECE = 1 << 21  # logits at a time
 
@@ -14,15 +17,18 @@ def token_losses(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, softcap: float | None
 ) -> torch.Tensor:
     """NLL (M,) in nats, float32, of `targets` (M,) given the last hidden states (M, H) before them."""
+    count = len(hidden)
+    filler = rounded(count) - count
+    hidden, targets = F.pad(hidden, (0, 0, 0, filler)), F.pad(targets, (0, filler))
     losses: torch.Tensor = _TokenLosses.apply(hidden, weight, bias, targets, softcap)  # type: ignore[no-untyped-call]
-    return losses
+    return losses[:count]
 
 
 def logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
 ) -> torch.Tensor:
     """(M, H) → (M, V)."""
-    scores = torch.nn.functional.linear(hidden, weight, bias)
+    scores = F.linear(hidden, weight, bias)
     return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
 
 

@@ -13,7 +13,7 @@ from client.lm import layers
 from client.lm.adapter import AdapterLayout, Adapters, layout
 from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig
 from client.lm.engine import Engine
-from client.lm.hub import default_device, load
+from client.lm.hub import default_device, load, multiplies_bfloat16
 from client.lm.packing import Example
 from client.lm.text import ChatFormat
 
@@ -47,7 +47,7 @@ class LanguageModel:
     def load(cls, config: ModelConfig) -> LanguageModel:
         """Raises `client.lm.hub.ModelError` or `UnsupportedModelError` with the way out."""
         device = default_device() if config.device == "auto" else config.device
-        fallback = "float32" if device == "cpu" else "bfloat16"
+        fallback = "bfloat16" if multiplies_bfloat16(device) else "float32"
         dtype = getattr(torch, fallback if config.dtype == "auto" else config.dtype)
         model, tokenizer = load(config.name, dtype=dtype, device=device, chat_template=config.chat_template)
         return cls(model, tokenizer, config)

@@ -27,20 +27,22 @@ def adamw_(
     rows: torch.Tensor,
     gradient: torch.Tensor,
     moments: Moments,
+    devices: Sequence[int],
     rates: Sequence[float],
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> None:
-    """One step of AdamW (Loshchilov & Hutter 2019) in place on the first M of the rows (K, P).
+    """One step of AdamW (Loshchilov & Hutter 2019) in place on the M `devices` of the rows (K, P).
 
     `gradient` is (M, P), `rates` has M. Equal to `torch.optim.AdamW` on each row alone.
     """
     for rate in dict.fromkeys(rates):
-        same = [k for k, r in enumerate(rates) if r == rate]
+        places = [i for i, r in enumerate(rates) if r == rate]
+        same = [devices[i] for i in places]
         adamw(
             [rows[k] for k in same],
-            [gradient[k] for k in same],
+            [gradient[i] for i in places],
             [moments.mean[k] for k in same],
             [moments.square[k] for k in same],
             [],

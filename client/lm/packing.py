@@ -2,6 +2,9 @@
 
 Norms, the base's matrix products and the loss do not care whose a token is. Two operations do: an adapter needs the
 tokens of its device, attention those of its text. For them the tokens are copied into rectangles, and back.
+
+Sizes are rounded up a little, with fillers that nothing looks at: the library that multiplies bfloat16 matrices on a
+CPU makes code for each new shape, which takes longer than the product.
 """
 
 from __future__ import annotations
@@ -32,12 +35,22 @@ class Example:
         return max(0, min(len(self.reply), self.length - 1))
 
 
+def rounded(size: int) -> int:
+    """The next size of which there are few: a sixteenth to an eighth of it apart, at least 8."""
+    step = max(8, 1 << max(0, size.bit_length() - 4))
+    return -(-size // step) * step
+
+
 class Rectangle:
-    """N tokens of S owners, one owner after the other, as a rectangle (S, T): T is the longest owner's number."""
+    """N tokens of S owners, one owner after the other, as a rectangle (S, T): T is the longest owner's number.
+
+    Tokens after the N-th are nobody's and stay what they are.
+    """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.rows, self.width, self.tokens, self.device = len(lengths), max(lengths), sum(lengths), device
-        self.even = min(lengths) == self.width
+        self.rows, self.tokens, self.device = len(lengths), sum(lengths), device
+        self.even = min(lengths) == max(lengths)
+        self.width = max(lengths) if self.even else rounded(max(lengths))
         if not self.even:
             count = torch.tensor(lengths)[:, None]  # (S, 1)
             column = torch.arange(self.width)[None]  # (1, T)
@@ -54,8 +67,7 @@ class Rectangle:
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (N, C) → (S, T, C). What is filled up repeats the owner's last token: nobody sees another's."""
-        if not self.even:
-            x = x.index_select(0, self._token)
+        x = x[: self.tokens] if self.even else x.index_select(0, self._token)
         return x.view(self.rows, self.width, -1)
 
     def spread_zero(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,10 +77,13 @@ class Rectangle:
             spread.view(self.rows * self.width, -1).index_fill_(0, self._filler, 0)
         return spread
 
-    def collect(self, y: torch.Tensor) -> torch.Tensor:
-        """(S, T, C) → tokens (N, C)."""
-        flat = y.reshape(self.rows * self.width, -1)
-        return flat if self.even else flat.index_select(0, self._place)
+    def add_product(self, y: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """y (N, C) += left (S, T, r) @ right (S, r, C), owner by owner."""
+        own = y[: self.tokens]
+        if self.even:
+            own.view(self.rows, self.width, -1).baddbmm_(left, right)
+        else:
+            own.add_(torch.bmm(left, right).view(self.rows * self.width, -1).index_select(0, self._place))
 
 
 @dataclass(frozen=True)
@@ -102,24 +117,31 @@ class Texts:
         back = torch.empty(int(count.sum()) * heads, dtype=torch.long)
         bands, offset = [], 0
         for members in self._bands:
-            own, width = count[members][:, None, None], max(self.lengths[i] for i in members)
+            more = rounded(len(members)) - len(members) if len(members) > LEAST_BAND else 0
+            texts = torch.tensor(members + members[:1] * more)
+            own, width = count[texts][:, None, None], rounded(max(self.lengths[i] for i in members))
             column, head = torch.arange(width)[None, None], torch.arange(heads)[None, :, None]
-            token = start[members][:, None, None] + torch.minimum(column, own - 1)  # (texts, 1, T)
+            token = start[texts][:, None, None] + torch.minimum(column, own - 1)  # (texts, 1, T)
             pick = (token * heads + head).flatten()
-            real = (column < own).expand(-1, heads, -1).flatten()
+            real = (column < own).repeat(1, heads, 1)
+            real[len(members) :] = False
+            real = real.flatten()
             back[pick[real]] = offset + real.nonzero().flatten()
             filler = (~real).nonzero().flatten()
-            bands.append(Band(len(members), width, pick.to(self.device), filler.to(self.device)))
+            bands.append(Band(len(texts), width, pick.to(self.device), filler.to(self.device)))
             offset += pick.numel()
         return bands, back.to(self.device)
 
 
-def _like_lengths(lengths: Sequence[int], shrink: float = 0.75, least: int = 8) -> list[list[int]]:
-    """Texts by length, cut where they have become much shorter than the longest of their band."""
+LEAST_BAND = 8
+
+
+def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Texts by length, cut where the rounded length changes and the band is not small."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bands: list[list[int]] = [[]]
     for i in order:
-        if len(bands[-1]) >= least and lengths[i] < shrink * lengths[bands[-1][0]]:
+        if len(bands[-1]) >= LEAST_BAND and rounded(lengths[i]) < rounded(lengths[bands[-1][0]]):
             bands.append([])
         bands[-1].append(i)
     return bands
@@ -136,17 +158,19 @@ def owned_by(
 
 
 class Pack:
-    """Examples, each of a device, as one row of tokens."""
+    """Examples, each of a device, as one row of tokens; at its end fillers that are nobody's."""
 
     def __init__(self, examples: Sequence[Example], slots: Sequence[int], device: torch.device) -> None:
         """Examples of one device must follow each other."""
         self.examples, self.slots, self.device = examples, slots, device
         lengths = [e.length for e in examples]
-        self.owners, self.owned = owned_by(slots, device, lengths)
-        self.texts = Texts(lengths, device)
-        ids = [i for e in examples for i in (*e.prompt, *e.reply)]
-        positions = [i for length in lengths for i in range(length)]
+        filler, longest = rounded(sum(lengths)) - sum(lengths), max(lengths)
+        fillers = [min(longest, filler - start) for start in range(0, filler, longest)]  # no longer than a real text
+        ids = [i for e in examples for i in (*e.prompt, *e.reply)] + [0] * filler
+        positions = [i for length in (*lengths, *fillers) for i in range(length)]
         self.ids, self.positions = (torch.tensor([x], device=device) for x in (ids, positions))  # (1, N)
+        self.owners, self.owned = owned_by(slots, device, lengths)
+        self.texts = Texts([*lengths, *fillers], device)
 
     @cached_property
     def targets(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -134,9 +134,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
         settings.pop(of_the_file, None)
     config = AutoConfig.for_model(**settings)
     with torch.device("meta"):
-        plain: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=STORED_DTYPE
-        )
+        plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=STORED_DTYPE)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config

@@ -1,0 +1,143 @@
+"""A process for each arm, so that arms can take turns and the memory of one is not that of another."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from simulation.bench.workload import Arm, ModelSize, Workload
+
+ARMS = {  # name → module and class, imported in the arm's own process
+    "florilegium": ("simulation.bench.cohort", "Cohort"),
+    "peft": ("simulation.bench.peft_arm", "OneByOne"),
+    "opacus": ("simulation.bench.peft_arm", "OpacusOneByOne"),
+    "pfl": ("simulation.bench.pfl_arm", "Pfl"),
+    "flower": ("simulation.bench.flower_arm", "federate"),
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One measurement."""
+
+    seconds: float
+    peak_bytes: int | None
+    results: list[Any]
+
+
+class AbsentError(RuntimeError):
+    """An arm cannot run here; the message says why."""
+
+
+class Worker:
+    """One arm in a process of its own."""
+
+    def __init__(self, arm: str, model: str, dtype: str, device: str) -> None:
+        """Raises `AbsentError`."""
+        self.arm, self.dtype = arm, dtype
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, arm, model, dtype, device))
+        self._process.start()
+        theirs.close()
+        self.size: ModelSize = self._receive()
+
+    def measure(self, work: Workload) -> Answer:
+        """Raises `AbsentError` where the arm cannot do this work."""
+        self._pipe.send(work)
+        answer: Answer = self._receive()
+        return answer
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._pipe.send(None)
+        self._process.join()
+
+    def _receive(self) -> Any:
+        try:
+            received = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            received = f"its process ended with exit code {self._process.exitcode}"
+        if isinstance(received, str):
+            raise AbsentError(received)
+        return received
+
+
+def _serve(pipe: Connection, arm: str, model: str, dtype: str, device: str) -> None:
+    """Runs in the arm's process: says the model's size, then answers measurements until it is told None."""
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    module, name = ARMS[arm]
+    try:
+        make = getattr(import_module(module), name)
+        if arm == "flower":
+            make(model, dtype, device, lambda federation: _answer(pipe, federation, device))
+        else:
+            import torch
+
+            _answer(pipe, make(model, getattr(torch, dtype), device), device)
+    except Exception as error:
+        pipe.send(_reason(error))
+
+
+def _answer(pipe: Connection, arm: Arm, device: str) -> None:
+    pipe.send(arm.size)
+    while (work := pipe.recv()) is not None:
+        try:
+            with_peak = _Peak(device)
+            run = arm.prepare(work)
+            began = time.perf_counter()
+            results = run()
+            seconds = time.perf_counter() - began
+            pipe.send(Answer(seconds, with_peak.bytes(), results))
+        except Exception as error:
+            traceback.print_exc()
+            pipe.send(_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+class _Peak:
+    """How much more memory than at its creation was in use at once: of the GPU, or of this process."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self.cuda = device != "cpu"
+        gc.collect()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        elif sys.platform == "linux":
+            libc = ctypes.CDLL(None)
+            if hasattr(libc, "malloc_trim"):
+                libc.malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            self.before = _status("VmRSS")
+
+    def bytes(self) -> int | None:
+        import torch
+
+        if self.cuda:
+            torch.cuda.synchronize()
+            return int(torch.cuda.max_memory_allocated() - self.before)
+        return _status("VmHWM") - self.before if sys.platform == "linux" else None
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -1,0 +1,416 @@
+"""Many devices in one pass get what each would have got alone, whatever its company is or goes through."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from client.lm import layers
+from client.lm.adapter import AdapterLayout, Adapters, layout, narrow, widen
+from client.lm.attention import _Attention, _by_sdpa
+from client.lm.engine import Engine, Lesson
+from client.lm.hub import nano_folder
+from client.lm.loss import token_losses
+from client.lm.packing import Example, Texts, rounded
+from privacy.dpsgd import PrivateRow, clipped_sum
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+@lru_cache(maxsize=2)
+def engine_of(dtype: torch.dtype) -> Engine:
+    return Engine(AutoModelForCausalLM.from_pretrained(str(nano_folder()), dtype=dtype), max_batch_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return engine_of(torch.float32)
+
+
+def layout_of(engine: Engine, rank: int = 4, targets: Sequence[str] = (), factors: str = "both") -> AdapterLayout:
+    return layout(layers.adapted_layers(engine.modules, targets), rank, 2.0 * rank, factors, public_seed=1)  # type: ignore[arg-type]
+
+
+def example(length: int, reply: int, seed: int) -> Example:
+    ids = torch.randint(8, 4000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Example(tuple(ids[: length - reply]), tuple(ids[length - reply :]), (0, 1), False)
+
+
+def rows_of(adapters: AdapterLayout, devices: int) -> torch.Tensor:
+    return torch.stack([adapters.start(k) for k in range(devices)])
+
+
+def lesson(device: int, examples: int, batch: int, longest: int = 24) -> Lesson:
+    """Texts of different lengths; the last batch may be smaller."""
+    lengths = [2 + (7 * device + 5 * i) % (longest - 1) for i in range(examples)]
+    made = [example(n, max(1, n // 2), 100 * device + i) for i, n in enumerate(lengths)]
+    return Lesson(made, [list(range(i, min(i + batch, examples))) for i in range(0, examples, batch)])
+
+
+def rates_of(lessons: Sequence[Lesson]) -> list[list[float]]:
+    """Every device and step has its own; small, since AdamW makes of a gradient near its ε a part of the rate."""
+    return [[5e-5 / (1 + k + s) for s in range(len(x.batches))] for k, x in enumerate(lessons)]
+
+
+# -- alone and together ---------------------------------------------------------------------------------------------
+
+DEVICES = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 4)), min_size=2, max_size=6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(devices=DEVICES, rank=st.integers(1, 9), factors=st.sampled_from(["both", "b"]), tokens=st.integers(16, 400))
+def test_a_device_is_trained_as_if_it_were_alone(
+    devices: list[tuple[int, int]], rank: int, factors: str, tokens: int
+) -> None:
+    """Random ranks, lengths, numbers of examples, batch sizes, steps and room for tokens; some have nothing to do."""
+    engine = engine_of(torch.float32)
+    adapters = layout_of(engine, rank, factors=factors)
+    work = [lesson(k, examples, batch) for k, (examples, batch) in enumerate(devices)]
+    rates, rows = rates_of(work), rows_of(adapters, len(devices))
+    before = engine.allowance.tokens
+    engine.allowance.tokens = tokens
+    together = engine.finetune(Adapters(adapters, rows), [], work, rates)
+    engine.allowance.tokens = before
+    for k, own in enumerate(work):
+        alone = engine.finetune(Adapters(adapters, rows[k : k + 1]), [], [own], [rates[k]])
+        torch.testing.assert_close(together.adapters.rows[k], alone.adapters.rows[0], atol=1e-5, rtol=0)
+        assert together.losses[k] == pytest.approx(alone.losses[0], abs=1e-4)
+        assert len(together.losses[k]) == len(own.batches)
+        if own.batches:
+            assert (together.adapters.rows[k] - rows[k]).abs().max() > 0.9 * rates[k][0]  # it did move
+        else:
+            assert torch.equal(together.adapters.rows[k], rows[k])
+
+
+def test_company_costs_bfloat16_less_than_its_own_rounding() -> None:
+    """The distance between alone and together stays below that between bfloat16 and float32."""
+    trained = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = engine_of(dtype)
+        adapters = layout_of(engine)
+        work = [lesson(k, 4 + k % 3, 2) for k in range(5)]
+        rows, rates = rows_of(adapters, 5), rates_of(work)
+        trained[dtype, "together"] = engine.finetune(Adapters(adapters, rows), [], work, rates).adapters.rows
+        alone = [engine.finetune(Adapters(adapters, rows[k : k + 1]), [], [work[k]], [rates[k]]) for k in range(5)]
+        trained[dtype, "alone"] = torch.cat([x.adapters.rows for x in alone])
+    company = (trained[torch.bfloat16, "together"] - trained[torch.bfloat16, "alone"]).norm(dim=1)
+    rounding = (trained[torch.bfloat16, "alone"] - trained[torch.float32, "alone"]).norm(dim=1)
+    assert (company <= rounding).all(), (company, rounding)
+
+
+def test_what_another_device_learns_changes_not_one_bit(engine: Engine) -> None:
+    adapters = layout_of(engine)
+    rows = rows_of(adapters, 3)
+    work = [lesson(k, 4, 2) for k in range(3)]
+    other = Lesson([example(e.length, len(e.reply), 999 + i) for i, e in enumerate(work[1].examples)], work[1].batches)
+    first = engine.finetune(Adapters(adapters, rows), [], work, rates_of(work)).adapters.rows
+    second = engine.finetune(Adapters(adapters, rows), [], [work[0], other, work[2]], rates_of(work)).adapters.rows
+    assert torch.equal(first[0], second[0]) and torch.equal(first[2], second[2])
+    assert (first[1] - second[1]).abs().max() > 1e-5
+
+
+def test_gradients_of_other_devices_are_exactly_zero(engine: Engine) -> None:
+    adapters = layout_of(engine)
+    rows = (rows_of(adapters, 3) + 0.01).requires_grad_(True)
+    texts = [example(5 + 4 * k, 3, k) for k in range(3)]
+    pack = engine.pack(texts, [0, 1, 2])
+    with engine.active([Adapters(adapters, rows)], pack.owned):
+        losses = engine.losses(pack)
+    (gradient,) = torch.autograd.grad(losses[1], rows)
+    assert gradient[1].abs().max() > 1e-3
+    assert not gradient[0].any() and not gradient[2].any()
+
+
+def test_devices_of_different_ranks_share_a_stack(engine: Engine) -> None:
+    small, large = layout_of(engine, 2), layout_of(engine, 6)
+    work = [lesson(k, 4, 2) for k in range(2)]
+    rates = rates_of(work)
+    own = small.start(7)
+    stack = torch.stack([large.start(8), widen(own, small, large)])
+    together = engine.finetune(Adapters(large, stack), [], work, rates).adapters.rows
+    alone = engine.finetune(Adapters(small, own[None]), [], [work[1]], [rates[1]]).adapters.rows[0]
+    torch.testing.assert_close(narrow(together[1], large, small), alone, atol=1e-5, rtol=0)
+    assert torch.equal(widen(narrow(together[1], large, small), small, large), together[1])  # the rest stayed zero
+    with pytest.raises(ValueError, match="alpha / rank"):
+        widen(own, layout(small.layers, 2, 16.0), large)
+
+
+def test_a_shared_adapter_beneath_is_the_same_for_all_and_stays(engine: Engine) -> None:
+    shared, personal = layout_of(engine, 2, ["v_proj"], "b"), layout_of(engine, 3)
+    beneath = Adapters(shared, torch.randn(1, shared.width, generator=torch.Generator().manual_seed(0)) * 0.1)
+    work = [lesson(k, 3, 2) for k in range(3)]
+    rows, rates = rows_of(personal, 3), rates_of(work)
+    together = engine.finetune(Adapters(personal, rows), [beneath], work, rates).adapters.rows
+    bare = engine.finetune(Adapters(personal, rows), [], work, rates).adapters.rows
+    for k in range(3):
+        alone = engine.finetune(Adapters(personal, rows[k : k + 1]), [beneath], [work[k]], [rates[k]]).adapters.rows
+        torch.testing.assert_close(together[k], alone[0], atol=1e-5, rtol=0)
+        assert (together[k] - bare[k]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_texts_continue_the_same_whoever_stops_before(engine: Engine, temperature: float) -> None:
+    """Finished rows leave the batch; the others, of different lengths and devices, do not notice."""
+    adapters = layout_of(engine)
+    stack = Adapters(adapters, rows_of(adapters, 3) + 0.02)
+    prompts = [example(3 + 5 * i, 1, i).prompt for i in range(9)]
+    slots = [0, 1, 2] * 3
+    longest = engine.generate(
+        prompts, slots, [stack], seeds=range(9), max_new_tokens=24, temperature=temperature, stop_id=-1
+    )
+    assert all(len(ids) == 24 for ids in longest)
+    stop = longest[0][5]
+    stopped = engine.generate(
+        prompts, slots, [stack], seeds=range(9), max_new_tokens=24, temperature=temperature, stop_id=stop
+    )
+    assert stopped == [ids[: ids.index(stop)] if stop in ids else ids for ids in longest]
+    assert len(stopped[0]) <= 5
+
+
+# -- private gradients ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=8, deadline=None)
+@given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any), factors=st.sampled_from(["both", "b"]))
+def test_private_gradients_are_those_of_single_backward_passes(counts: list[int], factors: str) -> None:
+    engine = engine_of(torch.float32)
+    adapters = layout_of(engine, factors=factors)
+    stack = Adapters(adapters, torch.stack([adapters.start(k) + 0.01 for k in range(len(counts))]))
+    batches = [[example(3 + 4 * i + k, 2 + i, 10 * k + i) for i in range(n)] for k, n in enumerate(counts)]
+    found, means = engine.dp_gradients(stack, [], batches)
+    for k, batch in enumerate(batches):
+        assert found[k].shape == (len(batch), adapters.width)
+        singles = []
+        for i, e in enumerate(batch):
+            rows = stack.rows[k : k + 1].clone().requires_grad_(True)
+            pack = engine.pack([e], [0])
+            with engine.active([Adapters(adapters, rows)], pack.owned):
+                loss = engine.losses(pack)[0] / e.targets
+            singles.append(loss.item())
+            torch.testing.assert_close(found[k][i], torch.autograd.grad(loss, rows)[0][0], atol=1e-5, rtol=0)
+        assert means[k] == pytest.approx(sum(singles) / max(1, len(singles)), abs=1e-5)
+
+
+def test_each_device_has_its_own_clipping_norm(engine: Engine) -> None:
+    adapters = layout_of(engine)
+    stack = Adapters(adapters, rows_of(adapters, 2) + 0.02)
+    batches = [[example(9 + i, 4, i) for i in range(3)], [example(12, 5, 7)]]
+    found, _ = engine.dp_gradients(stack, [], batches)
+    for k, norm in enumerate((0.5, 0.01)):
+        row = PrivateRow(
+            stack.rows[k], learning_rate=1.0, clip_norm_l2=norm, noise_multiplier=0.0, expected_batch=1, key=k
+        )
+        row.step(found[k])
+        moved = stack.rows[k] - row.row
+        torch.testing.assert_close(moved, clipped_sum(found[k], norm), atol=1e-5, rtol=0)
+        assert 0 < moved.norm() <= norm * len(batches[k]) * 1.001
+
+
+# -- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def test_a_device_whose_loss_is_not_a_number_is_named_and_the_others_go_on(engine: Engine) -> None:
+    adapters = layout_of(engine)
+    rows = rows_of(adapters, 4)
+    work = [lesson(k, 4, 2) for k in range(4)]
+    sound = engine.finetune(Adapters(adapters, rows), [], work, rates_of(work))
+    rows[2, 5] = math.nan
+    broken = engine.finetune(Adapters(adapters, rows), [], work, rates_of(work))
+    assert sound.failed == {}
+    assert broken.failed == {2: "the loss of step 0 is nan"}
+    assert torch.equal(broken.adapters.rows[2].nan_to_num(), rows[2].nan_to_num())  # as it came
+    for k in (0, 1, 3):
+        assert torch.equal(broken.adapters.rows[k], sound.adapters.rows[k])
+
+
+def test_a_text_of_one_token_teaches_nothing_and_breaks_nothing(engine: Engine) -> None:
+    adapters = layout_of(engine)
+    one, two = Example((), (9,), (0, 0), False), Example((9,), (10,), (0, 1), False)
+    assert (one.targets, two.targets) == (0, 1)
+    work = [Lesson([one], [[0]]), Lesson([two, one], [[0, 1]])]
+    rows = rows_of(adapters, 2)
+    trained = engine.finetune(Adapters(adapters, rows), [], work, [[1e-2], [1e-2]])
+    assert torch.equal(trained.adapters.rows[0], rows[0]) and trained.losses[0] == [0.0] and not trained.failed
+    assert (trained.adapters.rows[1] - rows[1]).abs().max() > 1e-3
+    assert engine.score([one], [0], []) == [0.0]
+    assert engine.dp_gradients(Adapters(adapters, rows), [], [[one], []])[0][0].abs().max() == 0
+
+
+def test_nothing_to_do_is_done(engine: Engine) -> None:
+    adapters = layout_of(engine)
+    rows = rows_of(adapters, 2)
+    idle = engine.finetune(Adapters(adapters, rows), [], [Lesson([], []), Lesson([], [])], [[], []])
+    assert torch.equal(idle.adapters.rows, rows) and idle.losses == [[], []]
+    assert engine.score([], [], []) == [] and list(engine.hidden([])) == []
+
+
+HUNGRY = """
+import logging, resource, sys, torch
+logging.basicConfig(format="%(message)s")
+from transformers import AutoModelForCausalLM
+from client.lm import layers
+from client.lm.adapter import Adapters, layout
+from client.lm.engine import Engine, Lesson
+from client.lm.hub import nano_folder
+from client.lm.packing import Example
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(str(nano_folder()), dtype=torch.float32)
+engine = Engine(model, max_batch_tokens=int(sys.argv[1]))
+adapters = layout(layers.adapted_layers(engine.modules), 2, 4.0)
+rows = torch.stack([adapters.start(k) for k in range(24)])
+texts = [Example(tuple(range(8 + k, 200 + k)), tuple(range(300, 500)), (0, 1), False) for k in range(24)]
+work = [Lesson([text], [[0]]) for text in texts]
+train = lambda: engine.finetune(Adapters(adapters, rows), [], work, [[1e-3]] * 24).adapters.rows
+if sys.argv[2] != "0":
+    engine.allowance.tokens, most = 400, engine.allowance.tokens
+    train()  # what a small pass needs is loaded
+    engine.allowance.tokens = most
+    held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[2]) * 2**20, resource.RLIM_INFINITY))
+print(repr(float(train().double().sum())), engine.allowance.tokens)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited by setrlimit")
+def test_out_of_memory_goes_on_with_smaller_passes_and_says_so_once() -> None:
+    def run(tokens: int, mebibytes: int) -> tuple[float, int, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", HUNGRY, str(tokens), str(mebibytes)], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        total, left = done.stdout.split()
+        return float(total), int(left), done.stderr
+
+    free, _, silent = run(400, 0)
+    tight, left, told = run(9600, 250)
+    assert "out of memory" not in silent
+    assert told.count("out of memory: going on with") == 1
+    assert left < 9600
+    assert tight == pytest.approx(free, abs=1e-2)
+
+
+def test_what_does_not_fit_at_all_is_told_with_the_way_out(engine: Engine) -> None:
+    def never(group: list[int]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tokens = engine.allowance.tokens
+    with pytest.raises(MemoryError, match="smaller model or shorter texts"):
+        list(engine.allowance.each([1, 2, 3], lambda items, most: [list(items)], never))
+    engine.allowance.tokens = tokens
+
+
+def test_another_error_is_not_taken_for_lack_of_memory(engine: Engine) -> None:
+    def broken(group: list[int]) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        list(engine.allowance.each([1], lambda items, most: [list(items)], broken))
+
+
+# -- its parts ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20),
+    heads=st.sampled_from([(3, 3), (6, 2)]),
+    window=st.sampled_from([None, 5]),
+)
+def test_packed_attention_and_its_derivative_are_torchs(
+    lengths: list[int], heads: tuple[int, int], window: int | None
+) -> None:
+    texts, generator = Texts(lengths, CPU), torch.Generator().manual_seed(sum(lengths))
+    shapes = [(sum(lengths), h, 8) for h in (heads[0], heads[1], heads[1])]
+    ours = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    weights = torch.randn(shapes[0], generator=generator)
+    found = _Attention.apply(*ours, texts, 0.3, window, None)
+    expected = _by_sdpa(*ours, texts, 0.3, window)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    for mine, theirs in zip(
+        torch.autograd.grad((found * weights).sum(), ours),
+        torch.autograd.grad((expected * weights).sum(), ours),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_losses_in_pieces_are_cross_entropy(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.lm.loss.PIECE", 50 * 7)  # seven tokens at a time
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 6, generator=generator, requires_grad=True)
+    weight, targets = torch.randn(50, 6, generator=generator), torch.randint(0, 50, (23,), generator=generator)
+    scale = torch.rand(23, generator=generator)
+    logits = hidden @ weight.T
+    capped = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    expected = torch.nn.functional.cross_entropy(capped, targets, reduction="none")
+    found = token_losses(hidden, weight, None, targets, softcap)
+    torch.testing.assert_close(found, expected)
+    (mine,), (theirs,) = (torch.autograd.grad((x * scale).sum(), hidden) for x in (found, expected))
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_there_are_few_rounded_sizes_and_little_is_filled_up() -> None:
+    assert [rounded(n) for n in (1, 8, 9, 44, 64, 65, 1000, 2047)] == [8, 8, 16, 48, 64, 72, 1024, 2048]
+    assert all(n <= rounded(n) <= max(n + 7, n * 1.125) for n in range(1, 5000))
+    assert len({rounded(n) for n in range(1, 5000)}) < 80
+
+
+# -- the benchmark --------------------------------------------------------------------------------------------------
+
+BARE = """
+import importlib.util, sys
+ABSENT = {"peft", "opacus", "flwr", "ray", "pfl", "pydantic", "chitchat_dataset"}
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in ABSENT else find(name, package)
+"""
+
+
+def bench(folder: Path, *arguments: str, bare: bool = False) -> dict[str, object]:
+    """Runs the command; `bare` leaves only torch and transformers, in every process of it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(BARE if bare else "", encoding="utf-8")
+    command = [sys.executable, "-m", "simulation", "bench", "engine", "--json", *arguments]
+    path = {"PYTHONPATH": f"{folder}:{ROOT}"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, **path})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def test_the_benchmark_of_our_arm_needs_torch_and_transformers_only(tmp_path: Path) -> None:
+    found = bench(tmp_path, "--devices", "2", "--repeats", "1", "--kinds", "training", bare=True)
+    assert {row["arm"] for row in found["training"]} == {"florilegium"}  # type: ignore[attr-defined]
+    assert set(found["absent"]) >= {"peft fp32", "pfl bf16", "flower fp32"}  # type: ignore[call-overload]
+    assert "No module named 'peft'" in str(found["absent"])
+    assert found["limit_gflops"]["fp32"] > 1  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_every_arm_and_all_learn_the_same(tmp_path: Path) -> None:
+    found = bench(tmp_path, "--devices", "1,4", "--repeats", "1")
+    rows = [row for kind in ("training", "embedding", "generation", "dp_training") for row in found[kind]]  # type: ignore[attr-defined]
+    assert {"florilegium", "peft", "flower", "opacus"} <= {row["arm"] for row in rows}
+    for row in rows:
+        assert row["devices_per_s"]["min"] > 0 and row["tokens_per_s"] > 0 and 0 < row["limit_share"] < 1.5
+        for ratio in row.get("ratios", []):
+            exact = row["dtype"] == ratio["dtype"] == "fp32"
+            assert ratio["result_difference"] <= (1e-3 if exact else 0.2 if row["arm"] != "generation" else 1.0)
