@@ -23,7 +23,7 @@ from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lexicons import bundled
 from client.lm.adapter import AdapterLayout
-from client.lm.engine import Lesson
+from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
 from client.state import DeviceState
 from client.synthesize import synthesize as write_similar

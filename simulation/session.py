@@ -15,7 +15,7 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord
 
 from client.lm.adapter import Adapters
-from client.lm.engine import Lesson
+from client.lm.lessons import Lesson
 from client.lm.model import schedule
 from client.phases import learn_personal, noise_multiplier
 from client.state import stage

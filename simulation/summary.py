@@ -55,6 +55,7 @@ def summarize(events: Iterable[Event]) -> Summary:
         "synthetic_kept": sum(e["synthetic_kept"] for e in devices),
         "synthetic_rejected": sum(e["synthetic_rejected"] for e in devices),
         "truncated": sum(e["truncated"] for e in devices),
+        "failed_trainings": [f"{e['device']}: {e['personal_failed']}" for e in devices if "personal_failed" in e],
         "epsilon": max(_last_of_devices(devices, "epsilon").values()),
         "delta": start["privacy"]["delta"],
         "noise_multiplier": start["privacy"]["noise_multiplier"],
@@ -122,6 +123,7 @@ def render_summary(summary: Summary) -> RenderableType:
         f"{summary['truncated']:,} texts were cut to the model's limits",
         f"{summary['hardware']}: {summary['wall_s']:.0f} s, {summary['peak_rss_bytes'] / 1e9:.2f} GB, "
         f"{summary['tokens_trained']:,} tokens trained",
+        *(f"kept the personal adapter that it had: {failed}" for failed in summary["failed_trainings"]),
     ]
     return Group(table, Text("\n".join([*lines, *facts])))
 

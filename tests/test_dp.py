@@ -20,8 +20,8 @@ from client.dialogue import Dialogue
 from client.lexicons import bundled
 from client.lm.adapter import AdapterLayout, Adapters
 from client.lm.config import AdapterConfig
-from client.lm.engine import Lesson
 from client.lm.hub import nano_folder
+from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
 from client.lm.packing import Example
 from client.lm.peft_format import PREFIX

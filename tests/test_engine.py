@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 from client.lm import layers
 from client.lm.adapter import AdapterLayout, Adapters, layout, narrow, widen
 from client.lm.attention import _Attention, _by_sdpa
-from client.lm.engine import Engine, Lesson
+from client.lm.engine import Engine
 from client.lm.hub import nano_folder
+from client.lm.lessons import Lesson
 from client.lm.loss import token_losses
 from client.lm.packing import Example, Texts, rounded
 from privacy.dpsgd import PrivateRow, clipped_sum
@@ -161,6 +162,24 @@ def test_a_shared_adapter_beneath_is_the_same_for_all_and_stays(engine: Engine) 
         assert (together[k] - bare[k]).abs().max() > 1e-5
 
 
+def test_adapters_on_different_layers_of_the_same_input_do_not_mix(engine: Engine) -> None:
+    """q and v read the same hidden states; one adapter is on q, the other, with another scale and rank, on v."""
+    on_q, on_v = layout_of(engine, 2, ["q_proj"]), layout(layers.adapted_layers(engine.modules, ["v_proj"]), 3, 30.0)
+    on_both = layout(layers.adapted_layers(engine.modules, ["q_proj", "v_proj"]), 3, 30.0)
+    q, v = rows_of(on_q, 2) + 0.05, rows_of(on_v, 1) + 0.02
+    both = torch.zeros(2, on_both.width)
+    for k in range(2):
+        separate = {name: (a, b * 0.2) for name, a, b in on_q.split(q[k : k + 1])}  # 2 / 10, their scales
+        separate |= {name: (a, b) for name, a, b in on_v.split(v)}
+        for name, a, b in on_both.split(both[k : k + 1]):
+            own_a, own_b = separate[name]
+            a[:, : own_a.shape[1]], b[:, :, : own_b.shape[2]] = own_a, own_b
+    texts = [example(9, 4, 1), example(12, 5, 2)]
+    apart = engine.score(texts, [0, 1], [Adapters(on_q, q), Adapters(on_v, v)])
+    assert apart == pytest.approx(engine.score(texts, [0, 1], [Adapters(on_both, both)]), abs=1e-4)
+    assert apart != pytest.approx(engine.score(texts, [0, 1], []), abs=1e-2)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_texts_continue_the_same_whoever_stops_before(engine: Engine, temperature: float) -> None:
     """Finished rows leave the batch; the others, of different lengths and devices, do not notice."""
@@ -263,7 +282,8 @@ logging.basicConfig(format="%(message)s")
 from transformers import AutoModelForCausalLM
 from client.lm import layers
 from client.lm.adapter import Adapters, layout
-from client.lm.engine import Engine, Lesson
+from client.lm.engine import Engine
+from client.lm.lessons import Lesson
 from client.lm.hub import nano_folder
 from client.lm.packing import Example
 torch.set_num_threads(1)

@@ -24,9 +24,9 @@ from transformers import (
 
 from client.dialogue import Dialogue
 from client.lm.config import AdapterConfig, SamplingConfig
-from client.lm.engine import Lesson
 from client.lm.hub import nano_folder
 from client.lm.layers import UnsupportedModelError, adapt
+from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
 from client.lm.optimizer import Moments, adamw_
 from client.lm.packing import Example

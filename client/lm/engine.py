@@ -1,17 +1,13 @@
 """One frozen language model with the adapters of many devices, on token ids: read, continue, differentiate, train.
 
-Every method takes the examples of a whole cohort and does them together, several devices in one pass; a device's
-numbers do not depend on its company beyond rounding. Needs torch and transformers only. Not covered: dropout,
-several GPUs.
+Every method does the examples of a whole cohort together, many devices in one pass; a device's numbers depend on its
+company by rounding only. Needs torch and transformers, nothing else. Not covered: dropout, several GPUs.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -20,11 +16,13 @@ from client.lm import attention, layers
 from client.lm.adapter import Adapters
 from client.lm.cache import KeyValues
 from client.lm.decode import Decoding
+from client.lm.lessons import Lesson, Training, objection
 from client.lm.loss import logits, token_losses
 from client.lm.memory import Allowance, keep_freed_memory
 from client.lm.norms import replace_norms
 from client.lm.optimizer import Moments, adamw_
 from client.lm.packing import Example, Pack, Rectangle, Texts, owned_by
+from client.lm.passes import by_device, by_tokens
 
 TOKENS = {  # in one pass, if it is not said: what fits the caches of a CPU, what fills a GPU
     ("cpu", torch.float32): 2048,
@@ -34,29 +32,7 @@ TOKENS = {  # in one pass, if it is not said: what fits the caches of a CPU, wha
 }
 CONTINUING = 4  # times as many tokens when nothing is kept for a derivative
 PASSES_PER_BLOCK = 4  # of training: more make passes of devices that are more alike, and more optimizer state
-EVEN = 8
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What one device trains on: its examples and the batches, as indices, in their order."""
-
-    examples: Sequence[Example]
-    batches: Sequence[Sequence[int]]
-
-    @property
-    def tokens(self) -> int:
-        """Of the longest batch."""
-        return max((sum(self.examples[i].length for i in batch) for batch in self.batches), default=0)
-
-
-@dataclass(frozen=True)
-class Training:
-    """What came of the lessons."""
-
-    adapters: Adapters
-    losses: list[list[float]]  # of each device and step, nats per token
-    failed: dict[int, str] = field(default_factory=dict)  # devices that are as they were before, and why
+EVEN = 8  # numbers of owners in a pass are multiples of it, so that there are few shapes
 
 
 class Engine:
@@ -75,7 +51,7 @@ class Engine:
         self.modules = layers.adapt(model, targets)
         replace_norms(model)
         model.set_attn_implementation(attention.NAME)
-        self.allowance = Allowance(max_batch_tokens or TOKENS[self.device.type, self.dtype])
+        self.allowance = Allowance(max_batch_tokens or TOKENS.get((self.device.type, self.dtype), 2048))
         self._check(expected)
 
     def pack(self, examples: Sequence[Example], slots: Sequence[int]) -> Pack:
@@ -99,7 +75,7 @@ class Engine:
             hidden, lengths = self._forward(pack.ids, pack.positions, pack.texts), [e.length for e in chosen]
             return torch.split(hidden[: sum(lengths)], lengths)
 
-        for group, found in self.allowance.each(order, _by_tokens([e.length for e in examples]), read):
+        for group, found in self.allowance.each(order, by_tokens([e.length for e in examples]), read):
             yield from zip(group, found, strict=True)
 
     @torch.inference_mode()
@@ -114,7 +90,7 @@ class Engine:
                 return losses
 
         lengths = [e.length for e in examples]
-        for group, losses in self.allowance.each(_grouped(examples, slots), _by_tokens(lengths), measure):
+        for group, losses in self.allowance.each(by_device(examples, slots), by_tokens(lengths), measure):
             for i, loss in zip(group, losses, strict=True):
                 found[i] = loss
         return found
@@ -142,7 +118,7 @@ class Engine:
             return decoding.replies
 
         room = [(e.length + max_new_tokens) // CONTINUING for e in examples]
-        for group, ids in self.allowance.each(_grouped(examples, slots), _by_tokens(room), continued):
+        for group, ids in self.allowance.each(by_device(examples, slots), by_tokens(room), continued):
             replies.update(zip(group, ids, strict=True))
         return [replies[i] for i in range(len(prompts))]
 
@@ -191,7 +167,7 @@ class Engine:
                 (gradient,) = torch.autograd.grad((losses * weight).sum(), rows)
             return gradient, losses.detach()
 
-        for group, found in self.allowance.each(order, _by_tokens([e.length for e in examples]), differentiate):
+        for group, found in self.allowance.each(order, by_tokens([e.length for e in examples], EVEN), differentiate):
             yield group, *found
 
     def dp_gradients(
@@ -238,11 +214,11 @@ class Engine:
 
         failed: dict[int, str] = {}
         room = [x.tokens // PASSES_PER_BLOCK for x in lessons]
-        for block, (learned, found) in self.allowance.each(busy, _by_tokens(room), train):
+        for block, (learned, found) in self.allowance.each(busy, by_tokens(room), train):
             sound = learned.isfinite().all(1).tolist()
             for place, k in enumerate(block):
                 losses[k] = found[place]
-                reason = _objection(found[place], sound[place])
+                reason = objection(found[place], sound[place])
                 if reason:
                     failed[k] = reason
                 else:
@@ -264,7 +240,7 @@ class Engine:
             batches = [[x.examples[i] for i in x.batches[step]] for x in lessons if step < len(x.batches)]
             sizes = [sum(e.length for e in batch) for batch in batches]
             order = sorted(range(len(batches)), key=lambda k: -sizes[k])  # so that those of a pass are alike
-            for group in _by_tokens(sizes, EVEN)(order, self.allowance.tokens):
+            for group in by_tokens(sizes, EVEN)(order, self.allowance.tokens):
                 chosen = [batches[k] for k in group]
                 gradient, loss = self._gradient(adapters.pick(group), [a.pick(group) for a in frozen], chosen)
                 adamw_(rows, gradient, moments, group, [rates[k][step] for k in group], weight_decay)
@@ -280,17 +256,17 @@ class Engine:
         tokens = torch.tensor([float(max(1, sum(e.targets for e in batch))) for batch in batches], device=self.device)
         value = torch.zeros(len(batches), device=self.device)
         gradient: torch.Tensor | None = None
-        for group in _by_tokens([e.length for _, e in pairs])(range(len(pairs)), self.allowance.tokens):
+        for group in by_tokens([e.length for _, e in pairs])(range(len(pairs)), self.allowance.tokens):
             pack = self.pack([pairs[i][1] for i in group], [pairs[i][0] for i in group])
             rows = trained.rows.detach().requires_grad_(True)
-            own = Adapters(trained.layout, rows).pick(pack.owners)
-            with torch.enable_grad(), self.active([*(a.pick(pack.owners) for a in frozen), own], pack.owned):
-                losses = self.losses(pack) / tokens[list(pack.slots)]
+            with torch.enable_grad():
+                own = Adapters(trained.layout, rows).pick(pack.owners)
+                with self.active([*(a.pick(pack.owners) for a in frozen), own], pack.owned):
+                    losses = self.losses(pack) / tokens[list(pack.slots)]
                 (part,) = torch.autograd.grad(losses.sum(), rows)
             value.index_add_(0, torch.tensor(list(pack.slots), device=self.device), losses.detach())
             gradient = part if gradient is None else gradient.add_(part)
-        assert gradient is not None
-        return gradient, value
+        return torch.zeros_like(trained.rows) if gradient is None else gradient, value
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -322,45 +298,3 @@ class Engine:
                 f"{type(self.model).__name__} computes attention or logits in a way that is not supported: "
                 f"packed texts differ by {error:.2g} of the logits' norm"
             )
-
-
-Split = Callable[[Sequence[int], int], list[list[int]]]
-
-
-def _by_tokens(lengths: Sequence[int], even: int = 1) -> Split:
-    """Cuts indices, in their order, into groups of at most so many tokens, or of one index.
-
-    Groups of more than `even` indices, but the last, have a multiple of it: so there are few shapes.
-    """
-
-    def split(items: Sequence[int], most: int) -> list[list[int]]:
-        groups: list[list[int]] = []
-        waiting = deque(items)
-        while waiting:
-            group, room = [waiting.popleft()], most
-            room -= lengths[group[0]]
-            while waiting and lengths[waiting[0]] <= room:
-                room -= lengths[waiting[0]]
-                group.append(waiting.popleft())
-            while waiting and len(group) > even and len(group) % even:
-                waiting.appendleft(group.pop())
-            groups.append(group)
-        return groups
-
-    return split
-
-
-def _grouped(examples: Sequence[Example], slots: Sequence[int]) -> list[int]:
-    """The examples' indices, those of a device together, devices with the most tokens first."""
-    tokens: dict[int, int] = {}
-    for example, slot in zip(examples, slots, strict=True):
-        tokens[slot] = tokens.get(slot, 0) + example.length
-    return sorted(range(len(examples)), key=lambda i: (-tokens[slots[i]], slots[i], -examples[i].length))
-
-
-def _objection(losses: Sequence[float], sound: bool) -> str:
-    """Why a device's training does not count; empty when it does."""
-    for step, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            return f"the loss of step {step} is {loss}"
-    return "" if sound else "the adapter is not finite"

@@ -26,6 +26,7 @@ class UnsupportedModelError(ValueError):
 class Factors:
     """One layer's part of stacked adapters, and which tokens each device has."""
 
+    order: int  # which of the active adapters it is part of
     a: torch.Tensor  # (K, r, in)
     bt: torch.Tensor  # (K, r, out), B transposed
     scale: float
@@ -40,19 +41,17 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.active: list[Factors] = []
         self.siblings = [self]  # layers that are given the same input, in the order in which the model calls them
-        self._ready: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and the output for it
+        self.ready: list[tuple[torch.Tensor, torch.Tensor]] = []  # at most one: an input, and the output for it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) → (..., out); the tokens are those of the active factors' rectangles."""
         if not self.active:
             return self.base(x)  # type: ignore[no-any-return]
-        if self._ready is None or self._ready[0] is not x:
-            together = [s for s in self.siblings if len(s.active) == len(self.active)]
+        if not self.ready or self.ready[0][0] is not x:
+            together = [s for s in self.siblings if [f.order for f in s.active] == [f.order for f in self.active]]
             for sibling, y in zip(together, _adapted(together, x), strict=True):
-                sibling._ready = x, y
-        assert self._ready is not None
-        y, self._ready = self._ready[1], None
-        return y
+                sibling.ready[:] = [(x, y)]
+        return self.ready.pop()[1]
 
 
 def _adapted(siblings: Sequence[AdaptedLinear], x: torch.Tensor) -> list[torch.Tensor]:
@@ -191,14 +190,15 @@ def active(
     An adapter of one row serves all owners.
     """
     try:
-        for adapter in adapters:
+        for order, adapter in enumerate(adapters):
             shape = owned if len(adapter.rows) == owned.rows else owned.together
             for name, a, bt in adapter.unstack(dtype):
-                modules[name].active.append(Factors(a, bt, adapter.layout.scale, shape))
+                modules[name].active.append(Factors(order, a, bt, adapter.layout.scale, shape))
         yield
     finally:
         for module in modules.values():
-            module.active = []
+            module.active.clear()
+            module.ready.clear()
 
 
 def _ends_in(name: str, targets: Sequence[str]) -> bool:

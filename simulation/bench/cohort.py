@@ -9,8 +9,9 @@ import torch
 
 from client.lm import layers
 from client.lm.adapter import Adapters
-from client.lm.engine import Engine, Lesson
+from client.lm.engine import Engine
 from client.lm.hub import load
+from client.lm.lessons import Lesson
 from simulation.bench.workload import (
     CLIP_NORM_L2,
     LEARNING_RATE,

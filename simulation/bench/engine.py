@@ -63,7 +63,7 @@ def plan(kinds: Sequence[str], devices: Sequence[int], steps: int) -> list[Row]:
     for kind in kinds:
         sizes = [(k, 1) for k in sorted(devices)] + [(some, e) for e in SEVERAL]
         if kind != "training":
-            sizes = [(some, 1), (some, 4), *([(max(devices), 1)] if max(devices) > some else [])]
+            sizes = [(some, 1), (some, 4)]
         for each in sorted({e for _, e in sizes}):
             for arm in RIVALS[kind]:
                 if arm == "flower":
@@ -109,7 +109,7 @@ def measure(
             for row in [r for r in rows if (r.arm, r.dtype) in workers]:
                 listener(f"{'warming up' if repeat < 0 else f'repeat {repeat + 1} of {repeats}'}: {_title(row)}")
                 try:
-                    answer = workers[row.arm, row.dtype].measure(row.work)
+                    answer = workers[row.arm, row.dtype].measure(row.work, memory=repeat < 0)
                 except AbsentError as error:
                     absent[_title(row)] = str(error)
                     rows.remove(row)

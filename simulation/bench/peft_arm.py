@@ -90,7 +90,7 @@ class OneByOne:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.swap_out(row)
-        return float(loss)
+        return float(loss.detach())
 
     @torch.inference_mode()
     def embedding(self, row: torch.Tensor, batches: Sequence[dict[str, torch.Tensor]]) -> float:
@@ -140,7 +140,7 @@ class OpacusOneByOne(OneByOne):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.swap_out(row)
-        return float(loss) / len(batches[0]["input_ids"])
+        return float(loss.detach()) / len(batches[0]["input_ids"])
 
     def _sum_of_means(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Each example's own mean loss: a mean over the batch would let one example rescale the others."""

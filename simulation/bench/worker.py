@@ -52,9 +52,12 @@ class Worker:
         theirs.close()
         self.size: ModelSize = self._receive()
 
-    def measure(self, work: Workload) -> Answer:
-        """Raises `AbsentError` where the arm cannot do this work."""
-        self._pipe.send(work)
+    def measure(self, work: Workload, *, memory: bool) -> Answer:
+        """Time, or memory: to measure this one, what was freed is first handed back, which costs time after.
+
+        Raises `AbsentError` where the arm cannot do this work.
+        """
+        self._pipe.send((work, memory))
         answer: Answer = self._receive()
         return answer
 
@@ -92,14 +95,15 @@ def _serve(pipe: Connection, arm: str, model: str, dtype: str, device: str) -> N
 
 def _answer(pipe: Connection, arm: Arm, device: str) -> None:
     pipe.send(arm.size)
-    while (work := pipe.recv()) is not None:
+    while (asked := pipe.recv()) is not None:
+        work, memory = asked
         try:
-            with_peak = _Peak(device)
+            peak = _Peak(device) if memory else None
             run = arm.prepare(work)
             began = time.perf_counter()
             results = run()
             seconds = time.perf_counter() - began
-            pipe.send(Answer(seconds, with_peak.bytes(), results))
+            pipe.send(Answer(seconds, peak.bytes() if peak else None, results))
         except Exception as error:
             traceback.print_exc()
             pipe.send(_reason(error))
