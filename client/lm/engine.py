@@ -56,7 +56,7 @@ class Engine:
 
     def pack(self, examples: Sequence[Example], slots: Sequence[int]) -> Pack:
         """The examples as one pass; those of one device follow each other."""
-        return Pack(examples, slots, self.device)
+        return Pack(examples, slots, self.device, filled=self.dtype != torch.float32)
 
     def active(self, adapters: Sequence[Adapters], owned: Rectangle) -> AbstractContextManager[None]:
         """The adapters switched on: row k of a stack for the tokens of owner k, one row for all."""

@@ -158,13 +158,15 @@ def owned_by(
 
 
 class Pack:
-    """Examples, each of a device, as one row of tokens; at its end fillers that are nobody's."""
+    """Examples, each of a device, as one row of tokens."""
 
-    def __init__(self, examples: Sequence[Example], slots: Sequence[int], device: torch.device) -> None:
-        """Examples of one device must follow each other."""
+    def __init__(
+        self, examples: Sequence[Example], slots: Sequence[int], device: torch.device, *, filled: bool = False
+    ) -> None:
+        """Examples of one device must follow each other. `filled`: up to a rounded size, with nobody's tokens."""
         self.examples, self.slots, self.device = examples, slots, device
         lengths = [e.length for e in examples]
-        filler, longest = rounded(sum(lengths)) - sum(lengths), max(lengths)
+        filler, longest = rounded(sum(lengths)) - sum(lengths) if filled else 0, max(lengths)
         fillers = [min(longest, filler - start) for start in range(0, filler, longest)]  # no longer than a real text
         ids = [i for e in examples for i in (*e.prompt, *e.reply)] + [0] * filler
         positions = [i for length in (*lengths, *fillers) for i in range(length)]
