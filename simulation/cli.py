@@ -174,7 +174,7 @@ def bench_engine(
     if as_json:
         print(json.dumps(to_json(outcome), indent=1))
     else:
-        console.print(as_table(outcome))
+        Console(width=max(console.width, 200)).print(as_table(outcome))
 
 
 def main() -> None:
