@@ -134,11 +134,12 @@ class Adapters:
 
     def pick(self, devices: Sequence[int]) -> Adapters:
         """The rows of these devices; a single row stays what it is."""
-        if len(self.rows) == 1 or list(devices) == list(range(len(self.rows))):
+        if len(self.rows) == 1:
             return self
-        first, count = devices[0], len(devices)
-        run = list(devices) == list(range(first, first + count))
-        return Adapters(self.layout, self.rows[first : first + count] if run else self.rows[list(devices)])
+        end = devices[0] + len(devices)
+        if list(devices) != list(range(devices[0], end)):
+            return Adapters(self.layout, self.rows[list(devices)])
+        return self if len(devices) == len(self.rows) else Adapters(self.layout, self.rows[devices[0] : end])
 
     def unstack(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """Name, A (K, r, in) and Bᵀ (K, r, out) of each layer, contiguous, in `dtype`; differentiable."""

@@ -98,8 +98,8 @@ class _Attention(torch.autograd.Function):
         bands, back = texts.heads(heads)
         dq, dk, dv = [], [], []
         groups = saved[1].shape[0] // bands[0].texts
-        few, few_back = texts.heads(groups)
-        for i, (many, _band) in enumerate(zip(bands, few, strict=True)):
+        _, few_back = texts.heads(groups)
+        for i, many in enumerate(bands):
             queries, keys, values, weights, slope = saved[5 * i : 5 * i + 5]
             out = _pick(grad, many).index_fill_(0, many.filler, 0).view(queries.shape)
             dv.append(torch.bmm(weights.mT, out).view(-1, size))

@@ -31,7 +31,7 @@ class Cohort:
         loaded, _ = load(model, dtype=dtype, device=device)
         self.engine = Engine(loaded)
         self.layout = adapter_layout(layers.adapted_layers(self.engine.modules))
-        self.size = ModelSize.of(loaded, self.engine.head, self.layout)
+        self.size = ModelSize.of(self.engine.head, self.layout)
 
     def prepare(self, work: Workload) -> Callable[[], list[Any]]:
         batches = [work.batches(k) for k in range(work.devices)]
@@ -50,7 +50,7 @@ class Cohort:
 
     def embedding(self, batches: list[Any], adapters: Adapters) -> list[float]:
         examples = [e for steps in batches for e in steps[0]]
-        sums = dict((i, float(hidden.float().mean(0).sum())) for i, hidden in self.engine.hidden(examples))
+        sums = {i: float(hidden.float().mean(0).sum()) for i, hidden in self.engine.hidden(examples)}
         each = len(batches[0][0])
         return [sum(sums[i] for i in range(k * each, (k + 1) * each)) for k in range(len(batches))]
 
@@ -66,7 +66,8 @@ class Cohort:
             temperature=0.0,
             stop_id=-1,  # never: all arms write as much
         )
-        return [[i for s, ids in zip(slots, written, strict=True) if s == k for i in ids] for k in range(len(batches))]
+        each = len(batches[0][0])
+        return [[i for ids in written[k * each : (k + 1) * each] for i in ids] for k in range(len(batches))]
 
     def dp_training(self, batches: list[Any], adapters: Adapters) -> list[float]:
         from privacy.dpsgd import PrivateRow  # needs Opacus

@@ -18,8 +18,9 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
+from client.lm.hub import default_device
 from simulation.bench.worker import AbsentError, Answer, Worker
-from simulation.bench.workload import KINDS, Workload
+from simulation.bench.workload import KINDS, NODES, ModelSize, Workload
 
 OURS = "florilegium"
 DTYPES = ("float32", "bfloat16")
@@ -31,7 +32,6 @@ RIVALS = {
     "dp_training": ("opacus",),
 }
 ONE_BY_ONE = 8  # devices that a rival does in one repeat: one after the other, so their number does not matter
-NODES = 256
 COLUMNS = ("arm", "type", "devices", "examples", "devices / s", "tokens / s", "MB", "of limit", "times as fast as")
 DEVICES = (1, 8, 64, 256, 1024)
 SEVERAL = (4, 16)  # examples per step beside 1, for 64 devices
@@ -81,7 +81,7 @@ class Outcome:
     rows: list[Row]
     limit_gflops: dict[str, float]
     absent: dict[str, str]
-    sizes: Any
+    size: ModelSize
     machine: dict[str, Any]
 
 
@@ -94,7 +94,7 @@ def measure(
     listener: Callable[[str], object] = lambda text: None,
 ) -> Outcome:
     """Runs all arms that are installed, and says of the others why they are not there."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     rows, absent = plan(kinds, devices, steps), dict[str, str]()
     workers: dict[tuple[str, str], Worker] = {}
     limits: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
@@ -179,7 +179,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def _entry(row: Row, outcome: Outcome) -> dict[str, Any]:
-    rates, tokens = row.devices_per_s, row.work.tokens(range(row.work.devices))
+    rates, tokens = row.devices_per_s, row.work.tokens
     entry: dict[str, Any] = {
         "arm": row.arm,
         "dtype": SHORT[row.dtype],
@@ -201,7 +201,7 @@ def _entry(row: Row, outcome: Outcome) -> dict[str, Any]:
 
 def limit_share(row: Row, outcome: Outcome) -> float:
     """Of the large product's speed in the same type, by the model's operations alone."""
-    per_device = row.work.flops(outcome.sizes) / row.work.devices
+    per_device = row.work.flops(outcome.size) / row.work.devices
     return median(row.devices_per_s) * per_device / 1e9 / outcome.limit_gflops[row.dtype]
 
 

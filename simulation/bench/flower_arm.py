@@ -15,9 +15,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from simulation.bench.peft_arm import OneByOne
-from simulation.bench.workload import Workload, adapter_rows
+from simulation.bench.workload import NODES, Workload, adapter_rows
 
-NODES = 256
 app = ClientApp()
 
 

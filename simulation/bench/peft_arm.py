@@ -15,6 +15,7 @@ from torch import nn
 
 from client.lm.adapter import AdaptedLayer
 from client.lm.hub import load
+from client.lm.layers import head_of
 from client.lm.packing import Example
 from simulation.bench.workload import (
     ALPHA,
@@ -37,10 +38,10 @@ class OneByOne:
 
     def __init__(self, model: str, dtype: torch.dtype, device: str) -> None:
         plain, _ = load(model, dtype=dtype, device=device)
-        head = plain.get_output_embeddings()
+        head = head_of(plain)
         linear = {n: m for n, m in plain.named_modules() if isinstance(m, nn.Linear) and m is not head}
         self.layout = adapter_layout(tuple(AdaptedLayer(n, m.in_features, m.out_features) for n, m in linear.items()))
-        self.size = ModelSize.of(plain, head, self.layout)
+        self.size = ModelSize.of(head, self.layout)
         config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=list(linear))
         self.model = get_peft_model(plain, config, autocast_adapter_dtype=False).train()
         named = dict(self.model.named_parameters())

@@ -30,7 +30,6 @@ class Pfl(OneByOne):
             ),
             central_optimizer=torch.optim.SGD(self.parameters, lr=1.0),
         )
-        self.names = [n for n, p in module.named_parameters() if p.requires_grad]
         self.module = module
 
     def prepare(self, work: Workload) -> Callable[[], list[Any]]:

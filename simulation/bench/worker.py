@@ -44,7 +44,6 @@ class Worker:
 
     def __init__(self, arm: str, model: str, dtype: str, device: str) -> None:
         """Raises `AbsentError`."""
-        self.arm, self.dtype = arm, dtype
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, arm, model, dtype, device))

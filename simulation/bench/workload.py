@@ -6,7 +6,7 @@ Texts are random ids of random lengths, since the time does not depend on what t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ LENGTHS = (24, 64)  # tokens of an example, uniform; half of them are the reply
 RANK, ALPHA = 8, 16.0  # PEFT's usual adapter, on every linear layer but the head
 LEARNING_RATE = 1e-3
 NEW_TOKENS = 32
+NODES = 256  # of Flower's simulation
 CLIP_NORM_L2, NOISE_MULTIPLIER = 1.0, 1.0
 
 
@@ -42,14 +43,20 @@ class Workload:
         rng = random.Random(device)
         return [[_example(rng, self.kind) for _ in range(self.examples_per_step)] for _ in range(self.steps)]
 
-    def tokens(self, devices: Sequence[int]) -> int:
+    @property
+    def examples(self) -> list[Example]:
+        """Of all devices and steps."""
+        return [e for k in range(self.devices) for batch in self.batches(k) for e in batch]
+
+    @property
+    def tokens(self) -> int:
         """Tokens read, and written where the kind is generation."""
-        read = sum(e.length for k in devices for batch in self.batches(k) for e in batch)
-        return read + (len(devices) * self.examples_per_step * NEW_TOKENS if self.kind == "generation" else 0)
+        written = NEW_TOKENS if self.kind == "generation" else 0
+        return sum(e.length + written for e in self.examples)
 
     def flops(self, size: ModelSize) -> float:
         """Of the products with weights and adapters, for all devices; what is only padding does not count."""
-        examples = [e for k in range(self.devices) for batch in self.batches(k) for e in batch]
+        examples = self.examples
         read, targets = sum(e.length for e in examples), sum(e.targets for e in examples)
         if self.kind == "embedding":
             return 2.0 * read * size.linear
@@ -68,9 +75,10 @@ class ModelSize:
     adapter: int
 
     @classmethod
-    def of(cls, model: nn.Module, head: nn.Module, adapters: AdapterLayout) -> ModelSize:
-        layers = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-        return cls(sum(w.numel() for w in layers), head.weight.numel(), adapters.width)  # type: ignore[operator]
+    def of(cls, head: nn.Linear, adapters: AdapterLayout) -> ModelSize:
+        """Of a model whose every linear layer but the head has an adapter."""
+        linear = sum(x.in_features * x.out_features for x in adapters.layers)
+        return cls(linear, head.weight.numel(), adapters.width)
 
 
 class Arm(Protocol):
