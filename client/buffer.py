@@ -1,23 +1,54 @@
-"""The bounded buffer of one device: what it keeps of its stream for the personal adapter.
+"""The bounded buffer of one device: bins of {domain, text, embedding} that the personal adapter learns from.
 
-`len(buffer) <= capacity` after every `offer`. Scores are frozen when a dialogue enters. Which one leaves is
-decided by a policy (`client.policies`).
+`len(buffer) <= capacity` and `size_bytes <= capacity · bin_bytes` after every `offer`. Which one leaves is decided by
+a policy (`client.policies`). Not covered: the user's replies, which are asked for later and stored beside it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
-import torch
+from pydantic import Field, field_validator
 
 from client.dialogue import Dialogue
-from client.lexicons import Lexicons
+from client.lexicons import Lexicons, check_source
 from client.lm.model import Features
-from client.policies import POLICIES
-from client.scores import domain_specific_score, dominant_domain, entropy_of_embedding, in_domain_dissimilarity
+from client.policies import POLICIES, Memory
+from client.scores import (
+    domain_specific_score,
+    dominant_domain,
+    entropy_over_dimensions,
+    entropy_over_tokens,
+    in_domain_dissimilarity,
+)
+from privacy.config import Config
 
 QUANTUM = 4  # decimals of a score: rounding in a batch must not decide what is kept
+
+
+class SelectionConfig(Config):
+    """What the personal adapter's buffer holds."""
+
+    policy: str = Field("quality", description=", ".join(POLICIES))
+    bins: int = Field(32, ge=1)
+    bin_bytes: int = Field(22 * 1024, ge=1, description="text and embedding of a bin; what does not fit is turned away")
+    entropy: Literal["tokens", "dimensions"] = Field("tokens", description="what the paper's EOE is taken over")
+    dissimilarity: Literal["frozen", "recomputed"] = Field("frozen", description="IDD when it came, or in each buffer")
+    lexicons: tuple[str, ...] = Field(("general",), description="general, medical, vader, empath, nrc, or a .toml file")
+
+    @field_validator("policy")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in POLICIES:
+            raise ValueError(f"must be one of {', '.join(POLICIES)}")
+        return value
+
+    @field_validator("lexicons")
+    @classmethod
+    def _found(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_source(source) for source in value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,46 +58,82 @@ class Kept:
     id: str
     prompt: str
     domain: str
-    embedding: torch.Tensor  # (H,) float16
-    eoe: float
-    dss: float
+    embedding: np.ndarray  # (D,) float16: what the policy compares texts by
+    eoe: float = 0.0
+    dss: float = 0.0
     idd: float = 1.0
+    value: float = 0.0  # what the policy ranks by, where it has a number of its own
 
     def dominates(self, other: Kept) -> bool:
         """Higher on all three scores."""
         return self.eoe > other.eoe and self.dss > other.dss and self.idd > other.idd
 
+    @property
+    def size_bytes(self) -> int:
+        """Of domain, text and embedding."""
+        return len(self.domain.encode()) + len(self.prompt.encode()) + self.embedding.nbytes
 
-def candidate(dialogue: Dialogue, features: Features, lexicons: Lexicons) -> Kept:
+
+def candidate(dialogue: Dialogue, features: Features, lexicons: Lexicons, config: SelectionConfig) -> Kept:
     """A dialogue that asks for a place, scored except for its dissimilarity, which depends on the buffer."""
+    reading = features.readings[POLICIES[config.policy].reading]
+    over_tokens = config.entropy == "tokens"
+    entropy = entropy_over_tokens(features.token_norms) if over_tokens else entropy_over_dimensions(reading.vector)
     return Kept(
         dialogue.id,
         dialogue.prompt,
         dominant_domain(dialogue.prompt, lexicons),
-        features.embedding.half(),
-        round(entropy_of_embedding(features.token_norms), QUANTUM),
+        reading.vector.half().numpy(),
+        round(entropy, QUANTUM),
         round(domain_specific_score(dialogue.prompt, lexicons), QUANTUM),
+        value=reading.value,
     )
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """At most `capacity` bins, in the order of arrival."""
+    """At most `capacity` bins, in the order of arrival, and what the policy remembers of the stream."""
 
-    capacity: int
-    policy: str
+    config: SelectionConfig
     bins: tuple[Kept, ...] = ()
+    memory: Memory = field(default_factory=dict[str, Any])
 
     def __len__(self) -> int:
         return len(self.bins)
 
+    @property
+    def capacity(self) -> float:
+        """Bins: as configured, none or without end for the two bounds."""
+        return POLICIES[self.config.policy].capacity(self.config.bins)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(k.size_bytes for k in self.bins)
+
     def offer(self, newcomer: Kept, rng: np.random.Generator) -> tuple[Buffer, bool]:
         """The buffer after the policy's decision, and whether the newcomer is in it."""
-        near = [k.embedding for k in self.bins if k.domain == newcomer.domain]
-        newcomer = replace(newcomer, idd=round(in_domain_dissimilarity(newcomer.embedding, near), QUANTUM))
+        policy = POLICIES[self.config.policy]
+        newcomer, memory = policy.meet(newcomer, self.memory)
+        met = replace(self, memory=memory)
+        if newcomer.size_bytes > self.config.bin_bytes:
+            return met, False
+        newcomer = replace(newcomer, idd=_dissimilarity(newcomer, self.bins))
         if len(self.bins) < self.capacity:
-            return replace(self, bins=(*self.bins, newcomer)), True
-        leaves = POLICIES[self.policy](self.bins, newcomer, rng)
+            return replace(met, bins=(*self.bins, newcomer)), True
+        leaves = policy.decide(self._scored(), newcomer, memory, rng)
         if leaves is None:
-            return self, False
-        return replace(self, bins=(*self.bins[:leaves], *self.bins[leaves + 1 :], newcomer)), True
+            return met, False
+        return replace(met, bins=(*self.bins[:leaves], *self.bins[leaves + 1 :], newcomer)), True
+
+    def _scored(self) -> tuple[Kept, ...]:
+        """The bins with the dissimilarity that they came with, or that each has now to the others of its domain."""
+        if self.config.dissimilarity == "frozen":
+            return self.bins
+        return tuple(
+            replace(k, idd=_dissimilarity(k, (*self.bins[:i], *self.bins[i + 1 :]))) for i, k in enumerate(self.bins)
+        )
+
+
+def _dissimilarity(kept: Kept, others: tuple[Kept, ...]) -> float:
+    near = [k.embedding for k in others if k.domain == kept.domain]
+    return round(in_domain_dissimilarity(kept.embedding, np.stack(near) if near else np.empty((0, 0))), QUANTUM)

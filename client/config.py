@@ -4,34 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
+from client.buffer import SelectionConfig
 from client.lm.config import AdapterConfig, ModelConfig
-from client.policies import POLICIES
 from client.synthesize import SynthesisConfig
 from privacy.config import Config
 from privacy.policy import PrivacyConfig
-
-
-class SelectionConfig(Config):
-    """What the personal adapter's buffer holds."""
-
-    policy: str = Field("quality", description=", ".join(POLICIES))
-    bins: int = Field(32, ge=1)
-
-    @field_validator("policy")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in POLICIES:
-            raise ValueError(f"must be one of {', '.join(POLICIES)}")
-        return value
 
 
 class SharedConfig(Config):
     """How a device trains its copy of the shared adapter: DP-SGD on its uniform pool."""
 
     adapter: AdapterConfig = AdapterConfig(rank=4, alpha=64, factors="b")
-    pool_capacity: int = Field(64, ge=1, description="public")
+    pool_capacity: int = Field(64, ge=0, description="public; 0: nothing is kept for a shared adapter")
     sampling_rate: float = Field(0.5, gt=0, le=1, description="chance of each pool slot in each step; public")
     steps_per_round: int = Field(1, ge=1, description="public")
     learning_rate: float = Field(1.0, gt=0)
@@ -43,6 +29,7 @@ class PersonalConfig(Config):
     adapter: AdapterConfig = AdapterConfig()
     learning_rate: float = Field(1e-3, gt=0)
     epochs: int = Field(1, ge=0, description="over originals and synthetic sets, each round")
+    steps: int = Field(0, ge=0, description="of each round, on full batches, in place of epochs; 0: by epochs")
     batch_size: int = Field(8, ge=1)
     weight_decay: float = Field(0.0, ge=0)
     on_new_shared: Literal["keep", "retrain"] = Field("keep", description="what to do with it when the shared changes")

@@ -1,18 +1,26 @@
-"""Word lists by domain, for the domain-specific score.
+"""Word lists by domain, for the domain-specific score: bundled ones, two packages', and a user's own.
 
-The bundled lists are the project's own, short and general; nothing of a licensed lexicon is in them.
+Lists with a licence that does not let us pass them on are read from the package that holds them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 
 Lexicons = Mapping[str, frozenset[str]]
 WORD = re.compile(r"[a-z']+")
+BUNDLED = ("general", "medical", "vader")
+
+
+class LexiconError(ValueError):
+    """A word list is unknown, missing or not of the form `domain = "words"`."""
 
 
 def words(text: str) -> list[str]:
@@ -20,8 +28,75 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-@lru_cache(maxsize=1)
-def bundled() -> Lexicons:
-    """Domain → words, from `client/lexicons.toml`."""
-    listed = tomllib.loads(files("client").joinpath("lexicons.toml").read_text(encoding="utf-8"))
-    return {name: frozenset(words.split()) for name, words in listed.items()}
+def matches(text: str, lexicons: Lexicons) -> dict[str, list[str]]:
+    """The words of a text that each lexicon lists, where there are any."""
+    found = {name: [token for token in words(text) if token in listed] for name, listed in lexicons.items()}
+    return {name: hits for name, hits in found.items() if hits}
+
+
+@lru_cache(maxsize=8)
+def load_lexicons(sources: Sequence[str]) -> Lexicons:
+    """Domain → words of a tuple of sources: names of `SOURCES` or paths of TOML files with `domain = "words"`.
+
+    A domain of a later source that is already there is told apart by the source's name. Raises `LexiconError`.
+    """
+    lexicons: dict[str, frozenset[str]] = {}
+    for source in sources:
+        for name, listed in SOURCES.get(source, _file)(source).items():
+            lexicons[f"{Path(source).stem}.{name}" if name in lexicons else name] = listed
+    return lexicons
+
+
+def check_source(source: str) -> str:
+    """The source itself; raises `LexiconError` if it can be neither a name nor a path."""
+    if source not in SOURCES and not source.endswith(".toml"):
+        raise LexiconError(f'must be one of {", ".join(SOURCES)} or the path of a .toml file with domain = "words"')
+    return source
+
+
+def _bundled(name: str) -> Lexicons:
+    return _parse(files("client").joinpath("wordlists", f"{name}.toml").read_text(encoding="utf-8"), name)
+
+
+def _file(path: str) -> Lexicons:
+    try:
+        return _parse(Path(path).expanduser().read_text(encoding="utf-8"), path)
+    except OSError as error:
+        raise LexiconError(f"lexicon {path}: {error.strerror}; sources are {', '.join(SOURCES)} or a file") from None
+
+
+def _parse(text: str, where: str) -> Lexicons:
+    try:
+        listed = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise LexiconError(f"lexicon {where}: not valid TOML: {error}") from None
+    wrong = [name for name, value in listed.items() if not isinstance(value, str) or not words(value)]
+    if wrong:
+        raise LexiconError(f'lexicon {where}: {wrong[0]} must be words in one string: {wrong[0]} = "one two three"')
+    return {name: frozenset(words(value)) for name, value in listed.items()}
+
+
+def _empath(name: str) -> Lexicons:
+    """The 194 categories of Empath (Fast et al. 2016)."""
+    path = _package("empath", "empath") / "data" / "categories.tsv"
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    return {category: frozenset(w for w in listed if WORD.fullmatch(w)) for category, *listed in rows}
+
+
+def _nrc(name: str) -> Lexicons:
+    """The NRC word-emotion lexicon (Mohammad and Turney 2013): for research only."""
+    path = _package("nrclex", "nrclex") / "data" / "nrc_en.json"
+    lexicon: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    emotions = sorted({emotion for listed in lexicon.values() for emotion in listed})
+    return {e: frozenset(w for w, listed in lexicon.items() if e in listed and WORD.fullmatch(w)) for e in emotions}
+
+
+def _package(module: str, distribution: str) -> Path:
+    """The folder of an installed package, which is not imported: its code is not needed."""
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise LexiconError(f"lexicons of {module} are not installed; pip install {distribution}")
+    return Path(spec.origin).parent
+
+
+SOURCES: dict[str, Callable[[str], Lexicons]] = {**dict.fromkeys(BUNDLED, _bundled), "empath": _empath, "nrc": _nrc}

@@ -10,6 +10,7 @@ same result.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -21,11 +22,13 @@ import torch
 from client.buffer import candidate
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
-from client.lexicons import bundled
+from client.lexicons import load_lexicons
 from client.lm.adapter import AdapterLayout
 from client.lm.lessons import Lesson
-from client.lm.model import LanguageModel, schedule
+from client.lm.model import LanguageModel, schedule, schedule_steps
+from client.policies import POLICIES
 from client.state import DeviceState
+from client.synthesize import Request, Written
 from client.synthesize import synthesize as write_similar
 from privacy.accounting import Event, calibrate, epsilon
 from privacy.dpsgd import PrivateRow
@@ -87,18 +90,26 @@ def observe(
     states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, site: Site
 ) -> tuple[States, list[Observation]]:
     """Takes what came in: into the buffer by the policy, into the pool by coins. The replies are not looked at."""
-    features = iter(site.lm.embed([d.prompt for dialogues in arrived for d in dialogues]))
+    selection = site.config.selection
+    lexicons, reading = load_lexicons(selection.lexicons), POLICIES[selection.policy].reading
+    features = iter(site.lm.embed([d.prompt for dialogues in arrived for d in dialogues], [reading]))
     after, notes = [], []
     for state, dialogues in zip(states, arrived, strict=True):
         rng = np.random.Generator(np.random.Philox(key=derive_seed(site.seed, state.id, plan.round, "policy")))
         buffer, pool, accepted, truncated = state.buffer, state.pool, 0, 0
         for dialogue in dialogues:
             feature = next(features)
-            buffer, taken = buffer.offer(candidate(dialogue, feature, bundled()), rng)
+            buffer, taken = buffer.offer(candidate(dialogue, feature, lexicons, selection), rng)
             pool = pool.offer(dialogue.id, dialogue.prompt, state.secret)
             accepted, truncated = accepted + taken, truncated + feature.truncated
         after.append(replace(state, buffer=buffer, pool=pool, arrived=state.arrived + len(dialogues)))
-        notes.append({"arrived": len(dialogues), "accepted": accepted, "buffered": len(buffer), "truncated": truncated})
+        notes.append({
+            "arrived": len(dialogues),
+            "accepted": accepted,
+            "buffered": len(buffer),
+            "buffer_bytes": buffer.size_bytes,
+            "truncated": truncated,
+        })  # fmt: skip
     return after, notes
 
 
@@ -115,21 +126,27 @@ def annotate(states: States, site: Site) -> tuple[States, list[Observation]]:
 
 
 def synthesize(states: States, plan: RoundPlan, site: Site) -> tuple[States, list[Observation]]:
-    """Writes prompts like those of each newly buffered dialogue; the checks may throw all of them away."""
-    config = site.config.synthesis
+    """Writes dialogues like each newly buffered one; the checks may throw all of them away."""
     fresh = [(s, k) for s in states for k in s.buffer.bins if k.id not in s.synthetic]
-    seeds = [derive_seed(site.seed, s.id, k.id, "synthesis") for s, k in fresh]
-    kept, rejected = write_similar([k.prompt for _, k in fresh], site.lm, config, seeds)
-    made = {(s.id, k.id): (texts, bad) for (s, k), texts, bad in zip(fresh, kept, rejected, strict=True)}
+    requests = [
+        Request(s.id, (k.prompt, s.replies[k.id]), derive_seed(site.seed, s.id, k.id, "synthesis")) for s, k in fresh
+    ]
+    known = [(s.id, text) for s in states for made in s.synthetic.values() for pair in made for text in pair]
+    known += [(s.id, k.prompt) for s in states for k in s.buffer.bins]
+    written = write_similar(requests, known, site.lm, site.config.synthesis)
+    made: dict[str, dict[str, Written]] = {s.id: {} for s in states}
+    for (state, kept), found in zip(fresh, written, strict=True):
+        made[state.id][kept.id] = found
     after, notes = [], []
     for state in states:
-        new = {i: texts for (device, i), (texts, _) in made.items() if device == state.id}
-        bad = [reasons for (device, _), (_, reasons) in made.items() if device == state.id]
-        synthetic = {k.id: state.synthetic.get(k.id) or tuple(new.get(k.id, ())) for k in state.buffer.bins}
+        own = made[state.id]
+        synthetic = {k.id: own[k.id].kept if k.id in own else state.synthetic[k.id] for k in state.buffer.bins}
+        rejected = sum((w.rejected for w in own.values()), Counter[str]())
         after.append(replace(state, synthetic=synthetic))
         notes.append({
-            "synthetic_kept": sum(map(len, new.values())),
-            "synthetic_rejected": sum(sum(reasons.values()) for reasons in bad),
+            "synthetic_kept": sum(len(w.kept) for w in own.values()),
+            "synthetic_rejected": rejected.total(),
+            "synthetic_reasons": dict(rejected),
         })  # fmt: skip
     return after, notes
 
@@ -177,7 +194,9 @@ def fingerprint(received: torch.Tensor) -> str:
 
 
 def planned_event(config: DeviceConfig) -> Event:
-    """What one round of the shared adapter's training spends."""
+    """What one round of the shared adapter's training spends; raises `ValueError` where there is no pool for it."""
+    if not config.shared.pool_capacity:
+        raise ValueError("shared.pool_capacity = 0 must be > 0 where a shared adapter is trained")
     return Event(noise_multiplier(config), config.shared.sampling_rate, config.shared.steps_per_round)
 
 
@@ -215,16 +234,16 @@ def release(changes: Sequence[torch.Tensor | None], plan: RoundPlan, site: Site)
 
 
 def learn_personal(
-    states: States, received: torch.Tensor, plan: RoundPlan, site: Site
+    states: States, received: torch.Tensor | None, plan: RoundPlan, site: Site
 ) -> tuple[States, list[Observation]]:
-    """Trains each personal adapter on what is buffered, the received shared adapter (P,) frozen beneath it."""
+    """Trains each personal adapter on what is buffered, the received shared adapter (P,) frozen beneath it, if any."""
     config, lm = site.config.personal, site.lm
     lessons = [_lesson(state, plan, site) for state in states]
     start = [_start(state, site) for state in states]
     rates = [[config.learning_rate * (1 - s / len(x.batches)) for s in range(len(x.batches))] for x in lessons]
     trained = lm.engine.finetune(
         lm.adapters(site.personal_layout, torch.stack(start)),
-        [lm.adapters(site.shared_layout, received)],
+        [] if received is None else [lm.adapters(site.shared_layout, received)],
         lessons,
         rates,
         config.weight_decay,
@@ -235,6 +254,8 @@ def learn_personal(
         {
             "personal_loss_first": x[0] if x else None,
             "personal_loss_last": x[-1] if x else None,
+            "personal_examples": len(lesson.examples),
+            "personal_steps": len(lesson.batches),
             "personal_tokens": _tokens(lesson),
             **({"personal_failed": trained.failed[k]} if k in trained.failed else {}),
         }
@@ -252,13 +273,16 @@ def _tokens(lesson: Lesson) -> int:
 
 
 def _lesson(state: DeviceState, plan: RoundPlan, site: Site) -> Lesson:
-    """Originals and their synthetic sets, each set with the user's own reply."""
+    """Originals, each with the user's own reply, and what was made from them."""
     dialogues = [
-        Dialogue(k.id, prompt, state.replies[k.id])
+        Dialogue(k.id, prompt, reply)
         for k in state.buffer.bins
-        for prompt in (k.prompt, *state.synthetic.get(k.id, ()))
+        for prompt, reply in ((k.prompt, state.replies[k.id]), *state.synthetic.get(k.id, ()))
     ]
-    config = site.config.personal
+    config, count = site.config.personal, len(dialogues)
     seed = derive_seed(site.seed, state.id, plan.round, "personal-order")
-    batches = schedule(len(dialogues), config.batch_size, config.epochs, seed)
+    if config.steps:
+        batches = schedule_steps(count, config.batch_size, config.steps, seed)
+    else:
+        batches = schedule(count, config.batch_size, config.epochs, seed)
     return Lesson(site.lm.format.dialogues(dialogues), batches)

@@ -54,6 +54,22 @@ def adopt(states: States, received: torch.Tensor, plan: RoundPlan, site: Site) -
     return states, diary.pages
 
 
+def live_alone(
+    states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, site: Site
+) -> tuple[States, list[Observation]]:
+    """A round without a server: nothing is released, and no shared adapter lies beneath the personal one."""
+    diary = Diary(len(states), site.listener)
+    with diary.phase("observe") as seen:
+        states, seen[:] = observe(states, arrived, plan, site)
+    with diary.phase("annotate") as asked:
+        states, asked[:] = annotate(states, site)
+    with diary.phase("synthesize") as written:
+        states, written[:] = synthesize(states, plan, site)
+    with diary.phase("learn_personal") as learned:
+        states, learned[:] = learn_personal(states, None, plan, site)
+    return states, diary.pages
+
+
 class Diary:
     """What a simulation notes of each device of a cohort, with the cohort's seconds shared out evenly."""
 

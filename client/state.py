@@ -11,14 +11,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from client.buffer import Buffer, Kept
+from client.buffer import Buffer, Kept, SelectionConfig
 from client.config import DeviceConfig
 from client.pool import Pool
+from client.synthesize import Pair
 from privacy.accounting import Event
+
+MEMORY = "memory."  # begins the names of the arrays that a policy remembers
+OF_A_BIN = ("id", "prompt", "domain", "eoe", "dss", "idd", "value")
 
 
 class StateError(RuntimeError):
@@ -37,14 +42,13 @@ class DeviceState:
     arrived: int = 0  # dialogues taken from the stream
     replies: dict[str, str] = field(default_factory=dict)  # dialogue id → the user's annotation
     annotations: int = 0  # times the user was asked
-    synthetic: dict[str, tuple[str, ...]] = field(default_factory=dict)  # dialogue id → prompts made from it
+    synthetic: dict[str, tuple[Pair, ...]] = field(default_factory=dict)  # dialogue id → those made from it
     events: tuple[Event, ...] = ()  # what was spent
     answered: tuple[int, str] = (0, "")  # the last round that was trained for, and a hash of what was received in it
 
     @classmethod
     def new(cls, identity: str, config: DeviceConfig, personal: torch.Tensor, secret: int) -> DeviceState:
-        buffer = Buffer(config.selection.bins, config.selection.policy)
-        return cls(identity, buffer, Pool(config.shared.pool_capacity), personal, secret)
+        return cls(identity, Buffer(config.selection), Pool(config.shared.pool_capacity), personal, secret)
 
 
 class DeviceStore:
@@ -61,8 +65,9 @@ class DeviceStore:
             path = self.path(state.id, stage)
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {"personal": state.personal.contiguous()}
+            tensors |= {f"{MEMORY}{name}": torch.tensor(value) for name, value in state.buffer.memory.items()}
             if state.buffer.bins:
-                tensors["embeddings"] = torch.stack([k.embedding for k in state.buffer.bins])
+                tensors["embeddings"] = torch.from_numpy(np.stack([k.embedding for k in state.buffer.bins]))
             fresh = path.with_suffix(".new")
             save_file(tensors, fresh, metadata={"device": json.dumps(_facts(state))})
             fresh.replace(path)
@@ -74,9 +79,8 @@ class DeviceStore:
             raise StateError(f"{path} is missing: device {device} has not finished {stage}")
         with safe_open(path, "pt") as stored:
             facts = json.loads(stored.metadata()["device"])
-            personal = stored.get_tensor("personal")
-            embeddings = stored.get_tensor("embeddings") if facts["buffer"]["bins"] else ()
-        return _state(facts, personal, embeddings)
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        return _state(facts, tensors)
 
     def latest(self, device: str, until: str | None = None) -> str | None:
         """The last stage of a device that does not sort after `until`; without it, of all."""
@@ -97,7 +101,7 @@ def stage(round_number: int, phase: str = "z-done") -> str:
 
 
 def _facts(state: DeviceState) -> dict[str, Any]:
-    bins = [{k: v for k, v in asdict(b).items() if k != "embedding"} for b in _without_tensors(state)]
+    bins = [{name: getattr(kept, name) for name in OF_A_BIN} for kept in state.buffer.bins]
     return {
         "id": state.id,
         "secret": state.secret,
@@ -108,28 +112,26 @@ def _facts(state: DeviceState) -> dict[str, Any]:
         "synthetic": state.synthetic,
         "events": [asdict(e) for e in state.events],
         "pool": asdict(state.pool),
-        "buffer": {"capacity": state.buffer.capacity, "policy": state.buffer.policy, "bins": bins},
+        "buffer": {"config": state.buffer.config.model_dump(mode="json"), "bins": bins},
     }
 
 
-def _without_tensors(state: DeviceState) -> list[Kept]:
-    return [Kept(b.id, b.prompt, b.domain, torch.empty(0), b.eoe, b.dss, b.idd) for b in state.buffer.bins]
-
-
-def _state(facts: dict[str, Any], personal: torch.Tensor, embeddings: Iterable[torch.Tensor]) -> DeviceState:
+def _state(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> DeviceState:
     stored = facts["buffer"]
+    embeddings = tensors["embeddings"].numpy() if stored["bins"] else ()
     bins = tuple(Kept(embedding=e, **b) for b, e in zip(stored["bins"], embeddings, strict=True))
+    memory = {n.removeprefix(MEMORY): t.numpy() for n, t in tensors.items() if n.startswith(MEMORY)}
     pool = facts["pool"]
     return DeviceState(
         id=facts["id"],
-        buffer=Buffer(stored["capacity"], stored["policy"], bins),
+        buffer=Buffer(SelectionConfig.model_validate(stored["config"]), bins, memory),
         pool=Pool(pool["capacity"], tuple((i, p) for i, p in pool["slots"]), pool["seen"]),
-        personal=personal,
+        personal=tensors["personal"],
         secret=facts["secret"],
         arrived=facts["arrived"],
         answered=(facts["answered"][0], facts["answered"][1]),
         replies=facts["replies"],
         annotations=facts["annotations"],
-        synthetic={k: tuple(v) for k, v in facts["synthetic"].items()},
+        synthetic={k: tuple((p, r) for p, r in made) for k, made in facts["synthetic"].items()},
         events=tuple(Event(**e) for e in facts["events"]),
     )

@@ -1,64 +1,113 @@
-"""New prompts in the manner of a kept one, by the same language model (Qin et al. 2024, §3.3).
+"""New dialogues in the manner of kept ones, by the same language model (Qin et al. 2024, §3.3).
 
-The reply stays the user's own. A ROUGE-1 check throws away what is too far from the original, a copy, or empty.
+By default the prompt is written anew and the reply stays the user's own. What is too far from the original, a copy,
+of another length, empty, or (if asked for) points at a person is thrown away, and counted by the reason.
 The base model writes, adapters off, so that no device's texts colour another's and nothing private is used twice.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from pydantic import Field, model_validator
 from rouge_score.rouge_scorer import RougeScorer
 
+from client.lexicons import words
 from client.lm.config import SamplingConfig
 from client.lm.model import LanguageModel
+from client.pii import personal_data
 from privacy.config import Config
+
+Treatment = Literal["rewrite", "keep"]
+Pair = tuple[str, str]  # a prompt and its reply
 
 
 class SynthesisConfig(Config):
-    """How many, how asked for, and what is thrown away. The threshold is not printed in the paper."""
+    """How many, how asked for, and what is thrown away. No threshold is printed in the paper."""
 
-    per_dialogue: int = Field(3, ge=0, le=16)
+    per_dialogue: int = Field(3, ge=0, le=16, description="wanted of each kept dialogue")
+    attempts: int = Field(1, ge=1, description="times that what was thrown away is written again")
+    prompt: Treatment = Field("rewrite", description="the paper's default")
+    response: Treatment = Field("keep", description="the paper's default")
     instruction: str = (
         "Refine and generate a text semantically similar to the following text block, no need to answer it, "
         "no need to explain, use [ ] to hold your generated response: "
     )
     rouge1_min: float = Field(0.3, ge=0, le=1)
     rouge1_max: float = Field(0.95, ge=0, le=1, description="above it, a text is a copy")
+    length_ratio_max: float = Field(3.0, ge=1, description="words of the longer text by words of the shorter")
+    pii_free: bool = Field(False, description="throw away what looks like an address, a number or a link of a person")
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=48, temperature=0.5)
 
     @model_validator(mode="after")
-    def _ordered(self) -> SynthesisConfig:
+    def _consistent(self) -> SynthesisConfig:
         if self.rouge1_min > self.rouge1_max:
             raise ValueError(f"rouge1_min = {self.rouge1_min} must be <= rouge1_max = {self.rouge1_max}")
+        if self.per_dialogue and self.prompt == self.response == "keep":
+            raise ValueError("prompt and response are both 'keep': rewrite one, or set per_dialogue = 0")
         return self
 
 
+@dataclass(frozen=True)
+class Request:
+    """A kept dialogue of which similar ones are wanted."""
+
+    device: str
+    original: Pair
+    seed: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of a request."""
+
+    kept: tuple[Pair, ...]
+    rejected: Counter[str]  # by reason
+
+
 def synthesize(
-    prompts: Sequence[str], lm: LanguageModel, config: SynthesisConfig, seeds: Sequence[int]
-) -> tuple[list[list[str]], list[Counter[str]]]:
-    """For each prompt the synthetic ones that passed, and why the others did not."""
-    asked = [config.instruction + p for p in prompts for _ in range(config.per_dialogue)]
-    draws = [seed + i for seed in seeds for i in range(config.per_dialogue)]
-    written = iter(lm.generate(asked, [0] * len(asked), [], config.sampling, draws))
-    kept: list[list[str]] = []
-    rejected: list[Counter[str]] = []
-    for prompt in prompts:
-        passed: list[str] = []
-        reasons: Counter[str] = Counter()
-        for _ in range(config.per_dialogue):
-            text = unwrap(next(written))
-            reason = objection(text, prompt, passed, config)
+    requests: Sequence[Request], known: Iterable[tuple[str, str]], lm: LanguageModel, config: SynthesisConfig
+) -> list[Written]:
+    """The synthetic dialogues of each request that passed; `known` are (device, text) that none may repeat.
+
+    All requests are one call of the model for each attempt.
+    """
+    seen = {(device, _plain(text)) for device, text in known}
+    seen |= {(r.device, _plain(text)) for r in requests for text in r.original}
+    kept: list[list[Pair]] = [[] for _ in requests]
+    rejected: list[Counter[str]] = [Counter() for _ in requests]
+    for attempt in range(config.attempts):
+        wanted = [i for i, found in enumerate(kept) for _ in range(config.per_dialogue - len(found))]
+        for i, made in zip(wanted, _write(requests, wanted, attempt, lm, config), strict=True):
+            reason = objection(made, requests[i], seen, config)
             if reason:
-                reasons[reason] += 1
+                rejected[i][reason] += 1
             else:
-                passed.append(text)
-        kept.append(passed)
-        rejected.append(reasons)
-    return kept, rejected
+                kept[i].append(made)
+                seen |= {(requests[i].device, _plain(text)) for text in _new(made, config)}
+    return [Written(tuple(k), r) for k, r in zip(kept, rejected, strict=True)]
+
+
+def objection(made: Pair, request: Request, seen: set[tuple[str, str]], config: SynthesisConfig) -> str:
+    """Why a synthetic dialogue is thrown away; empty when it may stay. Only what was written anew is judged."""
+    for text, original in zip(_new(made, config), _new(request.original, config), strict=True):
+        length, before = len(words(text)), max(1, len(words(original)))
+        score = rouge1(original, text)
+        if not text:
+            return "empty"
+        if score < config.rouge1_min:
+            return "too far"
+        if score > config.rouge1_max or (request.device, _plain(text)) in seen:
+            return "copy"
+        if max(length, before) > config.length_ratio_max * max(1, min(length, before)):
+            return "length"
+        if config.pii_free and personal_data(text):
+            return "personal data"
+    return ""
 
 
 def unwrap(text: str) -> str:
@@ -67,16 +116,9 @@ def unwrap(text: str) -> str:
     return (inner.rpartition("]")[0] or inner).strip()
 
 
-def objection(text: str, original: str, passed: Sequence[str], config: SynthesisConfig) -> str:
-    """Why a synthetic text is thrown away; empty when it may stay."""
-    if not text:
-        return "empty"
-    score = rouge1(original, text)
-    if score < config.rouge1_min:
-        return "too far"
-    if score > config.rouge1_max or text in passed:
-        return "copy"
-    return ""
+def rouge1(reference: str, text: str) -> float:
+    """ROUGE-1 F1 with stemming (Lin 2004)."""
+    return float(_scorer().score(reference, text)["rouge1"].fmeasure)
 
 
 @lru_cache(maxsize=1)
@@ -84,6 +126,32 @@ def _scorer() -> RougeScorer:
     return RougeScorer(["rouge1"], use_stemmer=True)
 
 
-def rouge1(reference: str, text: str) -> float:
-    """ROUGE-1 F1 with stemming (Lin 2004)."""
-    return float(_scorer().score(reference, text)["rouge1"].fmeasure)
+def _write(
+    requests: Sequence[Request], wanted: Sequence[int], attempt: int, lm: LanguageModel, config: SynthesisConfig
+) -> list[Pair]:
+    """One dialogue for each entry of `wanted`, in one call; the n-th of a request draws from a seed of its own."""
+    number: Counter[int] = Counter()
+    sources, seeds = [], []
+    for i in wanted:
+        seed = requests[i].seed + attempt * config.per_dialogue + number[i]
+        number[i] += 1
+        for text in _new(requests[i].original, config):
+            sources.append(config.instruction + text)
+            seeds.append(seed)
+    written = (unwrap(t) for t in lm.generate(sources, [0] * len(sources), [], config.sampling, seeds))
+    return [
+        (
+            next(written) if config.prompt == "rewrite" else requests[i].original[0],
+            next(written) if config.response == "rewrite" else requests[i].original[1],
+        )
+        for i in wanted
+    ]
+
+
+def _new(pair: Pair, config: SynthesisConfig) -> list[str]:
+    """The parts of a dialogue that are written anew."""
+    return [t for t, how in zip(pair, (config.prompt, config.response), strict=True) if how == "rewrite"]
+
+
+def _plain(text: str) -> str:
+    return " ".join(words(text))

@@ -74,6 +74,40 @@ def report(run: Path) -> None:
 
 
 @app.command()
+def study(
+    config: str,
+    overrides: Annotated[list[str] | None, typer.Argument()] = None,
+    studies: Annotated[Path, typer.Option(help="The folder that holds the studies.")] = Path("studies"),
+) -> None:
+    """Run a grid of arms and seeds and write one report to studies/NAME; a study that was stopped goes on.
+
+    CONFIG is a TOML file with a [study], or the name of a bundled one. OVERRIDES are settings of all cells, and of
+    the study itself:
+
+    florilegium study configs/selection/dolly.toml
+
+    florilegium study selection/table name=small model.name=nano study.seeds=3 data.users=8
+    """
+    from simulation.config import find_config
+    from simulation.study.cells import run_study
+    from simulation.study.config import load_study
+    from simulation.study.report import render_study
+    from simulation.study.tables import as_text
+
+    planned = load_study(find_config(config), overrides or [])
+    folder = studies / planned.name
+    told = Console(stderr=True)
+    try:
+        with told.status("loading") as status:
+            run_study(planned, folder, lambda phase: status.update(f"{planned.name}: {phase}"))
+    except KeyboardInterrupt:
+        console.print(f"stopped; what was finished is kept in {folder}: the same command goes on")
+        raise typer.Exit(130) from None
+    Console(width=max(console.width, 120)).print(as_text(planned, folder))
+    console.print(f"report: {render_study(planned, folder)}")
+
+
+@app.command()
 def doctor() -> None:
     """Show what is installed, what the machine has, and which defaults a run would take."""
     from simulation.doctor import doctor as examine

@@ -74,13 +74,9 @@ def find_config(name: str) -> Path:
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Reads a config; `overrides` are `key.path=value` with a TOML value or a bare word."""
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    tree.setdefault("name", path.stem)
-    for override in overrides:
-        _set(tree, override)
+    tree = read_tree(path, overrides)
+    if "study" in tree:
+        raise ConfigError(f"{path}: is a study of several experiments; run it with: florilegium study {path}")
     return validate(ExperimentConfig, tree, f"{path.name} with {' '.join(overrides)}" if overrides else str(path))
 
 
@@ -97,20 +93,37 @@ def dump_config(config: ExperimentConfig) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
-    keys, sign, text = override.partition("=")
-    if not sign or not keys:
-        raise ConfigError(f"override {override!r} must be key=value, for example personal.learning_rate=1e-4")
+def parse_override(text: str) -> tuple[str, Any]:
+    """`key.path=value` with a TOML value or a bare word."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"override {text!r} must be key=value, for example personal.learning_rate=1e-4")
     try:
-        value = tomllib.loads(f"x = {text}")["x"]
+        return key, tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
-        value = text
-    *path, last = keys.split(".")
-    for key in path:
-        tree = tree.setdefault(key, {})
+        return key, value
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Puts a value at `key.path` of a tree of settings."""
+    *path, last = key.split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"override {override!r}: {key} is a value, not a section")
+            raise ConfigError(f"override of {key!r}: {part} is a value, not a section")
     tree[last] = value
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of a file as they stand there, with overrides `key.path=value`; named after the file."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        set_value(tree, *parse_override(override))
+    return tree
 
 
 def _explain(error: Any) -> str:

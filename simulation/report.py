@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -16,16 +15,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import plotly.offline
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
+from simulation import page
 from simulation import report_figures as figures
-from simulation.report_figures import ARMS, MINUS, Event, arm_of, is_number
+from simulation.page import interval, signed
+from simulation.report_figures import ARMS, Event, arm_of, is_number
 
 MOST_DEVICES_LISTED = 200
 _IDENTITY = ("event", "round", "device", "arm", "metric", "better", "than", "prompt")
-_MISSING = "\N{EN DASH}"
 _METRIC_NAMES = {"nll": "NLL", "rouge1": "ROUGE-1"}
 
 
@@ -173,6 +169,10 @@ def _sentence(c: Event) -> str:
     return f"{subject} was not better than {than}: {measure} {size}, which does not exclude zero; {users}."
 
 
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _cost(record: Record) -> Iterator[str]:
     """What was spent of privacy, and whether the noise drowned the update."""
     privacy = record.run.get("privacy", {})
@@ -191,52 +191,6 @@ def _cost(record: Record) -> Iterator[str]:
             yield f"No device spent more than ε = {max(spent):.2f} of its budget of {budget:g} ({kind})."
     if record.round and is_number(ratio := record.round[-1].get("signal_to_noise")) and ratio < 1:
         yield f"The noise outweighed the shared update: its signal-to-noise ratio was {ratio:.2f} in the last round."
-
-
-# ---- numbers as text ----
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """Thousands apart, a true minus sign, a dash for what is missing."""
-    if value == math.inf:
-        return "∞"
-    return f"{value:,.{digits}f}".replace("-", MINUS) if is_number(value) else _MISSING
-
-
-def signed(value: Any) -> str:
-    """With its sign, unless it rounds to zero."""
-    text = number(value)
-    if not is_number(value) or not float(f"{value:.3f}"):
-        return text.removeprefix(MINUS)
-    return text if value < 0 else f"+{text}"
-
-
-def interval(bounds: Sequence[float] | None) -> str:
-    return f"{signed(bounds[0])} to {signed(bounds[1])}" if bounds else "not known"
-
-
-def size(count_bytes: Any) -> str:
-    """Bytes in decimal units: `16512` is `16.5 kB`."""
-    if not is_number(count_bytes):
-        return _MISSING
-    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if count_bytes >= 10**power:
-            return f"{count_bytes / 10**power:,.1f} {unit}"
-    return f"{count_bytes:,.0f} B"
-
-
-def duration(seconds: Any) -> str:
-    """`130.2` is `2 min 10 s`."""
-    if not is_number(seconds):
-        return _MISSING
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
 # ---- the page ----
@@ -270,23 +224,12 @@ def render_report(run: Path) -> Path:
     """
     events = read_events(run / "metrics.jsonl")
     record = collect(events)
-    folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {
-        "number": number, "signed": signed, "interval": interval, "size": size, "duration": duration,
-        "outcome": outcome, "capital": _capital,
-    }  # fmt: skip
-    page = environment.get_template("report.html.j2").render(
+    return page.write(
+        run / "report.html", "report.html.j2", filters={"outcome": outcome, "capital": _capital}, plots=_plots(record),
         record=record, run=record.run, sentences=verdict(events), arm_of=arm_of, metric_names=_METRIC_NAMES,
         started=datetime.fromtimestamp(record.run["time"], UTC) if "time" in record.run else None,
         totals=(totals := figures.device_totals(record.device_round)), most_listed=MOST_DEVICES_LISTED,
         spread=lambda key: figures.spread(totals, key), lengths=figures.mean_lengths(record.result),
         gains=figures.gains_by_arm(record.result), median=median,
         seconds=figures.seconds_by_phase(record.round), config=list(flattened(record.run.get("config", {}))),
-        plots={name: Markup(figure.to_json()) for name, figure in _plots(record).items()},  # plotly escapes < and >
-        plotly_js=Markup(plotly.offline.get_plotlyjs()),
     )  # fmt: skip
-    partial = run / "report.html.partial"
-    partial.write_bytes(page.encode("utf-8", "replace"))  # people's texts may hold half a surrogate pair
-    os.replace(partial, run / "report.html")
-    return run / "report.html"

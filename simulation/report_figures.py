@@ -117,24 +117,25 @@ def mean_lengths(results: Sequence[Event]) -> dict[str, float]:
     return {arm: mean(values) for arm, values in lengths.items()}
 
 
-def _figure(traces: list[Any], height_px: int, x_title: str, **layout: Any) -> go.Figure:
+def figure(traces: list[Any], height_px: int, x_title: str, **layout: Any) -> go.Figure:
     """The look that all figures share; margins grow with the labels."""
     axis = {"automargin": True, "zeroline": False, "fixedrange": True, "ticks": "", "gridcolor": "#888"}
-    figure = go.Figure(traces)
-    figure.update_layout(
+    made = go.Figure(traces)
+    made.update_layout(
         template="none", height=height_px, margin={"l": 8, "r": 12, "t": 8, "b": 8}, autosize=True,
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", hovermode="closest", showlegend=False,
         font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13, "color": "#6b6f76"},
         hoverlabel={"bgcolor": "#fffdf8", "bordercolor": "#8a8d92", "font": {"color": "#1d2024", "size": 13}},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
     )  # fmt: skip
-    figure.update_xaxes(**axis, title={"text": x_title, "standoff": 10, "font": {"size": 13}})
-    figure.update_yaxes(**axis)
-    figure.update_layout(**layout)
-    return figure
+    made.update_xaxes(**axis, title={"text": x_title, "standoff": 10, "font": {"size": 13}})
+    made.update_yaxes(**axis)
+    made.update_layout(**layout)
+    return made
 
 
-def _zero_line() -> dict[str, Any]:
+def zero_line() -> dict[str, Any]:
+    """The line between better and worse."""
     return {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"width": 1.5}}
 
 
@@ -147,7 +148,7 @@ def learning_curves(evaluations: Sequence[Event]) -> go.Figure | None:
     traces = [_curve(arm, sorted(events, key=_round)) for arm, events in points.items() if events]
     last = max((e["round"] for e in evaluations), default=0)
     x_axis = {"dtick": 1 if last <= 12 else None, "range": [-0.03 * max(last, 1), 1.04 * max(last, 1)]}
-    return _figure(traces, 360, "round", showlegend=True, xaxis=x_axis) if traces else None
+    return figure(traces, 360, "round", showlegend=True, xaxis=x_axis) if traces else None
 
 
 def _round(event: Event) -> int:
@@ -179,8 +180,8 @@ def differences(comparisons: Sequence[Event]) -> go.Figure | None:
             go.Scatter(x=[middle], y=[f"{c['better']} {MINUS} {c['than']} "], mode="markers", marker=marker,
                        error_x=error | {"color": arm.colour}, hovertemplate=hover)
         )  # fmt: skip
-    layout: dict[str, Any] = {"shapes": [_zero_line()], "yaxis": {"autorange": "reversed"}}
-    return _figure(traces, 70 + 38 * len(rows), "difference of NLL, nats per token", **layout) if rows else None
+    layout: dict[str, Any] = {"shapes": [zero_line()], "yaxis": {"autorange": "reversed"}}
+    return figure(traces, 70 + 38 * len(rows), "difference of NLL, nats per token", **layout) if rows else None
 
 
 def gain_distribution(results: Sequence[Event]) -> go.Figure | None:
@@ -196,8 +197,8 @@ def gain_distribution(results: Sequence[Event]) -> go.Figure | None:
                    boxpoints="all" if len(values) <= 300 else "outliers", jitter=0.7, pointpos=0,
                    hovertemplate="%{x:+.3f} nats per token<extra></extra>")
         )  # fmt: skip
-    layout: dict[str, Any] = {"shapes": [_zero_line()], "yaxis": {"autorange": "reversed"}, "boxgap": 0.35}
-    return _figure(traces, 80 + 62 * len(gains), "gain over base, nats per token", **layout) if gains else None
+    layout: dict[str, Any] = {"shapes": [zero_line()], "yaxis": {"autorange": "reversed"}, "boxgap": 0.35}
+    return figure(traces, 80 + 62 * len(gains), "gain over base, nats per token", **layout) if gains else None
 
 
 def epsilon_spent(device_rounds: Sequence[Event], budget: float | None) -> go.Figure | None:
@@ -220,13 +221,13 @@ def epsilon_spent(device_rounds: Sequence[Event], budget: float | None) -> go.Fi
         for name, pick in lines.items()
     ]  # fmt: skip
     x_axis = {"dtick": 1 if rounds[-1] <= 12 else None, "range": [rounds[0] - 0.4, rounds[-1] + 0.4]}
-    figure = _figure(traces, 260, "round", xaxis=x_axis, yaxis={"rangemode": "tozero"})
+    made = figure(traces, 260, "round", xaxis=x_axis, yaxis={"rangemode": "tozero"})
     if budget is not None:
         label = {"text": f"budget {budget:g}", "textposition": "end", "yanchor": "bottom"}
         line = {"width": 1.5, "dash": "dash"}
-        figure.add_shape(type="line", xref="paper", x0=0, x1=1, y0=budget, y1=budget, line=line, label=label)
-        figure.update_yaxes(range=[0, 1.15 * max(budget, *(max(values) for values in spent.values()))])
-    return figure
+        made.add_shape(type="line", xref="paper", x0=0, x1=1, y0=budget, y1=budget, line=line, label=label)
+        made.update_yaxes(range=[0, 1.15 * max(budget, *(max(values) for values in spent.values()))])
+    return made
 
 
 def seconds_by_phase(rounds: Sequence[Event]) -> dict[str, float]:
@@ -251,7 +252,7 @@ def timing(rounds: Sequence[Event]) -> go.Figure | None:
     )  # fmt: skip
     x_axis = {"range": [0, 1.35 * max(total.values())], "showgrid": False, "showticklabels": False}
     y_axis = {"autorange": "reversed", "showgrid": False}
-    return _figure([bars], 24 + 30 * len(total), "", xaxis=x_axis, yaxis=y_axis, bargap=0.4)
+    return figure([bars], 24 + 30 * len(total), "", xaxis=x_axis, yaxis=y_axis, bargap=0.4)
 
 
 def _faded(colour: str, opacity: float) -> str:

@@ -160,8 +160,7 @@ class Session:
             before = self.run.controls.latest(name, stage(round_number - 1))
             row = self.run.controls.load(name, before).personal if before else site.new_state(name).personal
             states.append(replace(state, personal=row))
-        nothing = torch.zeros(site.shared_layout.width)
-        learned, _ = learn_personal(states, nothing, RoundPlan(round_number, round_number), site)
+        learned, _ = learn_personal(states, None, RoundPlan(round_number, round_number), site)
         self.run.controls.save(learned, stage(round_number))
         for name in names:
             self.run.controls.forget(name, until=stage(round_number - 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,20 +14,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.buffer import Buffer, Kept
-from client.config import DeviceConfig, SelectionConfig
+from client.buffer import Buffer, Kept, SelectionConfig
+from client.config import DeviceConfig
+from client.lm.config import SamplingConfig
 from client.lm.model import LanguageModel
 from client.phases import Site, annotate, observe, synthesize
-from client.policies import POLICIES
+from client.pii import personal_data
+from client.policies import POLICIES, Memory, whitening
 from client.pool import Pool
 from client.scores import (
     domain_specific_score,
     dominant_domain,
-    entropy_of_embedding,
+    entropy_over_tokens,
     in_domain_dissimilarity,
+    unit,
 )
 from client.state import DeviceStore, StateError, stage
-from client.synthesize import SynthesisConfig, objection, rouge1, unwrap
+from client.synthesize import Request, SynthesisConfig, Treatment, objection, rouge1, unwrap
+from client.synthesize import synthesize as synthesize_texts
 from privacy.accounting import Event
 from privacy.plan import RoundPlan
 from simulation.data.population import User
@@ -39,8 +44,12 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def kept(identity: str, eoe: float = 0.5, dss: float = 0.5, domain: str = "", angle: float = 0.0) -> Kept:
-    embedding = torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float16)
+    embedding = np.array([math.cos(angle), math.sin(angle)], dtype=np.float16)
     return Kept(identity, f"prompt {identity}", domain, embedding, eoe, dss)
+
+
+def a_buffer(capacity: int, policy: str, bins: tuple[Kept, ...] = ()) -> Buffer:
+    return Buffer(SelectionConfig(bins=capacity, policy=policy), bins)
 
 
 def ids(buffer: Buffer) -> list[str]:
@@ -51,38 +60,39 @@ def ids(buffer: Buffer) -> list[str]:
 
 
 def test_scores_by_hand() -> None:
-    assert entropy_of_embedding(torch.tensor([2.0, 2.0, 2.0])) == pytest.approx(1.0)
-    assert entropy_of_embedding(torch.tensor([3.0, 1.0])) == pytest.approx(0.8112781)  # H(¾, ¼) in bits
-    assert entropy_of_embedding(torch.tensor([5.0])) == 0.0
+    assert entropy_over_tokens(torch.tensor([2.0, 2.0, 2.0])) == pytest.approx(1.0)
+    assert entropy_over_tokens(torch.tensor([3.0, 1.0])) == pytest.approx(0.8112781)  # H(¾, ¼) in bits
+    assert entropy_over_tokens(torch.tensor([5.0])) == 0.0
     assert domain_specific_score("Bread and a boat", LEXICONS) == pytest.approx(2 / 4 / 2)
     assert domain_specific_score("...", LEXICONS) == 0.0
     assert dominant_domain("cheese, bread, boat", LEXICONS) == "food"
     assert dominant_domain("nothing of that", LEXICONS) == ""
-    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    assert in_domain_dissimilarity(a, [a, b]) == pytest.approx(0.5)
-    assert in_domain_dissimilarity(a, []) == 1.0
+    a, b = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    assert in_domain_dissimilarity(a, np.stack([a, b])) == pytest.approx(0.5)
+    assert in_domain_dissimilarity(a, np.empty((0, 2))) == 1.0
 
 
 # -- buffer and policies ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"none", "full-stream"}))
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 6)), max_size=30), st.integers(1, 8))
 @settings(max_examples=25, deadline=None)
 def test_a_buffer_never_holds_more_than_its_capacity(
     policy: str, scores: list[tuple[float, float, float]], capacity: int
 ) -> None:
-    buffer = Buffer(capacity, policy)
+    buffer = a_buffer(capacity, policy)
     for n, (eoe, dss, angle) in enumerate(scores):
         before = ids(buffer)
-        buffer, taken = buffer.offer(kept(str(n), eoe, dss, angle=angle), rng(n))
+        buffer, taken = buffer.offer(replace(kept(str(n), eoe, dss, angle=angle), value=eoe), rng(n))
         assert len(buffer) == min(capacity, len(before) + 1)
+        assert buffer.size_bytes <= capacity * buffer.config.bin_bytes
         assert (str(n) in ids(buffer)) == taken
         assert len(set(before) - set(ids(buffer))) == (taken and len(before) == capacity)
 
 
 def test_quality_takes_the_place_of_one_that_is_worse_in_all_three() -> None:
-    buffer = Buffer(2, "quality")
+    buffer = a_buffer(2, "quality")
     for newcomer in (kept("a", 0.2, 0.2, "x"), kept("b", 0.9, 0.1, "x")):
         buffer, _ = buffer.offer(newcomer, rng())
     same_direction = kept("c", 0.5, 0.5, "x")  # its dissimilarity is 0: it beats nobody
@@ -95,7 +105,7 @@ def test_quality_takes_the_place_of_one_that_is_worse_in_all_three() -> None:
 
 
 def test_fifo_keeps_the_newest_and_kcenter_the_most_spread_out() -> None:
-    fifo, spread = Buffer(2, "fifo"), Buffer(2, "kcenter")
+    fifo, spread = a_buffer(2, "fifo"), a_buffer(2, "kcenter")
     for n, angle in enumerate((0.0, 0.1, 1.5)):
         fifo, _ = fifo.offer(kept(str(n), angle=angle), rng())
         spread, _ = spread.offer(kept(str(n), angle=angle), rng())
@@ -106,14 +116,133 @@ def test_fifo_keeps_the_newest_and_kcenter_the_most_spread_out() -> None:
 def test_random_leaves_each_out_equally_often() -> None:
     left = Counter[str]()
     for seed in range(3000):
-        buffer = Buffer(3, "random", (kept("a"), kept("b"), kept("c")))
+        buffer = a_buffer(3, "random", (kept("a"), kept("b"), kept("c")))
         after, _ = buffer.offer(kept("d"), rng(seed))
         left.update({"a", "b", "c", "d"} - set(ids(after)))
     assert all(abs(n - 750) < 100 for n in left.values()), left  # σ = 24
 
 
+def test_the_bounds_keep_nothing_and_everything() -> None:
+    nothing, everything = a_buffer(2, "none"), a_buffer(2, "full-stream")
+    for n in range(5):
+        nothing, refused = nothing.offer(kept(str(n)), rng())
+        everything, taken = everything.offer(kept(str(n)), rng())
+        assert not refused and taken
+    assert ids(nothing) == [] and ids(everything) == ["0", "1", "2", "3", "4"]
+
+
+def test_a_text_that_does_not_fit_a_bin_is_turned_away() -> None:
+    buffer = Buffer(SelectionConfig(bins=2, policy="fifo", bin_bytes=40))
+    small, large = kept("a"), replace(kept("b"), prompt="x" * 40)
+    assert small.size_bytes == len("prompt a") + 2 * 2  # two numbers in half precision
+    buffer, taken = buffer.offer(small, rng())
+    after, refused = buffer.offer(large, rng())
+    assert taken and not refused and ids(after) == ["a"]
+
+
+def offered(policy: str, capacity: int, arrivals: Sequence[Kept], seed: int = 0) -> list[str]:
+    """The ids that a buffer holds after all have come."""
+    buffer, dice = a_buffer(capacity, policy), rng(seed)
+    for newcomer in arrivals:
+        buffer, _ = buffer.offer(newcomer, dice)
+    return ids(buffer)
+
+
+@pytest.mark.parametrize("score", ["eoe", "dss"])
+def test_a_single_score_replaces_one_that_is_lower(score: str) -> None:
+    arrivals = [replace(kept(n), **{score: value}) for n, value in (("a", 0.5), ("b", 0.2), ("c", 0.1), ("d", 0.3))]
+    assert offered(score, 2, arrivals) == ["a", "d"]  # c beats nobody, d beats b alone
+
+
+def test_idd_replaces_one_that_was_less_dissimilar_when_it_came() -> None:
+    arrivals = [kept("a", angle=0.0), kept("b", angle=0.1), kept("c", angle=0.05), kept("d", angle=1.5)]
+    assert offered("idd", 2, arrivals) == ["a", "d"]  # a came first of its domain: 1; b 0.005; c less; d about 0.9
+
+
+def test_a_recomputed_dissimilarity_looks_at_the_present_buffer() -> None:
+    """a came first (IDD 1 for ever, frozen); beside b it is as near as b is, so that d can take either place."""
+    arrivals = [kept("a", angle=0.0), kept("b", angle=0.1), kept("d", angle=1.5)]
+    gone = set()
+    for seed in range(20):
+        buffer, dice = Buffer(SelectionConfig(bins=2, policy="idd", dissimilarity="recomputed")), rng(seed)
+        for newcomer in arrivals:
+            buffer, _ = buffer.offer(newcomer, dice)
+        gone |= {"a", "b", "d"} - set(ids(buffer))
+        assert "a" in offered("idd", 2, arrivals, seed)
+    assert gone == {"a", "b"}
+
+
+def test_a_reservoir_holds_each_arrival_equally_often() -> None:
+    found = Counter(i for seed in range(2000) for i in offered("reservoir", 5, [kept(str(n)) for n in range(20)], seed))
+    assert all(abs(n - 500) < 100 for n in found.values()) and len(found) == 20, found  # σ = 19
+
+
+def test_a_balanced_buffer_gives_a_rare_cluster_its_share() -> None:
+    """8 directions are clusters of their own; of 200 arrivals 4 are of the last one, the others mostly of the first."""
+    angles = [n * 2 * math.pi / 8 for n in range(8)] + [0.0] * 188 + [7 * 2 * math.pi / 8] * 4
+    arrivals = [kept(f"{n}@{round(a * 4 / math.pi)}", angle=a + 0.001 * n) for n, a in enumerate(angles)]
+    shares = Counter(i.partition("@")[2] for seed in range(20) for i in offered("balanced", 16, arrivals, seed))
+    uniform = Counter(i.partition("@")[2] for seed in range(20) for i in offered("reservoir", 16, arrivals, seed))
+    assert shares["7"] >= 20 * 3, shares  # nearly all of the 5 there are
+    assert uniform["7"] < 20 * 1, uniform  # 16 · 5 / 200 = 0.4 of them
+
+
+def test_herding_keeps_the_mean_of_all_that_came() -> None:
+    angles = rng(3).normal(0.7, 0.5, size=60)
+    arrivals = [kept(str(n), angle=float(a)) for n, a in enumerate(angles)]
+    points = np.stack([[math.cos(a), math.sin(a)] for a in angles])
+    target = points.mean(0)
+
+    def error(held: list[str]) -> float:
+        return float(np.linalg.norm(points[[int(i) for i in held]].mean(0) - target))
+
+    by_chance = [error(offered("reservoir", 6, arrivals, seed)) for seed in range(50)]
+    assert error(offered("herding", 6, arrivals)) < np.quantile(by_chance, 0.1)
+
+
+def test_whitened_vectors_vary_alike_in_all_directions() -> None:
+    """One coordinate varies 5 times as much as another; after whitening by what was remembered, both by 1."""
+    loud, quiet = rng(4).normal(size=(2, 3000))
+    vectors = np.stack([np.full(3000, 50), loud, quiet / 5], axis=1).astype(np.float16)
+    memory: Memory = {}
+    for n, vector in enumerate(vectors):
+        _, memory = POLICIES["whitened-kcenter"].meet(replace(kept(str(n)), embedding=vector), memory)
+    white = unit(vectors) @ whitening(memory)
+    values = np.sort(np.linalg.eigvalsh(np.cov(white.T)))
+    assert values[1:] == pytest.approx([1, 1], abs=0.1)  # at length 1 the third direction has next to none left
+
+
+def test_perplexity_keeps_the_hardest_or_the_middle() -> None:
+    arrivals = [replace(kept(str(n)), value=v) for n, v in enumerate((1.0, 9.0, 5.0, 4.9, 8.0, 2.0))]
+    assert offered("perplexity", 2, arrivals) == ["1", "4"]
+    assert offered("perplexity-mid", 2, arrivals) == ["2", "3"]  # the mean of all is 4.98
+
+
+def test_uds_adds_the_distance_to_what_came_before() -> None:
+    """Equal nuclear norms: the one that is far from the queue stays, by α · 400 = 1."""
+    near, far = np.zeros(4, np.float16), np.array([400, 0, 0, 0], np.float16)
+    arrivals = [
+        replace(kept(n), embedding=e, value=7.0) for n, e in (("a", near), ("b", near), ("c", far), ("d", near))
+    ]
+    buffer = a_buffer(4, "uds")
+    for newcomer in arrivals:
+        buffer, _ = buffer.offer(newcomer, rng())
+    assert [k.value for k in buffer.bins] == pytest.approx([7, 7, 8, 7 + 2.5e-3 * 400 / 3], rel=1e-3)
+    assert buffer.memory["queue"].shape == (4, 4)
+    assert offered("uds", 1, arrivals) == ["c"]
+
+
+def test_oasis_drops_what_the_others_already_teach() -> None:
+    """Three alike and one other: one of the three goes, though the other is the least informative."""
+    same, other = np.array([1, 0], np.float16), np.array([0, 1], np.float16)
+    arrivals = [
+        replace(kept(n), embedding=e, value=v) for n, e, v in (("a", same, 5), ("b", same, 5.1), ("c", other, 1))
+    ]
+    assert "c" in offered("oasis", 2, [*arrivals, replace(kept("d"), embedding=same, value=5.0)])
+
+
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ValueError, match="quality, random, fifo, kcenter"):
+    with pytest.raises(ValueError, match="must be one of quality, eoe"):
         SelectionConfig(policy="qality")
 
 
@@ -154,18 +283,89 @@ def test_empty_slots_have_coins_too() -> None:
 
 
 def test_what_is_thrown_away_and_why() -> None:
-    config = SynthesisConfig(rouge1_min=0.3, rouge1_max=0.95)
-    original = "do you like old films"
-    assert objection("", original, [], config) == "empty"
-    assert objection("completely unrelated words", original, [], config) == "too far"
-    assert objection("do you like old films", original, [], config) == "copy"
-    assert objection("do you like old songs", original, ["do you like old songs"], config) == "copy"
-    assert objection("do you like old songs", original, [], config) == ""
+    config = SynthesisConfig(rouge1_min=0.3, rouge1_max=0.95, length_ratio_max=2, pii_free=True)
+    request = Request("d0", ("do you like old films", "yes"), 0)
+
+    def reason(text: str, *seen: str) -> str:
+        return objection((text, "yes"), request, {("d0", t) for t in seen}, config)
+
+    assert reason("") == "empty"
+    assert reason("completely unrelated words") == "too far"
+    assert reason("do you like old films") == "copy"
+    assert reason("Do you like old songs?", "do you like old songs") == "copy"
+    assert reason("do you like old songs", "do you like old plays") == ""
+    assert reason("do you like old films and then so many other things too") == "length"  # 11 words, more than 2 · 5
+    assert reason("do you like old films, mail ann@example.org") == "personal data"
     assert rouge1("a b c d", "a b x y") == pytest.approx(0.5)
     assert unwrap("sure: [ a new text ] ok") == "a new text"
     assert unwrap("no brackets") == "no brackets"
     with pytest.raises(ValueError, match="rouge1_min"):
         SynthesisConfig(rouge1_min=0.9, rouge1_max=0.5)
+    with pytest.raises(ValueError, match="both 'keep'"):
+        SynthesisConfig(prompt="keep", response="keep")
+
+
+def test_another_devices_text_is_no_copy_and_ones_own_is() -> None:
+    config, request = SynthesisConfig(), Request("d0", ("do you like old films", "yes"), 0)
+    made = ("do you like old songs", "yes")
+    assert objection(made, request, {("d1", "do you like old songs")}, config) == ""
+    assert objection(made, request, {("d0", "do you like old songs")}, config) == "copy"
+
+
+@pytest.mark.parametrize(("prompt", "response"), [("rewrite", "keep"), ("keep", "rewrite"), ("rewrite", "rewrite")])
+def test_what_is_written_anew_and_what_is_kept(lm: LanguageModel, prompt: Treatment, response: Treatment) -> None:
+    """Each request asks for two; together and alone they get the same."""
+    config = SynthesisConfig(
+        per_dialogue=2,
+        attempts=20,
+        prompt=prompt,
+        response=response,
+        instruction="Rewrite: ",
+        rouge1_min=0,
+        rouge1_max=1,
+        length_ratio_max=100,
+        sampling=SamplingConfig(max_new_tokens=12, temperature=1.2),
+    )
+    requests = [Request("d0", ("do you like old films", "yes I do"), 5), Request("d1", ("are you ill?", "a bit"), 9)]
+    together = synthesize_texts(requests, [], lm, config)
+    assert together == [synthesize_texts([r], [], lm, config)[0] for r in requests]
+    for request, written in zip(requests, together, strict=True):
+        assert len(written.kept) == 2 and len(set(written.kept)) == 2
+        for part, how in enumerate((prompt, response)):
+            assert all((made[part] == request.original[part]) == (how == "keep") for made in written.kept)
+
+
+def test_what_was_thrown_away_is_written_again(lm: LanguageModel) -> None:
+    """With attempts to spare the count is reached, and every attempt that failed is counted."""
+    request = Request("d0", ("do you like old films or the new ones", "yes"), 5)
+    settings = {
+        "per_dialogue": 3,
+        "instruction": "Rewrite: ",
+        "rouge1_max": 0.76,
+        "sampling": {"max_new_tokens": 16, "temperature": 0.9},
+    }
+    once = synthesize_texts([request], [], lm, SynthesisConfig.model_validate({**settings, "attempts": 1}))[0]
+    often = synthesize_texts([request], [], lm, SynthesisConfig.model_validate({**settings, "attempts": 12}))[0]
+    assert once.kept == often.kept[: len(once.kept)]
+    assert len(once.kept) + once.rejected.total() == 3
+    assert len(often.kept) == 3 and often.rejected.total() >= once.rejected.total()
+    assert len(once.kept) < 3, "nothing was thrown away: the test shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("write to ann.b@mail.example.org", ["e-mail"]),
+        ("call (202) 555-0143 after six", ["long number"]),
+        ("see https://example.org/me", ["link"]),
+        ("I am @somebody there", ["handle"]),
+        ("12 Old Mill Road, please", ["street"]),
+        ("we were 3 of 120 in 1999", []),
+        ("it costs 1,200 or 1500", []),
+    ],
+)
+def test_personal_data(text: str, found: list[str]) -> None:
+    assert personal_data(text) == found
 
 
 # -- phases and state ---------------------------------------------------------------------------------------------
@@ -201,6 +401,30 @@ def test_a_device_remembers_itself(lm: LanguageModel, people: list[User], tmp_pa
         store.load("d1", stage(1))
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_selection_goes_on_after_a_restart_as_if_there_had_been_none(
+    policy: str, lm: LanguageModel, people: list[User], tmp_path: Path
+) -> None:
+    """Everything that a policy remembers is on the disk: two halves with a restart between give the same bins."""
+    settings = SETTINGS.model_copy(update={"selection": SelectionConfig(policy=policy, bins=4)})
+    site, store = site_of(lm, settings, people), DeviceStore(tmp_path)
+    stream = people[0].stream[:30]
+    halves = [[stream[:15]], [stream[15:]]]
+    states = [site.new_state("d0")]
+    states, _ = observe(states, halves[0], RoundPlan(1, 0), site)
+    store.save(states, stage(1))
+    restarted = [store.load("d0", stage(1))]
+    went_on, _ = observe(states, halves[1], RoundPlan(2, 0), site)
+    again, _ = observe(restarted, halves[1], RoundPlan(2, 0), site)
+    assert ids(again[0].buffer) == ids(went_on[0].buffer)
+    assert again[0].buffer.memory.keys() == went_on[0].buffer.memory.keys()
+    for name, value in went_on[0].buffer.memory.items():
+        assert np.array_equal(value, again[0].buffer.memory[name]), name
+    assert [replace(k, embedding=None) for k in again[0].buffer.bins] == [
+        replace(k, embedding=None) for k in went_on[0].buffer.bins
+    ]
+
+
 def test_selection_is_the_same_alone_and_in_a_cohort(lm: LanguageModel, people: list[User]) -> None:
     site, plan = site_of(lm, SETTINGS, people), RoundPlan(1, 0)
     arrived = [user.stream[:25] for user in people]
@@ -229,4 +453,4 @@ def test_an_empty_stream_is_no_error(lm: LanguageModel, people: list[User]) -> N
     states, _ = annotate(states, site)
     states, written = synthesize(states, plan, site)
     assert len(states[0].buffer) == 0 and notes[0]["arrived"] == 0
-    assert written == [{"synthetic_kept": 0, "synthetic_rejected": 0}]
+    assert written == [{"synthetic_kept": 0, "synthetic_rejected": 0, "synthetic_reasons": {}}]

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from client.buffer import Buffer, candidate
+from client.buffer import Buffer, SelectionConfig, candidate
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
-from client.lexicons import bundled
+from client.lexicons import load_lexicons
 from client.lm.adapter import AdapterLayout, Adapters
 from client.lm.config import AdapterConfig
 from client.lm.hub import nano_folder
@@ -155,7 +155,15 @@ def test_the_shared_adapter_learns_from_the_pool_alone(lm: LanguageModel, people
     states, site = annotated(lm, people, FULL)
     received = torch.zeros(site.shared_layout.width)
     _, changes, _ = learn_shared(states, received, PLAN, site)
-    other = [replace(s, personal=torch.randn_like(s.personal), buffer=Buffer(1, "fifo"), synthetic={}) for s in states]
+    other = [
+        replace(
+            s,
+            personal=torch.randn_like(s.personal),
+            buffer=Buffer(SelectionConfig(bins=1, policy="fifo")),
+            synthetic={},
+        )
+        for s in states
+    ]
     _, again, _ = learn_shared(other, received, PLAN, site)
     for one, two in zip(changes, again, strict=True):
         assert one is not None and two is not None
@@ -221,11 +229,13 @@ def test_control_a_pool_chosen_by_quality_breaks_the_bound(lm: LanguageModel, pe
     """One dialogue decides which others stay: here, of many real replacements, the one that decides most."""
     stream, others = people[0].stream, people[1].stream
     features = {d.id: lm.embed([d.prompt])[0] for d in (*stream, *others)}
+    selection = SelectionConfig(bins=8, policy="quality")
 
     def chosen(dialogues: Sequence[Dialogue]) -> dict[str, Dialogue]:
-        buffer, by_id = Buffer(8, "quality"), {d.id: d for d in dialogues}
+        buffer, by_id = Buffer(selection), {d.id: d for d in dialogues}
         for n, d in enumerate(dialogues):
-            buffer, _ = buffer.offer(candidate(d, features[d.id], bundled()), np.random.default_rng(n))
+            asks = candidate(d, features[d.id], load_lexicons(selection.lexicons), selection)
+            buffer, _ = buffer.offer(asks, np.random.default_rng(n))
         return {k.id: by_id[k.id] for k in buffer.bins}
 
     kept = chosen(stream)

@@ -14,16 +14,14 @@ from typing import Any
 
 import pytest
 
+from simulation.page import duration, signed, size
 from simulation.report import (
     MOST_DEVICES_LISTED,
     ReportError,
-    duration,
     flattened,
     outcome,
     read_events,
     render_report,
-    signed,
-    size,
     verdict,
 )
 from simulation.report_figures import ARMS, MINUS, device_totals, epsilon_spent, gains_by_arm, spread

@@ -90,7 +90,7 @@ def test_a_flower_bundle_is_small_and_holds_no_weights(tmp_path: Path) -> None:
     (bundle,) = tmp_path.glob("*.fab")
     assert bundle.stat().st_size < 10 * 2**20
     names = ZipFile(bundle).namelist()
-    assert {"simulation/app.py", "client/lexicons.toml", "configs/flwr.toml"} <= set(names)
+    assert {"simulation/app.py", "client/wordlists/general.toml", "configs/flwr.toml"} <= set(names)
     assert not [name for name in names if name.endswith(".safetensors")]
 
 

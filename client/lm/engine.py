@@ -128,7 +128,7 @@ class Engine:
         cache = KeyValues(lengths, decoding.ids.shape[1])
         with self.active([a.pick(pack.owners) for a in adapters], pack.owned):
             hidden = self._forward(pack.ids, pack.positions, texts, cache)[lengths.cumsum(0) - 1]  # (R, H)
-        decoding.take(self._logits(hidden))
+        decoding.take(self.logits(hidden))
         while decoding.running:
             cache.drop_to(decoding.drop_finished())
             owners, owned = owned_by([pack.slots[i] for i in decoding.rows.tolist()], self.device)
@@ -136,7 +136,7 @@ class Engine:
                 while decoding.steady:
                     cache.advance()
                     hidden = self._forward(decoding.last[None], cache.lengths[None], None, cache)
-                    decoding.take(self._logits(hidden))
+                    decoding.take(self.logits(hidden))
 
     # -- learning -----------------------------------------------------------------------------------------------
 
@@ -278,8 +278,9 @@ class Engine:
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return logits(hidden, self.head.weight, self.head.bias, self.softcap)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, V) of hidden states (N, H) in the model's type."""
+        return logits(hidden.to(self.dtype), self.head.weight, self.head.bias, self.softcap)
 
     def losses(self, pack: Pack) -> torch.Tensor:
         """Σ NLL over the targets of each example, (R,) nats; only targets pass the head."""
@@ -291,7 +292,7 @@ class Engine:
     @torch.inference_mode()
     def _check(self, expected: torch.Tensor) -> None:
         """Refuses a model that packed texts and our own loss do not reproduce."""
-        found = [self._logits(h) for _, h in self.hidden(layers.PROBES)]
+        found = [self.logits(h) for _, h in self.hidden(layers.PROBES)]
         error = float((torch.cat(found).float() - expected).norm() / expected.norm())
         if not error < (1e-3 if self.dtype == torch.float32 else 0.3):  # bfloat16 in 30 layers: 0.11 by rounding
             raise layers.UnsupportedModelError(

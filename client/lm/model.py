@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig
 from client.lm.engine import Engine
 from client.lm.hub import default_device, load, multiplies_bfloat16
 from client.lm.packing import Example
+from client.lm.readings import READINGS, Reading, Sight
 from client.lm.text import ChatFormat
 
 
@@ -22,7 +23,7 @@ from client.lm.text import ChatFormat
 class Features:
     """What selection knows about a text: from the base model alone, so that old ones stay comparable."""
 
-    embedding: torch.Tensor  # (H,) mean of the last hidden states over the text's tokens
+    readings: Mapping[str, Reading]  # by name, as asked for
     token_norms: torch.Tensor  # (n,) L2 norm of each token's last hidden state
     truncated: bool
 
@@ -67,13 +68,18 @@ class LanguageModel:
         """Rows (K, P) or (P,) as float32 adapters on the model's device."""
         return Adapters(layout, rows.reshape(-1, layout.width).to(self.engine.device, torch.float32))
 
-    def embed(self, texts: Sequence[str]) -> list[Features]:
-        """Features of each text, adapters off."""
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str], readings: Collection[str] = ("mean",)) -> list[Features]:
+        """Features of each text with the readings of `client.lm.readings` that are named, adapters off."""
         examples = self.format.prompts(texts)
         found: dict[int, Features] = {}
         for i, hidden in self.engine.hidden(examples):
-            words = hidden[slice(*examples[i].words)].float()  # (n, H)
-            found[i] = Features(words.mean(0).cpu(), words.norm(dim=1).cpu(), examples[i].truncated)
+            first, last = examples[i].words
+            start = max(1, first)  # of what has something before it
+            ids = torch.tensor(examples[i].prompt[start:last], device=hidden.device)
+            sight = Sight(hidden[first:last].float(), hidden[start - 1 : last - 1], ids, self.engine.logits)
+            read = {name: READINGS[name](sight) for name in readings}
+            found[i] = Features(read, sight.hidden.norm(dim=1).cpu(), examples[i].truncated)
         return [found[i] for i in range(len(texts))]
 
     def score(self, examples: Sequence[Example], slots: Sequence[int], adapters: Sequence[Adapters]) -> list[Score]:
@@ -90,6 +96,8 @@ class LanguageModel:
         seeds: Sequence[int],
     ) -> list[str]:
         """A reply to each prompt; row i draws from `seeds[i]` alone. Greedy at temperature 0."""
+        if not prompts:
+            return []
         ids = self.engine.generate(
             [e.prompt for e in self.format.prompts(prompts)],
             slots,
@@ -107,3 +115,13 @@ def schedule(count: int, size: int, epochs: int, seed: int) -> list[list[int]]:
     rng = np.random.Generator(np.random.Philox(key=seed))
     orders = [rng.permutation(count).tolist() for _ in range(epochs)]
     return [order[i : i + size] for order in orders for i in range(0, count, size)]
+
+
+def schedule_steps(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
+    """`steps` full batches, one random order of all `count` examples after the other; none without examples."""
+    if not count:
+        return []
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    wanted = steps * size
+    order = np.concatenate([rng.permutation(count) for _ in range(-(-wanted // count))]).tolist()
+    return [order[i : i + size] for i in range(0, wanted, size)]

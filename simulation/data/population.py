@@ -7,14 +7,14 @@ the config and the seed alone, never on the order of a file's lines. Not covered
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from client.dialogue import Dialogue
@@ -27,6 +27,7 @@ from simulation.data.hub import HubFields, read_hub
 from simulation.data.jsonl import read_jsonl
 
 Half = Literal["development", "test"]
+Order = Literal["recorded", "iid", "blocked", "sticky"]
 HUB = "hub:"
 
 
@@ -40,6 +41,11 @@ class DataConfig(Config):
     max_pairs: int = Field(default=160, ge=2, description="replies kept of each user: the first ones in time")
     held_out_share: float = Field(default=0.25, gt=0, lt=1, description="last part in time of each user's kept replies")
     queries_per_user: int = Field(default=8, ge=1, description="held-out replies kept: at most the first ones")
+    context_turns: int = Field(
+        default=1, ge=1, description="turns before a reply in its prompt; long ones lose their beginning"
+    )
+    order: Order = Field(default="recorded", description="of a stream; sticky: Markov over its domains")
+    stickiness: float = Field(default=0.9, ge=0, le=1, description="chance that the next dialogue stays in the domain")
     hub_fields: HubFields = HubFields()
 
     @field_validator("name")
@@ -98,7 +104,7 @@ def collect(config: DataConfig) -> Replies:
     anonymous = False
     for conversation in _conversations(config):
         anonymous = conversation.replies_by == ""
-        for user, reply in _replies(conversation):
+        for user, reply in _replies(conversation, config.context_turns):
             record = (user, reply.time, reply.prompt, reply.response)
             if not reply.prompt or not reply.response:
                 empty += 1
@@ -128,7 +134,36 @@ def draw(replies: Replies, config: DataConfig, seed: int) -> list[User]:
     if len(eligible) < config.users:
         raise DataError(_too_few(replies, config, len(eligible)))
     chosen = sorted(eligible, key=lambda user: derive_seed(seed, "draw", user))[: config.users]
-    return [_user(user, eligible[user], config) for user in chosen]
+    return [_user(user, eligible[user], config, seed) for user in chosen]
+
+
+def arrange(stream: Sequence[Dialogue], order: Order, stickiness: float, seed: int) -> tuple[Dialogue, ...]:
+    """The same dialogues in another temporal correlation of their domains; within a domain their order is random.
+
+    `iid` shuffles. `blocked` has one domain after the other. `sticky` stays in a domain with probability
+    `stickiness` while it has dialogues left, and else goes to that of a random remaining one. Raises `DataError`
+    for `blocked` and `sticky` where all dialogues have the same domain.
+    """
+    if order == "recorded":
+        return tuple(stream)
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    shuffled = [stream[i] for i in rng.permutation(len(stream))]
+    if order == "iid":
+        return tuple(shuffled)
+    left: dict[str, list[Dialogue]] = {}
+    for dialogue in shuffled:
+        left.setdefault(dialogue.domain, []).append(dialogue)
+    if len(left) < 2 <= len(stream):
+        raise DataError(f"data.order = {order!r} needs dialogues of several domains; this data names only one")
+    stay = 1.0 if order == "blocked" else stickiness
+    domain, arranged = "", list[Dialogue]()
+    while left:
+        if domain not in left or rng.random() >= stay:
+            domain = str(rng.choice([name for name, rest in left.items() for _ in rest]))
+        arranged.append(left[domain].pop())
+        if not left[domain]:
+            del left[domain]
+    return tuple(arranged)
 
 
 def half_of(identity: str) -> Half:
@@ -144,34 +179,41 @@ def _conversations(config: DataConfig) -> Iterator[Conversation]:
     return read_jsonl(Path(config.name).expanduser())
 
 
-def _replies(conversation: Conversation) -> Iterator[tuple[str, Dialogue]]:
+def _replies(conversation: Conversation, context_turns: int) -> Iterator[tuple[str, Dialogue]]:
     """Each reply of somebody who counts as a user, with that user; a nameless speaker among named ones does not."""
-    wanted = conversation.replies_by
-    for i, (said, reply) in enumerate(pairwise(conversation.turns), start=1):
+    wanted, turns = conversation.replies_by, conversation.turns
+    for i, reply in enumerate(turns[1:], start=1):
         if reply.speaker == wanted or (wanted is None and reply.speaker):
             identity = f"{conversation.id}:{i}"
-            prompt, response = said.text.strip(), reply.text.strip()
+            said = "\n".join(turn.text.strip() for turn in turns[max(0, i - context_turns) : i])
+            prompt, response = said.strip(), reply.text.strip()
             yield reply.speaker, Dialogue(identity, prompt, response, reply.time, conversation.domain)
 
 
 def _deal(replies: tuple[Dialogue, ...], config: DataConfig, seed: int) -> dict[str, tuple[Dialogue, ...]]:
-    """Shuffled replies, dealt round to the devices; a conversation lies in one half. Times become running numbers."""
+    """Shuffled conversations, dealt out in equal runs; each lies in one half. Times become running numbers.
+
+    Replies of one conversation follow each other, so that its context is not met before or after on another device
+    (but for the one that a run ends in).
+    """
     half = [reply for reply in replies if half_of(_conversation_of(reply)) == config.split]
-    shuffled = sorted(half, key=lambda reply: derive_seed(seed, "deal", reply.id))
+    shuffled = sorted(half, key=lambda reply: (derive_seed(seed, "deal", _conversation_of(reply)), _when(reply)))
     devices = min(config.users, len(half) // config.min_pairs)
+    runs = [shuffled[i * len(half) // devices : (i + 1) * len(half) // devices] for i in range(devices)]
     return {
         f"{config.split}-{i:05d}": tuple(
-            replace(reply, time=float(n)) for n, reply in enumerate(shuffled[i::devices][: config.max_pairs])
+            replace(reply, time=float(n)) for n, reply in enumerate(run[: config.max_pairs])
         )
-        for i in range(devices)
+        for i, run in enumerate(runs)
     }
 
 
-def _user(identity: str, said: tuple[Dialogue, ...], config: DataConfig) -> User:
-    """Cuts what was said in time: at least one reply on either side."""
+def _user(identity: str, said: tuple[Dialogue, ...], config: DataConfig, seed: int) -> User:
+    """Cuts what was said in time, at least one reply on either side, and puts the stream in its order."""
     held_out = min(len(said) - 1, max(1, round(config.held_out_share * len(said))))
     cut = len(said) - held_out
-    return User(identity, said[:cut], said[cut : cut + config.queries_per_user])
+    stream = arrange(said[:cut], config.order, config.stickiness, derive_seed(seed, "order", identity))
+    return User(identity, stream, said[cut : cut + config.queries_per_user])
 
 
 def _too_few(replies: Replies, config: DataConfig, eligible: int) -> str:

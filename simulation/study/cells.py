@@ -1,0 +1,240 @@
+"""Runs the cells of a study: each is a cohort of devices without a server, all seeds in one pass.
+
+A cell's folder holds a line for each round that was finished, the devices' states after it, and at the end
+`result.json`. A study that was killed goes on with the round that it was in; a cell with a result is not run again.
+Device k of a seed has the same stream, the same held-out replies, the same first adapter and the same dice in every
+cell, so that cells can be compared pair by pair.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from client.lm.config import ModelConfig
+from client.phases import Observation, Site, States
+from client.policies import POLICIES
+from client.round import live_alone
+from client.state import DeviceStore, stage
+from privacy.plan import RoundPlan
+from privacy.seeds import derive_seed
+from simulation.config import ExperimentConfig
+from simulation.data.population import DataConfig, User, load_population
+from simulation.evaluate import derangement, measure_rouge, reply_arms, score_arms
+from simulation.runs import RunError, sources_sha256
+from simulation.study.config import Cell, Study
+from simulation.study.remember import RememberingModel
+
+Result = dict[str, Any]
+Listener = Callable[[str], None]
+SUMMED = (
+    "arrived", "accepted", "truncated", "synthetic_kept", "synthetic_rejected", "personal_steps", "personal_tokens",
+)  # fmt: skip
+LAST = ("buffered", "buffer_bytes", "annotations", "personal_examples")
+
+
+@dataclass
+class Bench:
+    """What cells share: the model with what it remembers, and the people."""
+
+    readings: frozenset[str]
+    _models: dict[ModelConfig, RememberingModel] = field(default_factory=dict)
+    _people: dict[tuple[DataConfig, int], list[User]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cells: Iterable[Cell]) -> Bench:
+        return cls(frozenset(POLICIES[c.config.selection.policy].reading for c in cells))
+
+    def model(self, config: ModelConfig) -> RememberingModel:
+        """The language model; one at a time is held."""
+        if config not in self._models:
+            self._models.clear()
+            model = RememberingModel.load(config)
+            assert isinstance(model, RememberingModel)
+            model.readings = self.readings
+            self._models[config] = model
+        return self._models[config]
+
+    def people(self, config: DataConfig, seeds: int, seed: int) -> dict[str, User]:
+        """`config.users` users of each seed by device name; nobody is in two seeds."""
+        drawn = config.model_copy(update={"users": config.users * seeds})
+        key = (drawn, seed)
+        if key not in self._people:
+            self._people[key] = load_population(drawn, seed)
+        return {f"seed{i // config.users}-{i % config.users:03d}": u for i, u in enumerate(self._people[key])}
+
+
+@dataclass
+class CellRun:
+    """One cell while it is being run."""
+
+    cell: Cell
+    folder: Path
+    bench: Bench
+    listener: Listener
+
+    @property
+    def config(self) -> ExperimentConfig:
+        return self.cell.config
+
+    @cached_property
+    def users(self) -> dict[str, User]:
+        return self.bench.people(self.config.data, self.cell.seeds, self.config.seed)
+
+    @cached_property
+    def site(self) -> Site:
+        recorded = {name: {d.id: d.response for d in user.stream} for name, user in self.users.items()}
+        return Site.of(
+            self.bench.model(self.config.model),
+            self.config,
+            self.config.seed,
+            lambda device, identity: recorded[device][identity],
+            self.listener,
+        )
+
+    @property
+    def store(self) -> DeviceStore:
+        return DeviceStore(self.folder / "devices")
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result.json"
+
+    def run(self) -> Result:
+        """Goes on after the last round that was finished and returns the result."""
+        if self.result.exists():
+            return read_result(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        finished = self._finished()
+        done, names = len(finished), list(self.users)
+        states = [self.store.load(n, stage(done)) for n in names] if done else [self.site.new_state(n) for n in names]
+        for number in range(done + 1, self.config.rounds + 1):
+            states, line = self._round(states, number)
+            self.store.save(states, stage(number))
+            with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+            finished.append(line)
+            for name in names:
+                self.store.forget(name, until=stage(number - 1))
+        result = {**self._verdict(states), "rounds": finished}
+        fresh = self.result.with_suffix(".new")
+        fresh.write_text(json.dumps(result), encoding="utf-8")
+        fresh.replace(self.result)
+        shutil.rmtree(self.folder / "devices")
+        return result
+
+    def _finished(self) -> list[Result]:
+        """The rounds that were written whole; what a kill left of another is cut off."""
+        path = self.folder / "rounds.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):
+            path.write_text("".join(whole), encoding="utf-8")
+        return [json.loads(line) for line in whole]
+
+    def _round(self, states: States, number: int) -> tuple[States, Result]:
+        rounds, lm = self.config.rounds, self.bench.model(self.config.model)
+        lm.spared_s = 0.0
+        arrived = []
+        for state in states:
+            stream = self.users[state.id].stream
+            arrived.append(stream[state.arrived : round(len(stream) * number / rounds)])
+        states, pages = live_alone(states, arrived, RoundPlan(number, number), self.site)
+        line = {"round": number, "spared_s": lm.spared_s, **_added_up(pages)}
+        if self.config.evaluation.every_round and number < rounds:
+            self.listener("evaluate")
+            line["nll"] = self._scored({"own": self._rows(states)})["own"]["by_user"]
+        return states, line
+
+    def _rows(self, states: States) -> torch.Tensor:
+        return torch.stack([s.personal for s in states])  # (K, P)
+
+    def _scored(self, rows: Mapping[str, torch.Tensor]) -> dict[str, Result]:
+        lm, queries = self.bench.model(self.config.model), [u.held_out for u in self.users.values()]
+        arms = {name: [lm.adapters(self.site.personal_layout, r)] for name, r in rows.items()}
+        measured = score_arms(lm, queries, arms)
+        return {name: {"by_user": m.by_user, "by_query": m.by_query} for name, m in measured.items()}
+
+    def _verdict(self, states: States) -> Result:
+        """NLL and ROUGE-1 of the last adapters, and the NLL of each under another device's adapter."""
+        self.listener("evaluate")
+        names, rows, settings = list(self.users), self._rows(states), self.config.evaluation
+        given = derangement(len(names), derive_seed(self.config.seed, "shuffled"))
+        nll = self._scored({"own": rows, "shuffled": rows[given]})
+        lm, count = self.bench.model(self.config.model), len(names)
+        queries = [u.held_out[: settings.rouge_queries_per_user] for u in self.users.values()]
+        rouge: Result = {}
+        if settings.rouge_queries_per_user:
+            self.listener("reply")
+            arms = {"own": [lm.adapters(self.site.personal_layout, rows)]}
+            seed = derive_seed(self.config.seed, "reply") >> 1
+            replies = reply_arms(lm, queries, arms, settings.sampling, seed)["own"]
+            measured = measure_rouge(replies, count)
+            lengths = [float(len(lm.tokenizer(r.text)["input_ids"])) for r in replies]
+            rouge = {
+                "by_user": measured.by_user,
+                "by_query": measured.by_query,
+                "mean_length_tokens": sum(lengths) / len(lengths),
+            }
+        return {
+            "settings": self.config.model_dump(mode="json"),
+            "devices": names,
+            "seeds": [int(name.partition("-")[0].removeprefix("seed")) for name in names],
+            "queries": sum(len(u.held_out) for u in self.users.values()),
+            "nll": nll["own"],
+            "nll_shuffled": nll["shuffled"],
+            "rouge1": rouge,
+            "sources": sources_sha256(),
+            "hardware": f"{len(os.sched_getaffinity(0))} cores, {lm.engine.device}, {lm.engine.dtype}",
+            "finished": round(time.time()),
+        }
+
+
+def run_study(study: Study, folder: Path, listener: Listener) -> None:
+    """Runs what has no result yet, cell by cell; raises `RunError` where the folder belongs to another study."""
+    named = folder / "study.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if named.exists() and json.loads(named.read_text(encoding="utf-8"))["name"] != study.name:
+        raise RunError(f"{folder} holds another study; give another --studies folder or name=")
+    cells = study.cells
+    named.write_text(json.dumps({"name": study.name, "cells": list(cells)}), encoding="utf-8")
+    bench = Bench.of(cells.values())
+    for number, (key, cell) in enumerate(cells.items(), start=1):
+        CellRun(cell, folder / "cells" / key, bench, partial(_tell, listener, f"cell {number} of {len(cells)}")).run()
+
+
+def _tell(listener: Listener, where: str, phase: str) -> None:
+    listener(f"{where}: {phase}")
+
+
+def read_result(folder: Path) -> Result:
+    """The result of a cell; raises `RunError` where it is missing."""
+    path = folder / "result.json"
+    if not path.exists():
+        raise RunError(f"{path} is missing: the study has not come so far; run it again to go on")
+    result: Result = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+def _added_up(pages: list[Observation]) -> Result:
+    """What the devices of a cell did in one round, together."""
+    seconds, reasons = Counter[str](), Counter[str]()
+    for page in pages:
+        seconds.update(page["seconds"])
+        reasons.update(page["synthetic_reasons"])
+    return {
+        **{name: sum(page[name] for page in pages) for name in (*SUMMED, *LAST)},
+        "synthetic_reasons": dict(reasons),
+        "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
+        "failed": [page["personal_failed"] for page in pages if "personal_failed" in page],
+    }

@@ -1,0 +1,117 @@
+"""Writes the report of a study: one page that loads nothing from elsewhere, made from the cells' results alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from simulation import page
+from simulation.report import flattened
+from simulation.study import figures
+from simulation.study.config import Study, TableConfig
+from simulation.study.tables import METRICS, Contrast, Entry, contrasts, entries, named, spread
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table of the study with its figures."""
+
+    key: str
+    table: TableConfig
+    rows: list[list[Entry]]
+    contrasts: list[Contrast]
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [e for row in self.rows for e in row]
+
+
+def render_study(study: Study, folder: Path) -> Path:
+    """Writes `summary.json` and `report.html`; raises `RunError` where a cell has not been run."""
+    shown = [
+        Shown(key, table, entries(study, folder, table), contrasts(study, folder, table))
+        for key, table in study.config.tables.items()
+    ]
+    (folder / "summary.json").write_text(json.dumps(_summary(study, shown), indent=1) + "\n", encoding="utf-8")
+    results = [e.result for t in shown for e in t.entries]
+    return page.write(
+        folder / "report.html", "study/report.html.j2", filters={"spread": spread, "named": named}, plots=_plots(shown),
+        study=study, shown=shown, metrics=METRICS, sentences=verdict(shown), unequal=unequal,
+        units=len(results[0]["devices"]), queries=results[0]["queries"],
+        hardware=sorted({r["hardware"] for r in results}),
+        versions_of_code=len({r["sources"] for r in results}), rejected=_rejected(results),
+        config=list(flattened(dict(study.tree))),
+    )  # fmt: skip
+
+
+def verdict(shown: Sequence[Shown]) -> list[str]:
+    """One sentence a table and metric on what the corrected tests show."""
+    sentences = []
+    for t in shown:
+        for metric, called in METRICS.items():
+            family = [c for c in t.contrasts if c.metric == metric and c.equal_cost]
+            if family:
+                told = [f"{c.name} was {c.verdict} than {c.than}" for c in family if c.shown]
+                what = "; ".join(told) if told else "no cell differed from what it was compared with"
+                where = f"{t.table.title or t.key}, {called}"
+                sentences.append(f"{where}, {len(family)} comparisons at equal cost: {what}.")
+    return sentences or ["The study compares nothing: no table names settings in `against`."]
+
+
+def unequal(shown: Shown) -> list[str]:
+    """What differs between the cells of a table of that which should be equal; the bounds differ by their nature."""
+    found = []
+    for what in ("bins", "annotations", "steps", "synthetic"):
+        values = sorted({round(getattr(e.cost, what), 1) for e in shown.entries})
+        if len(values) > 1:
+            found.append(f"{what}: {', '.join(f'{v:g}' for v in values)}")
+    return found
+
+
+def _plots(shown: Sequence[Shown]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for t in shown:
+        for metric in METRICS:
+            made[f"{t.key}-differences-{metric}"] = figures.differences(t.contrasts, metric)
+            made[f"{t.key}-sweep-{metric}"] = figures.sweep(t.rows, metric)
+        made[f"{t.key}-curves"] = figures.curves(t.rows)
+    return {name: drawn for name, drawn in made.items() if drawn is not None}
+
+
+def _rejected(results: Sequence[dict[str, Any]]) -> Counter[str]:
+    """Why synthetic dialogues were thrown away, over all cells."""
+    reasons = Counter[str]()
+    for result in results:
+        for r in result["rounds"]:
+            reasons.update(r["synthetic_reasons"])
+    return reasons
+
+
+def _summary(study: Study, shown: Sequence[Shown]) -> dict[str, Any]:
+    """The figures for programs."""
+    return {
+        "name": study.name,
+        "seeds": study.config.seeds,
+        "tables": {
+            t.key: {
+                "cells": [
+                    {
+                        "label": dict(e.label),
+                        "nll": e.nll.summary(),
+                        "nll_shuffled": e.shuffled.summary(),
+                        "rouge1": e.rouge1.summary() if e.rouge1 else None,
+                        "mean_length_tokens": e.length_tokens,
+                        "published_rouge1": e.published,
+                        "cost": asdict(e.cost),
+                    }
+                    for e in t.entries
+                ],
+                "contrasts": [{**asdict(c), "verdict": c.verdict} for c in t.contrasts],
+            }
+            for t in shown
+        },
+    }

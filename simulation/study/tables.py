@@ -1,0 +1,209 @@
+"""From the results of cells to tables: means with intervals, paired tests, what it cost, the paper's figures beside.
+
+A unit is a device of a seed; no device is in two seeds. Tests are paired t-tests over units; those of one table and
+metric are one family, corrected by Holm (1979). Cells that asked their users for another number of replies or made
+another number of optimizer steps are shown, and kept out of the family: they are not compared at equal cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from scipy import stats
+
+from simulation.evaluate import Comparison, Measured, compare
+from simulation.study.cells import Result, read_result
+from simulation.study.config import Label, Study, TableConfig
+from simulation.study.published import PUBLISHED
+
+METRICS = {"nll": "NLL", "rouge1": "ROUGE-1"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a cell asked of one device on average, over all rounds."""
+
+    bins: float
+    annotations: float
+    synthetic: float
+    rejected: float
+    steps: float
+    tokens: float
+    buffer_bytes: float
+    seconds: float  # alone, on the machine that the report names
+
+    @classmethod
+    def of(cls, result: Result) -> Cost:
+        rounds, devices = result["rounds"], len(result["devices"])
+        last = rounds[-1]
+        seconds = sum(sum(r["seconds"].values()) + r["spared_s"] for r in rounds)
+
+        def per_device(name: str) -> float:
+            return float(sum(r[name] for r in rounds)) / devices
+
+        return cls(
+            bins=last["buffered"] / devices,
+            annotations=last["annotations"] / devices,
+            synthetic=per_device("synthetic_kept"),
+            rejected=per_device("synthetic_rejected"),
+            steps=per_device("personal_steps"),
+            tokens=per_device("personal_tokens"),
+            buffer_bytes=last["buffer_bytes"] / devices,
+            seconds=seconds / devices,
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell where it stands in a table."""
+
+    label: Label
+    nll: Measured
+    shuffled: Measured
+    rouge1: Measured | None
+    length_tokens: float | None
+    cost: Cost
+    published: float | None
+    result: Result
+
+    @property
+    def name(self) -> str:
+        return named(self.label)
+
+    def metric(self, name: str) -> Measured | None:
+        return self.nll if name == "nll" else self.rouge1
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A cell minus the one that differs from it in one setting, by unit."""
+
+    name: str
+    than: str
+    metric: str
+    found: Comparison
+    seeds_better: int
+    seeds: int
+    p: float
+    equal_cost: bool
+    p_holm: float | None = None  # within the table's family
+
+    @property
+    def shown(self) -> bool:
+        """Whether the corrected test shows a difference at 5 %."""
+        return self.p_holm is not None and self.p_holm < 0.05
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or why neither is said."""
+        if not self.shown:
+            return "no difference shown" if self.equal_cost else "not at equal cost"
+        lower = self.found.mean_difference < 0
+        return "better" if lower == (self.metric == "nll") else "worse"
+
+
+def entry(study: Study, folder: Path, table: TableConfig, label: Label, override: str = "") -> Entry:
+    """A cell's figures; raises `RunError` where it has not been run."""
+    cell = study.cell(table, label, override)
+    result = read_result(folder / "cells" / cell.key)
+    rouge = result["rouge1"]
+    return Entry(
+        label,
+        _measured(result["nll"]),
+        _measured(result["nll_shuffled"]),
+        _measured(rouge) if rouge else None,
+        rouge.get("mean_length_tokens"),
+        Cost.of(result),
+        PUBLISHED[table.published](cell.config) if table.published else None,
+        result,
+    )
+
+
+def entries(study: Study, folder: Path, table: TableConfig) -> list[list[Entry]]:
+    """The table, row by row."""
+    return [[entry(study, folder, table, label) for label in row] for row in table.labels()]
+
+
+def contrasts(study: Study, folder: Path, table: TableConfig) -> list[Contrast]:
+    """Every cell of a table against each of the settings that the table names, corrected within a metric."""
+    found: list[Contrast] = []
+    paired: set[frozenset[str]] = set()
+    for label in (label for row in table.labels() for label in row):
+        for override in table.against:
+            pair = frozenset((study.cell(table, label).key, study.cell(table, label, override).key))
+            if len(pair) == 2 and pair not in paired:
+                paired.add(pair)
+                own, other = entry(study, folder, table, label), entry(study, folder, table, label, override)
+                found += [c for metric in METRICS if (c := _contrast(own, other, override, metric))]
+    return [c for metric in METRICS for c in corrected([c for c in found if c.metric == metric])]
+
+
+def corrected(family: Sequence[Contrast]) -> list[Contrast]:
+    """With Holm's p: the i-th smallest of m times m − i + 1, never below one before it; at unequal cost, none."""
+    ranked = sorted((c.p, i) for i, c in enumerate(family) if c.equal_cost)
+    highest, holm = 0.0, dict[int, float]()
+    for rank, (p, i) in enumerate(ranked):
+        highest = max(highest, min(1.0, p * (len(ranked) - rank)))
+        holm[i] = highest
+    return [replace(c, p_holm=holm.get(i)) for i, c in enumerate(family)]
+
+
+def named(label: Label) -> str:
+    """A label in short: the last part of each setting and its value; policies by name alone."""
+    return ", ".join(str(v) if s == "selection.policy" else f"{s.rpartition('.')[2]} {v}" for s, v in label)
+
+
+def as_text(study: Study, folder: Path) -> RenderableType:
+    """The tables for a terminal."""
+    return Group(*(_shown(study, folder, name, table) for name, table in study.config.tables.items()))
+
+
+def _shown(study: Study, folder: Path, name: str, table: TableConfig) -> RenderableType:
+    shown = Table(title=f"{table.title or name}: mean over {study.config.seeds} seeds' devices", title_style="")
+    for heading in ("arm", "NLL", "under another's", "ROUGE-1", "paper's", "tokens", "asked", "synthetic", "steps"):
+        shown.add_column(heading, justify="left" if heading == "arm" else "right")
+    for e in (e for row in entries(study, folder, table) for e in row):
+        shown.add_row(
+            e.name, spread(e.nll), f"{e.shuffled.mean_per_user:.3f}", spread(e.rouge1) if e.rouge1 else "–",
+            f"{e.published:.3f}" if e.published else "", f"{e.length_tokens:.1f}" if e.length_tokens else "–",
+            f"{e.cost.annotations:.0f}", f"{e.cost.synthetic:.1f}", f"{e.cost.steps:.0f}",
+        )  # fmt: skip
+    tests = [f"{c.metric}: {c.name} − {c.than}: {_told(c)}" for c in contrasts(study, folder, table) if c.shown]
+    return Group(shown, "\n".join(tests or ["no difference shown by a corrected test at equal cost"]))
+
+
+def spread(measured: Measured) -> str:
+    """Mean over units ± half the 95 % interval."""
+    low, high = measured.ci95
+    return f"{measured.mean_per_user:.3f} ± {(high - low) / 2:.3f}"
+
+
+def _told(c: Contrast) -> str:
+    low, high = c.found.ci95
+    p = f"p = {c.p:.2g}" + (f", Holm {c.p_holm:.2g}" if c.p_holm is not None else "")
+    return f"{c.found.mean_difference:+.4f} ({low:+.4f} … {high:+.4f}), {p}: {c.verdict}"
+
+
+def _measured(stored: dict[str, Any]) -> Measured:
+    return Measured(tuple(stored["by_user"]), tuple(stored["by_query"]))
+
+
+def _contrast(own: Entry, other: Entry, override: str, metric: str) -> Contrast | None:
+    mine, theirs = own.metric(metric), other.metric(metric)
+    if mine is None or theirs is None or len(mine.by_user) < 2:
+        return None
+    differences = np.array(mine.by_user) - np.array(theirs.by_user)
+    seeds = np.array(own.result["seeds"])
+    sign = 1 if metric == "nll" else -1
+    better = sum(sign * differences[seeds == s].mean() < 0 for s in set(seeds.tolist()))
+    p = float(stats.ttest_1samp(differences, 0).pvalue) if differences.any() else 1.0
+    equal = all(getattr(own.cost, name) == getattr(other.cost, name) for name in ("bins", "annotations", "steps"))
+    than = named((tuple(override.split("=", 1)),))  # type: ignore[arg-type]
+    found = compare(mine, theirs, lower_is_better=metric == "nll")
+    return Contrast(own.name, than, metric, found, int(better), len(set(seeds.tolist())), p, equal)
