@@ -177,6 +177,34 @@ def describe_data(
     console.print(render(describe(validate(DataConfig, {"name": name, "split": split}, "data describe"), seed=0)))
 
 
+@data.command("lexicons")
+def show_lexicons(
+    text: Annotated[str, typer.Argument()] = "",
+    source: Annotated[
+        list[str] | None, typer.Option(help="general, medical, vader, empath, nrc, or a .toml file")
+    ] = None,
+) -> None:
+    """Word lists of the domain-specific score, and what they match in a text.
+
+    TEXT is any text; without it the lists are shown with their sizes:
+
+    florilegium data lexicons --source general --source medical "my doctor gave me a pill, I am scared"
+    """
+    from client.lexicons import BUNDLED, load_lexicons, matches
+    from client.scores import domain_specific_score, dominant_domain
+
+    lexicons = load_lexicons(tuple(source or BUNDLED))
+    found = matches(text, lexicons)
+    for name, listed in lexicons.items():
+        if not text:
+            console.print(f"{name:24}{len(listed):6,} words, such as {', '.join(sorted(listed)[:6])}", soft_wrap=True)
+        elif name in found:
+            console.print(f"{name:24}{len(found[name]):3}  {', '.join(found[name])}", soft_wrap=True)
+    if text:
+        domain = dominant_domain(text, lexicons) or "none"
+        console.print(f"DSS {domain_specific_score(text, lexicons):.4f}, dominant domain {domain}", soft_wrap=True)
+
+
 @bench.callback()
 def _benchmarks() -> None:
     """Each benchmark is a command of its own."""

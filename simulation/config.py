@@ -61,14 +61,15 @@ def config_folder() -> Path:
 
 
 def find_config(name: str) -> Path:
-    """A path, or the name of a config that comes with the package (`quickstart`)."""
+    """A path, or the name of a config that comes with the package (`quickstart`, `selection/dolly`)."""
     path = Path(name)
     if path.is_file():
         return path
-    bundled = config_folder() / f"{path.stem}.toml"
-    if bundled.is_file() and path.parent in (Path(), Path("configs")):
+    folder, inside = config_folder(), path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    bundled = folder / inside.with_suffix(".toml")
+    if bundled.is_file() and bundled.resolve().is_relative_to(folder.resolve()):
         return bundled
-    have = ", ".join(sorted(p.stem for p in config_folder().glob("*.toml")))
+    have = ", ".join(sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.toml")))
     raise ConfigError(f"config {name!r} is neither a file nor one of: {have}")
 
 

@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from client.buffer import Buffer, Kept, SelectionConfig
 from client.config import DeviceConfig
+from client.lexicons import BUNDLED, LexiconError, load_lexicons, matches
 from client.lm.config import SamplingConfig
 from client.lm.model import LanguageModel
 from client.phases import Site, annotate, observe, synthesize
@@ -70,6 +73,62 @@ def test_scores_by_hand() -> None:
     a, b = np.array([1.0, 0.0]), np.array([0.0, 1.0])
     assert in_domain_dissimilarity(a, np.stack([a, b])) == pytest.approx(0.5)
     assert in_domain_dissimilarity(a, np.empty((0, 2))) == 1.0
+
+
+# -- lexicons -----------------------------------------------------------------------------------------------------
+
+
+def test_lexicons_of_several_sources_are_told_apart(tmp_path: Path) -> None:
+    own = tmp_path / "mine.toml"
+    own.write_text('fear = "spider spiders"\nsea = "boat sail"\n', encoding="utf-8")
+    lexicons = load_lexicons(("general", str(own)))
+    assert lexicons["mine.fear"] == {"spider", "spiders"} and "afraid" in lexicons["fear"]
+    assert matches("A spider! I sail, afraid.", lexicons) == {
+        "fear": ["afraid"],
+        "mine.fear": ["spider"],
+        "sea": ["sail"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("fear = 3", "fear must be words"),
+        ('fear = "..."', "fear must be words"),
+        ("fear", "not valid TOML"),
+        (None, "No such"),
+    ],
+)
+def test_a_lexicon_that_is_not_one_is_named(tmp_path: Path, text: str | None, told: str) -> None:
+    path = tmp_path / "mine.toml"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(LexiconError, match=told):
+        load_lexicons((str(path),))
+
+
+def test_an_unknown_source_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="general, medical, vader, empath, nrc"):
+        SelectionConfig(lexicons=("generall",))
+
+
+@pytest.mark.parametrize(("source", "domain", "word"), [("empath", "dance", "ballet"), ("nrc", "fear", "afraid")])
+def test_lexicons_of_packages(source: str, domain: str, word: str) -> None:
+    module = {"empath": "empath", "nrc": "nrclex"}[source]
+    if find_spec(module) is None:
+        with pytest.raises(LexiconError, match=f"pip install {module}"):
+            load_lexicons((source,))
+    else:
+        assert word in load_lexicons((source,))[domain]
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_lexicons_say_what_may_be_done_with_them(name: str) -> None:
+    text = files("client").joinpath("wordlists", f"{name}.toml").read_text(encoding="utf-8")
+    assert (
+        "Apache-2.0" in text.splitlines()[0] or files("client").joinpath("wordlists", f"{name}.LICENSE.txt").is_file()
+    )
+    assert load_lexicons((name,))
 
 
 # -- buffer and policies ------------------------------------------------------------------------------------------

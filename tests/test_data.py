@@ -26,7 +26,17 @@ from simulation.data.describe import describe, names, quantiles, render
 from simulation.data.errors import DataError
 from simulation.data.hub import HubFields, read_hub
 from simulation.data.jsonl import read_jsonl, seconds
-from simulation.data.population import DataConfig, Replies, collect, draw, half_of, load_population, streams
+from simulation.data.population import (
+    DataConfig,
+    Order,
+    Replies,
+    arrange,
+    collect,
+    draw,
+    half_of,
+    load_population,
+    streams,
+)
 
 needs_folder = pytest.mark.skipif(
     not os.environ.get("FLORILEGIUM_DATA"), reason="FLORILEGIUM_DATA is unset; set it to the folder of .jsonl.xz files"
@@ -297,6 +307,47 @@ def test_anonymous_replies_are_dealt_out_evenly_and_once() -> None:
     assert len(ids) == len(set(ids)) == in_half
     assert [r.time for r in dealt["test-00000"]] == list(range(len(dealt["test-00000"])))
     assert dealt != streams(nameless(50), config, seed=4)
+
+
+def of_domains(**counts: int) -> list[Dialogue]:
+    return [Dialogue(f"{d}:{i}", "p", "r", domain=d) for d, n in counts.items() for i in range(n)]
+
+
+def changes(stream: tuple[Dialogue, ...]) -> int:
+    return sum(a.domain != b.domain for a, b in pairwise(stream))
+
+
+@given(st.sampled_from(["recorded", "iid", "blocked", "sticky"]), st.floats(0, 1), st.integers(0, 2**31))
+def test_every_order_has_the_same_dialogues_and_depends_on_the_seed_alone(order: Order, stay: float, seed: int) -> None:
+    stream = of_domains(a=7, b=3, c=1)
+    arranged = arrange(stream, order, stay, seed)
+    assert sorted(d.id for d in arranged) == sorted(d.id for d in stream)
+    assert arranged == arrange(stream, order, stay, seed)
+
+
+def test_temporal_correlation_is_what_it_is_called() -> None:
+    stream = of_domains(a=300, b=300, c=300)
+    assert arrange(stream, "recorded", 0.5, 1) == tuple(stream)
+    assert changes(arrange(stream, "blocked", 0.5, 1)) == 2
+    assert changes(arrange(stream, "iid", 0.5, 1)) / 899 == pytest.approx(2 / 3, abs=0.06)
+    for stay in (0.0, 0.5, 0.9):  # one that does not stay draws anew, and may draw the same domain
+        found = changes(arrange(stream, "sticky", stay, 1)[:450])  # while no domain has run out
+        assert found / 449 == pytest.approx((1 - stay) * 2 / 3, abs=0.08), stay
+
+
+def test_one_domain_has_no_blocks() -> None:
+    with pytest.raises(DataError, match="several domains"):
+        arrange(of_domains(a=4), "blocked", 0.9, 0)
+    assert len(arrange(of_domains(a=4), "iid", 0.9, 0)) == 4
+
+
+def test_a_prompt_holds_as_many_turns_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Conversation("c", tuple(Turn("ab"[i % 2], f"turn {i}") for i in range(5)))
+    config = known(monkeypatch, talk)
+    for turns, prompts in ((1, ["turn 0", "turn 2"]), (3, ["turn 0", "turn 0\nturn 1\nturn 2"])):
+        replies = collect(config.model_copy(update={"context_turns": turns}))
+        assert [r.prompt for r in replies.by_user["b"]] == prompts
+        assert [r.response for r in replies.by_user["b"]] == ["turn 1", "turn 3"]
 
 
 def test_an_anonymous_conversation_lies_in_one_half() -> None:

@@ -36,14 +36,14 @@ class Reading:
 
 
 def mean(sight: Sight) -> Reading:
-    """The mean of the hidden states."""
-    return Reading(sight.hidden.mean(0).cpu())
+    """The mean of the hidden states; zeros for a text without words."""
+    return Reading((sight.hidden.sum(0) / max(1, len(sight.hidden))).cpu())
 
 
 def weighted(sight: Sight) -> Reading:
     """RDS+ (Ivison et al. 2025): the i-th of n tokens weighs i, since a causal model's later states have seen more."""
     weight = torch.arange(1, len(sight.hidden) + 1, dtype=torch.float32, device=sight.hidden.device)
-    return Reading((weight @ sight.hidden / weight.sum()).cpu())
+    return Reading((weight @ sight.hidden / weight.sum().clamp_min(1)).cpu())
 
 
 def likelihood(sight: Sight) -> Reading:
@@ -51,7 +51,7 @@ def likelihood(sight: Sight) -> Reading:
     if not len(sight.ids):
         return mean(sight)
     nll = torch.nn.functional.cross_entropy(sight.head(sight.before).float(), sight.ids)
-    return Reading(sight.hidden.mean(0).cpu(), float(nll))
+    return Reading(mean(sight).vector, float(nll))
 
 
 def nuclear(sight: Sight) -> Reading:

@@ -1,0 +1,320 @@
+"""A study: its cells, what they share, going on after a stop, the tests by hand, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client.lm.config import ModelConfig, SamplingConfig
+from client.lm.model import LanguageModel
+from simulation.cli import main
+from simulation.config import ConfigError, config_folder, find_config, load_config
+from simulation.data.population import DataConfig
+from simulation.evaluate import Comparison
+from simulation.study.cells import Bench, CellRun, run_study
+from simulation.study.config import Study, load_study
+from simulation.study.published import PUBLISHED
+from simulation.study.remember import RememberingModel
+from simulation.study.report import render_study
+from simulation.study.tables import Contrast, contrasts, corrected, entries
+
+SMALL = """
+rounds = 2
+model = { dtype = "float32", limits = { prompt_tokens = 16, reply_tokens = 16 } }
+data = { name = "chitchat", users = 2, split = "development", max_pairs = 40, queries_per_user = 3 }
+selection = { bins = 4 }
+synthesis = { per_dialogue = 1, instruction = "Rewrite: ", sampling = { max_new_tokens = 8, temperature = 0.5 } }
+personal = { steps = 2, batch_size = 4 }
+evaluation = { sampling = { max_new_tokens = 6 }, rouge_queries_per_user = 2 }
+
+[study]
+seeds = 2
+
+[study.tables.policies]
+title = "Policies"
+rows = { "selection.policy" = ["none", "fifo", "quality", "oasis"] }
+against = ["selection.policy=random"]
+published = "policy"
+
+[study.tables.bins]
+rows = { "selection.policy" = ["fifo"] }
+columns = { "selection.bins" = [2, 4] }
+"""
+
+
+def written(folder: Path, text: str = SMALL) -> Path:
+    path = folder / "small.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    """What cells found, without what a clock said of it."""
+    found = {}
+    for path in sorted(folder.glob("cells/*/result.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        result.pop("finished")
+        for line in result["rounds"]:
+            line.pop("seconds"), line.pop("spared_s")
+        found[path.parent.name] = result
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    folder = tmp_path_factory.mktemp("study")
+    study = load_study(written(folder))
+    run_study(study, folder / "small", lambda phase: None)
+    return study, folder / "small"
+
+
+# -- settings -----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_settings_are_one_cell_in_every_table(tmp_path: Path) -> None:
+    study = load_study(written(tmp_path))
+    policies = [(c.config.selection.policy, c.config.selection.bins) for c in study.cells.values()]
+    assert policies == [("none", 4), ("random", 4), ("fifo", 4), ("quality", 4), ("oasis", 4), ("fifo", 2)]
+    assert all(c.config.shared.pool_capacity == 0 for c in study.cells.values())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"quality"', '"qality"', r"small.toml, cell \{'selection.policy': 'qality'\}: selection.policy"),
+        ("seeds = 2", "seeds = 0", "study: seeds"),
+        ("[study.tables.bins]", "[study.tabels.bins]", "did you mean 'tables'"),
+        ('against = ["selection.policy=random"]', 'against = ["random"]', "must be key=value"),
+        ('published = "policy"', 'published = "poliy"', "must be one of policy, synthesis"),
+    ],
+)
+def test_what_is_wrong_in_any_cell_is_told_before_anything_runs(tmp_path: Path, old: str, new: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_study(written(tmp_path, SMALL.replace(old, new)))
+
+
+def test_a_run_and_a_study_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="florilegium study"):
+        load_config(written(tmp_path))
+    with pytest.raises(ConfigError, match=r"no \[study\]"):
+        load_study(find_config("quickstart"))
+
+
+@pytest.mark.parametrize("path", sorted((config_folder() / "selection").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_bundled_studies_can_be_read_and_say_how_to_launch_them(path: Path) -> None:
+    name = f"selection/{path.stem}"
+    assert path.read_text(encoding="utf-8").startswith(f"# florilegium study configs/{name}.toml\n")
+    assert find_config(name) == find_config(f"configs/{name}.toml") or find_config(name).samefile(path)
+    assert load_study(path).cells
+
+
+# -- cells --------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_is_in_two_seeds_and_every_cell_has_the_same_people() -> None:
+    config = DataConfig(users=3, split="development", max_pairs=40)
+    people = Bench(frozenset()).people(config, seeds=2, seed=0)
+    assert list(people) == ["seed0-000", "seed0-001", "seed0-002", "seed1-000", "seed1-001", "seed1-002"]
+    assert len({user.id for user in people.values()}) == 6
+    assert Bench(frozenset()).people(config, seeds=2, seed=0) == people
+
+
+def test_equal_cost_is_equal(finished: tuple[Study, Path]) -> None:
+    """Everything but the bounds: as many bins and steps; each line states what was asked of the user."""
+    study, folder = finished
+    table = study.config.tables["policies"]
+    none, *others = [row[0] for row in entries(study, folder, table)]
+    assert (none.cost.bins, none.cost.steps, none.cost.annotations) == (0, 0, 0)
+    for e in others:
+        assert (e.cost.bins, e.cost.steps) == (4, 4)  # two rounds of two steps
+        rounds = e.result["rounds"]
+        assert rounds[-1]["annotations"] == e.cost.annotations * 4 >= 4 * 4
+        assert sum(r["arrived"] for r in rounds) == sum(30 for _ in e.result["devices"])
+        assert rounds[-1]["buffer_bytes"] <= 4 * 4 * 22 * 1024
+
+
+def test_nothing_learned_is_the_base_model(finished: tuple[Study, Path], lm: LanguageModel) -> None:
+    study, folder = finished
+    table = study.config.tables["policies"]
+    none = entries(study, folder, table)[0][0]
+    config = study.cell(table, none.label).config
+    plain = LanguageModel.load(config.model)
+    users = Bench(frozenset()).people(config.data, 2, config.seed)
+    for user, found in zip(users.values(), none.nll.by_user, strict=True):
+        scores = plain.score(plain.format.dialogues(user.held_out), [0] * 3, [])
+        assert sum(s.nll for s in scores) / sum(s.tokens for s in scores) == pytest.approx(found, rel=1e-5)
+    assert none.nll == none.shuffled
+
+
+def test_a_study_that_was_stopped_goes_on_as_if_it_had_not_been(finished: tuple[Study, Path], tmp_path: Path) -> None:
+    """Stopped at each kind of place, again and again; the results are bit for bit those of one go."""
+    study, folder = finished
+    stops = iter(
+        ("cell 2 of 6: annotate", "cell 2 of 6: evaluate", "cell 3 of 6: learn_personal", "cell 5 of 6: reply")
+    )
+    stop: str | None = next(stops)
+
+    def listen(phase: str) -> None:
+        if phase == stop:
+            raise KeyboardInterrupt
+
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(study, tmp_path, listen)
+        stop = next(stops, None)
+    run_study(study, tmp_path, listen)
+    assert results(tmp_path) == results(folder)
+    assert not list(tmp_path.glob("cells/*/devices"))
+
+
+def test_a_torn_line_is_cut_off(finished: tuple[Study, Path], tmp_path: Path) -> None:
+    study, _ = finished
+    cell = next(iter(study.cells.values()))
+    run = CellRun(cell, tmp_path, Bench(frozenset()), lambda phase: None)
+    (tmp_path / "rounds.jsonl").write_text('{"round": 1}\n{"round": 2, "nl')
+    assert run._finished() == [{"round": 1}]
+    assert (tmp_path / "rounds.jsonl").read_text() == '{"round": 1}\n'
+
+
+@pytest.mark.slow
+def test_a_study_that_was_killed_goes_on(tmp_path: Path) -> None:
+    """kill -9 at times that fall anywhere; in the end the same results as in one go."""
+    config = written(tmp_path)
+    command = [sys.executable, "-m", "simulation", "study", str(config), "--studies"]
+    subprocess.run([*command, str(tmp_path / "one")], check=True, capture_output=True)
+    kills = 0
+    for delay in (6.0, 7.0, 8.0, 9.0, 10.0, 60.0, 300.0):
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "other")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        began = time.monotonic()
+        while process.poll() is None and time.monotonic() - began < delay:
+            time.sleep(0.05)
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.returncode == 0 and kills >= 2
+    assert results(tmp_path / "one" / "small") == results(tmp_path / "other" / "small")
+
+
+# -- what is remembered -------------------------------------------------------------------------------------------
+
+
+def test_a_remembered_answer_is_the_answer(lm: LanguageModel) -> None:
+    config = ModelConfig(dtype="float32")
+    remembering = RememberingModel.load(config)
+    assert isinstance(remembering, RememberingModel)
+    remembering.readings = ("mean", "gradient")
+    texts, sampling = (
+        ["do you like films", "no", "do you like films"],
+        SamplingConfig(max_new_tokens=6, temperature=1.0),
+    )
+    first, again = remembering.embed(texts), remembering.embed(texts[:1])
+    assert remembering.spared_s > 0
+    assert again[0] is first[0] is first[2]
+    plain = lm.embed(texts)
+    assert all(
+        torch.allclose(f.readings["mean"].vector, p.readings["mean"].vector, atol=1e-5)
+        for f, p in zip(first, plain, strict=True)
+    )
+    prompts, seeds = ["hello", "hello", "hello"], [1, 2, 1]
+    assert remembering.generate(prompts, [0] * 3, [], sampling, seeds) == lm.generate(
+        prompts, [0] * 3, [], sampling, seeds
+    )
+    layout = lm.layout(load_config(find_config("quickstart")).personal.adapter)
+    row = torch.randn(layout.width) * 0.5
+    on = [remembering.adapters(layout, row)]
+    assert remembering.generate(["hello"], [0], on, sampling, [1]) == lm.generate(["hello"], [0], on, sampling, [1])
+    assert remembering.generate(["hello"], [0], [], sampling, [1]) != remembering.generate(
+        ["hello"], [0], on, sampling, [1]
+    )
+
+
+# -- tables -------------------------------------------------------------------------------------------------------
+
+
+def contrast(p: float, *, equal: bool = True, difference: float = -0.1) -> Contrast:
+    return Contrast("a", "b", "nll", Comparison(difference, (0, 0), 4, 3), 2, 2, p, equal)
+
+
+def test_holm_by_hand() -> None:
+    """p = .01, .02, .03 of three: 3 · .01, 2 · .02, 1 · .03, none below one before it."""
+    family = [contrast(0.03), contrast(0.01), contrast(0.02), contrast(1e-9, equal=False)]
+    assert [c.p_holm for c in corrected(family)] == [
+        pytest.approx(0.04),
+        pytest.approx(0.03),
+        pytest.approx(0.04),
+        None,
+    ]
+    assert [c.verdict for c in corrected([contrast(0.03), contrast(0.04)])] == ["no difference shown"] * 2
+    assert corrected([contrast(0.04)])[0].verdict == "better"
+    assert corrected([contrast(0.04, difference=0.1)])[0].verdict == "worse"
+    assert replace(contrast(0.04), equal_cost=False).verdict == "not at equal cost"
+
+
+def test_contrasts_are_paired_by_device(finished: tuple[Study, Path]) -> None:
+    study, folder = finished
+    table = study.config.tables["policies"]
+    found = {(c.name, c.metric): c for c in contrasts(study, folder, table)}
+    _, fifo, *_ = [row[0] for row in entries(study, folder, table)]
+    of_random = read(folder, study.cell(table, fifo.label, "selection.policy=random").key)
+    by_hand = [a - b for a, b in zip(fifo.nll.by_user, of_random["nll"]["by_user"], strict=True)]
+    assert found["fifo", "nll"].found.mean_difference == pytest.approx(sum(by_hand) / 4)
+    assert found["fifo", "nll"].found.users_better == sum(d < 0 for d in by_hand)
+    assert not found["none", "nll"].equal_cost and found["none", "nll"].p_holm is None
+    assert len(found) == 4 * 2
+
+
+def read(folder: Path, key: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((folder / "cells" / key / "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+def test_the_papers_figures_stand_where_they_belong(tmp_path: Path) -> None:
+    study = load_study(written(tmp_path), ["data.name=dolly"])
+    table = study.config.tables["policies"]
+    cells = {c.config.selection.policy: c.config for c in study.cells.values()}
+    assert table.published == "policy"
+    assert PUBLISHED["policy"](cells["quality"]) == 0.3465 and PUBLISHED["policy"](cells["random"]) == 0.241
+    assert PUBLISHED["policy"](cells["oasis"]) is None and PUBLISHED["synthesis"](cells["quality"]) is None
+
+
+def test_the_report_says_what_was_shown_and_what_was_not_equal(finished: tuple[Study, Path]) -> None:
+    study, folder = finished
+    page = render_study(study, folder).read_text(encoding="utf-8")
+    assert "Policies" in page and "http-equiv" in page and "oasis" in page
+    assert "Not equal in all cells" in page
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert [c["label"]["selection.policy"] for c in summary["tables"]["policies"]["cells"]] == [
+        "none", "fifo", "quality", "oasis",
+    ]  # fmt: skip
+    assert summary["tables"]["bins"]["cells"][1]["nll"] == summary["tables"]["policies"]["cells"][1]["nll"]
+
+
+def test_the_command_runs_a_study_and_refuses_another_in_its_folder(
+    finished: tuple[Study, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = finished
+    config = written(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["florilegium", "study", str(config), "--studies", str(folder.parent)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert "Policies" in capsys.readouterr().out.replace("\n", "")
+    (folder / "study.json").write_text('{"name": "other"}', encoding="utf-8")
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "holds another study" in capsys.readouterr().out
