@@ -34,6 +34,7 @@ class SelectionConfig(Config):
     policy: str = Field("quality", description=", ".join(POLICIES))
     bins: int = Field(32, ge=1)
     bin_bytes: int = Field(22 * 1024, ge=1, description="text and embedding of a bin; what does not fit is turned away")
+    annotations_per_round: int = Field(0, ge=0, description="most bins that a user is asked about in a round; 0: all")
     entropy: Literal["tokens", "dimensions"] = Field("tokens", description="what the paper's EOE is taken over")
     dissimilarity: Literal["frozen", "recomputed"] = Field("frozen", description="IDD when it came, or in each buffer")
     lexicons: tuple[str, ...] = Field(("general",), description="general, medical, vader, empath, nrc, or a .toml file")

@@ -114,10 +114,16 @@ def observe(
 
 
 def annotate(states: States, site: Site) -> tuple[States, list[Observation]]:
-    """Asks each user once for the reply to every dialogue that is kept, and forgets those of dropped ones."""
+    """Asks each user once for the reply to what is kept, and forgets those of dropped dialogues.
+
+    Of the buffer at most `annotations_per_round` are asked, the longest kept first: the others wait for a later round.
+    """
+    most = site.config.selection.annotations_per_round
     after, notes = [], []
     for state in states:
-        kept = [k.id for k in state.buffer.bins] + [i for i, _ in state.pool.slots]
+        pool = [i for i, _ in state.pool.slots]
+        waiting = [k.id for k in state.buffer.bins if k.id not in state.replies and k.id not in pool]
+        kept = [k.id for k in state.buffer.bins if k.id in state.replies] + (waiting[:most] if most else waiting) + pool
         replies = {i: state.replies.get(i) or site.user(state.id, i) for i in kept}
         asked = state.annotations + sum(i not in state.replies for i in replies)
         after.append(replace(state, replies=replies, annotations=asked))
@@ -127,7 +133,7 @@ def annotate(states: States, site: Site) -> tuple[States, list[Observation]]:
 
 def synthesize(states: States, plan: RoundPlan, site: Site) -> tuple[States, list[Observation]]:
     """Writes dialogues like each newly buffered one; the checks may throw all of them away."""
-    fresh = [(s, k) for s in states for k in s.buffer.bins if k.id not in s.synthetic]
+    fresh = [(s, k) for s in states for k in s.annotated if k.id not in s.synthetic]
     requests = [
         Request(s.id, (k.prompt, s.replies[k.id]), derive_seed(site.seed, s.id, k.id, "synthesis")) for s, k in fresh
     ]
@@ -140,7 +146,7 @@ def synthesize(states: States, plan: RoundPlan, site: Site) -> tuple[States, lis
     after, notes = [], []
     for state in states:
         own = made[state.id]
-        synthetic = {k.id: own[k.id].kept if k.id in own else state.synthetic[k.id] for k in state.buffer.bins}
+        synthetic = {k.id: own[k.id].kept if k.id in own else state.synthetic[k.id] for k in state.annotated}
         rejected = sum((w.rejected for w in own.values()), Counter[str]())
         after.append(replace(state, synthetic=synthetic))
         notes.append({
@@ -276,7 +282,7 @@ def _lesson(state: DeviceState, plan: RoundPlan, site: Site) -> Lesson:
     """Originals, each with the user's own reply, and what was made from them."""
     dialogues = [
         Dialogue(k.id, prompt, reply)
-        for k in state.buffer.bins
+        for k in state.annotated
         for prompt, reply in ((k.prompt, state.replies[k.id]), *state.synthetic.get(k.id, ()))
     ]
     config, count = site.config.personal, len(dialogues)

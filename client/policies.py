@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,8 +124,7 @@ def herding(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random
 
 def whitened_kcenter(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
     """As `kcenter`, in directions that vary alike over the stream: a few loud dimensions do not decide."""
-    points = _projected(_vectors(bins, newcomer))  # (B + 1, D)
-    white = points @ whitening(memory)
+    white = _vectors(bins, newcomer) @ whitening(memory)  # (B + 1, D)
     squares = (white * white).sum(1)
     return _not_the_newcomer(_most_crowded(squares[:, None] + squares - 2 * white @ white.T), bins)
 
@@ -155,14 +155,14 @@ def oasis(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.G
     each pick takes from the others the part of it that their gradients share.
     """
     gradients = unit(_vectors(bins, newcomer))
-    shared = np.clip(gradients @ gradients.T, 0, 1)  # (B + 1, B + 1)
-    worth = np.array([k.value for k in (*bins, newcomer)])
-    left = np.ones(len(worth), dtype=bool)
+    shared = np.clip(np.round(gradients @ gradients.T, 4), 0, 1)
+    own = np.log(np.maximum(1 - shared, 1e-30))  # (B + 1, B + 1): what a pick leaves of each, as a logarithm
+    worth = np.log([k.value for k in (*bins, newcomer)])
     for _ in bins:
-        best = int(np.argmax(np.where(left, worth, -np.inf)))
-        left[best] = False
-        worth = worth * (1 - shared[best])
-    return _not_the_newcomer(int(np.flatnonzero(left)[0]), bins)
+        best = worth.argmax()
+        worth += own[best]
+        worth[best] = -np.inf
+    return _not_the_newcomer(int(worth.argmax()), bins)
 
 
 # -- bounds -------------------------------------------------------------------------------------------------------
@@ -211,8 +211,9 @@ def mean_value(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
 
 
 def covariance(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
-    """seen, mean (D,) and sum of squares about it (D, D) of the projected vectors (Welford 1962)."""
-    point = _projected(newcomer.embedding).astype(np.float64)
+    """seen, mean (D,) and sum of squares about it (D, D) of the projected vectors (Welford 1962), which are kept."""
+    newcomer = replace(newcomer, embedding=_projected(newcomer.embedding).astype(np.float16))
+    point = newcomer.embedding.astype(np.float64)
     old = memory.get("mean", np.zeros_like(point))
     new = _running_mean(point, memory)
     squares = memory.get("squares", np.zeros((len(point), len(point))))
@@ -314,10 +315,14 @@ def _running_mean(value: np.ndarray | np.float64, memory: Memory) -> dict[str, A
     return {"seen": seen, "mean": mean + (value - mean) / seen}
 
 
-def _projected(vectors: np.ndarray) -> np.ndarray:
-    """(…, H) → (…, min(H, 32)) by a fixed random projection of the vectors at length 1."""
-    points = unit(vectors)
-    if points.shape[-1] <= WHITENED:
-        return points
-    basis = np.random.Generator(np.random.Philox(key=points.shape[-1])).standard_normal((points.shape[-1], WHITENED))
-    return points @ (basis / math.sqrt(WHITENED)).astype(np.float32)
+def _projected(vector: np.ndarray) -> np.ndarray:
+    """(H,) → (min(H, 32),) by a fixed random projection of the vector at length 1."""
+    point = unit(vector)
+    return point if len(point) <= WHITENED else point @ _basis(len(point))
+
+
+@lru_cache(maxsize=4)
+def _basis(width: int) -> np.ndarray:
+    """(H, 32), the same on every device and after every restart."""
+    basis = np.random.Generator(np.random.Philox(key=width)).standard_normal((width, WHITENED))
+    return (basis / math.sqrt(WHITENED)).astype(np.float32)

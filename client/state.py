@@ -50,6 +50,11 @@ class DeviceState:
     def new(cls, identity: str, config: DeviceConfig, personal: torch.Tensor, secret: int) -> DeviceState:
         return cls(identity, Buffer(config.selection), Pool(config.shared.pool_capacity), personal, secret)
 
+    @property
+    def annotated(self) -> tuple[Kept, ...]:
+        """The bins whose reply is known: what the personal adapter can learn from."""
+        return tuple(k for k in self.buffer.bins if k.id in self.replies)
+
 
 class DeviceStore:
     """A folder with a file for each device and stage. A stage is `(round, phase)`; later ones sort later."""

@@ -12,6 +12,7 @@ from rich.text import Text
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads spin for each other: ruinous beside other work
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the same of numpy's, whose matrices here are small
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -237,6 +238,33 @@ def bench_engine(
         print(json.dumps(to_json(outcome), indent=1))
     else:
         Console(width=max(console.width, 200)).print(as_table(outcome))
+
+
+@bench.command("selection")
+def bench_selection(
+    model: Annotated[str, typer.Option(help="nano, smollm2-135m, a hub id or a folder")] = "nano",
+    bins: Annotated[int, typer.Option(min=2, help="Of the buffer, and dialogues that arrive.")] = 128,
+    policies: Annotated[str, typer.Option(help="Which, with commas; empty: all.")] = "",
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One object instead of the table.")] = False,
+) -> None:
+    """What each selection policy costs a device in a round: reading, scoring, deciding, beside learning.
+
+    florilegium bench selection --policies quality,oasis --repeats 1
+    """
+    import json
+
+    from client.policies import POLICIES
+    from simulation.bench.selection import as_json as to_json
+    from simulation.bench.selection import as_table, measure
+
+    chosen = policies.split(",") if policies else list(POLICIES)
+    with Console(stderr=True).status("measuring"):
+        rows = measure(model, bins, chosen, repeats)
+    if as_json:
+        print(json.dumps(to_json(rows, model, bins), indent=1))
+    else:
+        Console(width=max(console.width, 120)).print(as_table(rows, model, bins))
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "1000"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import pytest
 

@@ -25,6 +25,7 @@ from client.phases import Site, annotate, observe, synthesize
 from client.pii import personal_data
 from client.policies import POLICIES, Memory, whitening
 from client.pool import Pool
+from client.round import live_alone
 from client.scores import (
     domain_specific_score,
     dominant_domain,
@@ -266,7 +267,7 @@ def test_whitened_vectors_vary_alike_in_all_directions() -> None:
     memory: Memory = {}
     for n, vector in enumerate(vectors):
         _, memory = POLICIES["whitened-kcenter"].meet(replace(kept(str(n)), embedding=vector), memory)
-    white = unit(vectors) @ whitening(memory)
+    white = unit(vectors) @ whitening(memory)  # three dimensions are not projected
     values = np.sort(np.linalg.eigvalsh(np.cov(white.T)))
     assert values[1:] == pytest.approx([1, 1], abs=0.1)  # at length 1 the third direction has next to none left
 
@@ -504,6 +505,22 @@ def test_a_user_is_asked_once_for_each_dialogue_that_is_kept(lm: LanguageModel, 
     assert set(once[0].replies) == wanted
     assert notes == again == [{"annotations": len(wanted)}]
     assert twice == once
+
+
+@pytest.mark.parametrize("policy", ["fifo", "quality", "random"])
+def test_a_limit_makes_every_policy_ask_equally_often(policy: str, lm: LanguageModel, people: list[User]) -> None:
+    """4 bins, 2 asked a round: after two rounds 4, whatever left the buffer; what waits is not learned from."""
+    selection = SelectionConfig(policy=policy, bins=4, annotations_per_round=2)
+    update = {"selection": selection, "shared": SETTINGS.shared.model_copy(update={"pool_capacity": 0})}
+    site = site_of(lm, SETTINGS.model_copy(update=update), people)
+    states = [site.new_state("d0")]
+    for number, part in ((1, people[0].stream[:15]), (2, people[0].stream[15:40])):
+        states, notes = live_alone(states, [part], RoundPlan(number, 0), site)
+        assert notes[0]["annotations"] == 2 * number
+        assert len(states[0].annotated) <= 2 * number and len(states[0].buffer) == 4
+        assert set(states[0].synthetic) == {k.id for k in states[0].annotated}
+        made = sum(map(len, states[0].synthetic.values()))
+        assert notes[0]["personal_examples"] == len(states[0].annotated) + made
 
 
 def test_an_empty_stream_is_no_error(lm: LanguageModel, people: list[User]) -> None:

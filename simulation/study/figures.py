@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from simulation.evaluate import interval
 from simulation.report_figures import MINUS, figure, is_number, zero_line
 from simulation.study.tables import METRICS, Contrast, Entry, named
+
+Units = Sequence[float]  # a value a device
 
 # Told apart in all three kinds of colour blindness, at least 3:1 on a white and on a dark page; symbols repeat them.
 LOOKS = [
@@ -38,30 +41,50 @@ def differences(found: Sequence[Contrast], metric: str) -> go.Figure | None:
 
 def sweep(rows: Sequence[Sequence[Entry]], metric: str) -> go.Figure | None:
     """Lines over the columns where the last setting of the labels is a number that takes several values."""
-    points = [[(e.label[-1][1], e) for e in row if e.label] for row in rows]
-    if not all(len(row) > 1 and all(is_number(x) for x, _ in row) for row in points):
-        return None
-    traces = []
-    for number, row in enumerate(points):
-        known = [(x, m) for x, e in row if (m := e.metric(metric))]
-        traces.append(_line(named(row[0][1].label[:-1]), [x for x, _ in known], [m.by_user for _, m in known], number))
-    setting = points[0][0][1].label[-1][0]
-    return figure(traces, 340, setting, showlegend=True)
+    series: dict[str, list[tuple[float, Units]]] = {}
+    for row in rows:
+        points: list[tuple[float, Units]] = [
+            (e.label[-1][1], m.by_user) for e in row if e.label and (m := e.metric(metric))
+        ]
+        if len(points) < 2 or not all(is_number(x) for x, _ in points):
+            return None
+        series[named(row[0].label[:-1])] = points
+    return _lines(series, rows[0][0].label[-1][0], height_px=340)
 
 
 def curves(rows: Sequence[Sequence[Entry]]) -> go.Figure | None:
     """NLL by round, where it was measured in more than the last one."""
+    series: dict[str, list[tuple[float, Units]]] = {}
+    for e in (e for row in rows for e in row):
+        before = [(r["round"], r["nll"]) for r in e.result["rounds"] if "nll" in r]
+        series[e.name] = [*before, (len(e.result["rounds"]), e.nll.by_user)]
+    longest = max(len(points) for points in series.values())
+    return _lines(series, "round", height_px=380, xaxis={"dtick": 1}) if longest > 1 else None
+
+
+def _lines(series: dict[str, list[tuple[float, Units]]], x_title: str, height_px: int, **layout: Any) -> go.Figure:
     traces = []
-    for number, e in enumerate(e for row in rows for e in row):
-        by_round = [(r["round"], r["nll"]) for r in e.result["rounds"] if "nll" in r]
-        by_round.append((len(e.result["rounds"]), list(e.nll.by_user)))
-        traces.append(_line(e.name, [x for x, _ in by_round], [y for _, y in by_round], number))
-    most = max(len(t.x) for t in traces)
-    return figure(traces, 380, "round", showlegend=True, xaxis={"dtick": 1}) if most > 1 else None
+    within = _within([units for points in series.values() for _, units in points])
+    for number, (name, points) in enumerate(series.items()):
+        units = [next(within) for _ in points]
+        traces.append(_line(name, [x for x, _ in points], units, number))
+    return figure(traces, height_px, x_title, showlegend=True, **layout)
 
 
-def _line(name: str, x: Sequence[float], units: Sequence[Sequence[float]], number: int) -> Any:
-    """Means with intervals; lines beside each other are moved apart by nothing: their marks differ."""
+def _within(points: Sequence[Units]) -> Iterator[Units]:
+    """Each device's values moved by how far the device is from the mean one: what is left is what cells change.
+
+    So that an interval shows how sure a difference between cells is, not how different devices are (Cousineau 2005).
+    Cells of different data have different devices: they are left as they are.
+    """
+    if len({len(units) for units in points}) > 1:
+        return iter(points)
+    values = np.array(points)
+    return iter((values - values.mean(0) + values.mean()).tolist())
+
+
+def _line(name: str, x: Sequence[float], units: Sequence[Units], number: int) -> Any:
+    """Means with intervals."""
     colour, symbol = LOOKS[number % len(LOOKS)]
     means = [sum(values) / len(values) for values in units]
     half = [(b - a) / 2 for a, b in map(interval, units)]

@@ -59,7 +59,7 @@ def verdict(shown: Sequence[Shown]) -> list[str]:
                 what = "; ".join(told) if told else "no cell differed from what it was compared with"
                 where = f"{t.table.title or t.key}, {called}"
                 sentences.append(f"{where}, {len(family)} comparisons at equal cost: {what}.")
-    return sentences or ["The study compares nothing: no table names settings in `against`."]
+    return sentences or ["No two cells were compared at equal cost."]
 
 
 def unequal(shown: Shown) -> list[str]:
