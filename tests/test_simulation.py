@@ -266,7 +266,7 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
         ("privacy.epsilon=-1", r"privacy.epsilon = -1: .*greater than 0"),
         ("privacy.epsilon=inf", r"privacy.epsilon = inf: .*finite"),
         ("privacy.mode=user", r"privacy.mode = 'user': .*example-local"),
-        ("selection.policy=qualty", r"selection.policy = 'qualty': .*quality, random"),
+        ("selection.policy=qualty", r"selection.policy = 'qualty': .*quality, eoe"),
         ("data.name=chitchta", r"did you mean 'chitchat'"),
         ("name=a/b", "names the run's folder"),
         ("rounds", "must be key=value"),

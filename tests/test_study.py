@@ -318,3 +318,25 @@ def test_the_command_runs_a_study_and_refuses_another_in_its_folder(
         main()
     assert end.value.code == 2
     assert "holds another study" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("FLORILEGIUM_DATA"), reason="FLORILEGIUM_DATA is unset: the studies' data is absent"
+)
+@pytest.mark.parametrize("path", sorted((config_folder() / "selection").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_bundled_study_runs_on_its_data(path: Path, tmp_path: Path) -> None:
+    """All cells and the report, with the bundled model and as little of everything as there can be."""
+    least = [
+        "model.name=nano",
+        "study.seeds=1",
+        "rounds=1",
+        "selection.bins=2",
+        "personal.steps=1",
+        "data.queries_per_user=1",
+    ]
+    study = load_study(path, [*least, "synthesis.sampling.max_new_tokens=4", "evaluation.rouge_queries_per_user=1"])
+    run_study(study, tmp_path, lambda phase: None)
+    assert render_study(study, tmp_path).exists()
+    for cell in study.cells.values():  # what the full study asks for is there too
+        Bench(frozenset()).people(cell.config.data, load_study(path).config.seeds, cell.config.seed)
