@@ -15,7 +15,8 @@ from pydantic import Field, field_validator
 from client.dialogue import Dialogue
 from client.lexicons import Lexicons, check_source
 from client.lm.model import Features
-from client.policies import POLICIES, Memory
+from client.memories import Memory
+from client.policies import POLICIES
 from client.scores import (
     domain_specific_score,
     dominant_domain,

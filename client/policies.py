@@ -2,7 +2,8 @@
 
 A policy gets the bins in the order of arrival, the newcomer, what the policy remembers of the stream and the
 device's own random generator; it returns the index of the bin that leaves, or None to turn the newcomer away. It is
-asked when the buffer is full. What it remembers is kept up by its `meet`, which sees every arrival once.
+asked when the buffer is full. What it remembers is kept up by its `meet` (`client.memories`), which sees every
+arrival once.
 Vectors are compared as the policy's reading (`client.lm.readings`) gives them. Where a method was published for
 batches, it is restated for a buffer that meets one text at a time.
 """
@@ -10,31 +11,20 @@ batches, it is restated for a buffer that meets one text at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from client import memories
+from client.memories import Meet, Memory, nearest, nothing_to_remember, rounded, whitening
 from client.scores import unit
 
 if TYPE_CHECKING:
     from client.buffer import Kept
 
-Memory = Mapping[str, Any]  # what a policy remembers of the stream: arrays and numpy's numbers, by name
 Decide = Callable[[Sequence["Kept"], "Kept", Memory, np.random.Generator], int | None]
-Meet = Callable[["Kept", Memory], tuple["Kept", Memory]]
-
-CLUSTERS = 8  # of `balanced`
-WHITENED = 32  # dimensions in which `whitened-kcenter` measures
-UDS_ALPHA, UDS_QUEUE = 2.5e-3, 1024  # as published (arXiv 2510.16882)
-OASIS_MEMORY = 0.9  # of the running mean and variance
-
-
-def nothing_to_remember(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
-    """For policies that look at the buffer alone."""
-    return newcomer, memory
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,7 @@ def balanced(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.rando
     probability m / n, m of n that it has met being kept.
     """
     own = int(memory["newest"])
-    of_bin = _nearest(unit(_vectors(bins)), memory["centres"])
+    of_bin = nearest(unit(_vectors(bins)), memory["centres"])
     sizes = np.bincount(of_bin, minlength=len(memory["centres"]))
     if sizes[own] < sizes.max():
         largest = int(rng.choice(np.flatnonzero(sizes == sizes.max())))
@@ -127,6 +117,17 @@ def whitened_kcenter(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: 
     white = _vectors(bins, newcomer) @ whitening(memory)  # (B + 1, D)
     squares = (white * white).sum(1)
     return _not_the_newcomer(_most_crowded(squares[:, None] + squares - 2 * white @ white.T), bins)
+
+
+def leverage(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+    """The one whose direction the others cover best: with the lowest leverage xᵀ (XᵀX + I)⁻¹ x of all X (B + 1, D).
+
+    Streaming exchange for a D-optimal design (Fedorov 1972) in the whitened space of `whitened-kcenter`: kept is what
+    pins down a linear model of the stream best.
+    """
+    white = _vectors(bins, newcomer) @ whitening(memory)
+    information = white.T @ white + np.eye(white.shape[1])
+    return _not_the_newcomer(_lowest((white * np.linalg.solve(information, white.T).T).sum(1)), bins)
 
 
 # -- what the model finds hard ------------------------------------------------------------------------------------
@@ -178,81 +179,6 @@ def full_stream(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.ra
     return None
 
 
-# -- what is remembered -------------------------------------------------------------------------------------------
-
-
-def count(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
-    """seen: how many came."""
-    return newcomer, {"seen": memory.get("seen", np.int64(0)) + np.int64(1)}
-
-
-def cluster(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
-    """centres (k, H), running means (MacQueen 1967) that begin as the first arrivals; met (k,); newest, its cluster."""
-    point = unit(newcomer.embedding)
-    if len(memory.get("centres", ())) < CLUSTERS:
-        centres = np.vstack([*memory.get("centres", ()), point])
-        met = np.append(memory.get("met", np.empty(0, np.int64)), 1)
-        return newcomer, {"centres": centres, "met": met, "newest": np.int64(len(met) - 1)}
-    own = int(_nearest(point[None], memory["centres"])[0])
-    centres, met = memory["centres"].copy(), memory["met"].copy()
-    met[own] += 1
-    centres[own] += (point - centres[own]) / met[own]
-    return newcomer, {"centres": centres, "met": met, "newest": np.int64(own)}
-
-
-def mean_vector(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
-    """seen, and the mean (H,) of all that came, each at length 1."""
-    return newcomer, _running_mean(unit(newcomer.embedding), memory)
-
-
-def mean_value(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
-    """seen, and the mean of the values of all that came."""
-    return newcomer, _running_mean(np.float64(newcomer.value), memory)
-
-
-def covariance(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
-    """seen, mean (D,) and sum of squares about it (D, D) of the projected vectors (Welford 1962), which are kept."""
-    newcomer = replace(newcomer, embedding=_projected(newcomer.embedding).astype(np.float16))
-    point = newcomer.embedding.astype(np.float64)
-    old = memory.get("mean", np.zeros_like(point))
-    new = _running_mean(point, memory)
-    squares = memory.get("squares", np.zeros((len(point), len(point))))
-    return newcomer, {**new, "squares": squares + np.outer(point - old, point - new["mean"])}
-
-
-def queue(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
-    """queue (≤ 1,024, D) of the newest projected logits; their mean distance goes into the newcomer's value."""
-    point = newcomer.embedding.astype(np.float32)
-    before = memory.get("queue", np.empty((0, len(point)), np.float32))
-    apart = float(np.linalg.norm(before - point, axis=1).mean()) if len(before) else 0.0
-    newcomer = replace(newcomer, value=_rounded(newcomer.value + UDS_ALPHA * apart))
-    return newcomer, {"queue": np.vstack([before, point])[-UDS_QUEUE:]}
-
-
-def standing(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
-    """mean and variance, exponential, of the gradients' norms; the newcomer's value becomes its place among them."""
-    norm = newcomer.value
-    mean, variance = float(memory.get("mean", np.float64(norm))), float(memory.get("variance", np.float64(0)))
-    z = (norm - mean) / math.sqrt(variance) if variance > 0 else 0.0
-    apart = norm - mean
-    after = {
-        "mean": np.float64(mean + (1 - OASIS_MEMORY) * apart),
-        "variance": np.float64(OASIS_MEMORY * (variance + (1 - OASIS_MEMORY) * apart * apart)),
-    }
-    return replace(newcomer, value=_rounded(1 / (1 + math.exp(-max(-50.0, min(50.0, z)))))), after
-
-
-def whitening(memory: Memory) -> np.ndarray:
-    """Σ^(−1/2) (D, D), the covariance shrunk towards a multiple of the identity while few have come."""
-    d, seen = len(memory["mean"]), int(memory["seen"])
-    covariance = memory["squares"] / max(1, seen - 1)
-    trust = seen / (seen + d)
-    shrunk = trust * covariance + ((1 - trust) * np.trace(covariance) / d + 1e-9) * np.eye(d)
-    values, vectors = np.linalg.eigh(shrunk)
-    scaled: np.ndarray = vectors / np.sqrt(values)
-    return scaled
-
-
 POLICIES: dict[str, Policy] = {
     "quality": Policy(quality),
     "eoe": Policy(eoe),
@@ -261,14 +187,15 @@ POLICIES: dict[str, Policy] = {
     "random": Policy(random),
     "fifo": Policy(fifo),
     "kcenter": Policy(kcenter),
-    "reservoir": Policy(reservoir, meet=count),
-    "balanced": Policy(balanced, meet=cluster),
-    "herding": Policy(herding, "weighted", mean_vector),
-    "whitened-kcenter": Policy(whitened_kcenter, "weighted", covariance),
+    "reservoir": Policy(reservoir, meet=memories.count),
+    "balanced": Policy(balanced, meet=memories.cluster),
+    "herding": Policy(herding, "weighted", memories.mean_vector),
+    "whitened-kcenter": Policy(whitened_kcenter, "weighted", memories.covariance),
+    "leverage": Policy(leverage, "weighted", memories.covariance),
     "perplexity": Policy(perplexity, "likelihood"),
-    "perplexity-mid": Policy(middle_perplexity, "likelihood", mean_value),
-    "uds": Policy(uds, "nuclear", queue),
-    "oasis": Policy(oasis, "gradient", standing),
+    "perplexity-mid": Policy(middle_perplexity, "likelihood", memories.mean_value),
+    "uds": Policy(uds, "nuclear", memories.queue),
+    "oasis": Policy(oasis, "gradient", memories.standing),
     "none": Policy(none, bins=0),
     "full-stream": Policy(full_stream, bins=math.inf),
 }
@@ -288,41 +215,12 @@ def _vectors(bins: Sequence[Kept], *more: Kept) -> np.ndarray:
 
 def _lowest(values: Sequence[float] | np.ndarray) -> int:
     """The last of the lowest; rounded, so that the order of sums in a batch does not decide."""
-    rounded = [_rounded(float(v)) for v in values]
-    lowest = min(rounded)
-    return max(i for i, v in enumerate(rounded) if v == lowest)
+    found = [rounded(float(v)) for v in values]
+    lowest = min(found)
+    return max(i for i, v in enumerate(found) if v == lowest)
 
 
 def _most_crowded(distance: np.ndarray) -> int:
     """The later one of the two points that are nearest to each other, of distances (N, N)."""
     np.fill_diagonal(distance, np.inf)
     return _lowest(distance.min(axis=1))
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """The index (N,) of the centre (k, H) with the largest cosine to each point (N, H)."""
-    nearest: np.ndarray = np.round(points @ unit(centres).T, 4).argmax(axis=1)
-    return nearest
-
-
-def _running_mean(value: np.ndarray | np.float64, memory: Memory) -> dict[str, Any]:
-    seen = memory.get("seen", np.int64(0)) + np.int64(1)
-    mean = memory.get("mean", np.zeros_like(value))
-    return {"seen": seen, "mean": mean + (value - mean) / seen}
-
-
-def _projected(vector: np.ndarray) -> np.ndarray:
-    """(H,) → (min(H, 32),) by a fixed random projection of the vector at length 1."""
-    point = unit(vector)
-    return point if len(point) <= WHITENED else point @ _basis(len(point))
-
-
-@lru_cache(maxsize=4)
-def _basis(width: int) -> np.ndarray:
-    """(H, 32), the same on every device and after every restart."""
-    basis = np.random.Generator(np.random.Philox(key=width)).standard_normal((width, WHITENED))
-    return (basis / math.sqrt(WHITENED)).astype(np.float32)

@@ -32,10 +32,7 @@ def contribute(
     What only the personal adapter needs comes after the aggregation: it must not delay or spoil a release.
     """
     diary = Diary(len(states), site.listener)
-    with diary.phase("observe") as seen:
-        states, seen[:] = observe(states, arrived, plan, site)
-    with diary.phase("annotate") as asked:
-        states, asked[:] = annotate(states, site)
+    states = _gather(states, arrived, plan, site, diary)
     with diary.phase("learn_shared") as spent:
         states, changes, spent[:] = learn_shared(states, received, plan, site)
     with diary.phase("release") as sent:
@@ -47,11 +44,7 @@ def contribute(
 def adopt(states: States, received: torch.Tensor, plan: RoundPlan, site: Site) -> tuple[States, list[Observation]]:
     """Takes the aggregated shared adapter (P,), synthesizes, and trains the personal adapter on top of it."""
     diary = Diary(len(states), site.listener)
-    with diary.phase("synthesize") as written:
-        states, written[:] = synthesize(states, plan, site)
-    with diary.phase("learn_personal") as learned:
-        states, learned[:] = learn_personal(states, received, plan, site)
-    return states, diary.pages
+    return _personalize(states, received, plan, site, diary), diary.pages
 
 
 def live_alone(
@@ -59,15 +52,24 @@ def live_alone(
 ) -> tuple[States, list[Observation]]:
     """A round without a server: nothing is released, and no shared adapter lies beneath the personal one."""
     diary = Diary(len(states), site.listener)
+    states = _gather(states, arrived, plan, site, diary)
+    return _personalize(states, None, plan, site, diary), diary.pages
+
+
+def _gather(states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, site: Site, diary: Diary) -> States:
     with diary.phase("observe") as seen:
         states, seen[:] = observe(states, arrived, plan, site)
     with diary.phase("annotate") as asked:
         states, asked[:] = annotate(states, site)
+    return states
+
+
+def _personalize(states: States, received: torch.Tensor | None, plan: RoundPlan, site: Site, diary: Diary) -> States:
     with diary.phase("synthesize") as written:
         states, written[:] = synthesize(states, plan, site)
     with diary.phase("learn_personal") as learned:
-        states, learned[:] = learn_personal(states, None, plan, site)
-    return states, diary.pages
+        states, learned[:] = learn_personal(states, received, plan, site)
+    return states
 
 
 class Diary:

@@ -21,9 +21,10 @@ from client.config import DeviceConfig
 from client.lexicons import BUNDLED, LexiconError, load_lexicons, matches
 from client.lm.config import SamplingConfig
 from client.lm.model import LanguageModel
+from client.memories import Memory, whitening
 from client.phases import Site, annotate, observe, synthesize
 from client.pii import personal_data
-from client.policies import POLICIES, Memory, whitening
+from client.policies import POLICIES
 from client.pool import Pool
 from client.round import live_alone
 from client.scores import (
@@ -270,6 +271,13 @@ def test_whitened_vectors_vary_alike_in_all_directions() -> None:
     white = unit(vectors) @ whitening(memory)  # three dimensions are not projected
     values = np.sort(np.linalg.eigvalsh(np.cov(white.T)))
     assert values[1:] == pytest.approx([1, 1], abs=0.1)  # at length 1 the third direction has next to none left
+
+
+def test_leverage_keeps_one_of_each_direction() -> None:
+    """Four arrivals along one axis, one along the other: with two bins, one of either stays."""
+    axes = {"a": (1, 0.02), "b": (1, 0.01), "c": (0.02, 1), "d": (1, -0.02), "e": (1, -0.01)}
+    arrivals = [replace(kept(n), embedding=np.array(v, np.float16)) for n, v in axes.items()]
+    assert "c" in offered("leverage", 2, arrivals)
 
 
 def test_perplexity_keeps_the_hardest_or_the_middle() -> None:
