@@ -6,6 +6,7 @@ a policy (`client.policies`). Not covered: the user's replies, which are asked f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from pydantic import Field, field_validator
 from client.dialogue import Dialogue
 from client.lexicons import Lexicons, check_source
 from client.lm.model import Features
-from client.memories import Memory
+from client.memories import Memory, rounded
 from client.policies import POLICIES
 from client.scores import (
     domain_specific_score,
@@ -38,7 +39,9 @@ class SelectionConfig(Config):
     annotations_per_round: int = Field(0, ge=0, description="most bins that a user is asked about in a round; 0: all")
     entropy: Literal["tokens", "dimensions"] = Field("tokens", description="what the paper's EOE is taken over")
     dissimilarity: Literal["frozen", "recomputed"] = Field("frozen", description="IDD when it came, or in each buffer")
-    lexicons: tuple[str, ...] = Field(("general",), description="general, medical, vader, empath, nrc, or a .toml file")
+    lexicons: tuple[str, ...] = Field(
+        ("general",), min_length=1, description="general, medical, vader, empath, nrc, or a .toml file"
+    )
 
     @field_validator("policy")
     @classmethod
@@ -86,7 +89,7 @@ def candidate(dialogue: Dialogue, features: Features, lexicons: Lexicons, config
         dialogue.prompt,
         dominant_domain(dialogue.prompt, lexicons),
         reading.vector.half().numpy(),
-        round(entropy, QUANTUM),
+        1 - rounded(1 - entropy),  # it is nearly 1 for every text
         round(domain_specific_score(dialogue.prompt, lexicons), QUANTUM),
         value=reading.value,
     )
@@ -113,8 +116,13 @@ class Buffer:
         return sum(k.size_bytes for k in self.bins)
 
     def offer(self, newcomer: Kept, rng: np.random.Generator) -> tuple[Buffer, bool]:
-        """The buffer after the policy's decision, and whether the newcomer is in it."""
+        """The buffer after the policy's decision, and whether the newcomer is in it.
+
+        What does not fit a bin, or has a reading that is not a number, is turned away.
+        """
         policy = POLICIES[self.config.policy]
+        if not (np.isfinite(newcomer.embedding).all() and math.isfinite(newcomer.value)):
+            return self, False
         newcomer, memory = policy.meet(newcomer, self.memory)
         met = replace(self, memory=memory)
         if newcomer.size_bytes > self.config.bin_bytes:

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 Lexicons = Mapping[str, frozenset[str]]
-WORD = re.compile(r"[a-z']+")
+WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # letters of any script, with apostrophes between
 BUNDLED = ("general", "medical", "vader")
 
 
@@ -43,7 +43,8 @@ def load_lexicons(sources: Sequence[str]) -> Lexicons:
     lexicons: dict[str, frozenset[str]] = {}
     for source in sources:
         for name, listed in SOURCES.get(source, _file)(source).items():
-            lexicons[f"{Path(source).stem}.{name}" if name in lexicons else name] = listed
+            free = (n for n in (name, f"{Path(source).stem}.{name}", f"{source}.{name}") if n not in lexicons)
+            lexicons[next(free)] = listed
     return lexicons
 
 
@@ -70,6 +71,8 @@ def _parse(text: str, where: str) -> Lexicons:
         listed = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise LexiconError(f"lexicon {where}: not valid TOML: {error}") from None
+    if not listed:
+        raise LexiconError(f'lexicon {where}: is empty; it must have lines like: domain = "one two three"')
     wrong = [name for name, value in listed.items() if not isinstance(value, str) or not words(value)]
     if wrong:
         raise LexiconError(f'lexicon {where}: {wrong[0]} must be words in one string: {wrong[0]} = "one two three"')

@@ -77,7 +77,7 @@ def queue(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
     point = newcomer.embedding.astype(np.float32)
     before = memory.get("queue", np.empty((0, len(point)), np.float32))
     apart = float(np.linalg.norm(before - point, axis=1).mean()) if len(before) else 0.0
-    newcomer = replace(newcomer, value=rounded(newcomer.value + UDS_ALPHA * apart))
+    newcomer = replace(newcomer, value=rounded(newcomer.value) + rounded(UDS_ALPHA * apart))
     return newcomer, {"queue": np.vstack([before, point])[-UDS_QUEUE:]}
 
 
@@ -95,7 +95,7 @@ def standing(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
 
 
 def whitening(memory: Memory) -> np.ndarray:
-    """Σ^(−1/2) (D, D), the covariance shrunk towards a multiple of the identity while few have come."""
+    """V Λ^(−1/2) (D, D) of the covariance V Λ Vᵀ, which is shrunk towards a multiple of the identity while few came."""
     d, seen = len(memory["mean"]), int(memory["seen"])
     covariance = memory["squares"] / max(1, seen - 1)
     trust = seen / (seen + d)

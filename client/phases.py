@@ -10,6 +10,7 @@ same result.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from client.lm.adapter import AdapterLayout
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule, schedule_steps
 from client.policies import POLICIES
-from client.state import DeviceState
+from client.state import DeviceState, StateError
 from client.synthesize import Request, Written
 from client.synthesize import synthesize as write_similar
 from privacy.accounting import Event, calibrate, epsilon
@@ -95,6 +96,8 @@ def observe(
     features = iter(site.lm.embed([d.prompt for dialogues in arrived for d in dialogues], [reading]))
     after, notes = [], []
     for state, dialogues in zip(states, arrived, strict=True):
+        if state.buffer.config != selection:
+            raise StateError(f"device {state.id} has selected by other settings; start it anew or restore [selection]")
         rng = np.random.Generator(np.random.Philox(key=derive_seed(site.seed, state.id, plan.round, "policy")))
         buffer, pool, accepted, truncated = state.buffer, state.pool, 0, 0
         for dialogue in dialogues:
@@ -116,14 +119,17 @@ def observe(
 def annotate(states: States, site: Site) -> tuple[States, list[Observation]]:
     """Asks each user once for the reply to what is kept, and forgets those of dropped dialogues.
 
-    Of the buffer at most `annotations_per_round` are asked, the longest kept first: the others wait for a later round.
+    Of the buffer at most `annotations_per_round` are asked, chosen by coins that do not look at the data; the others
+    wait for a later round.
     """
-    most = site.config.selection.annotations_per_round
+    limit = site.config.selection.annotations_per_round
     after, notes = [], []
     for state in states:
         pool = [i for i, _ in state.pool.slots]
         waiting = [k.id for k in state.buffer.bins if k.id not in state.replies and k.id not in pool]
-        kept = [k.id for k in state.buffer.bins if k.id in state.replies] + (waiting[:most] if most else waiting) + pool
+        if limit and math.isfinite(state.buffer.capacity):
+            waiting = sorted(waiting, key=lambda i: derive_seed(site.seed, state.id, i, "ask"))[:limit]
+        kept = [k.id for k in state.buffer.bins if k.id in state.replies] + waiting + pool
         replies = {i: state.replies.get(i) or site.user(state.id, i) for i in kept}
         asked = state.annotations + sum(i not in state.replies for i in replies)
         after.append(replace(state, replies=replies, annotations=asked))
@@ -138,7 +144,7 @@ def synthesize(states: States, plan: RoundPlan, site: Site) -> tuple[States, lis
         Request(s.id, (k.prompt, s.replies[k.id]), derive_seed(site.seed, s.id, k.id, "synthesis")) for s, k in fresh
     ]
     known = [(s.id, text) for s in states for made in s.synthetic.values() for pair in made for text in pair]
-    known += [(s.id, k.prompt) for s in states for k in s.buffer.bins]
+    known += [(s.id, text) for s in states for k in s.annotated for text in (k.prompt, s.replies[k.id])]
     written = write_similar(requests, known, site.lm, site.config.synthesis)
     made: dict[str, dict[str, Written]] = {s.id: {} for s in states}
     for (state, kept), found in zip(fresh, written, strict=True):

@@ -9,7 +9,7 @@ PATTERNS = {
     "link": re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE),
     "handle": re.compile(r"(?<!\w)@\w{3,}"),
     "ip address": re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}\b"),
-    "long number": re.compile(r"\d(?:[ ().-]{0,2}\d){6,}"),  # telephones, cards, accounts, identity numbers
+    "long number": re.compile(r"\d(?:[ ()./-]{0,2}\d){6,}"),  # telephones, cards, accounts, identity numbers
     "date of birth": re.compile(r"\b(?:born|dob|birthday)\b.{0,20}\d", re.IGNORECASE),
     "street": re.compile(r"\b\d{1,5} (?:\w+ ){1,3}(?:street|st|road|rd|avenue|ave|lane|drive)\b", re.IGNORECASE),
 }

@@ -91,13 +91,13 @@ def reservoir(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.rand
 def balanced(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
     """As many of each cluster as can be, within one a uniform sample (Chrysakis and Moens 2020, there of classes).
 
-    A newcomer takes the place of one of the largest cluster; of the largest one itself, a random one of its own with
-    probability m / n, m of n that it has met being kept.
+    A newcomer takes the place of one of the largest cluster. If its own is as large, but for one, it takes that of a
+    random one of its own with probability m / n, m of the n that the cluster has met being kept.
     """
     own = int(memory["newest"])
     of_bin = nearest(unit(_vectors(bins)), memory["centres"])
     sizes = np.bincount(of_bin, minlength=len(memory["centres"]))
-    if sizes[own] < sizes.max():
+    if sizes[own] < sizes.max() - 1:
         largest = int(rng.choice(np.flatnonzero(sizes == sizes.max())))
         return int(rng.choice(np.flatnonzero(of_bin == largest)))
     if rng.random() >= sizes[own] / memory["met"][own]:
@@ -145,8 +145,11 @@ def middle_perplexity(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng:
 
 
 def uds(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
-    """The one with the lowest ‖L‖_* + α · mean distance to what came before (UDS, arXiv 2510.16882)."""
-    return _not_the_newcomer(_lowest([k.value for k in (*bins, newcomer)]), bins)
+    """The one with the lowest ‖L‖_* + α · mean distance to what came before (UDS, arXiv 2510.16882).
+
+    On prompts the norm follows their length: it prefers long ones.
+    """
+    return _not_the_newcomer(_last_of_lowest([k.value for k in (*bins, newcomer)]), bins)
 
 
 def oasis(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
@@ -215,9 +218,12 @@ def _vectors(bins: Sequence[Kept], *more: Kept) -> np.ndarray:
 
 def _lowest(values: Sequence[float] | np.ndarray) -> int:
     """The last of the lowest; rounded, so that the order of sums in a batch does not decide."""
-    found = [rounded(float(v)) for v in values]
-    lowest = min(found)
-    return max(i for i, v in enumerate(found) if v == lowest)
+    return _last_of_lowest([rounded(float(v)) for v in values])
+
+
+def _last_of_lowest(values: Sequence[float]) -> int:
+    lowest = min(values)
+    return max(i for i, v in enumerate(values) if v == lowest)
 
 
 def _most_crowded(distance: np.ndarray) -> int:

@@ -7,6 +7,7 @@ The base model writes, adapters off, so that no device's texts colour another's 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Literal
 from pydantic import Field, model_validator
 from rouge_score.rouge_scorer import RougeScorer
 
-from client.lexicons import words
 from client.lm.config import SamplingConfig
 from client.lm.model import LanguageModel
 from client.pii import personal_data
@@ -95,7 +95,7 @@ def synthesize(
 def objection(made: Pair, request: Request, seen: set[tuple[str, str]], config: SynthesisConfig) -> str:
     """Why a synthetic dialogue is thrown away; empty when it may stay. Only what was written anew is judged."""
     for text, original in zip(_new(made, config), _new(request.original, config), strict=True):
-        length, before = len(words(text)), max(1, len(words(original)))
+        length, before = len(text.split()), max(1, len(original.split()))
         score = rouge1(original, text)
         if not text:
             return "empty"
@@ -117,7 +117,7 @@ def unwrap(text: str) -> str:
 
 
 def rouge1(reference: str, text: str) -> float:
-    """ROUGE-1 F1 with stemming (Lin 2004)."""
+    """ROUGE-1 F1 with stemming (Lin 2004); it counts words of Latin letters and digits alone."""
     return float(_scorer().score(reference, text)["rouge1"].fmeasure)
 
 
@@ -154,4 +154,5 @@ def _new(pair: Pair, config: SynthesisConfig) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    return " ".join(words(text))
+    """A text without case, spaces and punctuation: what differs in these alone is a copy."""
+    return " ".join(re.findall(r"\w+", text.lower()))

@@ -82,8 +82,8 @@ def study(
 ) -> None:
     """Run a grid of arms and seeds and write one report to studies/NAME; a study that was stopped goes on.
 
-    CONFIG is a TOML file with a [study], or the name of a bundled one. OVERRIDES are settings of all cells, and of
-    the study itself:
+    CONFIG is a TOML file with a [study], or the name of a bundled one. OVERRIDES are settings of all cells, unless a
+    table fixes them, and of the study itself:
 
     florilegium study configs/selection/dolly.toml
 

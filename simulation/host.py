@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -98,13 +98,19 @@ def open_devices(run: RunFolder, listener: Callable[[str], None] | None = None) 
     """Loads population and model of a run; raises what their loaders raise."""
     config = run.config
     users = {device_name(i): user for i, user in enumerate(load_population(config.data, config.seed))}
-    recorded = {name: {d.id: d.response for d in user.stream} for name, user in users.items()}
-    for name, user in users.items():
-        if len(recorded[name]) < len(user.stream):
-            raise RunError(f"user {user.id} of {config.data.name} has two replies with the same id")
+    recorded = recorded_replies(users, config.data.name)
     lm = LanguageModel.load(config.model)
     site = Site.of(lm, config, config.seed, lambda device, dialogue: recorded[device][dialogue], listener)
     return SimulatedDevices(run, site, users)
+
+
+def recorded_replies(users: Mapping[str, User], data: str) -> dict[str, dict[str, str]]:
+    """By device and dialogue the reply that the person wrote, which stands for what they would annotate."""
+    recorded = {name: {d.id: d.response for d in user.stream} for name, user in users.items()}
+    for name, user in users.items():
+        if len(recorded[name]) < len(user.stream):
+            raise RunError(f"user {user.id} of {data} has two replies with the same id")
+    return recorded
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from client.buffer import Buffer, Kept, SelectionConfig
 from client.config import DeviceConfig
-from client.lexicons import BUNDLED, LexiconError, load_lexicons, matches
+from client.lexicons import BUNDLED, LexiconError, load_lexicons, matches, words
 from client.lm.config import SamplingConfig
 from client.lm.model import LanguageModel
 from client.memories import Memory, whitening
@@ -85,6 +85,7 @@ def test_lexicons_of_several_sources_are_told_apart(tmp_path: Path) -> None:
     own.write_text('fear = "spider spiders"\nsea = "boat sail"\n', encoding="utf-8")
     lexicons = load_lexicons(("general", str(own)))
     assert lexicons["mine.fear"] == {"spider", "spiders"} and "afraid" in lexicons["fear"]
+    assert words("Größe, страх: don't 3") == ["größe", "страх", "don't"]
     assert matches("A spider! I sail, afraid.", lexicons) == {
         "fear": ["afraid"],
         "mine.fear": ["spider"],
@@ -95,6 +96,7 @@ def test_lexicons_of_several_sources_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("", "is empty"),
         ("fear = 3", "fear must be words"),
         ('fear = "..."', "fear must be words"),
         ("fear", "not valid TOML"),
@@ -244,8 +246,17 @@ def test_a_balanced_buffer_gives_a_rare_cluster_its_share() -> None:
     arrivals = [kept(f"{n}@{round(a * 4 / math.pi)}", angle=a + 0.001 * n) for n, a in enumerate(angles)]
     shares = Counter(i.partition("@")[2] for seed in range(20) for i in offered("balanced", 16, arrivals, seed))
     uniform = Counter(i.partition("@")[2] for seed in range(20) for i in offered("reservoir", 16, arrivals, seed))
-    assert shares["7"] >= 20 * 3, shares  # nearly all of the 5 there are
+    assert shares["7"] >= 20 * 2, shares  # their share of 16 bins is 2
     assert uniform["7"] < 20 * 1, uniform  # 16 · 5 / 200 = 0.4 of them
+
+
+def test_a_balanced_buffer_holds_a_uniform_sample_of_a_large_cluster() -> None:
+    """Six of ten arrivals are of one direction, the others of seven; the first one's kept come from all its time."""
+    clusters = [0, 1, 2, 3, 4, 5, 6, 7] + [0 if n % 10 < 6 else 1 + n % 7 for n in range(400)]
+    arrivals = [kept(f"{n}@{c}", angle=c * math.pi / 4 + 1e-4 * n) for n, c in enumerate(clusters)]
+    held = [i.split("@") for seed in range(60) for i in offered("balanced", 20, arrivals, seed)]
+    quarters = Counter(4 * int(n) // len(arrivals) for n, c in held if c == "0")
+    assert min(quarters.values()) > 0.5 * max(quarters.values()) and len(quarters) == 4, quarters
 
 
 def test_herding_keeps_the_mean_of_all_that_came() -> None:
@@ -307,6 +318,15 @@ def test_oasis_drops_what_the_others_already_teach() -> None:
         replace(kept(n), embedding=e, value=v) for n, e, v in (("a", same, 5), ("b", same, 5.1), ("c", other, 1))
     ]
     assert "c" in offered("oasis", 2, [*arrivals, replace(kept("d"), embedding=same, value=5.0)])
+
+
+def test_a_reading_that_is_not_a_number_is_turned_away() -> None:
+    buffer = a_buffer(2, "kcenter")
+    for n in range(3):
+        buffer, _ = buffer.offer(kept(str(n), angle=float(n)), rng())
+    broken = replace(kept("broken"), embedding=np.array([np.inf, 0], np.float16))
+    assert buffer.offer(broken, rng()) == (buffer, False)
+    assert buffer.offer(replace(kept("broken"), value=math.nan), rng()) == (buffer, False)
 
 
 def test_an_unknown_policy_is_refused() -> None:
@@ -513,6 +533,44 @@ def test_a_user_is_asked_once_for_each_dialogue_that_is_kept(lm: LanguageModel, 
     assert set(once[0].replies) == wanted
     assert notes == again == [{"annotations": len(wanted)}]
     assert twice == once
+
+
+def test_a_limit_on_annotations_leaves_the_pool_and_the_full_stream_alone(
+    lm: LanguageModel, people: list[User]
+) -> None:
+    stream, plan = people[0].stream[:20], RoundPlan(1, 0)
+
+    def replies(policy: str, limit: int) -> tuple[set[str], set[str]]:
+        selection = SelectionConfig(policy=policy, bins=4, annotations_per_round=limit)
+        site = site_of(lm, SETTINGS.model_copy(update={"selection": selection}), people)
+        states, _ = observe([site.new_state("d0")], [stream], plan, site)
+        states, _ = annotate(states, site)
+        return {i for i, _ in states[0].pool.slots}, set(states[0].replies)
+
+    pool, everything = replies("quality", 0)
+    limited_pool, limited = replies("quality", 1)
+    assert limited_pool == pool <= limited < everything
+    assert replies("full-stream", 1)[1] == {d.id for d in stream}
+
+
+def test_who_is_asked_does_not_depend_on_when_it_came(lm: LanguageModel, people: list[User]) -> None:
+    """Else a limit would prefer what came while a bin was free, of policies that keep it."""
+    selection = SelectionConfig(policy="quality", bins=20, annotations_per_round=5)
+    shared = SETTINGS.shared.model_copy(update={"pool_capacity": 0})
+    site = site_of(lm, SETTINGS.model_copy(update={"selection": selection, "shared": shared}), people)
+    first = []
+    for name in (f"d{n}" for n in range(40)):
+        states, _ = observe([site.new_state(name)], [people[0].stream[:20]], RoundPlan(1, 0), site)
+        states, _ = annotate(states, site)
+        first += [ids(states[0].buffer).index(k.id) < 10 for k in states[0].annotated]
+    assert len(first) == 200 and np.mean(first) == pytest.approx(0.5, abs=0.12)  # σ = 0.035
+
+
+def test_settings_of_another_selection_are_refused(lm: LanguageModel, people: list[User]) -> None:
+    site = site_of(lm, SETTINGS, people)
+    other = site_of(lm, SETTINGS.model_copy(update={"selection": SelectionConfig(policy="uds", bins=4)}), people)
+    with pytest.raises(StateError, match="selected by other settings"):
+        observe([site.new_state("d0")], [people[0].stream[:2]], RoundPlan(1, 0), other)
 
 
 @pytest.mark.parametrize("policy", ["fifo", "quality", "random"])

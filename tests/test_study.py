@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from client.lexicons import LexiconError
 from client.lm.config import ModelConfig, SamplingConfig
 from client.lm.model import LanguageModel
 from simulation.cli import main
@@ -23,6 +26,7 @@ from simulation.data.population import DataConfig
 from simulation.evaluate import Comparison
 from simulation.study.cells import Bench, CellRun, run_study
 from simulation.study.config import Study, load_study
+from simulation.study.figures import _within
 from simulation.study.published import PUBLISHED
 from simulation.study.remember import RememberingModel
 from simulation.study.report import render_study
@@ -96,6 +100,13 @@ def test_the_same_settings_are_one_cell_in_every_table(tmp_path: Path) -> None:
         ("[study.tables.bins]", "[study.tabels.bins]", "did you mean 'tables'"),
         ('against = ["selection.policy=random"]', 'against = ["random"]', "must be key=value"),
         ('published = "policy"', 'published = "poliy"', "must be one of policy, synthesis"),
+        (
+            'columns = { "selection.bins" = [2, 4] }',
+            'columns = { "selection.bins" = [] }',
+            "selection.bins has no values",
+        ),
+        ('against = ["selection.policy=random"]', 'against = ["data.users=1"]', "other people: no pairs"),
+        ("[study.tables.bins]", '[study.tables.bins]\nfixed = { "privacy.epsilon" = 3 }', "changes nothing in a study"),
     ],
 )
 def test_what_is_wrong_in_any_cell_is_told_before_anything_runs(tmp_path: Path, old: str, new: str, told: str) -> None:
@@ -108,6 +119,23 @@ def test_a_run_and_a_study_are_told_apart(tmp_path: Path) -> None:
         load_config(written(tmp_path))
     with pytest.raises(ConfigError, match=r"no \[study\]"):
         load_study(find_config("quickstart"))
+
+
+def test_a_value_of_a_table_is_not_changed_by_a_cell(tmp_path: Path) -> None:
+    nested = SMALL.replace("[study.tables.bins]", "[study.tables.bins]\nfixed = { personal = { steps = 7 } }")
+    study = load_study(written(tmp_path, nested.replace("[study.tables.policies]", "[study.tables.first]")))
+    table = study.config.tables["bins"].model_copy(update={"against": ("personal.steps=1",)})
+    label = table.labels()[0][0]
+    assert study.cell(table, label, "personal.steps=1").config.personal.steps == 1
+    assert study.cell(table, label).config.personal.steps == 7
+
+
+def test_what_a_study_lacks_is_told_before_it_begins(tmp_path: Path) -> None:
+    missing = SMALL.replace("bins = 4 }", f'bins = 4, lexicons = ["{tmp_path}/none.toml"] }}')
+    told: list[str] = []
+    with pytest.raises(LexiconError, match="No such file"):
+        run_study(load_study(written(tmp_path, missing)), tmp_path / "s", told.append)
+    assert told == []
 
 
 @pytest.mark.parametrize("path", sorted((config_folder() / "selection").glob("*.toml")), ids=lambda p: p.stem)
@@ -138,7 +166,7 @@ def test_equal_cost_is_equal(finished: tuple[Study, Path]) -> None:
     for e in others:
         assert (e.cost.bins, e.cost.steps) == (4, 4)  # two rounds of two steps
         rounds = e.result["rounds"]
-        assert rounds[-1]["annotations"] == e.cost.annotations * 4 >= 4 * 4
+        assert e.cost.annotations >= 4 and e.cost.failed == 0
         assert sum(r["arrived"] for r in rounds) == sum(30 for _ in e.result["devices"])
         assert rounds[-1]["buffer_bytes"] <= 4 * 4 * 22 * 1024
 
@@ -264,6 +292,28 @@ def test_holm_by_hand() -> None:
     assert replace(contrast(0.04), equal_cost=False).verdict == "not at equal cost"
 
 
+def test_a_failed_training_is_no_comparison_at_equal_cost(finished: tuple[Study, Path], tmp_path: Path) -> None:
+    study, folder = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    table = study.config.tables["policies"]
+    cell = study.cell(table, (("selection.policy", "fifo"),))
+    path = tmp_path / "copy" / "cells" / cell.key / "result.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["rounds"][0]["failed"] = ["the loss of step 0 is nan"]
+    path.write_text(json.dumps(result), encoding="utf-8")
+    fifo = next(c for c in contrasts(study, tmp_path / "copy", table) if c.name == "fifo")
+    assert not fifo.equal_cost and fifo.verdict == "not at equal cost"
+
+
+def test_intervals_within_devices_by_hand() -> None:
+    """Two points that differ by exactly 1 within each of three very different devices: no spread is left."""
+    one, other = _within([[1.0, 10.0, 100.0], [2.0, 11.0, 101.0]])
+    assert list(one) == pytest.approx([37.0] * 3) and list(other) == pytest.approx([38.0] * 3)
+    noisy = np.random.default_rng(0).normal(size=(2, 4000)) + np.arange(4000)
+    spread = [float(np.std(u)) for u in _within(noisy.tolist())]
+    assert spread == pytest.approx([1, 1], abs=0.05)  # that of one point alone, not 1 / sqrt(2) of it
+
+
 def test_contrasts_are_paired_by_device(finished: tuple[Study, Path]) -> None:
     study, folder = finished
     table = study.config.tables["policies"]
@@ -333,9 +383,15 @@ def test_every_bundled_study_runs_on_its_data(path: Path, tmp_path: Path) -> Non
         "rounds=1",
         "selection.bins=2",
         "personal.steps=1",
+        "data.min_pairs=8",
+        "data.max_pairs=12",
         "data.queries_per_user=1",
+        "synthesis.sampling.max_new_tokens=4",
+        "synthesis.attempts=1",
+        "evaluation.sampling.max_new_tokens=4",
+        "evaluation.rouge_queries_per_user=1",
     ]
-    study = load_study(path, [*least, "synthesis.sampling.max_new_tokens=4", "evaluation.rouge_queries_per_user=1"])
+    study = load_study(path, least)
     run_study(study, tmp_path, lambda phase: None)
     assert render_study(study, tmp_path).exists()
     for cell in study.cells.values():  # what the full study asks for is there too

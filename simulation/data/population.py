@@ -154,7 +154,7 @@ def arrange(stream: Sequence[Dialogue], order: Order, stickiness: float, seed: i
     for dialogue in shuffled:
         left.setdefault(dialogue.domain, []).append(dialogue)
     if len(left) < 2 <= len(stream):
-        raise DataError(f"data.order = {order!r} needs dialogues of several domains; this data names only one")
+        raise DataError(f"data.order = {order!r} needs dialogues of several domains; a user's are all of one")
     stay = 1.0 if order == "blocked" else stickiness
     domain, arranged = "", list[Dialogue]()
     while left:

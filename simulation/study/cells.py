@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from client.lexicons import load_lexicons
 from client.lm.config import ModelConfig
 from client.phases import Observation, Site, States
 from client.policies import POLICIES
@@ -31,6 +32,7 @@ from privacy.seeds import derive_seed
 from simulation.config import ExperimentConfig
 from simulation.data.population import DataConfig, User, load_population
 from simulation.evaluate import derangement, measure_rouge, reply_arms, score_arms
+from simulation.host import recorded_replies
 from simulation.runs import RunError, sources_sha256
 from simulation.study.config import Cell, Study
 from simulation.study.remember import RememberingModel
@@ -93,7 +95,7 @@ class CellRun:
 
     @cached_property
     def site(self) -> Site:
-        recorded = {name: {d.id: d.response for d in user.stream} for name, user in self.users.items()}
+        recorded = recorded_replies(self.users, self.config.data.name)
         return Site.of(
             self.bench.model(self.config.model),
             self.config,
@@ -209,6 +211,9 @@ def run_study(study: Study, folder: Path, listener: Listener) -> None:
     cells = study.cells
     named.write_text(json.dumps({"name": study.name, "cells": list(cells)}), encoding="utf-8")
     bench = Bench.of(cells.values())
+    for cell in cells.values():  # what is missing is told now, not after hours
+        load_lexicons(cell.config.selection.lexicons)
+        bench.people(cell.config.data, cell.seeds, cell.config.seed)
     for number, (key, cell) in enumerate(cells.items(), start=1):
         CellRun(cell, folder / "cells" / key, bench, partial(_tell, listener, f"cell {number} of {len(cells)}")).run()
 

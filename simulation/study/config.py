@@ -9,9 +9,9 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from privacy.config import Config
 from simulation.config import ConfigError, ExperimentConfig, parse_override, read_tree, set_value, validate
@@ -19,6 +19,8 @@ from simulation.study.published import PUBLISHED
 
 Label = tuple[tuple[str, Any], ...]  # (setting, value): where a cell stands in its table
 Axis = dict[str, tuple[Any, ...]]
+SAME_PEOPLE = ("data.order", "data.stickiness")  # of the data, what leaves streams and held-out replies what they are
+WITHOUT_EFFECT = ("shared", "server", "privacy", "engine", "cohort_size", "name")
 
 
 class TableConfig(Config):
@@ -37,6 +39,25 @@ class TableConfig(Config):
         if value and value not in PUBLISHED:
             raise ValueError(f"must be one of {', '.join(PUBLISHED)}")
         return value
+
+    @field_validator("rows", "columns")
+    @classmethod
+    def _has_values(cls, value: Axis) -> Axis:
+        empty = [setting for setting, values in value.items() if not values]
+        if empty:
+            raise ValueError(f"{empty[0]} has no values")
+        return value
+
+    @model_validator(mode="after")
+    def _matters(self) -> Self:
+        against = [override.partition("=")[0] for override in self.against]
+        idle = [s for s in (*self.rows, *self.columns, *self.fixed, *against) if s.partition(".")[0] in WITHOUT_EFFECT]
+        if idle:
+            raise ValueError(f"{idle[0]} changes nothing in a study, whose devices have no server")
+        others = [s for s in against if s.partition(".")[0] in ("data", "seed") and s not in SAME_PEOPLE]
+        if others:
+            raise ValueError(f"against {others[0]}: cells with other data or seeds have other people: no pairs")
+        return self
 
     def labels(self) -> list[list[Label]]:
         """The grid of cells, row by row."""
@@ -77,10 +98,10 @@ class Study:
         """The cell of a table at a label, or the one that differs from it by `setting=value`."""
         tree = deepcopy(dict(self.tree))
         for setting, value in (*table.fixed.items(), *label):
-            set_value(tree, setting, value)
+            set_value(tree, setting, deepcopy(value))
         if override:
             set_value(tree, *parse_override(override))
-        tree.setdefault("shared", {})["pool_capacity"] = 0  # no server: nothing is annotated for its sake
+        set_value(tree, "shared.pool_capacity", 0)  # no server: nothing is annotated for its sake
         return Cell(validate(ExperimentConfig, tree, f"{self.where}, cell {dict(label)}"), self.config.seeds)
 
     @cached_property

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from simulation.evaluate import interval
 from simulation.report_figures import MINUS, figure, is_number, zero_line
+from simulation.study.config import SAME_PEOPLE
 from simulation.study.tables import METRICS, Contrast, Entry, named
 
 Units = Sequence[float]  # a value a device
@@ -49,7 +50,7 @@ def sweep(rows: Sequence[Sequence[Entry]], metric: str) -> go.Figure | None:
         if len(points) < 2 or not all(is_number(x) for x, _ in points):
             return None
         series[named(row[0].label[:-1])] = points
-    return _lines(series, rows[0][0].label[-1][0], height_px=340)
+    return _lines(series, rows[0][0].label[-1][0], 340, _same_people(rows))
 
 
 def curves(rows: Sequence[Sequence[Entry]]) -> go.Figure | None:
@@ -59,28 +60,38 @@ def curves(rows: Sequence[Sequence[Entry]]) -> go.Figure | None:
         before = [(r["round"], r["nll"]) for r in e.result["rounds"] if "nll" in r]
         series[e.name] = [*before, (len(e.result["rounds"]), e.nll.by_user)]
     longest = max(len(points) for points in series.values())
-    return _lines(series, "round", height_px=380, xaxis={"dtick": 1}) if longest > 1 else None
+    return _lines(series, "round", 380, _same_people(rows), xaxis={"dtick": 1}) if longest > 1 else None
 
 
-def _lines(series: dict[str, list[tuple[float, Units]]], x_title: str, height_px: int, **layout: Any) -> go.Figure:
+def _lines(
+    series: dict[str, list[tuple[float, Units]]], x_title: str, height_px: int, same_people: bool, **layout: Any
+) -> go.Figure:
     traces = []
-    within = _within([units for points in series.values() for _, units in points])
+    all_points = [units for points in series.values() for _, units in points]
+    within = _within(all_points) if same_people else iter(all_points)
     for number, (name, points) in enumerate(series.items()):
         units = [next(within) for _ in points]
         traces.append(_line(name, [x for x, _ in points], units, number))
     return figure(traces, height_px, x_title, showlegend=True, **layout)
 
 
+def _same_people(rows: Sequence[Sequence[Entry]]) -> bool:
+    """Whether all cells have the same devices; where data differ, devices do."""
+    changing = {setting.rpartition(".")[2] for setting in SAME_PEOPLE}
+    data = [e.result["settings"]["data"] for row in rows for e in row]
+    kept = [{k: v for k, v in d.items() if k not in changing} for d in data]
+    return all(d == kept[0] for d in kept)
+
+
 def _within(points: Sequence[Units]) -> Iterator[Units]:
     """Each device's values moved by how far the device is from the mean one: what is left is what cells change.
 
-    So that an interval shows how sure a difference between cells is, not how different devices are (Cousineau 2005).
-    Cells of different data have different devices: they are left as they are.
+    So that an interval shows how sure a difference between cells is, not how different devices are (Cousineau 2005,
+    with the correction of Morey 2008 for the number of points, which must be two or more).
     """
-    if len({len(units) for units in points}) > 1:
-        return iter(points)
-    values = np.array(points)
-    return iter((values - values.mean(0) + values.mean()).tolist())
+    values = np.array(points)  # (points, devices)
+    own = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+    return iter((values.mean(1, keepdims=True) + own * (len(values) / (len(values) - 1)) ** 0.5).tolist())
 
 
 def _line(name: str, x: Sequence[float], units: Sequence[Units], number: int) -> Any:

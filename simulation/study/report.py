@@ -12,6 +12,7 @@ from typing import Any
 from simulation import page
 from simulation.report import flattened
 from simulation.study import figures
+from simulation.study.cells import read_result
 from simulation.study.config import Study, TableConfig
 from simulation.study.tables import METRICS, Contrast, Entry, contrasts, entries, named, spread
 
@@ -37,11 +38,11 @@ def render_study(study: Study, folder: Path) -> Path:
         for key, table in study.config.tables.items()
     ]
     (folder / "summary.json").write_text(json.dumps(_summary(study, shown), indent=1) + "\n", encoding="utf-8")
-    results = [e.result for t in shown for e in t.entries]
+    results = [read_result(folder / "cells" / key) for key in study.cells]
     return page.write(
         folder / "report.html", "study/report.html.j2", filters={"spread": spread, "named": named}, plots=_plots(shown),
         study=study, shown=shown, metrics=METRICS, sentences=verdict(shown), unequal=unequal,
-        units=len(results[0]["devices"]), queries=results[0]["queries"],
+        units=sorted({len(r["devices"]) for r in results}), queries=sorted({r["queries"] for r in results}),
         hardware=sorted({r["hardware"] for r in results}),
         versions_of_code=len({r["sources"] for r in results}), rejected=_rejected(results),
         config=list(flattened(dict(study.tree))),
@@ -56,7 +57,7 @@ def verdict(shown: Sequence[Shown]) -> list[str]:
             family = [c for c in t.contrasts if c.metric == metric and c.equal_cost]
             if family:
                 told = [f"{c.name} was {c.verdict} than {c.than}" for c in family if c.shown]
-                what = "; ".join(told) if told else "no cell differed from what it was compared with"
+                what = "; ".join(told) if told else "no difference was shown"
                 where = f"{t.table.title or t.key}, {called}"
                 sentences.append(f"{where}, {len(family)} comparisons at equal cost: {what}.")
     return sentences or ["No two cells were compared at equal cost."]
@@ -65,7 +66,7 @@ def verdict(shown: Sequence[Shown]) -> list[str]:
 def unequal(shown: Shown) -> list[str]:
     """What differs between the cells of a table of that which should be equal; the bounds differ by their nature."""
     found = []
-    for what in ("bins", "annotations", "steps", "synthetic"):
+    for what in ("bins", "annotations", "steps", "synthetic", "failed"):
         values = sorted({round(getattr(e.cost, what), 1) for e in shown.entries})
         if len(values) > 1:
             found.append(f"{what}: {', '.join(f'{v:g}' for v in values)}")

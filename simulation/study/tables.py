@@ -36,7 +36,8 @@ class Cost:
     steps: float
     tokens: float
     buffer_bytes: float
-    seconds: float  # alone, on the machine that the report names
+    failed: int  # devices whose training did not count, in any round
+    seconds: float  # of the cell without the others, on the machine that the report names
 
     @classmethod
     def of(cls, result: Result) -> Cost:
@@ -55,6 +56,7 @@ class Cost:
             steps=per_device("personal_steps"),
             tokens=per_device("personal_tokens"),
             buffer_bytes=last["buffer_bytes"] / devices,
+            failed=sum(len(r["failed"]) for r in rounds),
             seconds=seconds / devices,
         )
 
@@ -211,6 +213,10 @@ def _contrast(own: Entry, other: Entry, override: str, metric: str) -> Contrast 
 
 def _equal_cost(one: Cost, other: Cost, *, but_synthesis: bool) -> bool:
     """Bins, annotations and steps are equal; synthetic dialogues to a tenth, since checks throw some away."""
-    if any(getattr(one, name) != getattr(other, name) for name in ("bins", "annotations", "steps")):
+    if (
+        one.failed
+        or other.failed
+        or any(getattr(one, name) != getattr(other, name) for name in ("bins", "annotations", "steps"))
+    ):
         return False
     return but_synthesis or abs(one.synthetic - other.synthetic) <= 0.1 * max(one.synthetic, other.synthetic)
