@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +210,8 @@ def test_a_killed_process_resumes(finished: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
     command = [Path(sys.executable).parent / "florilegium", "run", "quickstart", *SMALL, "name=small"]
-    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
     checkpoint = tmp_path / "runs" / "small" / "server" / "00000.safetensors"
     deadline = time.monotonic() + 240
     while not checkpoint.exists() and run.poll() is None and time.monotonic() < deadline:
