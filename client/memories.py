@@ -95,14 +95,13 @@ def standing(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
 
 
 def whitening(memory: Memory) -> np.ndarray:
-    """V Λ^(−1/2) (D, D) of the covariance V Λ Vᵀ, which is shrunk towards a multiple of the identity while few came."""
+    """L^(−T) (D, D) of the covariance L Lᵀ, which is shrunk towards a multiple of the identity while few have come."""
     d, seen = len(memory["mean"]), int(memory["seen"])
     covariance = memory["squares"] / max(1, seen - 1)
     trust = seen / (seen + d)
     shrunk = trust * covariance + ((1 - trust) * np.trace(covariance) / d + 1e-9) * np.eye(d)
-    values, vectors = np.linalg.eigh(shrunk)
-    scaled: np.ndarray = vectors / np.sqrt(values)
-    return scaled
+    inverse: np.ndarray = np.linalg.inv(np.linalg.cholesky(shrunk))
+    return inverse.T
 
 
 def rounded(value: float) -> float:

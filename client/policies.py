@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from client import memories
-from client.memories import Meet, Memory, nearest, nothing_to_remember, rounded, whitening
+from client.memories import Meet, Memory, nearest, nothing_to_remember, whitening
 from client.scores import unit
 
 if TYPE_CHECKING:
@@ -153,20 +153,15 @@ def uds(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Gen
 
 
 def oasis(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
-    """The one that is left when the others were picked by what they add (OASIS, arXiv 2506.02011).
+    """The one that adds least to the others (after OASIS, arXiv 2506.02011): informativeness · Π (1 − shared part).
 
-    Informativeness is the gradient's norm against the running mean and variance when it came, through a sigmoid;
-    each pick takes from the others the part of it that their gradients share.
+    Informativeness is the gradient's norm against the running mean and variance when it came, through a sigmoid; what
+    two share is the cosine of their gradients, if it is positive.
     """
     gradients = unit(_vectors(bins, newcomer))
-    shared = np.clip(np.round(gradients @ gradients.T, 4), 0, 1)
-    own = np.log(np.maximum(1 - shared, 1e-30))  # (B + 1, B + 1): what a pick leaves of each, as a logarithm
-    worth = np.log([k.value for k in (*bins, newcomer)])
-    for _ in bins:
-        best = worth.argmax()
-        worth += own[best]
-        worth[best] = -np.inf
-    return _not_the_newcomer(int(worth.argmax()), bins)
+    left = np.clip(1 - gradients @ gradients.T, 1e-4, 1)  # (B + 1, B + 1)
+    np.fill_diagonal(left, 1)
+    return _not_the_newcomer(_lowest(np.log(left).sum(1) + np.log([k.value for k in (*bins, newcomer)])), bins)
 
 
 # -- bounds -------------------------------------------------------------------------------------------------------
@@ -213,12 +208,15 @@ def _not_the_newcomer(leaves: int, bins: Sequence[Kept]) -> int | None:
 
 
 def _vectors(bins: Sequence[Kept], *more: Kept) -> np.ndarray:
-    return np.stack([k.embedding for k in (*bins, *more)]).astype(np.float32)
+    kept = (*bins, *more)
+    return np.concatenate([k.embedding for k in kept]).reshape(len(kept), -1).astype(np.float32)
 
 
 def _lowest(values: Sequence[float] | np.ndarray) -> int:
-    """The last of the lowest; rounded, so that the order of sums in a batch does not decide."""
-    return _last_of_lowest([rounded(float(v)) for v in values])
+    """The last of the lowest, to four digits: the order of sums in a batch must not decide."""
+    exact = np.asarray(values, dtype=np.float64)
+    digit = 10.0 ** (np.floor(np.log10(np.maximum(np.abs(exact), 1e-300))) - 3)
+    return _last_of_lowest((np.round(exact / digit) * digit).tolist())
 
 
 def _last_of_lowest(values: Sequence[float]) -> int:
