@@ -91,7 +91,7 @@ def standing(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
         "mean": np.float64(mean + (1 - OASIS_MEMORY) * apart),
         "variance": np.float64(OASIS_MEMORY * (variance + (1 - OASIS_MEMORY) * apart * apart)),
     }
-    return replace(newcomer, value=rounded(1 / (1 + math.exp(-max(-50.0, min(50.0, z)))))), after
+    return replace(newcomer, value=rounded(1 / (1 + math.exp(-max(-6.0, min(6.0, z)))))), after
 
 
 def whitening(memory: Memory) -> np.ndarray:

@@ -159,7 +159,7 @@ def oasis(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.G
     two share is the cosine of their gradients, if it is positive.
     """
     gradients = unit(_vectors(bins, newcomer))
-    left = np.clip(1 - gradients @ gradients.T, 1e-4, 1)  # (B + 1, B + 1)
+    left = np.clip(1 - gradients @ gradients.T, 1e-6, 1)  # (B + 1, B + 1)
     np.fill_diagonal(left, 1)
     return _not_the_newcomer(_lowest(np.log(left).sum(1) + np.log([k.value for k in (*bins, newcomer)])), bins)
 
