@@ -56,7 +56,7 @@ def in_domain_dissimilarity(embedding: np.ndarray, neighbours: np.ndarray) -> fl
 
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Vectors (…, H) at length 1 in float32; zeros stay zeros."""
-    vectors = vectors.astype(np.float32)
+    vectors = vectors.astype(np.float32, copy=False)
     length: np.ndarray = np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
     scaled: np.ndarray = vectors / length
     return scaled
