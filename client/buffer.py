@@ -38,6 +38,7 @@ class SelectionConfig(Config):
     bin_bytes: int = Field(22 * 1024, ge=1, description="text and embedding of a bin; what does not fit is turned away")
     annotations_per_round: int = Field(0, ge=0, description="most bins that a user is asked about in a round; 0: all")
     entropy: Literal["tokens", "dimensions"] = Field("tokens", description="what the paper's EOE is taken over")
+    pooling: Literal["mean", "weighted"] = Field("mean", description="of tokens, for policies that read nothing else")
     dissimilarity: Literal["frozen", "recomputed"] = Field("frozen", description="IDD when it came, or in each buffer")
     lexicons: tuple[str, ...] = Field(
         ("general",), min_length=1, description="general, medical, vader, empath, nrc, or a .toml file"
@@ -54,6 +55,12 @@ class SelectionConfig(Config):
     @classmethod
     def _found(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(check_source(source) for source in value)
+
+    @property
+    def reading(self) -> str:
+        """What is read off a text (`client.lm.readings`)."""
+        own = POLICIES[self.policy].reading
+        return self.pooling if own == "mean" else own
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,7 @@ class Kept:
 
 def candidate(dialogue: Dialogue, features: Features, lexicons: Lexicons, config: SelectionConfig) -> Kept:
     """A dialogue that asks for a place, scored except for its dissimilarity, which depends on the buffer."""
-    reading = features.readings[POLICIES[config.policy].reading]
+    reading = features.readings[config.reading]
     over_tokens = config.entropy == "tokens"
     entropy = entropy_over_tokens(features.token_norms) if over_tokens else entropy_over_dimensions(reading.vector)
     return Kept(

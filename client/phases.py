@@ -27,7 +27,6 @@ from client.lexicons import load_lexicons
 from client.lm.adapter import AdapterLayout
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule, schedule_steps
-from client.policies import POLICIES
 from client.state import DeviceState, StateError
 from client.synthesize import Request, Written
 from client.synthesize import synthesize as write_similar
@@ -92,8 +91,8 @@ def observe(
 ) -> tuple[States, list[Observation]]:
     """Takes what came in: into the buffer by the policy, into the pool by coins. The replies are not looked at."""
     selection = site.config.selection
-    lexicons, reading = load_lexicons(selection.lexicons), POLICIES[selection.policy].reading
-    features = iter(site.lm.embed([d.prompt for dialogues in arrived for d in dialogues], [reading]))
+    lexicons = load_lexicons(selection.lexicons)
+    features = iter(site.lm.embed([d.prompt for dialogues in arrived for d in dialogues], [selection.reading]))
     after, notes = [], []
     for state, dialogues in zip(states, arrived, strict=True):
         if state.buffer.config != selection:

@@ -24,7 +24,6 @@ import torch
 from client.lexicons import load_lexicons
 from client.lm.config import ModelConfig
 from client.phases import Observation, Site, States
-from client.policies import POLICIES
 from client.round import live_alone
 from client.state import DeviceStore, stage
 from privacy.plan import RoundPlan
@@ -55,7 +54,7 @@ class Bench:
 
     @classmethod
     def of(cls, cells: Iterable[Cell]) -> Bench:
-        return cls(frozenset(POLICIES[c.config.selection.policy].reading for c in cells))
+        return cls(frozenset(c.config.selection.reading for c in cells))
 
     def model(self, config: ModelConfig) -> RememberingModel:
         """The language model; one at a time is held."""
