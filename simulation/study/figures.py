@@ -23,8 +23,12 @@ LOOKS = [
 
 
 def differences(found: Sequence[Contrast], metric: str) -> go.Figure | None:
-    """One row a contrast; the mark is full where the corrected test shows a difference."""
-    rows = [c for c in found if c.metric == metric]
+    """One row a contrast at equal cost; the mark is full where the corrected test shows a difference.
+
+    Where no two cells have the same cost, all contrasts are drawn.
+    """
+    mine = [c for c in found if c.metric == metric]
+    rows = [c for c in mine if c.equal_cost] or mine
     traces = []
     for c in rows:
         low, high = c.found.ci95

@@ -41,7 +41,7 @@ def render_study(study: Study, folder: Path) -> Path:
     results = [read_result(folder / "cells" / key) for key in study.cells]
     return page.write(
         folder / "report.html", "study/report.html.j2", filters={"spread": spread, "named": named}, plots=_plots(shown),
-        study=study, shown=shown, metrics=METRICS, sentences=verdict(shown), unequal=unequal,
+        study=study, shown=shown, metrics=METRICS, lead=lead(shown), sentences=verdict(shown), unequal=unequal,
         units=sorted({len(r["devices"]) for r in results}), queries=sorted({r["queries"] for r in results}),
         hardware=sorted({r["hardware"] for r in results}),
         versions_of_code=len({r["sources"] for r in results}), rejected=_rejected(results),
@@ -60,7 +60,15 @@ def verdict(shown: Sequence[Shown]) -> list[str]:
                 what = "; ".join(told) if told else "no difference was shown"
                 where = f"{t.table.title or t.key}, {called}"
                 sentences.append(f"{where}, {len(family)} comparisons at equal cost: {what}.")
-    return sentences or ["No two cells were compared at equal cost."]
+    return sentences
+
+
+def lead(shown: Sequence[Shown]) -> str:
+    """The verdict in a line."""
+    family = [c for t in shown for c in t.contrasts if c.equal_cost]
+    if not family:
+        return "No two cells were compared at equal cost."
+    return f"{sum(c.shown for c in family)} of {len(family)} comparisons at equal cost show a difference."
 
 
 def unequal(shown: Shown) -> list[str]:
