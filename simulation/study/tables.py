@@ -213,10 +213,7 @@ def _contrast(own: Entry, other: Entry, override: str, metric: str) -> Contrast 
 
 def _equal_cost(one: Cost, other: Cost, *, but_synthesis: bool) -> bool:
     """Bins, annotations and steps are equal; synthetic dialogues to a tenth, since checks throw some away."""
-    if (
-        one.failed
-        or other.failed
-        or any(getattr(one, name) != getattr(other, name) for name in ("bins", "annotations", "steps"))
-    ):
+    same = all(getattr(one, name) == getattr(other, name) for name in ("bins", "annotations", "steps"))
+    if one.failed or other.failed or not same:
         return False
     return but_synthesis or abs(one.synthetic - other.synthetic) <= 0.1 * max(one.synthetic, other.synthetic)
