@@ -8,6 +8,7 @@ approximation under-reports and is not offered.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,7 +36,10 @@ class Event:
 
 def epsilon(events: Iterable[Event], delta: float, adjacency: Adjacency = "replace-one") -> float:
     """The ε of all events together at `delta`; infinite when one of them adds no noise."""
-    return _epsilon(tuple(e for e in events if e.steps), delta, adjacency)
+    steps: Counter[tuple[float, float]] = Counter()
+    for e in events:
+        steps[e.noise_multiplier, e.sampling_rate] += e.steps
+    return _epsilon(tuple(Event(*alike, n) for alike, n in sorted(steps.items()) if n), delta, adjacency)
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,229 @@
+"""What devices have spent: written down, and on the disk, before it is spent.
+
+One SQLite file holds the accounts of the devices of one host: a real device has one account, a simulation thousands.
+An entry says what is about to happen (σ, q, T, and to which dialogues), never what it costs. Each is chained to the
+one before by a hash whose beginning is the device's secret: an entry that was changed, or left out, breaks the chain.
+What a chain cannot show is that its end was cut off; so the newest head is also kept by the device's other state and
+by the server, and an account that does not hold a head that they have seen pays for nothing any more.
+
+A crash after a reservation counts as spent. Refused is one device, never its company.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+
+from privacy.accounting import Adjacency, Event, epsilon
+
+# Why nothing is released. GRANTED is the only answer that allows it.
+GRANTED, SPENT, ANSWERED, MISSING, BEHIND, BROKEN = (
+    "", "budget-spent", "already-answered", "ledger-missing", "ledger-behind", "ledger-broken",
+)  # fmt: skip
+NAME_BYTES = 8  # of a dialogue in an entry
+_TABLE = """
+CREATE TABLE IF NOT EXISTS entry (
+    device TEXT, number INTEGER, experiment TEXT, round INTEGER, received TEXT,
+    noise_multiplier REAL, sampling_rate REAL, steps INTEGER, dialogues BLOB, head TEXT,
+    PRIMARY KEY (device, number)
+) WITHOUT ROWID
+"""
+
+
+class LedgerError(RuntimeError):
+    """The ledger's file cannot be read: nothing can be paid for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What may be spent for each dialogue, or for a device for its life, in the sense of `adjacency`."""
+
+    epsilon: float
+    delta: float
+    adjacency: Adjacency
+    of: str  # "dialogue" or "device"
+
+    def allows(self, events: Iterable[Event]) -> bool:
+        return epsilon(events, self.delta, self.adjacency) <= self.epsilon
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A device's wish to train for a release. `(experiment, round)` is paid for once.
+
+    `received` names what the server sent; `heads` are those that the account must hold; `genesis` is secret.
+    """
+
+    device: str
+    genesis: str
+    experiment: str
+    round: int
+    received: str
+    event: Event
+    dialogues: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Whether a device may train, on which of its dialogues, and the account's head from then on."""
+
+    refusal: str
+    head: str = ""
+    dialogues: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of an account."""
+
+    experiment: str
+    round: int
+    received: str
+    event: Event
+    dialogues: tuple[bytes, ...]
+
+    def chained(self, before: str) -> str:
+        """The head after this entry."""
+        said = [self.experiment, self.round, self.received, *astuple(self.event), b"".join(self.dialogues).hex()]
+        return blake2b(f"{before} {json.dumps(said)}".encode(), digest_size=32).hexdigest()
+
+
+@dataclass
+class Account:
+    """All entries of one device; `heads[n]` is the head after n of them."""
+
+    heads: list[str]
+    entries: list[Entry] = field(default_factory=list)
+
+    def add(self, entry: Entry) -> None:
+        self.heads.append(entry.chained(self.heads[-1]))
+        self.entries.append(entry)
+
+    @property
+    def events(self) -> list[Event]:
+        return [e.event for e in self.entries]
+
+    def events_of(self, dialogue: bytes) -> list[Event]:
+        """The steps that this dialogue could have been drawn for."""
+        return [e.event for e in self.entries if dialogue in e.dialogues]
+
+    def spent(self, budget: Budget) -> float:
+        """ε of the device, or of that of its dialogues which has spent most."""
+        if budget.of == "device":
+            return epsilon(self.events, budget.delta, budget.adjacency)
+        dialogues = {d for e in self.entries for d in e.dialogues}
+        return max((epsilon(self.events_of(d), budget.delta, budget.adjacency) for d in dialogues), default=0.0)
+
+
+class Ledger:
+    """The accounts of one host. A change is on the disk when the method returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `LedgerError` for a file that is not a ledger."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._known: dict[str, Account] = {}  # read and found whole
+        with self._connected() as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(_TABLE)
+
+    def reserve(self, requests: Sequence[Request], budget: Budget) -> list[Answer]:
+        """Pays for what is affordable, all in one write; one answer a request.
+
+        Asked again for the same, a round is granted and not paid for twice; asked for a round with something else
+        received, or for an earlier one, it is refused: the same noise on two adapters would cancel.
+        """
+        with self._connected() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            judged = [_judged(r, budget, self._read(r.device, r.genesis, connection)) for r in requests]
+            new = [(r.device, entry) for r, (_, entry) in zip(requests, judged, strict=True) if entry]
+            rows = [self._row(device, entry) for device, entry in new]
+            connection.executemany(f"INSERT INTO entry VALUES ({', '.join('?' * 10)})", rows)
+            connection.execute("COMMIT")
+        for device, entry in new:
+            self._known[device].add(entry)
+        return [answer for answer, _ in judged]
+
+    def account(self, device: str, genesis: str) -> Account | None:
+        """A device's entries, None where the chain is broken."""
+        with self._connected() as connection:
+            return self._read(device, genesis, connection)
+
+    def _row(self, device: str, entry: Entry) -> tuple[object, ...]:
+        account = self._known[device]
+        names, head = b"".join(entry.dialogues), entry.chained(account.heads[-1])
+        facts = (entry.experiment, entry.round, entry.received, *astuple(entry.event))
+        return device, len(account.entries), *facts, names, head
+
+    def _read(self, device: str, genesis: str, connection: sqlite3.Connection) -> Account | None:
+        """The account, its chain checked from where it was checked before."""
+        account = self._known.get(device) or Account([genesis])
+        found = connection.execute(
+            "SELECT number, experiment, round, received, noise_multiplier, sampling_rate, steps, dialogues, head "
+            "FROM entry WHERE device = ? AND number >= ? ORDER BY number",
+            (device, len(account.entries)),
+        )
+        for number, experiment, round_number, received, sigma, rate, steps, dialogues, head in found:
+            names = tuple(dialogues[i : i + NAME_BYTES] for i in range(0, len(dialogues), NAME_BYTES))
+            due = len(account.entries)
+            account.add(Entry(experiment, round_number, received, Event(sigma, rate, steps), names))
+            if (number, head) != (due, account.heads[-1]):
+                self._known.pop(device, None)
+                return None
+        self._known[device] = account
+        return account
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        try:
+            connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+            try:
+                connection.execute("PRAGMA synchronous = FULL")  # on the disk, not only with the system
+                yield connection
+            finally:
+                connection.close()
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(f"{self.path} cannot be used as a ledger: {error}; nothing is released") from error
+
+
+def dialogue_name(genesis: str, dialogue: str) -> bytes:
+    """What a dialogue is called in the ledger: nobody without the device's secret can tell which it is."""
+    return blake2b(dialogue.encode(), key=bytes.fromhex(genesis)[:64], digest_size=NAME_BYTES).digest()
+
+
+def _judged(request: Request, budget: Budget, account: Account | None) -> tuple[Answer, Entry | None]:
+    """The answer, and what is to be written."""
+    if account is None:
+        return Answer(BROKEN), None
+    refusal = _objection(request, account)
+    if refusal:
+        return Answer(refusal), None
+    names = {d: dialogue_name(request.genesis, d) for d in request.dialogues}
+    repeated = next(
+        (e for e in account.entries if (e.experiment, e.round) == (request.experiment, request.round)), None
+    )
+    if repeated:
+        return Answer(GRANTED, account.heads[-1], frozenset(d for d in names if names[d] in repeated.dialogues)), None
+    if budget.of == "device" and not budget.allows([*account.events, request.event]):
+        return Answer(SPENT), None
+    if budget.of == "dialogue":
+        names = {d: n for d, n in names.items() if budget.allows([*account.events_of(n), request.event])}
+    entry = Entry(request.experiment, request.round, request.received, request.event, tuple(names.values()))
+    return Answer(GRANTED, entry.chained(account.heads[-1]), frozenset(names)), entry
+
+
+def _objection(request: Request, account: Account) -> str:
+    """Why an account must not pay, whatever is left in it."""
+    if not set(request.heads) <= set(account.heads):
+        return BEHIND if account.entries else MISSING
+    own = [e for e in account.entries if e.experiment == request.experiment]
+    again = [e for e in own if e.round == request.round]
+    if again and (again[0].received, again[0].event) == (request.received, request.event) and again[0] is own[-1]:
+        return ""
+    return ANSWERED if any(e.round >= request.round for e in own) else ""

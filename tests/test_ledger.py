@@ -1,0 +1,181 @@
+"""The ledger: nothing is spent before it is written, nothing is written twice, and what was changed is noticed."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from privacy.accounting import Event, epsilon
+from privacy.ledger import (
+    ANSWERED,
+    BEHIND,
+    BROKEN,
+    GRANTED,
+    MISSING,
+    SPENT,
+    Budget,
+    Ledger,
+    LedgerError,
+    Request,
+    dialogue_name,
+)
+
+GENESIS = "ab" * 32
+EVENT = Event(2.0, 0.5, 4)
+LIFE = Budget(100.0, 1e-5, "replace-one", "device")
+
+
+def request(round_number: int = 1, received: str = "adapter", device: str = "d", **more: object) -> Request:
+    facts = {"genesis": GENESIS, "experiment": "e", "event": EVENT} | more
+    return Request(device=device, round=round_number, received=received, **facts)  # type: ignore[arg-type]
+
+
+def refusals(ledger: Ledger, *requests: Request, budget: Budget = LIFE) -> list[str]:
+    return [a.refusal for r in requests for a in ledger.reserve([r], budget)]
+
+
+def entries(ledger: Ledger, device: str = "d") -> int:
+    account = ledger.account(device, GENESIS)
+    assert account
+    return len(account.entries)
+
+
+def test_a_round_is_paid_for_once(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    assert refusals(ledger, request(), request()) == [GRANTED, GRANTED]
+    assert entries(ledger) == 1
+    assert entries(Ledger(tmp_path / "ledger.db")) == 1  # as another process finds it
+
+
+def test_another_adapter_or_an_earlier_round_gets_nothing(tmp_path: Path) -> None:
+    """The same noise on two adapters would cancel."""
+    ledger = Ledger(tmp_path / "ledger.db")
+    found = refusals(ledger, request(2), request(2, "other"), request(1), request(3), request(2))
+    assert found == [GRANTED, ANSWERED, ANSWERED, GRANTED, ANSWERED]
+    assert refusals(ledger, request(3, event=Event(1.0, 0.5, 4))) == [ANSWERED]
+    assert refusals(ledger, request(1, experiment="another")) == [GRANTED]
+
+
+def test_a_life_ends_with_the_last_affordable_release(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    budget = Budget(epsilon([EVENT] * 3, 1e-5) + 1e-9, 1e-5, "replace-one", "device")
+    found = refusals(ledger, *(request(n) for n in range(1, 6)), budget=budget)
+    assert found == [GRANTED] * 3 + [SPENT] * 2
+    account = ledger.account("d", GENESIS)
+    assert account and account.spent(budget) == pytest.approx(budget.epsilon)
+    assert refusals(ledger, request(7, device="other"), budget=budget) == [GRANTED]
+
+
+def test_a_dialogue_is_retired_and_the_device_goes_on(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    budget = Budget(epsilon([EVENT] * 2, 1e-5) + 1e-9, 1e-5, "replace-one", "dialogue")
+    pools = [("a", "b"), ("a", "c"), ("a", "c"), ("a", "c")]
+    answers = [ledger.reserve([request(n, dialogues=p)], budget)[0] for n, p in enumerate(pools, start=1)]
+    assert [a.refusal for a in answers] == [GRANTED] * 4
+    assert [set(a.dialogues) for a in answers] == [{"a", "b"}, {"a", "c"}, {"c"}, set()]
+    [again] = ledger.reserve([request(4, dialogues=("a", "c"))], budget)
+    assert again.dialogues == frozenset()
+    account = ledger.account("d", GENESIS)
+    assert account and account.spent(budget) == pytest.approx(epsilon([EVENT] * 2, 1e-5))
+    assert len(account.events_of(dialogue_name(GENESIS, "b"))) == 1
+
+
+def test_dialogues_are_not_named(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    Ledger(path).reserve([request(dialogues=("my-secret-dialogue",))], LIFE)
+    assert b"my-secret-dialogue" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
+    assert dialogue_name(GENESIS, "x") != dialogue_name("cd" * 32, "x")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE entry SET noise_multiplier = 9 WHERE number = 1",
+        "UPDATE entry SET steps = 0 WHERE number = 0",
+        "UPDATE entry SET dialogues = x'' WHERE number = 1",
+        "UPDATE entry SET round = 7 WHERE number = 2",
+        "DELETE FROM entry WHERE number = 1",
+        "DELETE FROM entry WHERE number = 0",
+    ],
+)
+def test_a_changed_account_pays_for_nothing(tmp_path: Path, change: str) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    asked = [request(n, device=d, dialogues=("a",)) for n in (1, 2, 3) for d in ("d", "other")]
+    assert set(refusals(ledger, *asked)) == {GRANTED}
+    with sqlite3.connect(ledger.path) as connection:
+        connection.execute(f"{change} AND device = 'd'")
+    fresh = Ledger(ledger.path)
+    assert refusals(fresh, request(4), request(4, device="other")) == [BROKEN, GRANTED]
+    assert fresh.account("d", GENESIS) is None
+
+
+def test_an_account_of_another_secret_is_broken(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    ledger.reserve([request()], LIFE)
+    assert refusals(Ledger(ledger.path), request(2, genesis="cd" * 32)) == [BROKEN]
+
+
+def test_an_old_copy_and_a_missing_file_are_noticed_by_the_head(tmp_path: Path) -> None:
+    ledger, copy = Ledger(tmp_path / "ledger.db"), tmp_path / "copy.db"
+    [first] = ledger.reserve([request(1)], LIFE)
+    with sqlite3.connect(ledger.path) as old, sqlite3.connect(copy) as new:
+        old.backup(new)
+    [second] = ledger.reserve([request(2, heads=(first.head,))], LIFE)
+    later = request(3, heads=(second.head, first.head))
+    assert refusals(ledger, later) == [GRANTED]
+    assert refusals(Ledger(copy), later) == [BEHIND]
+    assert refusals(Ledger(tmp_path / "new.db"), later) == [MISSING]
+    assert refusals(Ledger(tmp_path / "new.db"), request(1)) == [GRANTED]  # a device that never spent anything
+
+
+def test_a_file_that_is_no_ledger_pays_for_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    path.write_bytes(b"not a database" * 1000)
+    with pytest.raises(LedgerError, match="nothing is released"):
+        Ledger(path)
+
+
+# -- killed at any moment ------------------------------------------------------------------------------------------
+
+DEVICE = """
+import sys
+from pathlib import Path
+from privacy.ledger import Ledger, Request, Budget
+from privacy.accounting import Event
+ledger, sent = Ledger(Path(sys.argv[1]) / "ledger.db"), open(Path(sys.argv[1]) / "sent", "a")
+budget = Budget(1e9, 1e-5, "replace-one", "device")
+account = ledger.account("d", "ab" * 32)
+assert account is not None, "the chain broke"
+for n in range(len(account.entries) + 1, 10**6):
+    [answer] = ledger.reserve([Request("d", "ab" * 32, "e", n, "adapter", Event(2.0, 0.5, 4))], budget)
+    assert not answer.refusal, answer
+    sent.write(f"{n}\\n")  # the release, which may leave only now
+    sent.flush()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_device_has_spent_all_that_it_sent(tmp_path: Path) -> None:
+    """100 times killed at a random moment: every release that left was paid for before, and none left twice."""
+    for attempt in range(100):
+        device = subprocess.Popen([sys.executable, "-c", DEVICE, str(tmp_path)], cwd=Path(__file__).parent.parent)
+        sent = tmp_path / "sent"
+        before, began = sent.stat().st_size if sent.exists() else 0, time.monotonic()
+        while not (sent.exists() and sent.stat().st_size > before) and time.monotonic() - began < 60:
+            time.sleep(0.005)
+        time.sleep(0.0003 * (attempt % 37))
+        device.send_signal(signal.SIGKILL)
+        device.wait()
+    sent_rounds = [int(line) for line in sent.read_text().splitlines()]
+    account = Ledger(tmp_path / "ledger.db").account("d", GENESIS)
+    assert account
+    paid = [e.round for e in account.entries]
+    assert len(set(sent_rounds)) == len(sent_rounds) >= 100
+    assert set(sent_rounds) <= set(paid)
+    assert len(paid) - len(sent_rounds) <= 100  # at most one reservation was lost with each kill
