@@ -35,7 +35,7 @@ def answer(messages: Sequence[Message], names: Sequence[str], devices: Devices) 
     if kind == MessageType.QUERY:
         return [_reply(m, ConfigRecord({"device": name})) for m, name in zip(messages, names, strict=True)]
     try:
-        plan, received = read_plan(messages[0], devices.schema)
+        plan, received = read_plan(messages, names, devices.schema)
     except (KeyError, ValueError, ReleaseRefusedError):
         return [refusal(m, BAD_MESSAGE) for m in messages]
     if kind == MessageType.EVALUATE:
@@ -45,18 +45,22 @@ def answer(messages: Sequence[Message], names: Sequence[str], devices: Devices) 
     return [_release_reply(m, r) for m, r in zip(messages, releases, strict=True)]
 
 
-def read_plan(message: Message, schema: Schema) -> tuple[RoundPlan, torch.Tensor]:
-    """The plan and the shared adapter (P,) of a server's message; refuses what does not fit the device's schema."""
-    config = message.content.config_records["plan"]
-    plan = RoundPlan(int(str(config["round"])), int(str(config["version"])))
-    arrays = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
+def read_plan(messages: Sequence[Message], names: Sequence[str], schema: Schema) -> tuple[RoundPlan, torch.Tensor]:
+    """The plan and the shared adapter (P,) of a server's messages, which differ in the ledgers' heads alone.
+
+    Refuses what does not fit the devices' schema.
+    """
+    plans = [m.content.config_records["plan"] for m in messages]
+    heads = {name: str(plan["head"]) for name, plan in zip(names, plans, strict=True)}
+    plan = RoundPlan(int(str(plans[0]["round"])), int(str(plans[0]["version"])), heads)
+    arrays = {name: array.numpy() for name, array in messages[0].content.array_records["arrays"].items()}
     return plan, torch.from_numpy(schema.join(arrays))
 
 
 def _release_reply(message: Message, release: Release | None) -> Message:
     if release is None:
         return refusal(message, NO_RELEASE)
-    header = ConfigRecord({"protocol": PROTOCOL, "version": release.version})
+    header = ConfigRecord({"protocol": PROTOCOL, "version": release.version, "head": release.head})
     arrays = ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in release.arrays.items()})
     return Message(RecordDict({"header": header, "arrays": arrays}), reply_to=message)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from client.buffer import SelectionConfig
 from client.lm.config import AdapterConfig, ModelConfig
@@ -14,13 +14,16 @@ from privacy.policy import PrivacyConfig
 
 
 class SharedConfig(Config):
-    """How a device trains its copy of the shared adapter: DP-SGD on its uniform pool."""
+    """How a device trains its copy of the shared adapter: DP-SGD on its uniform pool, or as `user-*` modes do."""
 
     adapter: AdapterConfig = AdapterConfig(rank=4, alpha=64, factors="b")
+    source: Literal["pool", "buffer"] = Field("pool", description="buffer: what [selection] keeps; user-* modes only")
     pool_capacity: int = Field(64, ge=0, description="public; 0: nothing is kept for a shared adapter")
     sampling_rate: float = Field(0.5, gt=0, le=1, description="chance of each pool slot in each step; public")
     steps_per_round: int = Field(1, ge=1, description="public")
-    learning_rate: float = Field(1.0, gt=0)
+    synthetic: int = Field(0, ge=0, le=16, description="written of each dialogue of the pool; one example with it")
+    learning_rate: float = Field(1.0, gt=0, description="of SGD; in user-* modes of AdamW")
+    batch_size: int = Field(8, ge=1, description="in user-* modes")
 
 
 class PersonalConfig(Config):
@@ -45,3 +48,12 @@ class DeviceConfig(Config):
     personal: PersonalConfig = PersonalConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     rounds: int = Field(3, ge=1, description="releases that the budget is planned for")
+
+    @model_validator(mode="after")
+    def _uncoupled(self) -> Self:
+        if self.shared.source == "buffer" and self.privacy.promise.of == "dialogue":
+            raise ValueError(
+                f"shared.source = 'buffer': what {self.selection.policy!r} keeps depends on the data, so that one "
+                f"dialogue changes which others are trained on; use 'pool', or a user-* [privacy] mode"
+            )
+        return self

@@ -1,7 +1,9 @@
 """A round as phases over a cohort: each takes states and returns new ones with what was observed.
 
-    stream → observe → annotate → learn_shared → release             (then the server aggregates)
+    stream → observe → annotate → descend → learn_shared → release   (then the server aggregates)
                        synthesize → learn_personal                   (on the new shared adapter)
+
+What the shared adapter's training does is in `client.shared`.
 
 The control flow of a device is plain Python; whatever touches the language model is one call for all devices.
 A device that is deployed is a cohort of one. Every phase is a function of its arguments: repeated, it gives the
@@ -14,7 +16,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,9 @@ from client.lm.model import LanguageModel, schedule, schedule_steps
 from client.state import DeviceState, StateError
 from client.synthesize import Request, Written
 from client.synthesize import synthesize as write_similar
-from privacy.accounting import Event, calibrate, epsilon
-from privacy.dpsgd import PrivateRow
+from privacy.ledger import Ledger, LedgerError
 from privacy.plan import RoundPlan
-from privacy.release import Release, Schema
+from privacy.release import Schema
 from privacy.seeds import derive_key, derive_seed, fresh_secret
 
 States = list[DeviceState]
@@ -52,6 +52,8 @@ class Site:
     personal_layout: AdapterLayout
     user: User
     listener: Callable[[str], None] | None = None  # told the name of each phase that begins
+    ledger: Ledger | None = None  # none where nothing is ever released
+    experiment: str = "simulation"
 
     @classmethod
     def of(
@@ -61,13 +63,21 @@ class Site:
         seed: int,
         user: User,
         listener: Callable[[str], None] | None = None,
+        ledger: Ledger | None = None,
     ) -> Site:
         shared = lm.layout(config.shared.adapter, public_seed=derive_seed(seed, "shared"))
-        return cls(lm, config, seed, shared, lm.layout(config.personal.adapter), user, listener)
+        return cls(lm, config, seed, shared, lm.layout(config.personal.adapter), user, listener, ledger)
 
     @property
     def schema(self) -> Schema:
         return release_schema(self.shared_layout)
+
+    @property
+    def accounts(self) -> Ledger:
+        """The ledger; raises `LedgerError` where there is none to pay from."""
+        if self.ledger is None:
+            raise LedgerError("no ledger was given: nothing can be released")
+        return self.ledger
 
     def new_state(self, device: str) -> DeviceState:
         personal = self.personal_layout.start(derive_seed(self.seed, device, "personal"))
@@ -136,6 +146,24 @@ def annotate(states: States, site: Site) -> tuple[States, list[Observation]]:
     return after, notes
 
 
+def descend(states: States, site: Site) -> tuple[States, list[Observation]]:
+    """Writes dialogues like each one of the pool that is new there, for the shared adapter.
+
+    Each is judged by its own original alone: no dialogue decides what becomes of another.
+    """
+    settings = site.config.synthesis.model_copy(update={"per_dialogue": site.config.shared.synthetic})
+    fresh = [(s, i, p) for s in states for i, p in s.pool.slots if i not in s.descendants]
+    requests = [
+        Request(f"{s.id}/{i}", (p, s.replies[i]), derive_seed(site.seed, s.id, i, "descendants")) for s, i, p in fresh
+    ]
+    made = {r.device: w.kept for r, w in zip(requests, write_similar(requests, [], site.lm, settings), strict=True)}
+    after = [
+        replace(s, descendants={i: made.get(f"{s.id}/{i}", s.descendants.get(i, ())) for i, _ in s.pool.slots})
+        for s in states
+    ]
+    return after, [{"descendants": sum(map(len, s.descendants.values()))} for s in after]
+
+
 def synthesize(states: States, plan: RoundPlan, site: Site) -> tuple[States, list[Observation]]:
     """Writes dialogues like each newly buffered one; the checks may throw all of them away."""
     fresh = [(s, k) for s in states for k in s.annotated if k.id not in s.synthetic]
@@ -160,88 +188,6 @@ def synthesize(states: States, plan: RoundPlan, site: Site) -> tuple[States, lis
             "synthetic_reasons": dict(rejected),
         })  # fmt: skip
     return after, notes
-
-
-def noise_multiplier(config: DeviceConfig) -> float:
-    """σ with which all planned rounds together cost the whole budget."""
-    if config.privacy.mode == "none":
-        return 0.0
-    shared, privacy = config.shared, config.privacy
-    steps = shared.steps_per_round * config.rounds
-    return calibrate(privacy.epsilon, privacy.delta, shared.sampling_rate, steps, privacy.promise.adjacency)
-
-
-def learn_shared(
-    states: States, received: torch.Tensor, plan: RoundPlan, site: Site
-) -> tuple[States, list[torch.Tensor | None], list[Observation]]:
-    """DP-SGD of each device's copy of the shared adapter (P,) on its own pool, every other adapter off.
-
-    Returns the change (P,) of each device, None for one whose budget does not allow these steps or that has
-    already answered in this round or a later one.
-    """
-    config, event = site.config, planned_event(site.config)
-    able = [k for k, s in enumerate(states) if plan.round > s.answered[0] and _affordable(s, event, config)]
-    charged, answered = list(states), (plan.round, fingerprint(received))
-    for k in able:
-        charged[k] = replace(states[k], events=(*states[k].events, event), answered=answered)
-    rows = {k: _private_row(states[k], received, plan, site, event) for k in able}
-    lessons = {k: site.lm.format.dialogues(_pool_dialogues(states[k])) for k in able}
-    tokens = dict.fromkeys(able, 0)
-    for step in range(config.shared.steps_per_round if able else 0):
-        chosen = {k: _coins(states[k], plan, step, site) for k in able}
-        tokens = {k: n + sum(lessons[k][i].length for i in chosen[k]) for k, n in tokens.items()}
-        now = site.lm.adapters(site.shared_layout, torch.stack([rows[k].row for k in able]))
-        gradients, _ = site.lm.engine.dp_gradients(now, [], [[lessons[k][i] for i in chosen[k]] for k in able])
-        for k, own in zip(able, gradients, strict=True):
-            rows[k].step(own)
-    changes = [rows[k].row - received if k in rows else None for k in range(len(states))]
-    budget = [epsilon(s.events, config.privacy.delta, config.privacy.promise.adjacency) for s in charged]
-    return charged, changes, [{"epsilon": e, "shared_tokens": tokens.get(k, 0)} for k, e in enumerate(budget)]
-
-
-def fingerprint(received: torch.Tensor) -> str:
-    """SHA-256 of a shared adapter (P,): whether a server asks the same again."""
-    return sha256(received.numpy().tobytes()).hexdigest()
-
-
-def planned_event(config: DeviceConfig) -> Event:
-    """What one round of the shared adapter's training spends; raises `ValueError` where there is no pool for it."""
-    if not config.shared.pool_capacity:
-        raise ValueError("shared.pool_capacity = 0 must be > 0 where a shared adapter is trained")
-    return Event(noise_multiplier(config), config.shared.sampling_rate, config.shared.steps_per_round)
-
-
-def _affordable(state: DeviceState, event: Event, config: DeviceConfig) -> bool:
-    privacy = config.privacy
-    if privacy.mode == "none":
-        return True
-    return epsilon((*state.events, event), privacy.delta, privacy.promise.adjacency) <= privacy.epsilon
-
-
-def _private_row(state: DeviceState, received: torch.Tensor, plan: RoundPlan, site: Site, event: Event) -> PrivateRow:
-    shared = site.config.shared
-    return PrivateRow(
-        received,
-        learning_rate=shared.learning_rate,
-        clip_norm_l2=site.config.privacy.clip_norm_l2,
-        noise_multiplier=event.noise_multiplier,
-        expected_batch=shared.sampling_rate * shared.pool_capacity,
-        key=derive_key(state.secret, plan.round, "noise"),
-    )
-
-
-def _pool_dialogues(state: DeviceState) -> list[Dialogue]:
-    return [Dialogue(i, prompt, state.replies[i]) for i, prompt in state.pool.slots]
-
-
-def _coins(state: DeviceState, plan: RoundPlan, step: int, site: Site) -> list[int]:
-    return state.pool.sample(site.config.shared.sampling_rate, derive_key(state.secret, plan.round, "coins", step))
-
-
-def release(changes: Sequence[torch.Tensor | None], plan: RoundPlan, site: Site) -> list[Release | None]:
-    """What leaves each device; raises `ReleaseRefusedError` for anything that is not of the agreed form."""
-    schema = site.schema
-    return [None if c is None else Release.of(c.numpy(), plan.version, schema) for c in changes]
 
 
 def learn_personal(

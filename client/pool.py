@@ -33,6 +33,10 @@ class Pool:
         slots = (*self.slots[:slot], (identity, prompt), *self.slots[slot + 1 :])
         return replace(self, slots=slots, seen=seen)
 
+    def only(self, identities: frozenset[str]) -> Pool:
+        """Without the dialogues that are retired: which ones depends on how often each was paid for, not on texts."""
+        return replace(self, slots=tuple(s for s in self.slots if s[0] in identities))
+
     def sample(self, rate: float, key: int) -> list[int]:
         """A Poisson sample: each slot with probability `rate`, by a coin of its own; empty slots too have one."""
         coins = np.random.Generator(np.random.Philox(key=key)).random(self.capacity)

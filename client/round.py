@@ -14,12 +14,12 @@ from client.phases import (
     Site,
     States,
     annotate,
+    descend,
     learn_personal,
-    learn_shared,
     observe,
-    release,
     synthesize,
 )
+from client.shared import learn_shared, release
 from privacy.plan import RoundPlan
 from privacy.release import Release
 
@@ -33,10 +33,13 @@ def contribute(
     """
     diary = Diary(len(states), site.listener)
     states = _gather(states, arrived, plan, site, diary)
+    if site.config.shared.synthetic:
+        with diary.phase("descend") as made:
+            states, made[:] = descend(states, site)
     with diary.phase("learn_shared") as spent:
         states, changes, spent[:] = learn_shared(states, received, plan, site)
     with diary.phase("release") as sent:
-        releases = release(changes, plan, site)
+        releases = release(changes, states, plan, site.schema)
         sent[:] = [{"upload_bytes": site.schema.size_bytes if r else 0} for r in releases]
     return states, releases, diary.pages
 

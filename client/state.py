@@ -20,7 +20,7 @@ from client.buffer import Buffer, Kept, SelectionConfig
 from client.config import DeviceConfig
 from client.pool import Pool
 from client.synthesize import Pair
-from privacy.accounting import Event
+from privacy.seeds import derive_key
 
 MEMORY = "memory."  # begins the names of the arrays that a policy remembers
 OF_A_BIN = ("id", "prompt", "domain", "eoe", "dss", "idd", "value")
@@ -43,12 +43,17 @@ class DeviceState:
     replies: dict[str, str] = field(default_factory=dict)  # dialogue id → the user's annotation
     annotations: int = 0  # times the user was asked
     synthetic: dict[str, tuple[Pair, ...]] = field(default_factory=dict)  # dialogue id → those made from it
-    events: tuple[Event, ...] = ()  # what was spent
-    answered: tuple[int, str] = (0, "")  # the last round that was trained for, and a hash of what was received in it
+    descendants: dict[str, tuple[Pair, ...]] = field(default_factory=dict)  # as `synthetic`, of the pool's dialogues
+    head: str = ""  # of the ledger when it last paid for this device
 
     @classmethod
     def new(cls, identity: str, config: DeviceConfig, personal: torch.Tensor, secret: int) -> DeviceState:
         return cls(identity, Buffer(config.selection), Pool(config.shared.pool_capacity), personal, secret)
+
+    @property
+    def genesis(self) -> str:
+        """What the device's chain in the ledger begins with."""
+        return f"{derive_key(self.secret, 'ledger'):032x}"
 
     @property
     def annotated(self) -> tuple[Kept, ...]:
@@ -111,11 +116,11 @@ def _facts(state: DeviceState) -> dict[str, Any]:
         "id": state.id,
         "secret": state.secret,
         "arrived": state.arrived,
-        "answered": state.answered,
+        "head": state.head,
         "replies": state.replies,
         "annotations": state.annotations,
         "synthetic": state.synthetic,
-        "events": [asdict(e) for e in state.events],
+        "descendants": state.descendants,
         "pool": asdict(state.pool),
         "buffer": {"config": state.buffer.config.model_dump(mode="json"), "bins": bins},
     }
@@ -134,9 +139,13 @@ def _state(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> DeviceSta
         personal=tensors["personal"],
         secret=facts["secret"],
         arrived=facts["arrived"],
-        answered=(facts["answered"][0], facts["answered"][1]),
+        head=facts["head"],
         replies=facts["replies"],
         annotations=facts["annotations"],
-        synthetic={k: tuple((p, r) for p, r in made) for k, made in facts["synthetic"].items()},
-        events=tuple(Event(**e) for e in facts["events"]),
+        synthetic=_pairs(facts["synthetic"]),
+        descendants=_pairs(facts["descendants"]),
     )
+
+
+def _pairs(stored: dict[str, list[Pair]]) -> dict[str, tuple[Pair, ...]]:
+    return {identity: tuple((p, r) for p, r in made) for identity, made in stored.items()}

@@ -5,6 +5,7 @@ These are the device's own limits. What a server asks for is checked against the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +13,9 @@ from pydantic import Field
 
 from privacy.accounting import Adjacency
 from privacy.config import Config
+from privacy.ledger import Budget
 
-Mode = Literal["example-local", "none"]
+Mode = Literal["example-local", "user-local", "user-central", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class Promise:
     """What a mode promises, in the words that every report prints."""
 
     unit: str
+    of: str  # what a budget belongs to: "dialogue" or "device"
     adjacency: Adjacency
     trust: str
     not_covered: str
@@ -29,12 +32,28 @@ class Promise:
 PROMISES: dict[Mode, Promise] = {
     "example-local": Promise(
         unit="one dialogue (a prompt and its reply)",
+        of="dialogue",
         adjacency="replace-one",
         trust="the server is not trusted: noise is added on the device",
         not_covered="what spans many dialogues; that, when and how fast a device answers",
     ),
+    "user-local": Promise(
+        unit="one device: everything that its user ever said",
+        of="device",
+        adjacency="replace-one",
+        trust="the server is not trusted: noise is added on the device",
+        not_covered="that, when and how fast a device answers",
+    ),
+    "user-central": Promise(
+        unit="one device: everything that its user ever said",
+        of="device",
+        adjacency="add-or-remove-one",
+        trust="the server is trusted: it sees each device's clipped change and adds the noise to the sum",
+        not_covered="anything towards the server; that, when and how fast a device answers",
+    ),
     "none": Promise(
         unit="none",
+        of="device",
         adjacency="replace-one",
         trust="no privacy: for simulation only",
         not_covered="everything: the releases carry no noise",
@@ -46,9 +65,12 @@ class PrivacyConfig(Config):
     """The budget of one device for the whole run and how its gradients are bounded."""
 
     mode: Mode = "example-local"
-    epsilon: float = Field(8.0, gt=0, description="for the whole run, at `delta`")
+    epsilon: float = Field(8.0, gt=0, description="of each dialogue, or in user-* of a device for its life; at `delta`")
     delta: float = Field(1e-5, gt=0, lt=1)
-    clip_norm_l2: float = Field(1.0, gt=0, description="bound on the gradient of one dialogue")
+    clip_norm_l2: float = Field(1.0, gt=0, description="bound on a dialogue's gradient, or in user-* on a whole change")
+    releases_per_dialogue: int = Field(
+        0, ge=0, description="after so many a dialogue is retired from the pool, and its budget with it; 0: all rounds"
+    )
     secret: Literal["seed", "os"] = Field(
         "seed",
         description="where a device's secret, for noise and coins, comes from; seed: repeatable, simulation only",
@@ -57,3 +79,9 @@ class PrivacyConfig(Config):
     @property
     def promise(self) -> Promise:
         return PROMISES[self.mode]
+
+    @property
+    def budget(self) -> Budget:
+        """What the ledger holds a device to; without end in `none`."""
+        limit = math.inf if self.mode == "none" else self.epsilon
+        return Budget(limit, self.delta, self.promise.adjacency, self.promise.of)

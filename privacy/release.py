@@ -1,6 +1,7 @@
 """`Release`: the only thing that goes from a device to a server.
 
-It holds the noised change of the shared adapter, by layer, and the version it belongs to. What it cannot hold:
+It holds the noised change of the shared adapter, by layer, the version it belongs to, and the head of the ledger that
+paid for it. What it cannot hold:
 texts, losses, counts, timings, personal adapters, error messages.
 """
 
@@ -64,12 +65,13 @@ class Release:
     """A noised change of the shared adapter of version `version`."""
 
     version: int
+    head: str
     arrays: Mapping[str, Array]
     protocol: int = PROTOCOL
 
     @classmethod
-    def of(cls, row: Array, version: int, schema: Schema) -> Release:
+    def of(cls, row: Array, version: int, head: str, schema: Schema) -> Release:
         """The release of a flat change (P,), checked against the schema."""
-        release = cls(version, schema.split(row))
+        release = cls(version, head, schema.split(row))
         schema.check(release.arrays)
         return release

@@ -46,6 +46,7 @@ class FedAvgReleases(Strategy):
         """`noise_std` is that of each number of one release: a public value, for the signal-to-noise ratio."""
         self.config, self.seed, self.noise_std, self.first_round = config, seed, noise_std, first_round
         self.nodes: dict[str, int] = {}  # device → Flower's node id
+        self.heads: dict[str, str] = {}  # device → head of its ledger with its last release
         self.arrays = ArrayRecord()
         self.facts: dict[int, RoundFacts] = {}
 
@@ -62,6 +63,9 @@ class FedAvgReleases(Strategy):
                 self.nodes[str(header["device"])] = reply.metadata.src_node_id
         if not self.nodes:
             raise NoReleaseError("no device answered the server's greeting")
+
+    def device_at(self, node: int) -> str:
+        return next(device for device, known in self.nodes.items() if known == node)
 
     def sampled(self, server_round: int) -> list[str]:
         """The devices of a round, by name, from the experiment's seed."""
@@ -82,8 +86,15 @@ class FedAvgReleases(Strategy):
         return self._messages(server_round, server_round, arrays, MessageType.EVALUATE)
 
     def _messages(self, server_round: int, version: int, arrays: ArrayRecord, kind: str) -> list[Message]:
-        plan = ConfigRecord({"round": server_round, "version": version})
-        return [_message(arrays, plan, self.nodes[name], kind) for name in self.sampled(server_round)]
+        return [
+            _message(
+                arrays,
+                ConfigRecord({"round": server_round, "version": version, "head": self.heads.get(name, "")}),
+                self.nodes[name],
+                kind,
+            )
+            for name in self.sampled(server_round)
+        ]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -121,6 +132,7 @@ class FedAvgReleases(Strategy):
             mean.add(schema.join(to_numpy(reply.content.array_records["arrays"])))
         except (ReleaseRefusedError, ValueError):
             return "malformed"
+        self.heads[self.device_at(reply.metadata.src_node_id)] = str(header["head"])
         return ""
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

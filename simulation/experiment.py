@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
-from client.phases import planned_event
+from client.shared import release_noise_std
 from privacy.seeds import derive_seed
 from server.strategy import FedAvgReleases, to_arrays, to_numpy
 from simulation.config import ExperimentConfig
@@ -104,10 +104,3 @@ def federate(run: RunFolder, grid: Grid, devices: SimulatedDevices) -> None:
         session.close(interrupted=True)
         raise
     session.close(interrupted=False)
-
-
-def release_noise_std(config: ExperimentConfig) -> float:
-    """Standard deviation of the noise in each number of one release: rate · σ · C · √T / (q · capacity)."""
-    event, shared = planned_event(config), config.shared
-    per_step = event.noise_multiplier * config.privacy.clip_norm_l2 / (shared.sampling_rate * shared.pool_capacity)
-    return float(shared.learning_rate * per_step * shared.steps_per_round**0.5)

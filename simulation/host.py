@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from client.lm.model import LanguageModel
-from client.phases import Observation, Site, States, fingerprint
+from client.phases import Observation, Site, States
 from client.round import adopt, contribute
 from client.state import DeviceState, stage
+from privacy.ledger import Ledger
 from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
 from simulation.data.population import User, load_population
@@ -45,7 +46,7 @@ class SimulatedDevices:
         """
         releases: dict[str, Release | None] = {}
         for cohort in self._cohorts(names):
-            states = [s for s in (self._before(name, received, plan) for name in cohort) if s]
+            states = [s for s in (self._before(name, plan) for name in cohort) if s]
             if not states:
                 continue
             arrived = [self.users[s.id].stream[s.arrived : self._until(s.id, plan.round)] for s in states]
@@ -54,17 +55,12 @@ class SimulatedDevices:
             releases |= {s.id: r for s, r in zip(states, sent, strict=True)}
         return [releases.get(name) for name in names]
 
-    def _before(self, name: str, received: torch.Tensor, plan: RoundPlan) -> DeviceState | None:
-        """A device as it enters a round. One that is asked again for the same gives the same, for something else
-        nothing: with the same noise on another adapter a server could take the noise off."""
-        last = self.state(name)
-        if not 1 <= plan.round <= self.site.config.rounds:
+    def _before(self, name: str, plan: RoundPlan) -> DeviceState | None:
+        """A device as it enters a round; None for a round that is not planned, or before one that it has finished."""
+        last, newest = self.state(name), self.run.devices.latest(name)
+        if not 1 <= plan.round <= self.site.config.rounds or (newest and newest > stage(plan.round)):
             return None
-        if plan.round > last.answered[0]:
-            return last
-        if last.answered != (plan.round, fingerprint(received)):
-            return None
-        return replace(self.state(name, plan.round - 1), secret=last.secret)
+        return replace(self.state(name, plan.round - 1), secret=last.secret, head=last.head)
 
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
         """Personal learning on the aggregated adapter; ends the round for these devices."""
@@ -100,7 +96,9 @@ def open_devices(run: RunFolder, listener: Callable[[str], None] | None = None) 
     users = {device_name(i): user for i, user in enumerate(load_population(config.data, config.seed))}
     recorded = recorded_replies(users, config.data.name)
     lm = LanguageModel.load(config.model)
-    site = Site.of(lm, config, config.seed, lambda device, dialogue: recorded[device][dialogue], listener)
+    site = Site.of(
+        lm, config, config.seed, lambda device, dialogue: recorded[device][dialogue], listener, Ledger(run.ledger)
+    )
     return SimulatedDevices(run, site, users)
 
 

@@ -46,6 +46,10 @@ class RunFolder:
     def controls(self) -> DeviceStore:
         return DeviceStore(self.path / "controls")
 
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.db"
+
     @cached_property
     def config(self) -> ExperimentConfig:
         """The config that the run was started with."""

@@ -17,7 +17,8 @@ from flwr.app import ArrayRecord, MetricRecord
 from client.lm.adapter import Adapters
 from client.lm.lessons import Lesson
 from client.lm.model import schedule
-from client.phases import learn_personal, noise_multiplier
+from client.phases import learn_personal
+from client.shared import planned_event
 from client.state import stage
 from privacy.plan import RoundPlan
 from privacy.seeds import derive_seed
@@ -267,7 +268,7 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, A
             "not_covered": promise.not_covered,
             "epsilon_budget": config.privacy.epsilon,
             "delta": config.privacy.delta,
-            "noise_multiplier": noise_multiplier(config),
+            "noise_multiplier": planned_event(config).noise_multiplier,
             "clip_norm_l2": config.privacy.clip_norm_l2,
             "sampling_rate": config.shared.sampling_rate,
             "steps_per_round": config.shared.steps_per_round,

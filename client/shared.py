@@ -1,0 +1,227 @@
+"""How a device trains its copy of the shared adapter, with every other adapter off, and what of it may leave.
+
+What is protected decides how (`privacy.policy`): one dialogue, by noisy clipped steps over a uniform pool; or one
+device, by clipping its whole change, with the noise on the device or on the server. Before any training the ledger
+is asked: a device whose account does not allow it learns for itself alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from client.config import DeviceConfig
+from client.dialogue import Dialogue
+from client.lm.lessons import Lesson
+from client.lm.model import schedule_steps
+from client.lm.packing import Example
+from client.state import DeviceState
+from privacy.accounting import Event, calibrate
+from privacy.dpsgd import PrivateRow
+from privacy.ledger import Answer, Request
+from privacy.plan import RoundPlan
+from privacy.policy import Mode
+from privacy.release import Release, Schema
+from privacy.seeds import derive_key, derive_seed
+
+if TYPE_CHECKING:
+    from client.phases import Site
+
+Texts = list[tuple[Dialogue, ...]]  # of each dialogue, itself and what was made from it: one example
+
+
+def planned_event(config: DeviceConfig) -> Event:
+    """What one release spends, with the noise for which all planned ones together cost the whole budget.
+
+    Raises `ValueError` where nothing is kept to train on, or where no noise is enough.
+    """
+    shared, privacy = config.shared, config.privacy
+    if shared.source == "pool" and not shared.pool_capacity:
+        raise ValueError("shared.pool_capacity = 0 must be > 0 where a shared adapter is trained")
+    of_dialogues = privacy.budget.of == "dialogue"
+    rate, steps = (shared.sampling_rate, shared.steps_per_round) if of_dialogues else (1.0, 1)
+    if privacy.mode == "none":
+        return Event(0.0, rate, steps)
+    releases = min(config.rounds, privacy.releases_per_dialogue or config.rounds) if of_dialogues else config.rounds
+    sigma = calibrate(privacy.epsilon, privacy.delta, rate, steps * releases, privacy.promise.adjacency)
+    return Event(sigma, rate, steps)
+
+
+def release_noise_std(config: DeviceConfig) -> float:
+    """Standard deviation of the noise that a device adds to each number of one release."""
+    sigma, privacy, shared = planned_event(config).noise_multiplier, config.privacy, config.shared
+    if privacy.mode == "user-central":
+        return 0.0
+    if privacy.mode == "user-local":
+        return sigma * privacy.clip_norm_l2
+    per_step = sigma * privacy.clip_norm_l2 / (shared.sampling_rate * shared.pool_capacity)
+    return float(shared.learning_rate * per_step * shared.steps_per_round**0.5)
+
+
+def learn_shared(
+    states: list[DeviceState], received: torch.Tensor, plan: RoundPlan, site: Site
+) -> tuple[list[DeviceState], list[torch.Tensor | None], list[dict[str, Any]]]:
+    """Trains each device's copy of the received adapter (P,); what it costs is in the ledger before.
+
+    Returns the change (P,) of each device, None for one whose account does not allow it.
+    """
+    answers = _reserve(states, received, plan, site)
+    after = [_charged(s, a, site) for s, a in zip(states, answers, strict=True)]
+    able = [s for s, a in zip(after, answers, strict=True) if not a.refusal]
+    changes = LEARN[site.config.privacy.mode](able, received, plan, site) if able else {}
+    pages = [_page(s, a, site) for s, a in zip(after, answers, strict=True)]
+    return after, [changes.get(s.id) for s in states], pages
+
+
+def release(
+    changes: Sequence[torch.Tensor | None], states: Sequence[DeviceState], plan: RoundPlan, schema: Schema
+) -> list[Release | None]:
+    """What leaves each device; raises `ReleaseRefusedError` for anything that is not of the agreed form."""
+    return [
+        None if change is None else Release.of(change.numpy(), plan.version, state.head, schema)
+        for change, state in zip(changes, states, strict=True)
+    ]
+
+
+def fingerprint(received: torch.Tensor) -> str:
+    """SHA-256 of a shared adapter (P,): whether a server asks the same again."""
+    return sha256(received.numpy().tobytes()).hexdigest()
+
+
+def _reserve(states: Sequence[DeviceState], received: torch.Tensor, plan: RoundPlan, site: Site) -> list[Answer]:
+    event, asked = planned_event(site.config), fingerprint(received)
+    requests = [
+        Request(
+            device=s.id,
+            genesis=s.genesis,
+            experiment=site.experiment,
+            round=plan.round,
+            received=asked,
+            event=event,
+            dialogues=tuple(i for i, _ in s.pool.slots),
+            heads=tuple(head for head in (s.head, plan.heads.get(s.id, "")) if head),
+        )
+        for s in states
+    ]
+    return site.accounts.reserve(requests, site.config.privacy.budget)
+
+
+def _charged(state: DeviceState, answer: Answer, site: Site) -> DeviceState:
+    """With the account's new head, and without the dialogues whose budget is spent."""
+    if answer.refusal:
+        return state
+    retiring = site.config.privacy.budget.of == "dialogue"
+    return replace(state, head=answer.head, pool=state.pool.only(answer.dialogues) if retiring else state.pool)
+
+
+def _page(state: DeviceState, answer: Answer, site: Site) -> dict[str, Any]:
+    account = site.accounts.account(state.id, state.genesis)
+    spent = account.spent(site.config.privacy.budget) if account else None
+    return {"epsilon": spent, **({"refusal": answer.refusal} if answer.refusal else {})}
+
+
+# -- one dialogue -------------------------------------------------------------------------------------------------
+
+
+def noisy_steps(
+    states: Sequence[DeviceState], received: torch.Tensor, plan: RoundPlan, site: Site
+) -> dict[str, torch.Tensor]:
+    """DP-SGD on a Poisson sample of the pool. A dialogue and what was made from it are clipped as one example."""
+    shared = site.config.shared
+    rows = {s.id: _private_row(s, received, plan, site) for s in states}
+    lessons = {s.id: [site.lm.format.dialogues(texts) for texts in _texts(s)] for s in states}
+    for step in range(shared.steps_per_round):
+        chosen = {s.id: _drawn(s, plan, step, site) for s in states}
+        batches = [[lessons[s.id][i] for i in chosen[s.id]] for s in states]
+        now = site.lm.adapters(site.shared_layout, torch.stack([rows[s.id].row for s in states]))
+        for state, gradients in zip(states, _gradients(batches, now, site), strict=True):
+            rows[state.id].step(gradients)
+    return {device: row.row - received for device, row in rows.items()}
+
+
+def _gradients(batches: Sequence[Sequence[list[Example]]], adapters: Any, site: Site) -> list[torch.Tensor]:
+    """Of each device (b, P): the mean over an example's texts of the gradient of each text's own mean loss."""
+    flat = [[text for example in batch for text in example] for batch in batches]
+    found, _ = site.lm.engine.dp_gradients(adapters, [], flat)
+    means = []
+    for gradients, batch in zip(found, batches, strict=True):
+        owner = torch.tensor([i for i, example in enumerate(batch) for _ in example], dtype=torch.long)
+        weight = torch.tensor([1 / len(example) for example in batch for _ in example])
+        mean = torch.zeros(len(batch), gradients.shape[1])
+        means.append(mean.index_add_(0, owner, gradients * weight[:, None]))
+    return means
+
+
+def _private_row(state: DeviceState, received: torch.Tensor, plan: RoundPlan, site: Site) -> PrivateRow:
+    shared = site.config.shared
+    return PrivateRow(
+        received,
+        learning_rate=shared.learning_rate,
+        clip_norm_l2=site.config.privacy.clip_norm_l2,
+        noise_multiplier=planned_event(site.config).noise_multiplier,
+        expected_batch=shared.sampling_rate * shared.pool_capacity,
+        key=derive_key(state.secret, plan.round, "noise"),
+    )
+
+
+def _texts(state: DeviceState) -> Texts:
+    """Of each slot of the pool the original, with the user's reply, and its synthetic descendants."""
+    return [
+        tuple(Dialogue(i, *pair) for pair in ((prompt, state.replies[i]), *state.descendants.get(i, ())))
+        for i, prompt in state.pool.slots
+    ]
+
+
+def _drawn(state: DeviceState, plan: RoundPlan, step: int, site: Site) -> list[int]:
+    """The slots of one Poisson sample."""
+    return state.pool.sample(site.config.shared.sampling_rate, derive_key(state.secret, plan.round, "coins", step))
+
+
+# -- one device ---------------------------------------------------------------------------------------------------
+
+
+def clipped_change(
+    states: Sequence[DeviceState], received: torch.Tensor, plan: RoundPlan, site: Site
+) -> dict[str, torch.Tensor]:
+    """Trains without noise, then clips the whole change; in `user-local` the device adds the noise itself."""
+    config = site.config
+    lessons = [_lesson(s, plan, site) for s in states]
+    rates = [[config.shared.learning_rate] * len(lesson.batches) for lesson in lessons]
+    start = site.lm.adapters(site.shared_layout, received.expand(len(states), -1))
+    trained = site.lm.engine.finetune(start, [], lessons, rates).adapters.rows.cpu()
+    sigma = planned_event(config).noise_multiplier if config.privacy.mode == "user-local" else 0.0
+    changes = {}
+    for state, row in zip(states, trained, strict=True):
+        one_step = PrivateRow(
+            torch.zeros_like(received), learning_rate=1.0, clip_norm_l2=config.privacy.clip_norm_l2,
+            noise_multiplier=sigma, expected_batch=1.0, key=derive_key(state.secret, plan.round, "noise"),
+        )  # fmt: skip
+        one_step.step((received - row)[None])
+        changes[state.id] = one_step.row
+    return changes
+
+
+def _lesson(state: DeviceState, plan: RoundPlan, site: Site) -> Lesson:
+    shared = site.config.shared
+    if shared.source == "pool":
+        dialogues = [d for texts in _texts(state) for d in texts]
+    else:
+        dialogues = [Dialogue(k.id, k.prompt, state.replies[k.id]) for k in state.annotated]
+    seed = derive_seed(site.seed, state.id, plan.round, "shared-order")
+    return Lesson(
+        site.lm.format.dialogues(dialogues),
+        schedule_steps(len(dialogues), shared.batch_size, shared.steps_per_round, seed),
+    )
+
+
+Learn = Callable[[Sequence[DeviceState], torch.Tensor, RoundPlan, "Site"], dict[str, torch.Tensor]]
+LEARN: dict[Mode, Learn] = {
+    "example-local": noisy_steps,
+    "user-local": clipped_change,
+    "user-central": clipped_change,
+    "none": noisy_steps,
+}
