@@ -23,6 +23,7 @@ from client.state import DeviceState
 from privacy.accounting import Event, calibrate
 from privacy.dpsgd import PrivateRow
 from privacy.ledger import Answer, Request
+from privacy.noise import ReleaseNoise
 from privacy.plan import RoundPlan
 from privacy.policy import Mode
 from privacy.release import Release, Schema
@@ -46,20 +47,21 @@ def planned_event(config: DeviceConfig) -> Event:
     rate, steps = (shared.sampling_rate, shared.steps_per_round) if of_dialogues else (1.0, 1)
     if privacy.mode == "none":
         return Event(0.0, rate, steps)
-    releases = min(config.rounds, privacy.releases_per_dialogue or config.rounds) if of_dialogues else config.rounds
+    releases = min(config.rounds, privacy.releases or config.rounds)
     sigma = calibrate(privacy.epsilon, privacy.delta, rate, steps * releases, privacy.promise.adjacency)
     return Event(sigma, rate, steps)
 
 
-def release_noise_std(config: DeviceConfig) -> float:
-    """Standard deviation of the noise that a device adds to each number of one release."""
-    sigma, privacy, shared = planned_event(config).noise_multiplier, config.privacy, config.shared
+def release_noise(config: DeviceConfig, bands: int, secret: int) -> ReleaseNoise:
+    """What is added to each number of a release on the device, or of a round's sum on the server."""
+    privacy, shared = config.privacy, config.shared
+    std = planned_event(config).noise_multiplier * privacy.clip_norm_l2
     if privacy.mode == "user-central":
-        return 0.0
+        return ReleaseNoise(on_sum=std, bands=bands, secret=secret)
     if privacy.mode == "user-local":
-        return sigma * privacy.clip_norm_l2
-    per_step = sigma * privacy.clip_norm_l2 / (shared.sampling_rate * shared.pool_capacity)
-    return float(shared.learning_rate * per_step * shared.steps_per_round**0.5)
+        return ReleaseNoise(on_device=std)
+    per_step = std / (shared.sampling_rate * shared.pool_capacity)
+    return ReleaseNoise(on_device=float(shared.learning_rate * per_step * shared.steps_per_round**0.5))
 
 
 def learn_shared(

@@ -214,6 +214,8 @@ def _judged(request: Request, budget: Budget, account: Account | None) -> tuple[
         return Answer(SPENT), None
     if budget.of == "dialogue":
         names = {d: n for d, n in names.items() if budget.allows([*account.events_of(n), request.event])}
+        if request.dialogues and not names:
+            return Answer(SPENT), None
     entry = Entry(request.experiment, request.round, request.received, request.event, tuple(names.values()))
     return Answer(GRANTED, entry.chained(account.heads[-1]), frozenset(names)), entry
 

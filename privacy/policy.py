@@ -68,8 +68,8 @@ class PrivacyConfig(Config):
     epsilon: float = Field(8.0, gt=0, description="of each dialogue, or in user-* of a device for its life; at `delta`")
     delta: float = Field(1e-5, gt=0, lt=1)
     clip_norm_l2: float = Field(1.0, gt=0, description="bound on a dialogue's gradient, or in user-* on a whole change")
-    releases_per_dialogue: int = Field(
-        0, ge=0, description="after so many a dialogue is retired from the pool, and its budget with it; 0: all rounds"
+    releases: int = Field(
+        0, ge=0, description="that a dialogue, or in user-* a device, may be part of; then it is retired; 0: all rounds"
     )
     secret: Literal["seed", "os"] = Field(
         "seed",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from privacy.release import Array
+
+Numbers = npt.NDArray[np.float64]
 
 SCALE = 2.0**40  # one unit is about 1e-12; room for |Σ| < 2²³
 
@@ -27,6 +30,6 @@ class FixedPointMean:
         self.total += units
         self.count += 1
 
-    def mean(self) -> Array:
-        """The mean (P,), zero when nothing was added."""
-        return (self.total / (SCALE * max(1, self.count))).astype(np.float32)
+    def mean(self, noise: Numbers | float = 0.0, over: int = 0) -> Array:
+        """The sum and `noise` (P,) by `over`, or by the number of rows; zero when nothing was added."""
+        return ((self.total / SCALE + noise) / max(1, over or self.count)).astype(np.float32)

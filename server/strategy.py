@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from privacy.noise import ReleaseNoise
 from privacy.release import PROTOCOL, ReleaseRefusedError, Schema
 from privacy.release import Array as Numbers
 from privacy.seeds import derive_seed
@@ -42,9 +43,9 @@ class RoundFacts:
 class FedAvgReleases(Strategy):
     """The mean of the releases, applied with the server's learning rate."""
 
-    def __init__(self, config: ServerConfig, seed: int, noise_std: float, first_round: int = 1) -> None:
-        """`noise_std` is that of each number of one release: a public value, for the signal-to-noise ratio."""
-        self.config, self.seed, self.noise_std, self.first_round = config, seed, noise_std, first_round
+    def __init__(self, config: ServerConfig, seed: int, noise: ReleaseNoise, first_round: int = 1) -> None:
+        """`noise` says what devices have added, a public value, and what is added here where they trust the server."""
+        self.config, self.seed, self.noise, self.first_round = config, seed, noise, first_round
         self.nodes: dict[str, int] = {}  # device → Flower's node id
         self.heads: dict[str, str] = {}  # device → head of its ledger with its last release
         self.arrays = ArrayRecord()
@@ -68,8 +69,14 @@ class FedAvgReleases(Strategy):
         return next(device for device, known in self.nodes.items() if known == node)
 
     def sampled(self, server_round: int) -> list[str]:
-        """The devices of a round, by name, from the experiment's seed."""
+        """The devices of a round, by name, from the experiment's seed.
+
+        With correlated noise a device is asked every `bands` rounds: each is in one of so many groups.
+        """
         names = sorted(self.nodes)
+        if self.noise.bands > 1:
+            group = server_round % self.noise.bands
+            return [n for n in names if derive_seed(self.seed, n, "group") % self.noise.bands == group]
         count = max(1, round(self.config.sampled_share * len(names)))
         rng = np.random.Generator(np.random.Philox(key=derive_seed(self.seed, server_round, "sample")))
         return sorted(rng.choice(names, size=count, replace=False).tolist())
@@ -109,13 +116,14 @@ class FedAvgReleases(Strategy):
             if problem:
                 facts.refused[problem] = facts.refused.get(problem, 0) + 1
         facts.releases = mean.count
+        asked = len(self.sampled(server_round))
         if not mean.count:
             if not set(facts.refused) <= {"no-release"}:
                 raise NoReleaseError(f"round {server_round}: no device sent a release: {facts.refused}")
             return None, None
-        change = mean.mean()
+        change = mean.mean(self.noise.drawn(server_round, mean.total.size), asked if self.noise.on_sum else mean.count)
         facts.change_norm_l2 = float(np.linalg.norm(change))
-        facts.signal_to_noise = signal_to_noise(facts.change_norm_l2, self.noise_std, change.size, mean.count)
+        facts.signal_to_noise = signal_to_noise(facts.change_norm_l2, self.noise.of_mean(mean.count), change.size)
         after = schema.join(before) + np.float32(self.config.learning_rate) * change
         return to_arrays(schema.split(after)), None
 
@@ -166,13 +174,13 @@ class FedAvgReleases(Strategy):
         return Result(arrays=arrays)
 
 
-def signal_to_noise(change_norm_l2: float, noise_std: float, width: int, releases: int) -> float:
-    """‖signal‖ / ‖noise‖ of a mean release, from public values.
+def signal_to_noise(change_norm_l2: float, noise_std: float, width: int) -> float:
+    """‖signal‖ / ‖noise‖ of a mean release whose numbers carry noise of `noise_std`, from public values.
 
-    The noise of the mean has norm σ_release · √(P / n) in expectation; the signal is what the measured norm
-    exceeds it by, in squares, and never below zero. NaN when no noise was added.
+    The noise has norm √P · noise_std in expectation; the signal is what the measured norm exceeds it by, in squares,
+    and never below zero. NaN when no noise was added.
     """
-    noise = noise_std * math.sqrt(width / releases)
+    noise = noise_std * math.sqrt(width)
     return math.sqrt(max(0.0, change_norm_l2**2 - noise**2)) / noise if noise else math.nan
 
 

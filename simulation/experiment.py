@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
-from client.shared import release_noise_std
-from privacy.seeds import derive_seed
+from client.shared import release_noise
+from privacy.seeds import derive_key, derive_seed
 from server.strategy import FedAvgReleases, to_arrays, to_numpy
 from simulation.config import ExperimentConfig
 from simulation.grid import CohortGrid
@@ -83,7 +83,8 @@ def federate(run: RunFolder, grid: Grid, devices: SimulatedDevices) -> None:
     """All rounds over a grid, from the last one that was finished, and the verdict."""
     config, last = run.config, run.last_shared()
     done = last[0] if last else -1
-    strategy = FedAvgReleases(config.server, config.seed, release_noise_std(config), first_round=max(1, done + 1))
+    noise = release_noise(config, config.server.noise_bands, derive_key(config.seed, "server"))
+    strategy = FedAvgReleases(config.server, config.seed, noise, first_round=max(1, done + 1))
     ends = [e["wall_s"] for e in run.events() if e["event"] == "end"]
     session = Session(run, devices, strategy, earlier_s=ends[-1] if last and ends else 0.0)
     if last:

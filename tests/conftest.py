@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import mkdtemp
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,7 @@ import pytest
 
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
+from privacy.ledger import Ledger
 from simulation.config import ExperimentConfig, config_folder, load_config
 from simulation.data.population import DataConfig, User, load_population
 
@@ -40,6 +42,11 @@ def lm() -> LanguageModel:
 def people() -> list[User]:
     """Two development users of chitchat: real chats, of which the settings were chosen too."""
     return load_population(DataConfig(users=2, split="development", max_pairs=80), seed=0)
+
+
+def new_ledger() -> Ledger:
+    """An empty one."""
+    return Ledger(Path(mkdtemp()) / "ledger.db")
 
 
 @pytest.fixture

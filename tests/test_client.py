@@ -37,7 +37,6 @@ from client.scores import (
 from client.state import DeviceStore, StateError, stage
 from client.synthesize import Request, SynthesisConfig, Treatment, objection, rouge1, unwrap
 from client.synthesize import synthesize as synthesize_texts
-from privacy.accounting import Event
 from privacy.plan import RoundPlan
 from simulation.data.population import User
 
@@ -476,7 +475,7 @@ def test_a_device_remembers_itself(lm: LanguageModel, people: list[User], tmp_pa
     states, _ = observe([site.new_state("d0")], [people[0].stream[:20]], plan, site)
     states, _ = annotate(states, site)
     states, _ = synthesize(states, plan, site)
-    state = replace(states[0], events=(Event(1.5, 0.5, 3),))
+    state = replace(states[0], head="of the ledger", descendants={"x": (("a", "b"),)})
     store = DeviceStore(tmp_path)
     store.save([state], stage(1))
     again = store.load("d0", stage(1))

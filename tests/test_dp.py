@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import new_ledger
 from opacus import GradSampleModule
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
@@ -25,9 +26,12 @@ from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
 from client.lm.packing import Example
 from client.lm.peft_format import PREFIX
-from client.phases import Site, States, annotate, learn_shared, observe
+from client.phases import Site, States, annotate, observe
+from client.shared import learn_shared
+from client.state import DeviceState
 from privacy.accounting import Event, epsilon
 from privacy.dpsgd import clipped_sum
+from privacy.ledger import Budget, Request
 from privacy.plan import RoundPlan
 from simulation.data.population import User
 
@@ -47,10 +51,16 @@ FULL = NOISELESS.model_copy(update={"shared": NOISELESS.shared.model_copy(update
 def annotated(lm: LanguageModel, people: list[User], config: DeviceConfig, dialogues: int = 15) -> tuple[States, Site]:
     """A device for each of the people, as far as it is when the shared adapter's training begins."""
     recorded = {d.id: d.response for user in people for d in user.stream}
-    site = Site.of(lm, config, 0, lambda device, dialogue: recorded[dialogue])
+    site = Site.of(lm, config, 0, lambda device, dialogue: recorded[dialogue], ledger=new_ledger())
     states = [site.new_state(f"d{k}") for k in range(len(people))]
     states, _ = observe(states, [user.stream[:dialogues] for user in people], PLAN, site)
     return annotate(states, site)[0], site
+
+
+def spent(state: DeviceState, site: Site) -> list[Event]:
+    account = site.accounts.account(state.id, state.genesis)
+    assert account
+    return account.events
 
 
 # -- gradients ----------------------------------------------------------------------------------------------------
@@ -114,7 +124,7 @@ def opacus_gradients(
 def clipped_sum_of_round(lm: LanguageModel, stream: tuple[Dialogue, ...], config: DeviceConfig) -> torch.Tensor:
     """What one noisy step would add its noise to, after the whole round up to it, with fixed coins."""
     recorded = {d.id: d.response for d in stream}
-    site = Site.of(lm, config, 11, lambda device, dialogue: recorded[dialogue])
+    site = Site.of(lm, config, 11, lambda device, dialogue: recorded[dialogue], ledger=new_ledger())
     states, _ = observe([site.new_state("d")], [stream], PLAN, site)
     states, _ = annotate(states, site)
     received = 0.05 * torch.randn(site.shared_layout.width, generator=torch.Generator().manual_seed(2))
@@ -200,10 +210,10 @@ def test_noise_of_a_round_is_what_was_charged_and_never_the_same(
     for number in (1, 2):
         states, changes, _ = learn_shared(states, received, RoundPlan(number, number - 1), site)
         drawn += [c.numpy() for c in changes if c is not None]
-    event = states[0].events[0]
-    assert [e.steps for e in states[0].events] == [steps, steps]
-    assert 3.9 < epsilon(states[0].events, config.privacy.delta) <= 4.0
-    expected = event.noise_multiplier * CLIP * steps**0.5 / (0.5 * 12)
+    events = spent(states[0], site)
+    assert [e.steps for e in events] == [steps, steps]
+    assert 3.9 < epsilon(events, config.privacy.delta) <= 4.0
+    expected = events[0].noise_multiplier * CLIP * steps**0.5 / (0.5 * 12)
     for noise in drawn:
         assert noise.std() == pytest.approx(expected, rel=0.02)  # 24,576 numbers: σ = 0.45 %
     assert np.abs(np.corrcoef(np.stack(drawn)) - np.eye(4)).max() < 0.03  # σ = 0.006
@@ -217,8 +227,8 @@ def test_steps_and_rounds_and_devices_toss_their_own_coins(lm: LanguageModel, pe
         _, changes, _ = learn_shared(states, received, RoundPlan(number, number - 1), site)
         seen += [tuple(c.tolist()) for c in changes if c is not None]
     assert len(set(seen)) == 6  # 2 devices with pools of their own, 3 rounds: chance of equal coins 2⁻¹²
-    twin = [states[0], replace(states[0], secret=states[1].secret)]
-    _, changes, _ = learn_shared(twin, received, PLAN, site)
+    twin = [states[0], replace(states[0], id="twin", secret=states[1].secret)]
+    _, changes, _ = learn_shared(twin, received, PLAN, replace(site, ledger=new_ledger()))
     assert changes[0] is not None and changes[1] is not None and not torch.equal(changes[0], changes[1])
 
 
@@ -308,12 +318,14 @@ def test_the_last_release_that_the_budget_allows_succeeds_and_the_next_is_refuse
     states, changes, notes = learn_shared(states, received, RoundPlan(3, 2), site)
     assert changes == [None]
     assert states[0] == before  # nothing was charged, nothing changed
-    assert epsilon(states[0].events, 1e-5) <= 2.0
+    assert epsilon(spent(states[0], site), 1e-5) <= 2.0
 
 
 def test_a_device_with_little_left_sends_nothing_while_others_go_on(lm: LanguageModel, people: list[User]) -> None:
     config = DeviceConfig.model_validate({**NOISELESS.model_dump(), "privacy": {"epsilon": 4.0}, "rounds": 1})
     states, site = annotated(lm, people, config)
-    states[0] = replace(states[0], events=(Event(1.0, 0.5, 1),))
+    pool = tuple(i for i, _ in states[0].pool.slots)
+    earlier = Request(states[0].id, states[0].genesis, "earlier", 1, "", Event(1.0, 0.5, 1), pool)
+    site.accounts.reserve([earlier], Budget(100.0, 1e-5, "replace-one", "dialogue"))
     _, changes, _ = learn_shared(states, torch.zeros(site.shared_layout.width), PLAN, site)
     assert changes[0] is None and changes[1] is not None

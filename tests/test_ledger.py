@@ -77,10 +77,10 @@ def test_a_dialogue_is_retired_and_the_device_goes_on(tmp_path: Path) -> None:
     budget = Budget(epsilon([EVENT] * 2, 1e-5) + 1e-9, 1e-5, "replace-one", "dialogue")
     pools = [("a", "b"), ("a", "c"), ("a", "c"), ("a", "c")]
     answers = [ledger.reserve([request(n, dialogues=p)], budget)[0] for n, p in enumerate(pools, start=1)]
-    assert [a.refusal for a in answers] == [GRANTED] * 4
+    assert [a.refusal for a in answers] == [GRANTED, GRANTED, GRANTED, SPENT]
     assert [set(a.dialogues) for a in answers] == [{"a", "b"}, {"a", "c"}, {"c"}, set()]
-    [again] = ledger.reserve([request(4, dialogues=("a", "c"))], budget)
-    assert again.dialogues == frozenset()
+    [again] = ledger.reserve([request(3, dialogues=("a", "c"))], budget)
+    assert again.dialogues == {"c"}
     account = ledger.account("d", GENESIS)
     assert account and account.spent(budget) == pytest.approx(epsilon([EVENT] * 2, 1e-5))
     assert len(account.events_of(dialogue_name(GENESIS, "b"))) == 1

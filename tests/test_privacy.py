@@ -11,6 +11,7 @@ from scipy import stats
 
 from privacy.accounting import Event, calibrate, epsilon
 from privacy.dpsgd import PrivateRow, clipped_sum
+from privacy.noise import ReleaseNoise, column, inverse_column
 from privacy.release import Release, ReleaseRefusedError, Schema
 from privacy.seeds import derive_key, derive_seed
 from server.aggregate import FixedPointMean
@@ -72,7 +73,7 @@ SCHEMA = Schema((("a", (2, 3)), ("b", (4,))))
 
 def test_a_release_is_of_the_agreed_form_or_is_refused() -> None:
     row = np.arange(10, dtype=np.float32)
-    release = Release.of(row, 0, SCHEMA)
+    release = Release.of(row, 0, "head", SCHEMA)
     assert np.array_equal(SCHEMA.join(release.arrays), row)
     assert SCHEMA.size_bytes == 40
     for wrong in (
@@ -98,8 +99,9 @@ def test_the_order_of_arrival_never_changes_the_mean(order: list[int]) -> None:
 
 
 def test_signal_to_noise_by_hand() -> None:
-    assert signal_to_noise(5.0, 4.0 * 0.75, 4, 4) == pytest.approx(4 / 3)
-    assert signal_to_noise(1.0, 3.0, 4, 4) == 0
+    assert signal_to_noise(5.0, ReleaseNoise(on_device=4.0 * 0.75).of_mean(4), 4) == pytest.approx(4 / 3)
+    assert signal_to_noise(1.0, ReleaseNoise(on_device=3.0).of_mean(4), 4) == 0
+    assert ReleaseNoise(on_sum=6.0).of_mean(4) == 1.5
 
 
 def test_seeds_differ_by_purpose_and_fit_a_generator() -> None:
@@ -107,3 +109,27 @@ def test_seeds_differ_by_purpose_and_fit_a_generator() -> None:
     assert len({derive_seed(0, "a", i) for i in range(100)} | {derive_seed(1, "a", 0)}) == 101
     assert 0 <= derive_seed(0, "x") < 2**63
     assert len({derive_key(0, "a", i) >> 64 for i in range(100)}) == 100  # the upper half differs too
+
+
+# -- noise on the server -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bands", [1, 2, 5])
+def test_correlated_noise_is_that_of_the_inverse_matrix(bands: int) -> None:
+    """C has columns of length 1, orthogonal for rounds `bands` apart: what one participation costs."""
+    rounds = 12
+    c = sum(np.diag(np.full(rounds - k, w), -k) for k, w in enumerate(column(bands)))
+    inverse = sum(np.diag(np.full(rounds - k, w), -k) for k, w in enumerate(inverse_column(bands, rounds)))
+    np.testing.assert_allclose(c @ inverse, np.eye(rounds), atol=1e-12)
+    gram = c.T @ c
+    assert np.allclose(np.diag(gram)[: rounds - bands], 1)
+    assert np.abs(gram[np.abs(np.subtract.outer(range(rounds), range(rounds))) >= bands]).max(initial=0) < 1e-12
+
+
+def test_correlated_noise_has_the_announced_covariance_and_adds_less_to_the_sum_of_all_rounds() -> None:
+    noise = ReleaseNoise(on_sum=2.0, bands=4, secret=5)
+    drawn = np.stack([noise.drawn(n, 100_000) for n in range(1, 9)])  # (8, P)
+    inverse = sum(np.diag(np.full(8 - k, w), -k) for k, w in enumerate(inverse_column(4, 8)))
+    np.testing.assert_allclose(drawn @ drawn.T / 1e5, 4 * inverse @ inverse.T, atol=0.1)
+    assert np.array_equal(drawn[6], noise.drawn(7, 100_000))  # a repeated round has the same
+    assert drawn.sum(0).std() < 0.7 * 2.0 * np.sqrt(8)
