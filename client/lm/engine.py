@@ -65,14 +65,17 @@ class Engine:
     # -- reading ------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def hidden(self, examples: Sequence[Example]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Index and last hidden states (n, H) of each example, adapters off."""
+    def hidden(
+        self, examples: Sequence[Example], adapters: Sequence[Adapters] = ()
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Index and last hidden states (n, H) of each example, with adapters of one row each, or without any."""
         order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
 
         def read(group: list[int]) -> tuple[torch.Tensor, ...]:
             chosen = [examples[i] for i in group]
             pack = self.pack(chosen, [0] * len(chosen))
-            hidden, lengths = self._forward(pack.ids, pack.positions, pack.texts), [e.length for e in chosen]
+            with self.active(adapters, pack.owned):
+                hidden, lengths = self._forward(pack.ids, pack.positions, pack.texts), [e.length for e in chosen]
             return torch.split(hidden[: sum(lengths)], lengths)
 
         for group, found in self.allowance.each(order, by_tokens([e.length for e in examples]), read):
