@@ -5,16 +5,19 @@ A failure is answered with a code, never with an exception's text, which could q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
+from privacy.gate import check_reply
 from privacy.plan import RoundPlan
-from privacy.release import PROTOCOL, Release, ReleaseRefusedError, Schema
+from privacy.release import Array as Numbers
+from privacy.release import Release, ReleaseRefusedError, Schema
 
+NO_ARRAYS = Schema(())
 FAILED, NO_RELEASE, BAD_MESSAGE, NO_DEVICE = "failed", "no-release", "bad-message", "no-device"
 
 
@@ -33,16 +36,16 @@ def answer(messages: Sequence[Message], names: Sequence[str], devices: Devices) 
     """Replies to messages of one type to the devices `names`, in their order."""
     kind = messages[0].metadata.message_type
     if kind == MessageType.QUERY:
-        return [_reply(m, ConfigRecord({"device": name})) for m, name in zip(messages, names, strict=True)]
+        return [_reply(m, {"device": name}) for m, name in zip(messages, names, strict=True)]
     try:
         plan, received = read_plan(messages, names, devices.schema)
     except (KeyError, ValueError, ReleaseRefusedError):
         return [refusal(m, BAD_MESSAGE) for m in messages]
     if kind == MessageType.EVALUATE:
         devices.adopt(names, received, plan)
-        return [_reply(m, ConfigRecord({"adopted": plan.version})) for m in messages]
+        return [_reply(m, {"adopted": plan.version}) for m in messages]
     releases = devices.contribute(names, received, plan)
-    return [_release_reply(m, r) for m, r in zip(messages, releases, strict=True)]
+    return [_release_reply(m, r, devices.schema) for m, r in zip(messages, releases, strict=True)]
 
 
 def read_plan(messages: Sequence[Message], names: Sequence[str], schema: Schema) -> tuple[RoundPlan, torch.Tensor]:
@@ -57,18 +60,27 @@ def read_plan(messages: Sequence[Message], names: Sequence[str], schema: Schema)
     return plan, torch.from_numpy(schema.join(arrays))
 
 
-def _release_reply(message: Message, release: Release | None) -> Message:
+def _release_reply(message: Message, release: Release | None, schema: Schema) -> Message:
     if release is None:
         return refusal(message, NO_RELEASE)
-    header = ConfigRecord({"protocol": PROTOCOL, "version": release.version, "head": release.head})
-    arrays = ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in release.arrays.items()})
-    return Message(RecordDict({"header": header, "arrays": arrays}), reply_to=message)
+    header: dict[str, str | int] = {"protocol": release.protocol, "version": release.version, "head": release.head}
+    return _reply(message, header, release.arrays, schema)
 
 
 def refusal(message: Message, code: str) -> Message:
     """An answer that says only that there is none, and why, in a word."""
-    return _reply(message, ConfigRecord({"error": code}))
+    return _reply(message, {"error": code})
 
 
-def _reply(message: Message, config: ConfigRecord) -> Message:
-    return Message(RecordDict({"header": config}), reply_to=message)
+def _reply(
+    message: Message,
+    header: Mapping[str, str | int],
+    arrays: Mapping[str, Numbers] | None = None,
+    schema: Schema = NO_ARRAYS,
+) -> Message:
+    """The one place where a message to the server is made."""
+    check_reply(header, arrays, schema)
+    content = RecordDict({"header": ConfigRecord(dict(header))})
+    if arrays is not None:
+        content["arrays"] = ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in arrays.items()})
+    return Message(content, reply_to=message)

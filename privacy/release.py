@@ -54,6 +54,8 @@ class Schema:
             odd = sorted(set(arrays) ^ set(expected))
             raise ReleaseRefusedError(f"arrays {odd[:4]} are missing or not in the schema")
         for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):
+                raise ReleaseRefusedError(f"{name} is not an array")
             if array.dtype != np.float32 or array.shape != expected[name]:
                 raise ReleaseRefusedError(f"{name} is {array.dtype}{array.shape}, expected float32{expected[name]}")
             if not np.isfinite(array).all():

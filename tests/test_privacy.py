@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from scipy import stats
 
 from privacy.accounting import Event, calibrate, epsilon
 from privacy.dpsgd import PrivateRow, clipped_sum
+from privacy.gate import check_reply
 from privacy.noise import ReleaseNoise, column, inverse_column
 from privacy.release import Release, ReleaseRefusedError, Schema
 from privacy.seeds import derive_key, derive_seed
@@ -133,3 +136,50 @@ def test_correlated_noise_has_the_announced_covariance_and_adds_less_to_the_sum_
     np.testing.assert_allclose(drawn @ drawn.T / 1e5, 4 * inverse @ inverse.T, atol=0.1)
     assert np.array_equal(drawn[6], noise.drawn(7, 100_000))  # a repeated round has the same
     assert drawn.sum(0).std() < 0.7 * 2.0 * np.sqrt(8)
+
+
+# -- the gate -----------------------------------------------------------------------------------------------------
+
+anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.just([1.0])
+names = st.sampled_from(["device", "error", "adopted", "protocol", "version", "head", "loss", "text", "seconds"])
+arrays = st.none() | st.dictionaries(
+    st.sampled_from(["a", "b", "personal", "text"]),
+    st.sampled_from([
+        np.zeros((2, 3), np.float32), np.zeros(4, np.float32), np.full(4, np.nan, np.float32), np.zeros(4), "text",
+    ]),
+    max_size=3,
+)  # fmt: skip
+
+
+@given(st.dictionaries(names, anything, max_size=4), arrays)
+def test_whatever_is_not_a_reply_of_the_agreed_form_does_not_leave(
+    header: dict[str, object], arrays: dict[str, object] | None
+) -> None:
+    """What passes is made of public values of fixed form: no text, no number that says something of the data."""
+    try:
+        check_reply(header, arrays, SCHEMA)
+    except ReleaseRefusedError:
+        return
+    assert set(header) in ({"device"}, {"error"}, {"adopted"}, {"protocol", "version", "head"})
+    for value in header.values():
+        assert type(value) is int or (type(value) is str and re.fullmatch(r"[\w.-]{1,64}", value))
+    if arrays is not None:
+        assert {k: v.shape for k, v in arrays.items()} == dict(SCHEMA.shapes)  # type: ignore[attr-defined]
+
+
+def test_a_release_and_the_three_other_replies_pass() -> None:
+    row = np.arange(10, dtype=np.float32)
+    check_reply({"protocol": 1, "version": 3, "head": "0f" * 32}, SCHEMA.split(row), SCHEMA)
+    for header in ({"device": "device-00001"}, {"error": "no-release"}, {"adopted": 4}):
+        check_reply(header, None, SCHEMA)
+        with pytest.raises(ReleaseRefusedError, match="arrays"):
+            check_reply(header, SCHEMA.split(row), SCHEMA)
+    for wrong in (
+        {"protocol": 1, "version": 3, "head": "0f" * 32, "loss": 1.0},
+        {"protocol": 1, "version": 3, "head": "what I said to my doctor"},
+        {"protocol": 1, "version": True, "head": "0f" * 32},
+        {"error": "KeyError: 'what I said to my doctor'"},
+        {"adopted": -1},
+    ):
+        with pytest.raises(ReleaseRefusedError):
+            check_reply(wrong, SCHEMA.split(row) if "head" in wrong else None, SCHEMA)
