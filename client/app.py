@@ -45,7 +45,7 @@ def answer(messages: Sequence[Message], names: Sequence[str], devices: Devices) 
         devices.adopt(names, received, plan)
         return [_reply(m, {"adopted": plan.version}) for m in messages]
     releases = devices.contribute(names, received, plan)
-    return [_release_reply(m, r, devices.schema) for m, r in zip(messages, releases, strict=True)]
+    return [_release_reply(m, r, devices.schema.of_round(plan.round)) for m, r in zip(messages, releases, strict=True)]
 
 
 def read_plan(messages: Sequence[Message], names: Sequence[str], schema: Schema) -> tuple[RoundPlan, torch.Tensor]:

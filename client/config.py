@@ -56,4 +56,8 @@ class DeviceConfig(Config):
                 f"shared.source = 'buffer': what {self.selection.policy!r} keeps depends on the data, so that one "
                 f"dialogue changes which others are trained on; use 'pool', or a user-* [privacy] mode"
             )
+        if self.personal.adapter.factors == "alternate":
+            raise ValueError("personal.adapter.factors = 'alternate' is for a shared adapter; use 'both'")
+        if self.shared.adapter.factors == "alternate" and self.privacy.mode in ("user-local", "user-central"):
+            raise ValueError("shared.adapter.factors = 'alternate' needs privacy.mode = 'example-local'")
         return self

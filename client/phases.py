@@ -87,13 +87,14 @@ class Site:
 
 
 def release_schema(layout: AdapterLayout) -> Schema:
-    """The arrays that a release of this layout has: A and B of each layer, or B alone."""
+    """The arrays that a release of this layout has: A and B of each layer, or one of them."""
     shapes: list[tuple[str, tuple[int, ...]]] = []
     for layer in layout.layers:
-        if layout.factors == "both":
+        if layout.trains_a:
             shapes.append((f"{layer.name}.lora_A", (layout.rank, layer.in_features)))
-        shapes.append((f"{layer.name}.lora_B", (layer.out_features, layout.rank)))
-    return Schema(tuple(shapes))
+        if layout.trains_b:
+            shapes.append((f"{layer.name}.lora_B", (layer.out_features, layout.rank)))
+    return Schema(tuple(shapes), ("lora_B", "lora_A") if layout.factors == "alternate" else ("",))
 
 
 def observe(

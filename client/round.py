@@ -40,7 +40,7 @@ def contribute(
         states, changes, spent[:] = learn_shared(states, received, plan, site)
     with diary.phase("release") as sent:
         releases = release(changes, states, plan, site.schema)
-        sent[:] = [{"upload_bytes": site.schema.size_bytes if r else 0} for r in releases]
+        sent[:] = [{"upload_bytes": r.size_bytes if r else 0} for r in releases]
     return states, releases, diary.pages
 
 

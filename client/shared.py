@@ -69,7 +69,7 @@ def learn_shared(
 ) -> tuple[list[DeviceState], list[torch.Tensor | None], list[dict[str, Any]]]:
     """Trains each device's copy of the received adapter (P,); what it costs is in the ledger before.
 
-    Returns the change (P,) of each device, None for one whose account does not allow it.
+    Returns the change of each device, of what travels in this round, None for one whose account does not allow it.
     """
     answers = _reserve(states, received, plan, site)
     after = [_charged(s, a, site) for s, a in zip(states, answers, strict=True)]
@@ -84,7 +84,7 @@ def release(
 ) -> list[Release | None]:
     """What leaves each device; raises `ReleaseRefusedError` for anything that is not of the agreed form."""
     return [
-        None if change is None else Release.of(change.numpy(), plan.version, state.head, schema)
+        None if change is None else Release.of(change.numpy(), plan.version, state.head, schema.of_round(plan.round))
         for change, state in zip(changes, states, strict=True)
     ]
 
@@ -133,16 +133,18 @@ def noisy_steps(
     states: Sequence[DeviceState], received: torch.Tensor, plan: RoundPlan, site: Site
 ) -> dict[str, torch.Tensor]:
     """DP-SGD on a Poisson sample of the pool. A dialogue and what was made from it are clipped as one example."""
-    shared = site.config.shared
-    rows = {s.id: _private_row(s, received, plan, site) for s in states}
+    shared, places = site.config.shared, torch.from_numpy(site.schema.places(plan.round))  # (P,)
+    rows = {s.id: _private_row(s, received[places], plan, site) for s in states}
+    whole = received.repeat(len(states), 1)  # (K, P)
     lessons = {s.id: [site.lm.format.dialogues(texts) for texts in _texts(s)] for s in states}
     for step in range(shared.steps_per_round):
         chosen = {s.id: _drawn(s, plan, step, site) for s in states}
         batches = [[lessons[s.id][i] for i in chosen[s.id]] for s in states]
-        now = site.lm.adapters(site.shared_layout, torch.stack([rows[s.id].row for s in states]))
+        whole[:, places] = torch.stack([rows[s.id].row for s in states])
+        now = site.lm.adapters(site.shared_layout, whole)
         for state, gradients in zip(states, _gradients(batches, now, site), strict=True):
-            rows[state.id].step(gradients)
-    return {device: row.row - received for device, row in rows.items()}
+            rows[state.id].step(gradients[:, places])
+    return {device: row.row - received[places] for device, row in rows.items()}
 
 
 def _gradients(batches: Sequence[Sequence[list[Example]]], adapters: Any, site: Site) -> list[torch.Tensor]:

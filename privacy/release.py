@@ -23,9 +23,23 @@ class ReleaseRefusedError(Exception):
 
 @dataclass(frozen=True)
 class Schema:
-    """Names and shapes of the arrays of a release; all are float32."""
+    """Names and shapes of the shared adapter's arrays; all are float32.
+
+    In round 1, 2, … a release has those whose names end as `turns` say, one after the other.
+    """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    turns: tuple[str, ...] = ("",)
+
+    def of_round(self, number: int) -> Schema:
+        """Of what travels in this round."""
+        ending = self.turns[(number - 1) % len(self.turns)]
+        return Schema(tuple((name, shape) for name, shape in self.shapes if name.endswith(ending)))
+
+    def places(self, number: int) -> npt.NDArray[np.bool_]:
+        """(P,): which numbers of a row travel in this round."""
+        names = {name for name, _ in self.of_round(number).shapes}
+        return np.concatenate([np.full(int(np.prod(shape)), name in names) for name, shape in self.shapes])
 
     @property
     def size_bytes(self) -> int:
@@ -70,6 +84,11 @@ class Release:
     head: str
     arrays: Mapping[str, Array]
     protocol: int = PROTOCOL
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
 
     @classmethod
     def of(cls, row: Array, version: int, head: str, schema: Schema) -> Release:

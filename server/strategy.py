@@ -43,9 +43,11 @@ class RoundFacts:
 class FedAvgReleases(Strategy):
     """The mean of the releases, applied with the server's learning rate."""
 
-    def __init__(self, config: ServerConfig, seed: int, noise: ReleaseNoise, first_round: int = 1) -> None:
+    def __init__(
+        self, config: ServerConfig, schema: Schema, seed: int, noise: ReleaseNoise, first_round: int = 1
+    ) -> None:
         """`noise` says what devices have added, a public value, and what is added here where they trust the server."""
-        self.config, self.seed, self.noise, self.first_round = config, seed, noise, first_round
+        self.config, self.schema, self.seed, self.noise, self.first_round = config, schema, seed, noise, first_round
         self.nodes: dict[str, int] = {}  # device → Flower's node id
         self.heads: dict[str, str] = {}  # device → head of its ledger with its last release
         self.arrays = ArrayRecord()
@@ -107,10 +109,10 @@ class FedAvgReleases(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Adds the mean of the releases; refuses and counts whatever is not one."""
-        before = to_numpy(self.arrays)
-        schema = schema_of(before)
+        before = self.schema.join(to_numpy(self.arrays))  # (P,)
+        schema, places = self.schema.of_round(server_round), self.schema.places(server_round)
         facts = self.facts[server_round] = RoundFacts()
-        mean = FixedPointMean(schema.join(before).size)
+        mean = FixedPointMean(int(places.sum()))
         for reply in replies:
             problem = self._take(reply, server_round - 1, schema, mean)
             if problem:
@@ -124,8 +126,8 @@ class FedAvgReleases(Strategy):
         change = mean.mean(self.noise.drawn(server_round, mean.total.size), asked if self.noise.on_sum else mean.count)
         facts.change_norm_l2 = float(np.linalg.norm(change))
         facts.signal_to_noise = signal_to_noise(facts.change_norm_l2, self.noise.of_mean(mean.count), change.size)
-        after = schema.join(before) + np.float32(self.config.learning_rate) * change
-        return to_arrays(schema.split(after)), None
+        before[places] += np.float32(self.config.learning_rate) * change
+        return to_arrays(self.schema.split(before)), None
 
     def _take(self, reply: Message, version: int, schema: Schema, mean: FixedPointMean) -> str:
         """Adds one reply to the mean; the code of what was wrong with it, empty if nothing."""
@@ -194,8 +196,3 @@ def to_numpy(arrays: ArrayRecord) -> dict[str, Numbers]:
 
 def to_arrays(numbers: dict[str, Numbers]) -> ArrayRecord:
     return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in numbers.items()})
-
-
-def schema_of(numbers: dict[str, Numbers]) -> Schema:
-    """The schema of the server's own adapter."""
-    return Schema(tuple((name, a.shape) for name, a in numbers.items()))

@@ -84,7 +84,7 @@ def federate(run: RunFolder, grid: Grid, devices: SimulatedDevices) -> None:
     config, last = run.config, run.last_shared()
     done = last[0] if last else -1
     noise = release_noise(config, config.server.noise_bands, derive_key(config.seed, "server"))
-    strategy = FedAvgReleases(config.server, config.seed, noise, first_round=max(1, done + 1))
+    strategy = FedAvgReleases(config.server, devices.schema, config.seed, noise, first_round=max(1, done + 1))
     ends = [e["wall_s"] for e in run.events() if e["event"] == "end"]
     session = Session(run, devices, strategy, earlier_s=ends[-1] if last and ends else 0.0)
     if last:

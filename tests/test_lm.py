@@ -45,7 +45,7 @@ def lessons(lm: LanguageModel, devices: int) -> list[Lesson]:
     return made
 
 
-@pytest.mark.parametrize("factors", ["both", "b"])
+@pytest.mark.parametrize("factors", ["both", "b", "a"])
 def test_a_device_learns_the_same_alone_and_in_a_cohort(lm: LanguageModel, factors: str) -> None:
     layout = lm.layout(AdapterConfig.model_validate({"rank": 4, "factors": factors}), public_seed=3)
     rows = torch.stack([layout.start(k) for k in range(5)])

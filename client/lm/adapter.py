@@ -3,7 +3,9 @@
 An adapter adds `scale · B A x` to the output of a linear layer, with `A: (r, in)`, `B: (out, r)` and
 `scale = alpha / r`. All factors of one device lie behind each other in a row of P numbers; K devices are a
 tensor (K, P). With `factors = "b"` only B is in the row: A is frozen and the same for all, drawn from a public
-seed (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313). Not covered: DoRA, embeddings, dropout.
+seed (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313); with "a" only A is, and B is the one that is drawn. With
+"alternate" both are, and each release changes one of them in turn (RoLoRA, arXiv 2409.02346). Not covered: DoRA,
+embeddings, dropout.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
-Trained = Literal["both", "b"]
+Trained = Literal["both", "b", "a", "alternate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,8 @@ class AdapterLayout:
     rank: int
     alpha: float
     factors: Trained
-    frozen_a: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)  # (r, in) by layer
+    # A (r, in) or B (out, r) by layer, whichever is not trained
+    frozen: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def scale(self) -> float:
@@ -44,13 +47,19 @@ class AdapterLayout:
 
     @property
     def sizes(self) -> list[int]:
-        """Lengths of the factors in a row, layer by layer: A then B, or B alone."""
+        """Lengths of the factors in a row, layer by layer: A then B, or one of them alone."""
         sizes: list[int] = []
         for layer in self.layers:
-            if self.factors == "both":
-                sizes.append(self.rank * layer.in_features)
-            sizes.append(layer.out_features * self.rank)
+            sizes += [self.rank * layer.in_features] * self.trains_a + [layer.out_features * self.rank] * self.trains_b
         return sizes
+
+    @property
+    def trains_a(self) -> bool:
+        return self.factors != "b"
+
+    @property
+    def trains_b(self) -> bool:
+        return self.factors != "a"
 
     @property
     def width(self) -> int:
@@ -58,22 +67,23 @@ class AdapterLayout:
         return sum(self.sizes)
 
     def split(self, rows: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Name, A and B of each layer as views of rows (R, P): A (R, r, in) or frozen (r, in), B (R, out, r)."""
+        """Name, A and B of each layer as views of rows (R, P): (R, r, in) and (R, out, r), or without R if frozen."""
         parts = iter(torch.split(rows, self.sizes, dim=1))
         for layer in self.layers:
-            if self.factors == "both":
-                a = next(parts).view(-1, self.rank, layer.in_features)
-            else:
-                a = self.frozen_a[layer.name]
-            yield layer.name, a, next(parts).view(-1, layer.out_features, self.rank)
+            a = next(parts).view(-1, self.rank, layer.in_features) if self.trains_a else self.frozen[layer.name]
+            b = next(parts).view(-1, layer.out_features, self.rank) if self.trains_b else self.frozen[layer.name]
+            yield layer.name, a, b
 
     def start(self, seed: int) -> torch.Tensor:
-        """A new device's row (P,): A uniform in ±1/√in as PEFT draws it, B zero, so that nothing changes yet."""
+        """A new device's row (P,): A uniform in ±1/√in as PEFT draws it, B zero, so that nothing changes yet.
+
+        Where one factor is trained alone, it is that one that is zero.
+        """
         generator = torch.Generator().manual_seed(seed)
         row = torch.zeros(self.width)
-        if self.factors == "both":
+        if self.trains_a and self.trains_b:
             for (_, a, _), layer in zip(self.split(row[None]), self.layers, strict=True):
-                a[0].copy_(_uniform_a(self.rank, layer.in_features, generator))
+                a[0].copy_(_uniform((self.rank, layer.in_features), layer.in_features, generator))
         return row
 
 
@@ -85,10 +95,11 @@ def layout(
     public_seed: int = 0,
 ) -> AdapterLayout:
     """The layout of adapters over `layers`; the frozen factors, if any, follow from `public_seed`."""
-    frozen: dict[str, torch.Tensor] = {}
+    generator, frozen = torch.Generator().manual_seed(public_seed), dict[str, torch.Tensor]()
     if factors == "b":
-        generator = torch.Generator().manual_seed(public_seed)
-        frozen = {x.name: _uniform_a(rank, x.in_features, generator) for x in layers}
+        frozen = {x.name: _uniform((rank, x.in_features), x.in_features, generator) for x in layers}
+    elif factors == "a":
+        frozen = {x.name: _uniform((x.out_features, rank), x.out_features, generator) for x in layers}
     return AdapterLayout(layers, rank, alpha, factors, frozen)
 
 
@@ -118,8 +129,8 @@ def _matching(
     """The factors of the thin row, each with its place in the wide one."""
     if (small.layers, small.factors, small.scale) != (large.layers, large.factors, large.scale):
         raise ValueError("adapters share a stack only with the same layers, factors and alpha / rank")
-    if small.factors == "b":
-        raise ValueError("adapters with a frozen A share a stack only with the same rank: A depends on it")
+    if small.frozen:
+        raise ValueError("adapters with a frozen factor share a stack only with the same rank: it depends on it")
     for (_, a, b), (_, wide_a, wide_b) in zip(small.split(thin[None]), large.split(wide[None]), strict=True):
         yield a, wide_a[:, : small.rank]
         yield b, wide_b[:, :, : small.rank]
@@ -145,11 +156,12 @@ class Adapters:
         """Name, A (K, r, in) and Bᵀ (K, r, out) of each layer, contiguous, in `dtype`; differentiable."""
         parts = iter(_Unstack.apply(self.rows, self.layout, dtype))  # type: ignore[no-untyped-call]
         for layer in self.layout.layers:
-            if self.layout.factors == "both":
-                a = next(parts)
-            else:
-                a = self.layout.frozen_a[layer.name].to(dtype).expand(len(self.rows), -1, -1)
-            yield layer.name, a, next(parts)
+            a = next(parts) if self.layout.trains_a else self._frozen(layer.name, dtype)
+            b = next(parts) if self.layout.trains_b else self._frozen(layer.name, dtype).mT.contiguous()
+            yield layer.name, a, b
+
+    def _frozen(self, layer: str, dtype: torch.dtype) -> torch.Tensor:
+        return self.layout.frozen[layer].to(dtype).expand(len(self.rows), -1, -1)
 
 
 class _Unstack(torch.autograd.Function):
@@ -170,13 +182,14 @@ class _Unstack(torch.autograd.Function):
 
 
 def _trained_parts(rows: torch.Tensor, layout: AdapterLayout) -> Iterator[torch.Tensor]:
-    """Views of the rows: of each layer A (K, r, in) if it is trained, then Bᵀ (K, r, out)."""
+    """Views of the rows: of each layer A (K, r, in) and Bᵀ (K, r, out), those that are trained."""
     for _, a, b in layout.split(rows):
-        if layout.factors == "both":
+        if layout.trains_a:
             yield a
-        yield b.mT
+        if layout.trains_b:
+            yield b.mT
 
 
-def _uniform_a(rank: int, in_features: int, generator: torch.Generator) -> torch.Tensor:
-    bound = 1 / math.sqrt(in_features)
-    return torch.rand(rank, in_features, generator=generator) * (2 * bound) - bound
+def _uniform(shape: tuple[int, int], width: int, generator: torch.Generator) -> torch.Tensor:
+    bound = 1 / math.sqrt(width)
+    return torch.rand(shape, generator=generator) * (2 * bound) - bound

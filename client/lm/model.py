@@ -61,7 +61,7 @@ class LanguageModel:
         """The layout of adapters of this model; frozen factors lie on the model's device."""
         chosen = layers.adapted_layers(self.engine.modules, config.targets)
         made = layout(chosen, config.rank, config.alpha, config.factors, public_seed)
-        made.frozen_a.update({name: a.to(self.engine.device) for name, a in made.frozen_a.items()})
+        made.frozen.update({name: x.to(self.engine.device) for name, x in made.frozen.items()})
         return made
 
     def adapters(self, layout: AdapterLayout, rows: torch.Tensor) -> Adapters:

@@ -81,9 +81,12 @@ def federate(lm: LanguageModel, config: DeviceConfig, streams: Sequence[Sequence
         for number in range(1, config.rounds + 1):
             arrived = streams if number == 1 else [()] * len(streams)
             states, releases, _ = contribute(states, arrived, shared, RoundPlan(number, number - 1), site)
-            rows = [site.schema.join(r.arrays) if r else np.zeros(len(shared), np.float32) for r in releases]
+            schema, rows = site.schema.of_round(number), np.zeros((len(streams), len(shared)), np.float32)
+            for k, r in enumerate(releases):
+                if r:
+                    rows[k, site.schema.places(number)] = schema.join(r.arrays)
             received.append(shared)
-            changes.append(torch.from_numpy(np.stack(rows)))
+            changes.append(torch.from_numpy(rows))
             shared = shared + changes[-1].mean(0)
     return Federated(replace(site, ledger=None), received, changes)
 
