@@ -37,7 +37,8 @@ class Pool:
         """Without the dialogues that are retired: which ones depends on how often each was paid for, not on texts."""
         return replace(self, slots=tuple(s for s in self.slots if s[0] in identities))
 
-    def sample(self, rate: float, key: int) -> list[int]:
-        """A Poisson sample: each slot with probability `rate`, by a coin of its own; empty slots too have one."""
-        coins = np.random.Generator(np.random.Philox(key=key)).random(self.capacity)
-        return [i for i in range(len(self.slots)) if coins[i] < rate]
+
+def poisson_sample(count: int, rate: float, key: int) -> list[int]:
+    """Each of so many with probability `rate`, by a coin of its own: more or fewer others do not change it."""
+    coins = np.random.Generator(np.random.Philox(key=key)).random(count)
+    return [i for i, coin in enumerate(coins) if coin < rate]

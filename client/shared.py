@@ -19,6 +19,7 @@ from client.dialogue import Dialogue
 from client.lm.lessons import Lesson
 from client.lm.model import schedule_steps
 from client.lm.packing import Example
+from client.pool import poisson_sample
 from client.state import DeviceState
 from privacy.accounting import Event, calibrate
 from privacy.dpsgd import PrivateRow
@@ -135,10 +136,11 @@ def noisy_steps(
     """DP-SGD on a Poisson sample of the pool. A dialogue and what was made from it are clipped as one example."""
     shared, places = site.config.shared, torch.from_numpy(site.schema.places(plan.round))  # (P,)
     rows = {s.id: _private_row(s, received[places], plan, site) for s in states}
+    source = _pooled if shared.source == "pool" else _buffered
     whole = received.repeat(len(states), 1)  # (K, P)
-    lessons = {s.id: [site.lm.format.dialogues(texts) for texts in _texts(s)] for s in states}
+    lessons = {s.id: [site.lm.format.dialogues(texts) for texts in source(s)] for s in states}
     for step in range(shared.steps_per_round):
-        chosen = {s.id: _drawn(s, plan, step, site) for s in states}
+        chosen = {s.id: _drawn(s, len(lessons[s.id]), plan, step, site) for s in states}
         batches = [[lessons[s.id][i] for i in chosen[s.id]] for s in states]
         whole[:, places] = torch.stack([rows[s.id].row for s in states])
         now = site.lm.adapters(site.shared_layout, whole)
@@ -172,7 +174,7 @@ def _private_row(state: DeviceState, received: torch.Tensor, plan: RoundPlan, si
     )
 
 
-def _texts(state: DeviceState) -> Texts:
+def _pooled(state: DeviceState) -> Texts:
     """Of each slot of the pool the original, with the user's reply, and its synthetic descendants."""
     return [
         tuple(Dialogue(i, *pair) for pair in ((prompt, state.replies[i]), *state.descendants.get(i, ())))
@@ -180,9 +182,15 @@ def _texts(state: DeviceState) -> Texts:
     ]
 
 
-def _drawn(state: DeviceState, plan: RoundPlan, step: int, site: Site) -> list[int]:
-    """The slots of one Poisson sample."""
-    return state.pool.sample(site.config.shared.sampling_rate, derive_key(state.secret, plan.round, "coins", step))
+def _buffered(state: DeviceState) -> Texts:
+    """Of each bin the original, with the user's reply."""
+    return [(Dialogue(k.id, k.prompt, state.replies[k.id]),) for k in state.annotated]
+
+
+def _drawn(state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
+    """One Poisson sample of so many: each has a coin of its own."""
+    key = derive_key(state.secret, plan.round, "coins", step)
+    return poisson_sample(count, site.config.shared.sampling_rate, key)
 
 
 # -- one device ---------------------------------------------------------------------------------------------------
@@ -211,10 +219,8 @@ def clipped_change(
 
 def _lesson(state: DeviceState, plan: RoundPlan, site: Site) -> Lesson:
     shared = site.config.shared
-    if shared.source == "pool":
-        dialogues = [d for texts in _texts(state) for d in texts]
-    else:
-        dialogues = [Dialogue(k.id, k.prompt, state.replies[k.id]) for k in state.annotated]
+    source = _pooled if shared.source == "pool" else _buffered
+    dialogues = [d for texts in source(state) for d in texts]
     seed = derive_seed(site.seed, state.id, plan.round, "shared-order")
     return Lesson(
         site.lm.format.dialogues(dialogues),

@@ -25,7 +25,7 @@ from client.memories import Memory, whitening
 from client.phases import Site, annotate, observe, synthesize
 from client.pii import personal_data
 from client.policies import POLICIES
-from client.pool import Pool
+from client.pool import Pool, poisson_sample
 from client.round import live_alone
 from client.scores import (
     domain_specific_score,
@@ -357,11 +357,9 @@ def test_the_pools_coins_do_not_look_at_the_data() -> None:
         assert [i for i, _ in one.slots] == ["7" if i == "new" else i for i, _ in other.slots]
 
 
-def test_empty_slots_have_coins_too() -> None:
-    full = Pool(100, tuple((str(n), "") for n in range(100)))
-    half = Pool(100, full.slots[:50])
-    assert half.sample(0.4, 9) == [i for i in full.sample(0.4, 9) if i < 50]
-    sizes = [len(full.sample(0.4, seed)) for seed in range(2000)]
+def test_every_slot_has_a_coin_of_its_own() -> None:
+    assert poisson_sample(50, 0.4, 9) == [i for i in poisson_sample(100, 0.4, 9) if i < 50]
+    sizes = [len(poisson_sample(100, 0.4, seed)) for seed in range(2000)]
     assert abs(np.mean(sizes) - 40) < 0.5  # σ = 0.11
     assert abs(np.var(sizes) - 24) < 3  # binomial, as the accounting assumes: 100 · 0.4 · 0.6; σ = 0.76
 

@@ -80,7 +80,9 @@ DEVICES = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 4)), min_size=2, 
 
 
 @settings(max_examples=10, deadline=None)
-@given(devices=DEVICES, rank=st.integers(1, 9), factors=st.sampled_from(["both", "b", "a"]), tokens=st.integers(16, 400))
+@given(
+    devices=DEVICES, rank=st.integers(1, 9), factors=st.sampled_from(["both", "b", "a"]), tokens=st.integers(16, 400)
+)
 def test_a_device_is_trained_as_if_it_were_alone(
     devices: list[tuple[int, int]], rank: int, factors: str, tokens: int
 ) -> None:
@@ -211,7 +213,9 @@ def test_texts_continue_the_same_whoever_stops_before(engine: Engine, temperatur
 
 
 @settings(max_examples=8, deadline=None)
-@given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any), factors=st.sampled_from(["both", "b", "a"]))
+@given(
+    counts=st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any), factors=st.sampled_from(["both", "b", "a"])
+)
 def test_private_gradients_are_those_of_single_backward_passes(counts: list[int], factors: str) -> None:
     engine = engine_of(torch.float32)
     adapters = layout_of(engine, factors=factors)
