@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -72,6 +73,31 @@ def report(run: Path) -> None:
     from simulation.report import render_report
 
     console.print(f"report: {render_report(run)}")
+
+
+@app.command()
+def audit(
+    run: Path,
+    devices: Annotated[int, typer.Option(help="Devices of the run that take part.", min=2)] = 64,
+    canaries: Annotated[int, typer.Option(help="Dialogues that are planted, at least.", min=100)] = 1000,
+    json: Annotated[bool, typer.Option("--json", help="Print figures for programs.")] = False,
+) -> None:
+    """Attack a run's settings on its own people, prove what its accounting assumes, and write audit.html beside it.
+
+    RUN is the folder of the run: florilegium audit runs/quickstart
+    """
+    from simulation.audit.audit import as_json
+    from simulation.audit.report import audit_run
+    from simulation.runs import RunFolder
+
+    with Console(stderr=True).status("auditing") as status:
+        found = audit_run(RunFolder(run), devices, canaries, lambda phase: status.update(f"audit: {phase}"))
+    if json:
+        print(dumps(as_json(found)))
+    else:
+        console.print(f"claimed ε {found.epsilon_claimed:.2f}, lower bound {found.epsilon_lower:.2f}")
+        console.print(f"{'passed' if found.passed else 'NOT passed'}: {run / 'audit.html'}")
+    raise typer.Exit(0 if found.passed else 1)
 
 
 @app.command()
