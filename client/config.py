@@ -22,8 +22,9 @@ class SharedConfig(Config):
     sampling_rate: float = Field(0.5, gt=0, le=1, description="chance of each pool slot in each step; public")
     steps_per_round: int = Field(1, ge=1, description="public")
     synthetic: int = Field(0, ge=0, le=16, description="written of each dialogue of the pool; one example with it")
-    learning_rate: float = Field(1.0, gt=0, description="of SGD; in user-* modes of AdamW")
-    batch_size: int = Field(8, ge=1, description="in user-* modes")
+    learning_rate: float = Field(1.0, gt=0, description="of noisy SGD, where each dialogue is clipped")
+    adamw_learning_rate: float = Field(3e-3, gt=0, description="of AdamW, where a device's whole change is clipped")
+    batch_size: int = Field(8, ge=1, description="of AdamW")
 
 
 class PersonalConfig(Config):
@@ -51,13 +52,13 @@ class DeviceConfig(Config):
 
     @model_validator(mode="after")
     def _uncoupled(self) -> Self:
-        if self.shared.source == "buffer" and self.privacy.promise.of == "dialogue":
+        if self.shared.source == "buffer" and self.privacy.by_dialogue:
             raise ValueError(
                 f"shared.source = 'buffer': what {self.selection.policy!r} keeps depends on the data, so that one "
                 f"dialogue changes which others are trained on; use 'pool', or a user-* [privacy] mode"
             )
         if self.personal.adapter.factors == "alternate":
             raise ValueError("personal.adapter.factors = 'alternate' is for a shared adapter; use 'both'")
-        if self.shared.adapter.factors == "alternate" and self.privacy.mode in ("user-local", "user-central"):
+        if self.shared.adapter.factors == "alternate" and not self.privacy.by_dialogue:
             raise ValueError("shared.adapter.factors = 'alternate' needs privacy.mode = 'example-local'")
         return self

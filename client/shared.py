@@ -7,7 +7,7 @@ is asked: a device whose account does not allow it learns for itself alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from privacy.dpsgd import PrivateRow
 from privacy.ledger import Answer, Request
 from privacy.noise import ReleaseNoise
 from privacy.plan import RoundPlan
-from privacy.policy import Mode
 from privacy.release import Release, Schema
 from privacy.seeds import derive_key, derive_seed
 
@@ -44,8 +43,7 @@ def planned_event(config: DeviceConfig) -> Event:
     shared, privacy = config.shared, config.privacy
     if shared.source == "pool" and not shared.pool_capacity:
         raise ValueError("shared.pool_capacity = 0 must be > 0 where a shared adapter is trained")
-    of_dialogues = privacy.budget.of == "dialogue"
-    rate, steps = (shared.sampling_rate, shared.steps_per_round) if of_dialogues else (1.0, 1)
+    rate, steps = (shared.sampling_rate, shared.steps_per_round) if privacy.by_dialogue else (1.0, 1)
     if privacy.mode == "none":
         return Event(0.0, rate, steps)
     releases = min(config.rounds, privacy.releases or config.rounds)
@@ -75,7 +73,8 @@ def learn_shared(
     answers = _reserve(states, received, plan, site)
     after = [_charged(s, a, site) for s, a in zip(states, answers, strict=True)]
     able = [s for s, a in zip(after, answers, strict=True) if not a.refusal]
-    changes = LEARN[site.config.privacy.mode](able, received, plan, site) if able else {}
+    learn = noisy_steps if site.config.privacy.by_dialogue else clipped_change
+    changes = learn(able, received, plan, site) if able else {}
     pages = [_page(s, a, site) for s, a in zip(after, answers, strict=True)]
     return after, [changes.get(s.id) for s in states], pages
 
@@ -202,7 +201,7 @@ def clipped_change(
     """Trains without noise, then clips the whole change; in `user-local` the device adds the noise itself."""
     config = site.config
     lessons = [_lesson(s, plan, site) for s in states]
-    rates = [[config.shared.learning_rate] * len(lesson.batches) for lesson in lessons]
+    rates = [[config.shared.adamw_learning_rate] * len(lesson.batches) for lesson in lessons]
     start = site.lm.adapters(site.shared_layout, received.expand(len(states), -1))
     trained = site.lm.engine.finetune(start, [], lessons, rates).adapters.rows.cpu()
     sigma = planned_event(config).noise_multiplier if config.privacy.mode == "user-local" else 0.0
@@ -226,12 +225,3 @@ def _lesson(state: DeviceState, plan: RoundPlan, site: Site) -> Lesson:
         site.lm.format.dialogues(dialogues),
         schedule_steps(len(dialogues), shared.batch_size, shared.steps_per_round, seed),
     )
-
-
-Learn = Callable[[Sequence[DeviceState], torch.Tensor, RoundPlan, "Site"], dict[str, torch.Tensor]]
-LEARN: dict[Mode, Learn] = {
-    "example-local": noisy_steps,
-    "user-local": clipped_change,
-    "user-central": clipped_change,
-    "none": noisy_steps,
-}

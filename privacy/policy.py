@@ -71,6 +71,10 @@ class PrivacyConfig(Config):
     releases: int = Field(
         0, ge=0, description="that a dialogue, or in user-* a device, may be part of; then it is retired; 0: all rounds"
     )
+    clips: Literal["dialogue", "change"] = Field(
+        "dialogue",
+        description="in `none` alone, as a control without noise; elsewhere what is clipped follows from mode",
+    )
     secret: Literal["seed", "os"] = Field(
         "seed",
         description="where a device's secret, for noise and coins, comes from; seed: repeatable, simulation only",
@@ -79,6 +83,11 @@ class PrivacyConfig(Config):
     @property
     def promise(self) -> Promise:
         return PROMISES[self.mode]
+
+    @property
+    def by_dialogue(self) -> bool:
+        """Whether each dialogue's gradient is clipped, in noisy steps, or a device's whole change."""
+        return self.clips == "dialogue" if self.mode == "none" else self.promise.of == "dialogue"
 
     @property
     def budget(self) -> Budget:

@@ -120,6 +120,11 @@ def measure_rouge(replies: Sequence[Reply], devices: int) -> Measured:
     return Measured(tuple(float(np.mean(x)) for x in by_user), tuple(r.rouge1 for r in replies))
 
 
+def token_lengths(lm: LanguageModel, replies: Sequence[Reply]) -> list[int]:
+    """Of each reply."""
+    return [len(lm.tokenizer(r.text)["input_ids"]) for r in replies]
+
+
 def derangement(count: int, seed: int) -> list[int]:
     """A random cycle: whose adapter each device gets in the `shuffled` arm, never its own (for count > 1)."""
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(count)

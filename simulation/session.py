@@ -24,7 +24,16 @@ from privacy.plan import RoundPlan
 from privacy.seeds import derive_seed
 from server.strategy import FedAvgReleases, to_numpy
 from simulation.config import ExperimentConfig
-from simulation.evaluate import Arm, Measured, compare, derangement, measure_rouge, reply_arms, score_arms
+from simulation.evaluate import (
+    Arm,
+    Measured,
+    compare,
+    derangement,
+    measure_rouge,
+    reply_arms,
+    score_arms,
+    token_lengths,
+)
 from simulation.host import SimulatedDevices
 from simulation.runs import RunFolder
 
@@ -225,7 +234,7 @@ class Session:
         replies = reply_arms(lm, queries, arms, settings.sampling, derive_seed(self.config.seed, "reply") >> 1)
         count = len(self.names)
         lengths = {
-            arm: [_mean([len(lm.tokenizer(r.text)["input_ids"]) for r in found if r.device == k]) for k in range(count)]
+            arm: [_mean(token_lengths(lm, [r for r in found if r.device == k])) for k in range(count)]
             for arm, found in replies.items()
         }
         shown = range(0, len(replies["base"]), max(1, len(replies["base"]) // max(1, settings.replies_shown)))

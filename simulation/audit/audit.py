@@ -1,14 +1,14 @@
 """The audit of a run: what it claims, what can be proved, what attacks achieve, and whether controls are caught.
 
-Streams are those of the run's own people. For membership a fair coin decides of each dialogue whether its device ever
-meets it, so that members and strangers differ in nothing else.
+Streams are those of the run's own people, all of them there in the first round, so that every release could tell of
+them. Lower bounds are of one run (Steinke et al. 2023, arXiv 2305.08846), with the canaries spread over the devices.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,41 +16,24 @@ import numpy as np
 import torch
 from scipy import stats
 
-from client.config import DeviceConfig
-from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
 from client.shared import planned_event, release_noise
-from privacy.accounting import tradeoff
 from privacy.seeds import derive_seed
 from simulation.audit import checks
-from simulation.audit.attacks import membership, reidentified
+from simulation.audit.attacks import gradient_scores, membership, reidentified, trusted
 from simulation.audit.bounds import best_epsilon, one_run_epsilon
-from simulation.audit.canaries import Canary, Federated, federate, plant, scores
-from simulation.audit.checks import Check
-from simulation.data.population import User
+from simulation.audit.canaries import Canary, Streams, hide, plant
+from simulation.audit.checks import Check, named, without_noise
+from simulation.audit.inversion import LONG, reconstructed
+from simulation.audit.judge import Attack, Ceiling, judge
+from simulation.config import ExperimentConfig
+from simulation.federation import Federated, play
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the canaries, those that are guessed; fixed before looking
-RATES = (0.01, 0.001)  # false positive rates at which attacks are told
-Listener = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Attack:
-    """How well something is told from what left the devices, and the most that the claimed budget allows."""
-
-    name: str
-    members: int
-    strangers: int
-    auc: float
-    ci95: tuple[float, float]
-    auc_ceiling: float
-    tpr_at_fpr: dict[float, float]
-    tpr_ceiling: dict[float, float]
-
-    @property
-    def within(self) -> bool:
-        """Whether nothing shows that more is told than is allowed."""
-        return self.ci95[0] <= self.auc_ceiling
+HIDDEN = 0.5  # of each stream, what membership is asked of
+WEAK_CLAIM = 2.0  # of the control that adds too little noise
+REPLIES = 6  # that inversion tries to read
+UNSEEN_BITS = 1 / math.log(2)  # mean exposure of what nobody met
 
 
 @dataclass(frozen=True)
@@ -86,117 +69,115 @@ class Audit:
         return proofs and self.epsilon_lower <= self.epsilon_claimed and all(a.within for a in self.attacks)
 
 
-def audit(
-    lm: LanguageModel, config: DeviceConfig, users: Sequence[User], canaries: int, seed: int, listener: Listener
-) -> Audit:
-    """Audits the `example-local` settings `config` on the devices of `users`; at least `canaries` are planted."""
-    streams = [user.stream for user in users]
-    each = -(-canaries // len(users))
-    listener("proofs")
-    found = [checks.accounting(), *checks.noise(lm, config, streams, seed)]
-    found.append(checks.coupling(lm, config, streams[0], streams[-1], seed))
-    listener("canaries")
-    planted, known = plant(streams, each, lm, seed)
-    bound = partial(_lower_bound, known, config.privacy.delta)
-    claimed = checks.claimed_epsilon(config)
-    seen = federate(lm, config, planted, seed)
-    lower = bound(seen)
-    listener("controls")
-    weak_claim = 2.0
-    controls = [
-        Control("noise / 3.3", weak_claim, bound(federate(lm, _with_noise(config, weak_claim, 3.3), planted, seed))),
-        Control("no noise", claimed, bound(federate(lm, _plain(config), planted, seed))),
-        Control("no clipping", claimed, bound(_unclipped(lm, config, planted, seed))),
-    ]
-    listener("attacks")
-    return Audit(
-        claimed, config.privacy.delta, lower, len(users), len(known), found,
-        _attacks(lm, config, streams, seed), controls,
-    )  # fmt: skip
+@dataclass
+class Auditor:
+    """The settings of a run on some of its people."""
+
+    lm: LanguageModel
+    config: ExperimentConfig
+    streams: Streams
+    listener: Callable[[str], None]
+    _seen: dict[str, Federated] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    def play(self, what: str, config: ExperimentConfig, streams: Streams) -> Federated:
+        """A federation with these streams, all of each there in the first round."""
+        self.listener(what)
+        return play(self.lm, config, config.server, named(streams), self.seed, at_once=True)
+
+    def audit(self, canaries: int) -> Audit:
+        """Raises `ValueError` where the streams have too few places for so many canaries."""
+        planted, known = plant(self.streams, -(-canaries // len(self.streams)), self.seed)
+        self.listener("proofs")
+        proofs = [checks.accounting(), *checks.noise(self.lm, self.config, self.streams, self.seed)]
+        proofs.append(checks.coupling(self.lm, self.config, self.streams[0], self.streams[-1], self.seed))
+        claimed = checks.claimed_epsilon(self.config)
+        seen = self.play("the run itself", self.config, planted)
+        plain = self.play("without noise", without_noise(self.config), planted)
+        loose = self.play("without clipping", _loose(without_noise(self.config)), planted)
+        weak = self.play("with too little noise", _weak(self.config), planted)
+        bound = partial(_lower_bound, known, self.config.privacy.delta)
+        controls = [
+            Control("noise / 3.3", WEAK_CLAIM, bound(weak)),
+            Control("no noise", claimed, bound(plain)),
+            Control("no clipping", claimed, bound(self._noised(loose))),
+        ]
+        proofs += [_exposure(seen, plain, known), self._inversion()]
+        return Audit(
+            claimed, self.config.privacy.delta, bound(seen), len(self.streams), len(known),
+            proofs, self._attacks(), controls,
+        )  # fmt: skip
+
+    def _noised(self, seen: Federated) -> Federated:
+        """The announced noise on releases that were not clipped."""
+        noise = release_noise(self.config, 1, 0)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "no clipping") >> 1)
+        if noise.on_sum:
+            for row in seen.cohort.received[1:]:
+                row += noise.of_mean(len(self.streams)) * torch.randn(row.shape, generator=generator)
+        for changes in seen.cohort.changes:
+            changes += noise.on_device * torch.randn(changes.shape, generator=generator)
+        return seen
+
+    def _inversion(self) -> Check:
+        self.listener("inversion")
+        read = partial(reconstructed, self.lm, streams=self.streams, targets=REPLIES, seed=self.seed)
+        (private, chance), (plain, _) = read(config=self.config), read(config=without_noise(self.config))
+        # what guessing exceeds once in a thousand
+        most = float(stats.binom.isf(1e-3, REPLIES * LONG, chance)) / (REPLIES * LONG)
+        return Check("words of a reply read out of a release", private, 0.0, most, "no noise", plain)
+
+    def _attacks(self) -> list[Attack]:
+        met, dialogues = hide(self.streams, HIDDEN, self.seed)
+        member, found = np.array([c.member for c in dialogues]), []
+        for title, settings in (("", self.config), (", without noise", without_noise(self.config))):
+            seen, ceiling = self.play(f"attacks{title}", settings, met), Ceiling.of(settings)
+            found += [
+                judge(f"membership by {n}{title}", s, member, ceiling) for n, s in membership(seen, dialogues).items()
+            ]
+            if len(seen.cohort.changes) > 1 and not trusted(seen):
+                similar, same = reidentified(seen), np.eye(len(met), dtype=bool)
+                found.append(judge(f"a device by its releases{title}", similar.ravel(), same.ravel(), Ceiling()))
+        return found
+
+
+def _exposure(seen: Federated, plain: Federated, known: Sequence[Canary]) -> Check:
+    """Mean bits of the canaries that were met, and the most that the budget allows."""
+    members = np.array([c.member for c in known])
+    private, control = (float(gradient_scores(s, known).exposure(members)[members].mean()) for s in (seen, plain))
+    title = f"mean exposure of what was met, bits ({UNSEEN_BITS:.2f} of what was not)"
+    return Check(title, private, 0.0, Ceiling.of(seen.site.config).exposure_bits, "no noise", control)
 
 
 def _lower_bound(known: Sequence[Canary], delta: float, seen: Federated) -> float:
     """ε at 95 %, the best of the fixed shares, each at 1 − 5 % / their number."""
     confidence = 1 - 0.05 / len(SHARES)
-    refuted = partial(_refuted, len(known), delta, confidence)
-    return best_epsilon(scores(seen, known).tolist(), [c.member for c in known], refuted, SHARES)
+    scores, members = gradient_scores(seen, known).diagonal.tolist(), [c.member for c in known]
+    return best_epsilon(
+        scores, members, lambda guesses, right: one_run_epsilon(len(known), guesses, right, delta, confidence), SHARES
+    )
 
 
-def _refuted(m: int, delta: float, confidence: float, guesses: int, correct: int) -> float:
-    return one_run_epsilon(m, guesses, correct, delta, confidence)
+def _loose(config: ExperimentConfig) -> ExperimentConfig:
+    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"clip_norm_l2": 1e6})})
 
 
-def _plain(config: DeviceConfig) -> DeviceConfig:
-    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"mode": "none"})})
-
-
-def _with_noise(config: DeviceConfig, claimed: float, less: float) -> DeviceConfig:
-    """A device that claims `claimed` and adds `less` times less noise than that needs."""
-    honest = config.model_copy(update={"privacy": config.privacy.model_copy(update={"epsilon": claimed})})
-    target = planned_event(honest).noise_multiplier / less
-    low, high = claimed, 1000.0
+def _weak(config: ExperimentConfig) -> ExperimentConfig:
+    """Devices that claim `WEAK_CLAIM` and add 3.3 times less noise than that needs."""
+    target = planned_event(_with_epsilon(config, WEAK_CLAIM)).noise_multiplier / 3.3
+    low, high = WEAK_CLAIM, 1000.0
     while high / low > 1.01:
         middle = math.sqrt(low * high)
-        spending = honest.privacy.model_copy(update={"epsilon": middle})
-        sigma = planned_event(honest.model_copy(update={"privacy": spending})).noise_multiplier
+        sigma = planned_event(_with_epsilon(config, middle)).noise_multiplier
         low, high = (middle, high) if sigma > target else (low, middle)
-    return honest.model_copy(update={"privacy": honest.privacy.model_copy(update={"epsilon": high})})
+    return _with_epsilon(config, high)
 
 
-def _unclipped(lm: LanguageModel, config: DeviceConfig, streams: Sequence[Sequence[Dialogue]], seed: int) -> Federated:
-    """The announced noise on gradients of any length."""
-    huge = _plain(config).privacy.model_copy(update={"clip_norm_l2": 1e6})
-    seen = federate(lm, config.model_copy(update={"privacy": huge}), streams, seed)
-    std = release_noise(config, 1, 0).on_device
-    generator = torch.Generator().manual_seed(derive_seed(seed, "no clipping") >> 1)
-    noisy = [c + std * torch.randn(c.shape, generator=generator) for c in seen.changes]
-    return Federated(seen.site, seen.received, noisy)
-
-
-# -- attacks ------------------------------------------------------------------------------------------------------
-
-
-def _attacks(lm: LanguageModel, config: DeviceConfig, streams: Sequence[Sequence[Dialogue]], seed: int) -> list[Attack]:
-    rng = np.random.Generator(np.random.Philox(key=derive_seed(seed, "members")))
-    dialogues = [Canary(k, d, bool(rng.random() < 0.5)) for k, stream in enumerate(streams) for d in stream]
-    met = [[c.dialogue for c in dialogues if c.device == k and c.member] for k in range(len(streams))]
-    member = np.array([c.member for c in dialogues])
-    found = []
-    for title, settings in (("", config), (", without noise", _plain(config))):
-        seen = federate(lm, settings, met, seed)
-        ceiling = settings.privacy.mode != "none"
-        for name, score in membership(seen, dialogues).items():
-            found.append(attack(f"membership, {name}{title}", score, member, config if ceiling else None))
-        if config.rounds > 1:
-            similar = reidentified(seen)
-            same = np.eye(len(streams), dtype=bool).ravel()
-            found.append(attack(f"same device{title}", similar.ravel(), same, None))
-    return found
-
-
-def attack(name: str, score: np.ndarray, member: np.ndarray, config: DeviceConfig | None) -> Attack:
-    """The figures of scores (n,); `config` gives the ceiling of what one dialogue's budget allows, None none."""
-    inside, outside = score[member], score[~member]
-    ranks = stats.rankdata(score)
-    n, m = len(inside), len(outside)
-    auc = float((ranks[member].sum() - n * (n + 1) / 2) / (n * m))
-    half = 1.96 * _hanley(auc, n, m)
-    rates = {rate: float((inside > np.quantile(outside, 1 - rate)).mean()) for rate in RATES}
-    ceiling, allowed = 1.0, dict.fromkeys(RATES, 1.0)
-    if config:
-        releases = min(config.rounds, config.privacy.releases or config.rounds)
-        curve = tradeoff([planned_event(config)] * releases, config.privacy.promise.adjacency)
-        grid = np.concatenate([[0.0], np.geomspace(1e-9, 1.0, 5000)])
-        ceiling = float(np.trapezoid(curve(grid), grid))
-        allowed = {rate: float(curve(np.array([rate]))[0]) for rate in RATES}
-    return Attack(name, n, m, auc, (auc - half, auc + half), ceiling, rates, allowed)
-
-
-def _hanley(auc: float, n: int, m: int) -> float:
-    """Standard error of an AUC (Hanley and McNeil 1982)."""
-    one, two = auc / (2 - auc), 2 * auc**2 / (1 + auc)
-    variance = auc * (1 - auc) + (n - 1) * (one - auc**2) + (m - 1) * (two - auc**2)
-    return math.sqrt(max(0.0, variance) / (n * m))
+def _with_epsilon(config: ExperimentConfig, epsilon: float) -> ExperimentConfig:
+    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"epsilon": epsilon})})
 
 
 def as_json(found: Audit) -> dict[str, Any]:

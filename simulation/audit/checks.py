@@ -6,22 +6,29 @@ whose control passes has shown nothing.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
+import torch
 from opacus.accountants import PRVAccountant
 from scipy import stats
 
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
-from client.shared import planned_event, release_noise
+from client.shared import release_noise
 from privacy.accounting import Event, epsilon
-from simulation.audit.canaries import federate
+from server.config import ServerConfig
+from simulation.audit.judge import planned_events
+from simulation.federation import play
 
 GRID = ((0.01, 1.0, 1000, 1e-5), (0.1, 1.0, 100, 1e-5), (0.5, 4.0, 100, 1e-6), (0.02, 0.6, 500, 1e-5))  # q, σ, T, δ
 Streams = Sequence[Sequence[Dialogue]]
+Kind = TypeVar("Kind", bound=DeviceConfig)
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,16 @@ def accounting() -> Check:
 
 
 def noise(lm: LanguageModel, config: DeviceConfig, streams: Streams, seed: int) -> list[Check]:
-    """(release − the same without noise) / announced deviation: standard, and normal. Control: σ / 3.3."""
-    private, plain = (federate(lm, c, streams, seed) for c in (config, _without_noise(config)))
-    announced = release_noise(config, 1, 0).on_device
-    drawn = ((private.changes[0] - plain.changes[0]) / announced).double().numpy().ravel()
-    weak = drawn / 3.3
+    """(what was released − the same without noise) / announced deviation: standard, and normal. Control: σ / 3.3.
+
+    Of one step of one round, so that what follows from noise is not in it. Where the server adds the noise, of as many
+    rounds of its noise as give 200,000 numbers.
+    """
+    drawn = _central(config, seed) if config.privacy.mode == "user-central" else _local(lm, config, streams, seed)
+    weak, off = drawn / 3.3, max(0.005, 4 / math.sqrt(2 * len(drawn)))
+    title = f"deviation of {len(drawn):,} numbers of noise by the announced one"
     return [
-        Check("deviation of the noise by the announced one", drawn.std(), 0.99, 1.01, "σ / 3.3", weak.std()),
+        Check(title, drawn.std(), 1 - off, 1 + off, "σ / 3.3", weak.std()),
         Check(
             "p of the noise being normal", stats.kstest(drawn, "norm").pvalue, 1e-3, 1.0,
             "σ / 3.3", stats.kstest(weak, "norm").pvalue,
@@ -73,43 +83,77 @@ def noise(lm: LanguageModel, config: DeviceConfig, streams: Streams, seed: int) 
     ]  # fmt: skip
 
 
+def _local(lm: LanguageModel, config: DeviceConfig, streams: Streams, seed: int) -> np.ndarray:
+    one = one_round(config)
+    private, plain = (_changes(lm, c, streams, seed) for c in (one, without_noise(one)))
+    noise: np.ndarray = ((private - plain) / release_noise(one, 1, 0).on_device).double().numpy().ravel()
+    return noise
+
+
+def _central(config: DeviceConfig, seed: int) -> np.ndarray:
+    announced = release_noise(config, 1, seed)
+    return np.concatenate([announced.drawn(number, 2000) for number in range(1, 101)]) / announced.on_sum
+
+
 def coupling(
     lm: LanguageModel, config: DeviceConfig, stream: Sequence[Dialogue], others: Sequence[Dialogue], seed: int
 ) -> Check:
-    """One dialogue of the stream replaced, the whole round run again: ‖Δ clipped sum‖ / C ≤ 2.
+    """One dialogue of the stream replaced, the whole round run again: ‖Δ of what the noise is added to‖ / C ≤ 2.
 
-    Every slot is drawn, so that no coin hides the replaced one. Control: `quality` decides what is trained on.
+    Where dialogues are protected every slot is drawn, so that no coin hides the replaced one, and the control lets
+    `quality` decide what is trained on. Where devices are, everything is replaced, and the control does not clip.
     """
-    full = _without_noise(config, sampling_rate=1.0, steps_per_round=1)
-    by_quality = _without_noise(config, sampling_rate=1.0, steps_per_round=1, source="buffer")
+    one = without_noise(one_round(config, sampling_rate=1.0))
+    privacy = one.privacy
+    if not privacy.by_dialogue:
+        unclipped = one.model_copy(update={"privacy": privacy.model_copy(update={"clip_norm_l2": 1e6})})
+        short = min(len(stream), len(others))
+        figures = [float(_moved(lm, c, stream[:short], others[:short], seed)) for c in (one, unclipped)]
+        found = [figure / privacy.clip_norm_l2 for figure in figures]
+        return Check("one device replaced moves its change, C", found[0], 0.0, 2.0 + 1e-4, "no clipping", found[1])
+    chosen = one_round(one, source="buffer")
+    scale = one.shared.pool_capacity / (one.shared.learning_rate * privacy.clip_norm_l2)
     found = []
-    for settings in (full, by_quality):
+    for settings in (one, chosen):
         places = range(0, len(stream), max(1, len(stream) // 12))
-        found.append(max(_moved(lm, settings, stream, i, others[i % len(others)], seed) for i in places))
+        moved = [_moved(lm, settings, stream, _replaced(stream, i, others), seed) for i in places]
+        found.append(max(moved) * scale)
     return Check(
         "one dialogue replaced moves the clipped sum, C", found[0], 0.0, 2.0 + 1e-4, "quality chooses", found[1]
     )
 
 
+def _replaced(stream: Sequence[Dialogue], place: int, others: Sequence[Dialogue]) -> list[Dialogue]:
+    other = others[place % len(others)]
+    return [*stream[:place], Dialogue(stream[place].id, other.prompt, other.response), *stream[place + 1 :]]
+
+
 def _moved(
-    lm: LanguageModel, config: DeviceConfig, stream: Sequence[Dialogue], place: int, other: Dialogue, seed: int
+    lm: LanguageModel, config: DeviceConfig, stream: Sequence[Dialogue], instead: Sequence[Dialogue], seed: int
 ) -> float:
-    replaced = [*stream]
-    replaced[place] = Dialogue(stream[place].id, other.prompt, other.response)
-    one, two = (federate(lm, config, [s], seed).changes[0] for s in (stream, replaced))
-    shared = config.shared
-    scale = shared.sampling_rate * shared.pool_capacity / (shared.learning_rate * config.privacy.clip_norm_l2)
-    return float((one - two).norm()) * scale
+    return float((_changes(lm, config, [stream], seed) - _changes(lm, config, [instead], seed)).norm())
 
 
-def _without_noise(config: DeviceConfig, **shared: object) -> DeviceConfig:
-    return config.model_copy(
-        update={
-            "privacy": config.privacy.model_copy(update={"mode": "none"}),
-            "shared": config.shared.model_copy(update=shared),
-            "rounds": 1,
-        }
-    )
+def _changes(lm: LanguageModel, config: DeviceConfig, streams: Streams, seed: int) -> torch.Tensor:
+    """(K, P) of the first round."""
+    return play(lm, config, ServerConfig(), named(streams), seed, at_once=True).cohort.changes[0]
+
+
+def named(streams: Streams) -> dict[str, Sequence[Dialogue]]:
+    """As a federation wants them."""
+    return {f"audited-{k:05d}": stream for k, stream in enumerate(streams)}
+
+
+def one_round(config: Kind, **shared: object) -> Kind:
+    """The same settings for one round of one step."""
+    changed = config.shared.model_copy(update={"steps_per_round": 1, **shared})
+    return config.model_copy(update={"shared": changed, "rounds": 1})
+
+
+def without_noise(config: Kind) -> Kind:
+    """The same clipping and no noise."""
+    clips = "dialogue" if config.privacy.by_dialogue else "change"
+    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"mode": "none", "clips": clips})})
 
 
 def _renyi(rate: float, sigma: float, steps: int, delta: float) -> float:
@@ -123,7 +167,5 @@ def _renyi(rate: float, sigma: float, steps: int, delta: float) -> float:
 
 
 def claimed_epsilon(config: DeviceConfig) -> float:
-    """Of a dialogue that was part of as many releases as the budget allows."""
-    event = planned_event(config)
-    releases = min(config.rounds, config.privacy.releases or config.rounds)
-    return epsilon([event] * releases, config.privacy.delta, config.privacy.promise.adjacency)
+    """Of a dialogue, or a device, that was part of as many releases as the budget allows."""
+    return epsilon(planned_events(config), config.privacy.delta, config.privacy.promise.adjacency)

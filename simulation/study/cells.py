@@ -9,70 +9,37 @@ cell, so that cells can be compared pair by pair.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 from client.lexicons import load_lexicons
-from client.lm.config import ModelConfig
 from client.phases import Observation, Site, States
 from client.round import live_alone
 from client.state import DeviceStore, stage
 from privacy.plan import RoundPlan
 from privacy.seeds import derive_seed
 from simulation.config import ExperimentConfig
-from simulation.data.population import DataConfig, User, load_population
-from simulation.evaluate import derangement, measure_rouge, reply_arms, score_arms
+from simulation.data.population import User
+from simulation.evaluate import derangement, measure_rouge, reply_arms, score_arms, token_lengths
 from simulation.host import recorded_replies
 from simulation.runs import RunError, sources_sha256
 from simulation.study.config import Cell, Study
-from simulation.study.remember import RememberingModel
+from simulation.study.federated import FederatedCell
+from simulation.study.workbench import Bench, Result
 
-Result = dict[str, Any]
 Listener = Callable[[str], None]
 SUMMED = (
     "arrived", "accepted", "truncated", "synthetic_kept", "synthetic_rejected", "personal_steps", "personal_tokens",
 )  # fmt: skip
 LAST = ("buffered", "buffer_bytes", "annotations", "personal_examples")
-
-
-@dataclass
-class Bench:
-    """What cells share: the model with what it remembers, and the people."""
-
-    readings: frozenset[str]
-    _models: dict[ModelConfig, RememberingModel] = field(default_factory=dict)
-    _people: dict[tuple[DataConfig, int], list[User]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, cells: Iterable[Cell]) -> Bench:
-        return cls(frozenset(c.config.selection.reading for c in cells))
-
-    def model(self, config: ModelConfig) -> RememberingModel:
-        """The language model; one at a time is held."""
-        if config not in self._models:
-            self._models.clear()
-            model = RememberingModel.load(config)
-            assert isinstance(model, RememberingModel)
-            model.readings = self.readings
-            self._models[config] = model
-        return self._models[config]
-
-    def people(self, config: DataConfig, seeds: int, seed: int) -> dict[str, User]:
-        """`config.users` users of each seed by device name; nobody is in two seeds."""
-        drawn = config.model_copy(update={"users": config.users * seeds})
-        key = (drawn, seed)
-        if key not in self._people:
-            self._people[key] = load_population(drawn, seed)
-        return {f"seed{i // config.users}-{i % config.users:03d}": u for i, u in enumerate(self._people[key])}
 
 
 @dataclass
@@ -181,11 +148,10 @@ class CellRun:
             seed = derive_seed(self.config.seed, "reply") >> 1
             replies = reply_arms(lm, queries, arms, settings.sampling, seed)["own"]
             measured = measure_rouge(replies, count)
-            lengths = [float(len(lm.tokenizer(r.text)["input_ids"])) for r in replies]
             rouge = {
                 "by_user": measured.by_user,
                 "by_query": measured.by_query,
-                "mean_length_tokens": sum(lengths) / len(lengths),
+                "mean_length_tokens": float(np.mean(token_lengths(lm, replies))),
             }
         return {
             "settings": self.config.model_dump(mode="json"),
@@ -196,9 +162,12 @@ class CellRun:
             "nll_shuffled": nll["shuffled"],
             "rouge1": rouge,
             "sources": sources_sha256(),
-            "hardware": f"{len(os.sched_getaffinity(0))} cores, {lm.engine.device}, {lm.engine.dtype}",
+            "hardware": self.bench.hardware(self.config.model),
             "finished": round(time.time()),
         }
+
+
+KINDS: dict[str, type[CellRun] | type[FederatedCell]] = {"alone": CellRun, "federated": FederatedCell}
 
 
 def run_study(study: Study, folder: Path, listener: Listener) -> None:
@@ -210,11 +179,12 @@ def run_study(study: Study, folder: Path, listener: Listener) -> None:
     cells = study.cells
     named.write_text(json.dumps({"name": study.name, "cells": list(cells)}), encoding="utf-8")
     bench = Bench.of(cells.values())
-    for cell in cells.values():  # what is missing is told now, not after hours
-        load_lexicons(cell.config.selection.lexicons)
-        bench.people(cell.config.data, cell.seeds, cell.config.seed)
+    kind = KINDS[study.config.kind]
+    for key, cell in cells.items():
+        load_lexicons(cell.config.selection.lexicons)  # what is missing is told now, not after hours
+        assert kind(cell, folder / "cells" / key, bench, listener).users
     for number, (key, cell) in enumerate(cells.items(), start=1):
-        CellRun(cell, folder / "cells" / key, bench, partial(_tell, listener, f"cell {number} of {len(cells)}")).run()
+        kind(cell, folder / "cells" / key, bench, partial(_tell, listener, f"cell {number} of {len(cells)}")).run()
 
 
 def _tell(listener: Listener, where: str, phase: str) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,7 +20,8 @@ from simulation.study.published import PUBLISHED
 Label = tuple[tuple[str, Any], ...]  # (setting, value): where a cell stands in its table
 Axis = dict[str, tuple[Any, ...]]
 SAME_PEOPLE = ("data.order", "data.stickiness")  # of the data, what leaves streams and held-out replies what they are
-WITHOUT_EFFECT = ("shared", "server", "privacy", "engine", "cohort_size", "name")
+WITHOUT_SERVER = ("shared", "server", "privacy")  # settings without effect where devices live alone
+NEVER_VARIED = ("engine", "cohort_size", "name")
 
 
 class TableConfig(Config):
@@ -48,12 +49,14 @@ class TableConfig(Config):
             raise ValueError(f"{empty[0]} has no values")
         return value
 
+    @property
+    def settings(self) -> list[str]:
+        """Those that cells of this table change."""
+        return [*self.rows, *self.columns, *self.fixed, *(a.partition("=")[0] for a in self.against)]
+
     @model_validator(mode="after")
-    def _matters(self) -> Self:
+    def _paired(self) -> Self:
         against = [override.partition("=")[0] for override in self.against]
-        idle = [s for s in (*self.rows, *self.columns, *self.fixed, *against) if s.partition(".")[0] in WITHOUT_EFFECT]
-        if idle:
-            raise ValueError(f"{idle[0]} changes nothing in a study, whose devices have no server")
         others = [s for s in against if s.partition(".")[0] in ("data", "seed") and s not in SAME_PEOPLE]
         if others:
             raise ValueError(f"against {others[0]}: cells with other data or seeds have other people: no pairs")
@@ -67,8 +70,23 @@ class TableConfig(Config):
 class StudyConfig(Config):
     """How a grid of arms and seeds is run."""
 
-    seeds: int = Field(5, ge=1, description="independent draws of data.users devices each; no device is in two")
+    kind: Literal["alone", "federated"] = Field("alone", description="devices without a server, or with one")
+    seeds: int = Field(
+        5, ge=1,
+        description="alone: draws of data.users devices, none in two; federated: draws of dice for the same devices",
+    )  # fmt: skip
+    hidden_share: float = Field(
+        0.1, ge=0, le=1, description="federated: of each stream, for attacks; of two such dialogues a coin hides one"
+    )
     tables: dict[str, TableConfig] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _matters(self) -> Self:
+        without = NEVER_VARIED if self.kind == "federated" else (*NEVER_VARIED, *WITHOUT_SERVER)
+        for setting in (s for table in self.tables.values() for s in table.settings):
+            if setting.partition(".")[0] in without:
+                raise ValueError(f"{setting} cannot be varied: it changes nothing in a study of the kind {self.kind!r}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -76,13 +94,18 @@ class Cell:
     """One arm: an experiment on all seeds."""
 
     config: ExperimentConfig
-    seeds: int
+    study: StudyConfig
+
+    @property
+    def seeds(self) -> int:
+        return self.study.seeds
 
     @cached_property
     def key(self) -> str:
         """Names the cell's folder: the same settings are the same cell, in whichever table it stands."""
         settings = self.config.model_dump_json(exclude={"name", "cohort_size", "engine"})
-        return sha256(f"{self.seeds} {settings}".encode()).hexdigest()[:16]
+        kind = f"{self.study.hidden_share} " if self.study.kind == "federated" else ""
+        return sha256(f"{kind}{self.seeds} {settings}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -101,8 +124,9 @@ class Study:
             set_value(tree, setting, deepcopy(value))
         if override:
             set_value(tree, *parse_override(override))
-        set_value(tree, "shared.pool_capacity", 0)  # no server: nothing is annotated for its sake
-        return Cell(validate(ExperimentConfig, tree, f"{self.where}, cell {dict(label)}"), self.config.seeds)
+        if self.config.kind == "alone":
+            set_value(tree, "shared.pool_capacity", 0)  # no server: nothing is annotated for its sake
+        return Cell(validate(ExperimentConfig, tree, f"{self.where}, cell {dict(label)}"), self.config)
 
     @cached_property
     def cells(self) -> dict[str, Cell]:

@@ -18,9 +18,10 @@ from rich.table import Table
 from scipy import stats
 
 from simulation.evaluate import Comparison, Measured, compare
-from simulation.study.cells import Result, read_result
+from simulation.study.cells import read_result
 from simulation.study.config import Label, Study, TableConfig
 from simulation.study.published import PUBLISHED
+from simulation.study.workbench import Result
 
 METRICS = {"nll": "NLL", "rouge1": "ROUGE-1"}
 

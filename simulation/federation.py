@@ -1,0 +1,119 @@
+"""A whole federation in memory, for studies and audits: the devices' and the server's own code, Flower's messages
+between them, and of the devices nothing on the disk but their ledger. Not covered: evaluation, resuming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from client.config import DeviceConfig
+from client.dialogue import Dialogue
+from client.lm.model import LanguageModel
+from client.phases import Observation, Site
+from client.round import contribute
+from client.shared import release_noise
+from client.state import DeviceState
+from privacy.ledger import Ledger
+from privacy.plan import RoundPlan
+from privacy.release import Release, Schema
+from privacy.seeds import derive_key, derive_seed
+from server.config import ServerConfig
+from server.strategy import FedAvgReleases, RoundFacts, to_arrays, to_numpy
+from simulation.grid import CohortGrid
+
+
+@dataclass
+class Cohort:
+    """All devices of a federation (`client.app.Devices`), and what left them."""
+
+    site: Site
+    streams: Mapping[str, Sequence[Dialogue]]
+    at_once: bool = False  # whether all of a stream is there in the first round, or equal parts of it in each
+    states: dict[str, DeviceState] = field(default_factory=dict)
+    pages: list[dict[str, Observation]] = field(default_factory=list)  # by round and device
+    received: list[torch.Tensor] = field(default_factory=list)  # by round, (P,): before it
+    changes: list[torch.Tensor] = field(default_factory=list)  # by round, (K, P); zero for one that sent nothing
+
+    def __post_init__(self) -> None:
+        self.states = {name: self.site.new_state(name) for name in self.streams}
+
+    @property
+    def schema(self) -> Schema:
+        return self.site.schema
+
+    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
+        arrived = [self.streams[n][self.states[n].arrived : self._until(n, plan.round)] for n in names]
+        states, releases, pages = contribute([self.states[n] for n in names], arrived, received, plan, self.site)
+        self.states |= {s.id: s for s in states}
+        self.pages.append(dict(zip(names, pages, strict=True)))
+        self.received.append(received)
+        sent = {n: r for n, r in zip(names, releases, strict=True) if r}
+        self.changes.append(torch.from_numpy(np.stack([self._row(sent.get(n), plan.round) for n in self.streams])))
+        return releases
+
+    def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
+        """Nothing: personal adapters are trained after the last round, where they are wanted."""
+
+    def _until(self, name: str, number: int) -> int:
+        length = len(self.streams[name])
+        return length if self.at_once else round(length * number / self.site.config.rounds)
+
+    def _row(self, release: Release | None, number: int) -> np.ndarray:
+        row, schema = np.zeros(self.site.shared_layout.width, np.float32), self.site.schema
+        if release:
+            row[schema.places(number)] = schema.of_round(number).join(release.arrays)
+        return row
+
+
+@dataclass(frozen=True)
+class Federated:
+    """A federation that has ended, as its server saw it."""
+
+    cohort: Cohort
+    shared: torch.Tensor  # (P,): after the last round
+    facts: dict[int, RoundFacts]
+
+    @property
+    def site(self) -> Site:
+        return self.cohort.site
+
+    @property
+    def aggregated(self) -> list[torch.Tensor]:
+        """By round, (P,): what the round changed in the shared adapter."""
+        after = [*self.cohort.received[1:], self.shared]
+        return [b - a for a, b in zip(self.cohort.received, after, strict=True)]
+
+
+def play(
+    lm: LanguageModel,
+    config: DeviceConfig,
+    server: ServerConfig,
+    streams: Mapping[str, Sequence[Dialogue]],
+    seed: int,
+    *,
+    at_once: bool = False,
+    listener: Callable[[str], None] | None = None,
+) -> Federated:
+    """A federation of devices with these streams, by name. Its ledger is gone when it has ended."""
+    replies = {name: {d.id: d.response for d in stream} for name, stream in streams.items()}
+    with TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder) / "ledger.db")
+        site = Site.of(lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener, ledger)
+        return federate(Cohort(site, streams, at_once), server)
+
+
+def federate(cohort: Cohort, server: ServerConfig) -> Federated:
+    """All rounds, by the strategy that every engine runs."""
+    site = cohort.site
+    noise = release_noise(site.config, server.noise_bands, derive_key(site.seed, "server"))
+    strategy = FedAvgReleases(server, cohort.schema, site.seed, noise)
+    start = site.shared_layout.start(derive_seed(site.seed, "shared"))
+    arrays = to_arrays(cohort.schema.split(start.numpy()))
+    result = strategy.start(CohortGrid(cohort, list(cohort.streams)), arrays, site.config.rounds)
+    return Federated(cohort, torch.from_numpy(cohort.schema.join(to_numpy(result.arrays))), strategy.facts)

@@ -1,0 +1,192 @@
+"""Runs a cell of a study of federations: real devices, real server, once for each seed, then personal adapters.
+
+The people are the same for all seeds and cells; what a seed changes is every coin and all noise. A cell's folder holds
+a file for each seed that was finished, and at the end `result.json`: a study that was killed goes on with the seed that
+it was in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from client.dialogue import Dialogue
+from client.phases import Site, States, learn_personal
+from client.round import adopt
+from privacy.plan import RoundPlan
+from privacy.seeds import derive_seed
+from simulation.audit.attacks import membership
+from simulation.audit.canaries import Canary, hide
+from simulation.audit.judge import Ceiling, judge
+from simulation.config import ExperimentConfig
+from simulation.data.population import User
+from simulation.evaluate import Arm, derangement, measure_rouge, reply_arms, score_arms, token_lengths
+from simulation.federation import Federated, play
+from simulation.runs import sources_sha256
+from simulation.study.config import Cell
+from simulation.study.workbench import Bench, Result
+
+
+@dataclass
+class FederatedCell:
+    """One cell while it is being run."""
+
+    cell: Cell
+    folder: Path
+    bench: Bench
+    listener: Callable[[str], None]
+
+    @property
+    def config(self) -> ExperimentConfig:
+        return self.cell.config
+
+    @cached_property
+    def users(self) -> dict[str, User]:
+        return self.bench.people(self.config.data, 1, self.config.seed)
+
+    @cached_property
+    def streams(self) -> tuple[dict[str, list[Dialogue]], list[Canary]]:
+        """What the devices meet, by name, and the dialogues that attacks ask about."""
+        met, hidden = hide([u.stream for u in self.users.values()], self.cell.study.hidden_share, self.config.seed)
+        return dict(zip(self.users, met, strict=True)), hidden
+
+    def run(self) -> Result:
+        """Goes on after the last seed that was finished and returns the result."""
+        path = self.folder / "result.json"
+        if path.exists():
+            result: Result = json.loads(path.read_text(encoding="utf-8"))
+            return result
+        self.folder.mkdir(parents=True, exist_ok=True)
+        seeds = [self._kept(number) for number in range(self.cell.seeds)]
+        result = {
+            "settings": self.config.model_dump(mode="json"),
+            "devices": list(self.users),
+            "queries": sum(len(u.held_out) for u in self.users.values()),
+            "seeds": seeds,
+            "sources": sources_sha256(),
+            "hardware": self.bench.hardware(self.config.model),
+            "finished": round(time.time()),
+        }
+        _write(path, result)
+        return result
+
+    def _kept(self, number: int) -> Result:
+        path = self.folder / f"seed{number}.json"
+        if not path.exists():
+            _write(path, self._repetition(number))
+        found: Result = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def _repetition(self, number: int) -> Result:
+        """One federation of all devices, with the dice of a seed."""
+        began, (streams, hidden) = time.perf_counter(), self.streams
+        config, lm = self.config, self.bench.model(self.config.model)
+        seed = derive_seed(config.seed, "repetition", number)
+        seen = play(lm, config, config.server, streams, seed, listener=self.listener)
+        states = list(seen.cohort.states.values())
+        if config.personal.epochs:
+            states, _ = adopt(states, seen.shared, RoundPlan(config.rounds, config.rounds), seen.site)
+        arms = self._arms(seen, states)
+        self.listener("attack")
+        ceiling, member = Ceiling.of(config), np.array([c.member for c in hidden])
+        attacks = membership(seen, hidden) if hidden else {}
+        return {
+            "arms": {**self._without_server(states, seen.site, number), **self._measured(arms, number)},
+            "attacks": [asdict(judge(name, score, member, ceiling)) for name, score in attacks.items()],
+            **_told(seen),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+
+    # -- arms ---------------------------------------------------------------------------------------------------
+
+    def _arms(self, seen: Federated, states: States) -> dict[str, Arm]:
+        site, personal = seen.site, torch.stack([s.personal for s in states])
+        shared = site.lm.adapters(site.shared_layout, seen.shared)
+        if not self.config.personal.epochs:
+            return {"shared": [shared]}
+        given = derangement(len(states), derive_seed(site.seed, "shuffled"))
+        return {
+            "shared": [shared],
+            "personal": [shared, site.lm.adapters(site.personal_layout, personal)],
+            "shuffled": [shared, site.lm.adapters(site.personal_layout, personal[given])],
+        }
+
+    def _without_server(self, states: States, site: Site, number: int) -> Result:
+        """Base model and personal adapters on it alone: the same in all cells that differ in what is shared."""
+        known = self.config.model_dump_json(exclude={"shared", "privacy", "server", "name", "cohort_size", "engine"})
+
+        def measured() -> Result:
+            arms: dict[str, Arm] = {"base": []}
+            if self.config.personal.epochs:
+                self.listener("local control")
+                rounds = site.config.rounds
+                fresh = [replace(s, personal=site.new_state(s.id).personal) for s in states]
+                alone, _ = learn_personal(fresh, None, RoundPlan(rounds, rounds), site)
+                rows = torch.stack([s.personal for s in alone])
+                arms["local"] = [site.lm.adapters(site.personal_layout, rows)]
+            return self._measured(arms, number)
+
+        return self.bench.remembered((known, self.cell.study.hidden_share, number), measured)
+
+    def _measured(self, arms: Mapping[str, Arm], number: int) -> Result:
+        """NLL and ROUGE-1 of each arm, by user and by query, and the mean length of replies."""
+        self.listener("evaluate")
+        lm, settings = self.bench.model(self.config.model), self.config.evaluation
+        asked = [u.held_out for u in self.users.values()]
+        found: Result = {
+            name: {"nll": {"by_user": m.by_user, "mean_per_query": m.mean_per_query}}
+            for name, m in score_arms(lm, asked, arms).items()
+        }
+        if settings.rouge_queries_per_user:
+            few = [queries[: settings.rouge_queries_per_user] for queries in asked]
+            seed = derive_seed(self.config.seed, "reply", number) >> 1
+            for name, replies in reply_arms(lm, few, arms, settings.sampling, seed).items():
+                m = measure_rouge(replies, len(asked))
+                found[name]["rouge1"] = {"by_user": m.by_user, "mean_per_query": m.mean_per_query}
+                found[name]["mean_length_tokens"] = float(np.mean(token_lengths(lm, replies)))
+        return found
+
+
+def _told(seen: Federated) -> Result:
+    """What the federation cost and how much of its releases was signal."""
+    pages = seen.cohort.pages
+    spent = [p["epsilon"] for p in pages[-1].values() if p["epsilon"] is not None]
+    first = seen.cohort.changes[0].double()  # (K, P)
+    variance = float((first - first.mean(0)).square().sum() / max(1, len(first) - 1))
+    ratios = [f.signal_to_noise for f in seen.facts.values()]
+    return {
+        "epsilon": max(spent, default=0.0),
+        "releases": [f.releases for f in seen.facts.values()],
+        "refused": dict(sum((Counter(f.refused) for f in seen.facts.values()), Counter[str]())),
+        "signal_to_noise": [None if math.isnan(r) else r for r in ratios],
+        "shared_norm_l2": float(seen.shared.norm()),
+        # of the first round, noise and all: squared norm of the mean change, and what a device adds to it
+        "mean_square": float(first.mean(0).square().sum()),
+        "variance": variance,
+        "upload_bytes": max(p["upload_bytes"] for page in pages for p in page.values()),
+        "seconds_by_phase": _phases(pages),
+    }
+
+
+def _phases(pages: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
+    seconds = Counter[str]()
+    for page in (p for by_device in pages for p in by_device.values()):
+        seconds.update(page["seconds"])
+    return {name: round(spent, 3) for name, spent in seconds.items()}
+
+
+def _write(path: Path, result: Result) -> None:
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(result), encoding="utf-8")
+    os.replace(fresh, path)
