@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from client.buffer import SelectionConfig
 from client.lm.config import AdapterConfig, ModelConfig
@@ -20,11 +20,19 @@ class SharedConfig(Config):
     source: Literal["pool", "buffer"] = Field("pool", description="buffer: what [selection] keeps; user-* modes only")
     pool_capacity: int = Field(64, ge=0, description="public; 0: nothing is kept for a shared adapter")
     sampling_rate: float = Field(0.5, gt=0, le=1, description="chance of each pool slot in each step; public")
+    sampling: str = Field("poisson", description="what the accounting assumes and the device does")
     steps_per_round: int = Field(1, ge=1, description="public")
     synthetic: int = Field(0, ge=0, le=16, description="written of each dialogue of the pool; one example with it")
     learning_rate: float = Field(1.0, gt=0, description="of noisy SGD, where each dialogue is clipped")
     adamw_learning_rate: float = Field(3e-3, gt=0, description="of AdamW, where a device's whole change is clipped")
     batch_size: int = Field(8, ge=1, description="of AdamW")
+
+    @field_validator("sampling")
+    @classmethod
+    def _as_accounted(cls, value: str) -> str:
+        if value != "poisson":
+            raise ValueError("must be 'poisson': shuffled or fixed batches accounted as Poisson overstate privacy")
+        return value
 
 
 class PersonalConfig(Config):

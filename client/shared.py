@@ -126,6 +126,11 @@ def _page(state: DeviceState, answer: Answer, site: Site) -> dict[str, Any]:
     return {"epsilon": spent, **({"refusal": answer.refusal} if answer.refusal else {})}
 
 
+def _key(state: DeviceState, plan: RoundPlan, site: Site, *purpose: str | int) -> int:
+    """For what may be drawn once: for an experiment and a round the ledger pays once, for one adapter received."""
+    return derive_key(state.secret, site.experiment, plan.round, *purpose)
+
+
 # -- one dialogue -------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +174,7 @@ def _private_row(state: DeviceState, received: torch.Tensor, plan: RoundPlan, si
         clip_norm_l2=site.config.privacy.clip_norm_l2,
         noise_multiplier=planned_event(site.config).noise_multiplier,
         expected_batch=shared.sampling_rate * shared.pool_capacity,
-        key=derive_key(state.secret, plan.round, "noise"),
+        key=_key(state, plan, site, "noise"),
     )
 
 
@@ -188,7 +193,7 @@ def _buffered(state: DeviceState) -> Texts:
 
 def _drawn(state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
     """One Poisson sample of so many: each has a coin of its own."""
-    key = derive_key(state.secret, plan.round, "coins", step)
+    key = _key(state, plan, site, "coins", step)
     return poisson_sample(count, site.config.shared.sampling_rate, key)
 
 
@@ -209,7 +214,7 @@ def clipped_change(
     for state, row in zip(states, trained, strict=True):
         one_step = PrivateRow(
             torch.zeros_like(received), learning_rate=1.0, clip_norm_l2=config.privacy.clip_norm_l2,
-            noise_multiplier=sigma, expected_batch=1.0, key=derive_key(state.secret, plan.round, "noise"),
+            noise_multiplier=sigma, expected_batch=1.0, key=_key(state, plan, site, "noise"),
         )  # fmt: skip
         one_step.step((received - row)[None])
         changes[state.id] = one_step.row

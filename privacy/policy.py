@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from privacy.accounting import Adjacency
 from privacy.config import Config
@@ -61,12 +61,22 @@ PROMISES: dict[Mode, Promise] = {
 }
 
 
+NOT_ACCOUNTED_BY = {
+    "gdp": "approximates by a limit theorem and reports less than is spent",
+    "rdp": "reports more than is spent, so that budget is wasted",
+    "prv": "is the cross-check of florilegium audit, with an error of its own",
+}
+
+
 class PrivacyConfig(Config):
     """The budget of one device for the whole run and how its gradients are bounded."""
 
     mode: Mode = "example-local"
-    epsilon: float = Field(8.0, gt=0, description="of each dialogue, or in user-* of a device for its life; at `delta`")
+    epsilon: float = Field(
+        8.0, gt=0, le=100, description="of each dialogue, or in user-* of a device for its life; at `delta`"
+    )
     delta: float = Field(1e-5, gt=0, lt=1)
+    accountant: str = "pld"
     clip_norm_l2: float = Field(1.0, gt=0, description="bound on a dialogue's gradient, or in user-* on a whole change")
     releases: int = Field(
         0, ge=0, description="that a dialogue, or in user-* a device, may be part of; then it is retired; 0: all rounds"
@@ -79,6 +89,14 @@ class PrivacyConfig(Config):
         "seed",
         description="where a device's secret, for noise and coins, comes from; seed: repeatable, simulation only",
     )
+
+    @field_validator("accountant")
+    @classmethod
+    def _bounds_from_above(cls, value: str) -> str:
+        if value != "pld":
+            reason = NOT_ACCOUNTED_BY.get(value, "is not known")
+            raise ValueError(f"{value} {reason}; 'pld' (privacy loss distributions) decides")
+        return value
 
     @property
     def promise(self) -> Promise:

@@ -118,10 +118,14 @@ def study(
     from simulation.config import find_config
     from simulation.study.cells import run_study
     from simulation.study.config import load_study
-    from simulation.study.report import render_study
-    from simulation.study.tables import as_text
 
     planned = load_study(find_config(config), overrides or [])
+    if planned.config.kind == "federated":
+        from simulation.study.utility import as_text
+        from simulation.study.utility_report import render_study
+    else:
+        from simulation.study.report import render_study
+        from simulation.study.tables import as_text
     folder = studies / planned.name
     told = Console(stderr=True)
     try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import tomli_w
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from client.config import DeviceConfig
 from client.lm.config import SamplingConfig
@@ -45,6 +45,30 @@ class ExperimentConfig(DeviceConfig):
     data: DataConfig = DataConfig()
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _delta_is_small(self) -> Self:
+        """With δ = 1 / n a mechanism may publish one of n units and keep its promise."""
+        by_dialogue, devices = self.privacy.by_dialogue, self.data.users
+        units = devices * (self.data.max_pairs if by_dialogue else 1)
+        if self.privacy.mode != "none" and self.privacy.delta * units >= 1:
+            what = f"{devices:,} devices" + (f" of {self.data.max_pairs} dialogues" if by_dialogue else "")
+            raise ValueError(f"privacy.delta = {self.privacy.delta:g} must be < 1 / n = {1 / units:.2g} ({what})")
+        return self
+
+    @model_validator(mode="after")
+    def _bands_fit(self) -> Self:
+        """Correlated noise is calibrated for devices that take part every so many rounds."""
+        bands, privacy = self.server.noise_bands, self.privacy
+        if bands > 1 and privacy.mode != "user-central":
+            raise ValueError(f"server.noise_bands = {bands} needs privacy.mode = 'user-central': the server adds it")
+        times = -(-self.rounds // bands)
+        if bands > 1 and privacy.releases != times:
+            raise ValueError(
+                f"privacy.releases = {privacy.releases} must be {times}: so often is a device asked in {self.rounds} "
+                f"rounds with server.noise_bands = {bands}"
+            )
+        return self
 
     @field_validator("name")
     @classmethod

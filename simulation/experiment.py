@@ -82,14 +82,14 @@ ENGINES: dict[str, Callable[[RunFolder, Listener | None], None]] = {"cohort": _o
 def federate(run: RunFolder, grid: Grid, devices: SimulatedDevices) -> None:
     """All rounds over a grid, from the last one that was finished, and the verdict."""
     config, last = run.config, run.last_shared()
-    done = last[0] if last else -1
+    done = last.round if last else -1
     noise = release_noise(config, config.server.noise_bands, derive_key(config.seed, "server"))
     strategy = FedAvgReleases(config.server, devices.schema, config.seed, noise, first_round=max(1, done + 1))
     ends = [e["wall_s"] for e in run.events() if e["event"] == "end"]
     session = Session(run, devices, strategy, earlier_s=ends[-1] if last and ends else 0.0)
     if last:
         run.rewind(done)
-        arrays = to_arrays(last[1])
+        arrays, strategy.heads = to_arrays(last.shared), last.heads
     else:
         run.metrics.unlink(missing_ok=True)
         session.open()

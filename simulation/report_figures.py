@@ -46,6 +46,7 @@ class DeviceTotal:
     synthetic_rejected: int
     truncated: int
     tokens_trained: int
+    odometer: tuple[tuple[int, float | None, str], ...]  # round, ε spent until then, why nothing was released
 
 
 # At least 3:1 against a white and a dark page, and told apart in all three kinds of colour blindness;
@@ -95,6 +96,7 @@ def device_totals(device_rounds: Sequence[Event]) -> list[DeviceTotal]:
             releases=sum(bool(e.get("upload_bytes")) for e in events),
             epsilon=max((e["epsilon"] for e in events if e.get("epsilon") is not None), default=math.nan),
             annotations=max(e.get("annotations", 0) for e in events),
+            odometer=tuple((e["round"], e.get("epsilon"), e.get("refusal", "")) for e in events),
             **{key: sum(e.get(key, 0) for e in events) for key in _SUMMED},
         )
         for device, events in by_device.items()

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from client.state import DeviceStore
 from privacy.release import Array
@@ -26,6 +27,15 @@ PACKAGES = ("privacy", "client", "server", "simulation")
 
 class RunError(RuntimeError):
     """A run's folder exists, is missing or does not fit what is asked of it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the server had at the end of a round."""
+
+    round: int
+    shared: dict[str, Array]
+    heads: dict[str, str]  # device → head of its ledger with its last release
 
 
 @dataclass(frozen=True)
@@ -89,18 +99,23 @@ class RunFolder:
             merged |= page
         return merged
 
-    def save_shared(self, round_number: int, arrays: dict[str, Array]) -> None:
-        """The server's checkpoint: with it a round is done."""
+    def save_shared(self, round_number: int, arrays: dict[str, Array], heads: Mapping[str, str]) -> None:
+        """The server's checkpoint, the heads of the devices' ledgers with it: then a round is done."""
         path = self.path / "server" / f"{round_number:05d}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, fresh)
+        metadata = {"heads": json.dumps(dict(heads))}
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, fresh, metadata)
         fresh.replace(path)
 
-    def last_shared(self) -> tuple[int, dict[str, Array]] | None:
-        """The newest checkpoint and its round."""
+    def last_shared(self) -> Checkpoint | None:
+        """The newest checkpoint."""
         found = sorted((self.path / "server").glob("*.safetensors"))
-        return (int(found[-1].stem), load_file(found[-1])) if found else None
+        if not found:
+            return None
+        with safe_open(found[-1], "np") as stored:
+            heads = json.loads(stored.metadata()["heads"])
+            return Checkpoint(int(found[-1].stem), {k: stored.get_tensor(k) for k in stored.keys()}, heads)  # noqa: SIM118
 
     def rewind(self, round_number: int) -> None:
         """Drops the events of what comes after a round, so that it can be done again."""

@@ -93,7 +93,7 @@ class Session:
         seconds["evaluate"] = time.perf_counter() - began
         if round_number:
             self._round_event(round_number, shared, seconds)
-        self.run.save_shared(round_number, numbers)
+        self.run.save_shared(round_number, numbers, self.strategy.heads)
         return None
 
     def finish(self, shared: torch.Tensor) -> None:
@@ -253,7 +253,7 @@ class Session:
 
 def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, Any]:
     """The facts of a run that do not change: what, on what, under which promise."""
-    lm, promise = devices.site.lm, config.privacy.promise
+    lm, promise, event = devices.site.lm, config.privacy.promise, planned_event(config)
     return {
         "name": config.name,
         "engine": config.engine,
@@ -277,10 +277,10 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, A
             "not_covered": promise.not_covered,
             "epsilon_budget": config.privacy.epsilon,
             "delta": config.privacy.delta,
-            "noise_multiplier": planned_event(config).noise_multiplier,
+            "noise_multiplier": event.noise_multiplier,
             "clip_norm_l2": config.privacy.clip_norm_l2,
-            "sampling_rate": config.shared.sampling_rate,
-            "steps_per_round": config.shared.steps_per_round,
+            "sampling_rate": event.sampling_rate,
+            "steps_per_round": event.steps,
             "accountant": "PLD",
         },
         "config": config.model_dump(mode="json"),

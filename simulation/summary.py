@@ -62,6 +62,7 @@ def summarize(events: Iterable[Event]) -> Summary:
         "privacy_mode": start["privacy"]["mode"],
         "privacy_unit": start["privacy"]["unit"],
         "adjacency": start["privacy"]["adjacency"],
+        "trust": start["privacy"]["trust"],
         "signal_to_noise": [e["signal_to_noise"] for e in rounds],
         "upload_bytes_per_release": max(e["upload_bytes"] for e in devices),
         "download_bytes_per_round": rounds[-1]["download_bytes"],
@@ -115,7 +116,8 @@ def render_summary(summary: Summary) -> RenderableType:
     lines = [_comparison(c) for c in summary["comparisons"]]
     ratios = ", ".join("no noise" if r is None or math.isnan(r) else f"{r:.2f}" for r in summary["signal_to_noise"])
     facts = [
-        f"privacy: {summary['privacy_mode']}, unit {summary['privacy_unit']}, {summary['adjacency']}: "
+        f"privacy: {summary['privacy_mode']}, unit {summary['privacy_unit']}, {summary['adjacency']}; "
+        f"{summary['trust']}: "
         f"ε = {summary['epsilon']:.2f} at δ = {summary['delta']:g}",
         f"signal to noise of the mean release, by round: {ratios}",
         f"{summary['upload_bytes_per_release']:,} bytes left a device per release; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from client.lm.adapter import Trained
 from privacy.config import Config
@@ -34,6 +34,25 @@ class AdapterConfig(Config):
     alpha: float = Field(16.0, gt=0)
     targets: tuple[str, ...] = Field((), description="endings of the adapted linear layers' names; empty: all")
     factors: Trained = "both"
+    use_dora: bool = Field(False, description="refused: PEFT's name, so that whoever asks for it is told why")
+
+    @field_validator("use_dora")
+    @classmethod
+    def _only_lora(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("DoRA divides by norms over B A: no gradient of one example alone can be had; use LoRA")
+        return value
+
+    @field_validator("targets")
+    @classmethod
+    def _no_embedding(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        looked_up = [t for t in value if "embed" in t or t.endswith(("wte", "wpe"))]
+        if looked_up:
+            raise ValueError(
+                f"{looked_up[0]} is an embedding: which of its rows change says which words were used, and the "
+                f"tokens of one example are not separated there; name linear layers"
+            )
+        return value
 
 
 class SamplingConfig(Config):

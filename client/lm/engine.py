@@ -45,6 +45,7 @@ class Engine:
         self.device, self.dtype = model.device, model.dtype
         if self.device.type == "cpu":
             keep_freed_memory()
+        layers.refuse_coupling(model)
         self.head = layers.head_of(model)
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         expected = layers.probe(model)

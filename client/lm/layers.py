@@ -121,6 +121,16 @@ def _products(lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> 
     return total
 
 
+def refuse_coupling(model: nn.Module) -> None:
+    """Raises `UnsupportedModelError` for layers in which the examples of a batch meet: batch normalization."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UnsupportedModelError(
+                f"{name} is {type(module).__name__}, which mixes the examples of a batch: no device's result would be "
+                f"its own, and no example's gradient could be bounded"
+            )
+
+
 def head_of(model: PreTrainedModel) -> nn.Linear:
     """The layer that makes logits of the last hidden states."""
     head = model.get_output_embeddings()

@@ -168,11 +168,16 @@ def _loose(config: ExperimentConfig) -> ExperimentConfig:
 def _weak(config: ExperimentConfig) -> ExperimentConfig:
     """Devices that claim `WEAK_CLAIM` and add 3.3 times less noise than that needs."""
     target = planned_event(_with_epsilon(config, WEAK_CLAIM)).noise_multiplier / 3.3
-    low, high = WEAK_CLAIM, 1000.0
+
+    def sigma(epsilon: float) -> float:
+        return planned_event(_with_epsilon(config, epsilon)).noise_multiplier
+
+    low, high = WEAK_CLAIM, 2 * WEAK_CLAIM
+    while sigma(high) > target:
+        low, high = high, 2 * high
     while high / low > 1.01:
         middle = math.sqrt(low * high)
-        sigma = planned_event(_with_epsilon(config, middle)).noise_multiplier
-        low, high = (middle, high) if sigma > target else (low, middle)
+        low, high = (middle, high) if sigma(middle) > target else (low, middle)
     return _with_epsilon(config, high)
 
 
