@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +29,8 @@ from simulation.federation import play
 GRID = ((0.01, 1.0, 1000, 1e-5), (0.1, 1.0, 100, 1e-5), (0.5, 4.0, 100, 1e-6), (0.02, 0.6, 500, 1e-5))  # q, σ, T, δ
 Streams = Sequence[Sequence[Dialogue]]
 Kind = TypeVar("Kind", bound=DeviceConfig)
+BOUND = 2.0 + 1e-4  # clipping norms, when one unit is replaced
+COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,10 @@ def noise(lm: LanguageModel, config: DeviceConfig, streams: Streams, seed: int) 
     weak, off = drawn / 3.3, max(0.005, 4 / math.sqrt(2 * len(drawn)))
     title = f"deviation of {len(drawn):,} numbers of noise by the announced one"
     return [
-        Check(title, drawn.std(), 1 - off, 1 + off, "σ / 3.3", weak.std()),
+        Check(title, float(drawn.std()), 1 - off, 1 + off, "σ / 3.3", float(weak.std())),
         Check(
-            "p of the noise being normal", stats.kstest(drawn, "norm").pvalue, 1e-3, 1.0,
-            "σ / 3.3", stats.kstest(weak, "norm").pvalue,
+            "p of the noise being normal", float(stats.kstest(drawn, "norm").pvalue), 1e-3, 1.0,
+            "σ / 3.3", float(stats.kstest(weak, "norm").pvalue),
         ),
     ]  # fmt: skip
 
@@ -98,29 +100,28 @@ def _central(config: DeviceConfig, seed: int) -> np.ndarray:
 def coupling(
     lm: LanguageModel, config: DeviceConfig, stream: Sequence[Dialogue], others: Sequence[Dialogue], seed: int
 ) -> Check:
-    """One dialogue of the stream replaced, the whole round run again: ‖Δ of what the noise is added to‖ / C ≤ 2.
+    """One dialogue, or all of a device, replaced, the whole round run again: ‖Δ of what gets the noise‖ / C ≤ 2.
 
-    Where dialogues are protected every slot is drawn, so that no coin hides the replaced one, and the control lets
-    `quality` decide what is trained on. Where devices are, everything is replaced, and the control does not clip.
+    Every slot of the pool is drawn, so that no coin hides the replaced one. Controls: what a dialogue's descendants
+    would do if each were clipped apart; a device's change that is not clipped.
     """
     one = without_noise(one_round(config, sampling_rate=1.0))
-    privacy = one.privacy
-    if not privacy.by_dialogue:
-        unclipped = one.model_copy(update={"privacy": privacy.model_copy(update={"clip_norm_l2": 1e6})})
-        short = min(len(stream), len(others))
-        figures = [float(_moved(lm, c, stream[:short], others[:short], seed)) for c in (one, unclipped)]
-        found = [figure / privacy.clip_norm_l2 for figure in figures]
-        return Check("one device replaced moves its change, C", found[0], 0.0, 2.0 + 1e-4, "no clipping", found[1])
-    chosen = one_round(one, source="buffer")
-    scale = one.shared.pool_capacity / (one.shared.learning_rate * privacy.clip_norm_l2)
-    found = []
-    for settings in (one, chosen):
-        places = range(0, len(stream), max(1, len(stream) // 12))
-        moved = [_moved(lm, settings, stream, _replaced(stream, i, others), seed) for i in places]
-        found.append(max(moved) * scale)
-    return Check(
-        "one dialogue replaced moves the clipped sum, C", found[0], 0.0, 2.0 + 1e-4, "quality chooses", found[1]
-    )
+    clip = one.privacy.clip_norm_l2
+    if not one.privacy.by_dialogue:
+        short, instead = stream[: len(others)], others[: len(stream)]
+        unclipped = one.model_copy(update={"privacy": one.privacy.model_copy(update={"clip_norm_l2": 1e6})})
+        moved, loose = (_moved(lm, settings, short, instead, seed) / clip for settings in (one, unclipped))
+        return Check("one device replaced moves its change, C", moved, 0.0, BOUND, "no clipping", loose)
+    fits = stream[: one.shared.pool_capacity - COPIES]
+    scale = one.shared.pool_capacity / (one.shared.learning_rate * clip)
+    by_place = []
+    for place in range(0, len(fits), max(1, len(fits) // 12)):
+        pair = fits, _replaced(fits, place, others)
+        copies = tuple([*s, *(replace(s[place], id=f"{s[place].id}+{n}") for n in range(COPIES))] for s in pair)
+        by_place.append([_moved(lm, one, before, after, seed) * scale for before, after in (pair, copies)])
+    moved, apart = map(max, zip(*by_place, strict=True))
+    title, control = "one dialogue replaced moves the clipped sum, C", f"with {COPIES} descendants clipped apart"
+    return Check(title, moved, 0.0, BOUND, control, apart)
 
 
 def _replaced(stream: Sequence[Dialogue], place: int, others: Sequence[Dialogue]) -> list[Dialogue]:

@@ -1,0 +1,192 @@
+"""The audit: bounds and figures by hand, fair coins, attacks that work where nothing protects, caught controls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client.dialogue import Dialogue
+from client.lm.model import LanguageModel
+from simulation.audit import checks
+from simulation.audit.attacks import Matches, gradient_scores, membership
+from simulation.audit.bounds import auc_ceiling, gaussian_epsilon, gaussian_one_run_epsilon, one_run_epsilon
+from simulation.audit.canaries import hide, plant
+from simulation.audit.checks import named, without_noise
+from simulation.audit.inversion import LISTED, reconstructed
+from simulation.audit.judge import Ceiling, judge
+from simulation.audit.report import audit_run
+from simulation.cli import main
+from simulation.config import ExperimentConfig
+from simulation.data.population import DataConfig, load_population
+from simulation.federation import play
+from simulation.runs import RunError, RunFolder, create
+
+CONFIG = ExperimentConfig.model_validate({
+    "rounds": 2,
+    "model": {"dtype": "float32", "limits": {"prompt_tokens": 16, "reply_tokens": 16}},
+    "data": {"users": 4, "split": "development", "max_pairs": 40},
+    "selection": {"policy": "fifo", "bins": 4},
+    "shared": {"pool_capacity": 16, "adapter": {"targets": ["v_proj"]}},
+})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def streams() -> list[list[Dialogue]]:
+    return [list(user.stream[:24]) for user in load_population(CONFIG.data, seed=0)]
+
+
+# -- figures by hand ----------------------------------------------------------------------------------------------
+
+
+def test_one_run_bounds_by_hand() -> None:
+    """Half of the guesses right shows nothing; all of 1,000 right shows what the binomial tail of 0.05 allows."""
+    assert one_run_epsilon(1000, 1000, 500, 1e-5) == 0
+    # P[all 1,000 right] = p^1000 ≥ 0.05 for p ≥ 0.05^(1/1000) = 0.99701, ε = ln(p / (1 − p)) = 5.81; δ takes a little
+    assert 5.6 < one_run_epsilon(1000, 1000, 1000, 1e-5) < 5.81
+    assert one_run_epsilon(1000, 100, 90, 1e-5) < one_run_epsilon(1000, 100, 95, 1e-5)
+    assert one_run_epsilon(1000, 100, 95, 1e-2) < one_run_epsilon(1000, 100, 95, 1e-5)
+
+
+def test_a_gaussian_of_unit_shift_is_known() -> None:
+    """µ = 1 is ε = 4.38 at δ = 1e-5 (Dong et al. 2019, Corollary 1), and a bound for Gaussians is the sharper one."""
+    assert gaussian_epsilon(1.0, 1e-5) == pytest.approx(4.377, abs=0.01)
+    assert gaussian_one_run_epsilon(1000, 1000, 800, 1e-5) > one_run_epsilon(1000, 1000, 800, 1e-5)
+
+
+@pytest.mark.parametrize(("eps", "ceiling"), [(1, 0.731), (2, 0.881), (4, 0.982), (8, 0.9997)])
+def test_ceilings_of_pure_privacy_by_hand(eps: float, ceiling: float) -> None:
+    """Without δ the curve has one corner, at 1 / (1 + e^ε): the area is e^ε / (1 + e^ε)."""
+    assert auc_ceiling(eps, 0.0) == pytest.approx(ceiling, abs=1e-3)
+
+
+@pytest.mark.parametrize(("eps", "ceiling"), [(1, 0.575), (2, 0.639), (4, 0.743), (8, 0.881)])
+def test_the_ceiling_of_a_gaussian_mechanism(eps: float, ceiling: float) -> None:
+    """Of one release at δ = 1e-5 it is far below that of (ε, δ) alone."""
+    settings = {"mode": "user-local", "epsilon": eps}
+    config = ExperimentConfig.model_validate({"rounds": 1, "privacy": settings})
+    assert Ceiling.of(config).auc == pytest.approx(ceiling, abs=3e-3)
+
+
+def test_the_figures_of_an_attack_by_hand() -> None:
+    """Members 3, 4, 1 and strangers 0, 2: of six pairs only 1 < 2 is the wrong way round."""
+    found = judge("x", np.array([3.0, 4.0, 1.0, 0.0, 2.0]), np.array([True, True, True, False, False]), Ceiling())
+    assert found.auc == pytest.approx(5 / 6)
+    assert found.tpr_at_fpr[0.01] == pytest.approx(2 / 3)
+    assert found.within and (found.members, found.strangers) == (3, 2)
+
+
+def test_exposure_by_hand() -> None:
+    """Best of itself and three strangers: log2 4 = 2 bits; below all of them: 0."""
+    matches = Matches(np.array([[9.0], [0.0], [1.0], [2.0], [3.0]]), [0] * 5)
+    members = np.array([True, True, False, False, False])
+    assert matches.exposure(members)[:2].tolist() == [2.0, 0.0]
+    assert matches.exposure(members)[2:].tolist() == pytest.approx(np.log2([3 / 3, 3 / 2, 3 / 1]).tolist())
+
+
+# -- coins --------------------------------------------------------------------------------------------------------
+
+
+def test_a_coin_hides_one_of_two_and_the_other_stands_in_the_same_place(streams: list[list[Dialogue]]) -> None:
+    met, canaries = hide(streams, 0.5, seed=3)
+    assert [len(m) for m in met] == [18] * 4 and len(canaries) == 4 * 12
+    for c in canaries:
+        assert (c.dialogue in met[c.device]) == c.member
+    pairs = zip(canaries[::2], canaries[1::2], strict=True)  # the one that was met and the hidden one
+    earlier = sum(streams[a.device].index(a.dialogue) < streams[b.device].index(b.dialogue) for a, b in pairs)
+    assert 6 < earlier < 18
+
+
+def test_canaries_take_places_by_coins(streams: list[list[Dialogue]]) -> None:
+    planted, canaries = plant(streams, 10, seed=1)
+    assert [len(p) for p in planted] == [24] * 4 and len(canaries) == 40
+    assert 10 < sum(c.member for c in canaries) < 30
+    for c in canaries:
+        assert (c.dialogue in planted[c.device]) == c.member
+    with pytest.raises(ValueError, match="more devices"):
+        plant(streams, 25, seed=1)
+
+
+# -- attacks and checks on real federations -----------------------------------------------------------------------
+
+
+def test_attacks_work_where_nothing_protects_and_stay_below_the_ceiling(
+    lm: LanguageModel, streams: list[list[Dialogue]]
+) -> None:
+    met, canaries = hide(streams, 1.0, seed=0)
+    member = np.array([c.member for c in canaries])
+    private = CONFIG.model_copy(update={"privacy": CONFIG.privacy.model_copy(update={"epsilon": 1.0})})
+    found = {}
+    for name, config in (("plain", without_noise(CONFIG)), ("private", private)):
+        seen = play(lm, config, config.server, named(met), 0, at_once=True)
+        scores = membership(seen, canaries)
+        assert set(map(len, scores.values())) == {len(canaries)}
+        found[name] = judge("", scores["gradient, releases"], member, Ceiling.of(config))
+    assert found["plain"].ci95[0] > 0.7
+    assert found["private"].within and found["private"].auc < 0.7
+    assert found["private"].auc_ceiling < 0.6 < found["plain"].auc_ceiling
+
+
+def test_what_was_met_is_exposed_without_noise_alone(lm: LanguageModel, streams: list[list[Dialogue]]) -> None:
+    planted, canaries = plant(streams, 12, seed=0)
+    members = np.array([c.member for c in canaries])
+    bits = []
+    for epsilon, mode in ((1.0, "example-local"), (1.0, "none")):
+        privacy = CONFIG.privacy.model_copy(update={"epsilon": epsilon, "mode": mode})
+        config = CONFIG.model_copy(update={"privacy": privacy})
+        seen = play(lm, config, config.server, named(planted), 0, at_once=True)
+        bits.append(gradient_scores(seen, canaries).exposure(members)[members].mean())
+    assert bits[0] < 2.2 < 2.6 < bits[1]
+
+
+@pytest.mark.parametrize("mode", ["example-local", "user-local", "user-central"])
+def test_checks_pass_and_their_controls_are_caught(lm: LanguageModel, streams: list[list[Dialogue]], mode: str) -> None:
+    privacy = CONFIG.privacy.model_copy(update={"mode": mode, "clip_norm_l2": 0.05 if "user" in mode else 1.0})
+    config = CONFIG.model_copy(update={"privacy": privacy})
+    proofs = [*checks.noise(lm, config, streams, 0), checks.coupling(lm, config, streams[0], streams[1], 0)]
+    for check in proofs:
+        assert check.passed and check.control_caught, check
+
+
+def test_a_reply_can_be_read_out_of_a_release_without_noise_alone(
+    lm: LanguageModel, streams: list[list[Dialogue]]
+) -> None:
+    (private, chance), (plain, _) = (
+        reconstructed(lm, config, streams, targets=2, seed=0) for config in (CONFIG, without_noise(CONFIG))
+    )
+    assert chance == 1 / LISTED and private <= 0.2 and plain >= 0.3
+
+
+def test_a_run_without_a_claim_is_not_audited(tmp_path: Path) -> None:
+    run = create(
+        tmp_path / "run", CONFIG.model_copy(update={"privacy": CONFIG.privacy.model_copy(update={"mode": "none"})})
+    )
+    with pytest.raises(RunError, match="claims nothing"):
+        audit_run(run, 4, 100, lambda phase: None)
+    with pytest.raises(RunError, match="no run to audit"):
+        audit_run(RunFolder(tmp_path / "nowhere"), 4, 100, lambda phase: None)
+
+
+@pytest.mark.slow
+def test_the_command_audits_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen devices, 320 canaries, by the command line: the object that programs read, and the page."""
+    data = DataConfig.model_validate({**CONFIG.data.model_dump(), "users": 16})
+    run = create(tmp_path / "run", CONFIG.model_copy(update={"data": data}))
+    monkeypatch.setattr("sys.argv", ["florilegium", "audit", str(run.path), "--canaries", "320", "--json"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((run.path / "audit.json").read_text())
+    assert left.value.code == (0 if found["passed"] else 1)
+    assert 7.9 < found["epsilon_claimed"] <= 8 and 0 <= found["epsilon_lower"] < 8
+    assert {c["name"] for c in found["controls"]} == {"noise / 3.3", "no noise", "no clipping"}
+    for a in found["attacks"]:
+        assert 0 <= a["auc"] <= 1 and a["ci95"][0] <= a["auc_ceiling"] <= 1
+        assert set(a["tpr_at_fpr"]) == {"0.01", "0.001"}
+    assert all(c["passed"] and c["control_caught"] for c in found["checks"]), found["checks"]
+    page = (run.path / "audit.html").read_text()
+    assert "Would a mistake be found?" in page and "replace-one" in page

@@ -1,0 +1,106 @@
+"""The four modes of privacy in whole federations: what is clipped, who adds noise, what travels, what a budget ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from client.lm.model import LanguageModel
+from client.shared import planned_event, release_noise
+from privacy.seeds import derive_key
+from simulation.audit.checks import named, without_noise
+from simulation.config import ExperimentConfig
+from simulation.data.population import User
+from simulation.federation import Federated, play
+
+CLIP = 0.05
+DEVICES = 6
+BASE: dict[str, Any] = {
+    "rounds": 2,
+    "model": {"dtype": "float32", "limits": {"prompt_tokens": 16, "reply_tokens": 16}},
+    "data": {"users": DEVICES},
+    "selection": {"policy": "fifo", "bins": 4},
+    "shared": {"pool_capacity": 6, "adapter": {"targets": ["v_proj"]}, "batch_size": 4, "steps_per_round": 1},
+    "privacy": {"clip_norm_l2": CLIP},
+}
+
+
+def configured(**privacy: object) -> ExperimentConfig:
+    return ExperimentConfig.model_validate({**BASE, "privacy": {**BASE["privacy"], **privacy}})
+
+
+def played(lm: LanguageModel, config: ExperimentConfig, people: Sequence[User]) -> Federated:
+    """`DEVICES` devices with eight dialogues each, all there in the first round."""
+    streams = [people[k % 2].stream[8 * (k // 2) : 8 * (k // 2) + 8] for k in range(DEVICES)]
+    return play(lm, config, config.server, named(streams), config.seed, at_once=True)
+
+
+@pytest.mark.parametrize("mode", ["user-local", "user-central"])
+def test_a_users_whole_change_is_clipped_and_noised_where_the_mode_says(
+    lm: LanguageModel, people: list[User], mode: str
+) -> None:
+    config = configured(mode=mode)
+    private, plain = played(lm, config, people), played(lm, without_noise(config), people)
+    norms = plain.cohort.changes[0].norm(dim=1)
+    assert (norms <= CLIP + 1e-6).all() and norms.max() > 0.99 * CLIP  # long ones are cut to the bound
+    std = planned_event(config).noise_multiplier * CLIP
+    on_devices = (private.cohort.changes[0] - plain.cohort.changes[0]).numpy()  # (K, P)
+    together = (private.aggregated[0] - plain.aggregated[0]).numpy()  # (P,)
+    if mode == "user-local":
+        assert on_devices.std() == pytest.approx(std, rel=0.02)
+        assert np.corrcoef(on_devices[0], on_devices[1])[0, 1] == pytest.approx(0, abs=0.06)
+        assert together.std() == pytest.approx(std / math.sqrt(DEVICES), rel=0.05)
+    else:
+        assert not on_devices.any()
+        drawn = release_noise(config, 1, derive_key(0, "server")).drawn(1, together.size) / DEVICES
+        assert together == pytest.approx(drawn, abs=1e-6)
+        assert together.std() == pytest.approx(std / DEVICES, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["example-local", "user-local", "user-central"])
+def test_a_device_whose_budget_is_spent_sends_nothing_and_the_server_copes(
+    lm: LanguageModel, people: list[User], mode: str
+) -> None:
+    seen = played(lm, configured(mode=mode, releases=1), people)
+    assert seen.cohort.changes[0].any() and not seen.cohort.changes[1].any()
+    assert seen.facts[2].releases == 0 and seen.facts[2].refused == {"no-release": DEVICES}
+    assert torch.equal(seen.shared, seen.cohort.received[1])  # not even noise was added to it
+    pages = seen.cohort.pages[1].values()
+    assert all(7.9 < p["epsilon"] <= 8.0 and p["refusal"] == "budget-spent" for p in pages)
+    assert all(p["upload_bytes"] == 0 for p in pages)
+
+
+def test_what_clips_by_dialogue_and_by_change_differ_without_noise_too(lm: LanguageModel, people: list[User]) -> None:
+    dialogue, change = (played(lm, configured(mode="none", clips=c), people) for c in ("dialogue", "change"))
+    assert not torch.equal(dialogue.shared, change.shared)
+    assert dialogue.facts[1].signal_to_noise is math.nan
+
+
+@pytest.mark.parametrize(("factors", "ending"), [("b", "B B"), ("a", "A A"), ("alternate", "B A"), ("both", "AB AB")])
+def test_the_factors_that_travel(lm: LanguageModel, people: list[User], factors: str, ending: str) -> None:
+    shared = {**BASE["shared"], "adapter": {**BASE["shared"]["adapter"], "factors": factors}}
+    config = ExperimentConfig.model_validate({**BASE, "shared": shared})
+    seen = played(lm, config, people)
+    for number, letters in enumerate(ending.split(), start=1):
+        names = {name for name, _ in seen.site.schema.of_round(number).shapes}
+        assert {name[-1] for name in names} == set(letters)
+        places = seen.site.schema.places(number)
+        changes = seen.cohort.changes[number - 1]
+        assert changes[:, places].any() and not changes[:, ~places].any()
+
+
+def test_correlated_noise_costs_each_device_one_release_in_so_many_rounds(
+    lm: LanguageModel, people: list[User]
+) -> None:
+    settings = {**BASE, "rounds": 4, "server": {"noise_bands": 2}}
+    config = ExperimentConfig.model_validate({**settings, "privacy": {"mode": "user-central", "releases": 2}})
+    seen = played(lm, config, people)
+    took_part = torch.stack([c.any(1) for c in seen.cohort.changes])  # (rounds, K)
+    assert (took_part.sum(0) == 2).all() and not (took_part[0] & took_part[1]).any()
+    assert torch.equal(took_part[0], took_part[2]) and torch.equal(took_part[1], took_part[3])
+    assert max(p["epsilon"] for page in seen.cohort.pages for p in page.values()) <= 8.0
