@@ -275,7 +275,17 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
         ("rounds=many", r"rounds = 'many': .*valid integer"),
         ("privacy.epsilon=-1", r"privacy.epsilon = -1: .*greater than 0"),
         ("privacy.epsilon=inf", r"privacy.epsilon = inf: .*finite"),
+        ("privacy.epsilon=0", r"privacy.epsilon = 0: .*greater than 0"),
+        ("privacy.epsilon=1e6", r"privacy.epsilon = 1000000.0: .*less than or equal to 100"),
+        ("privacy.delta=2e-4", r"privacy.delta = 0.0002 must be < 1 / n = 0.0002 \(64 devices of 80 dialogues\)"),
+        ("privacy.accountant=gdp", r"gdp approximates by a limit theorem and reports less than is spent; 'pld'"),
+        ("privacy.accountant=magic", r"magic is not known; 'pld'"),
         ("privacy.mode=user", r"privacy.mode = 'user': .*example-local"),
+        ("shared.sampling=shuffle", r"must be 'poisson': shuffled .* overstate privacy"),
+        ("shared.source=buffer", r"'quality' keeps depends on the data.*user-\*"),
+        ("shared.adapter.use_dora=true", r"use_dora = True: DoRA .*use LoRA"),
+        ("shared.adapter.targets=['embed_tokens']", r"embed_tokens is an embedding: .*linear layers"),
+        ("server.noise_bands=2", r"noise_bands = 2 needs privacy.mode = 'user-central'"),
         ("selection.policy=qualty", r"selection.policy = 'qualty': .*quality, eoe"),
         ("data.name=chitchta", r"did you mean 'chitchat'"),
         ("name=a/b", "names the run's folder"),
@@ -286,6 +296,13 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
 def test_a_wrong_setting_is_named(quickstart: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(quickstart, [override])
+
+
+def test_correlated_noise_is_calibrated_for_how_often_a_device_takes_part(quickstart: Path) -> None:
+    central = ["privacy.mode=user-central", "server.noise_bands=2"]
+    with pytest.raises(ConfigError, match=r"privacy.releases = 0 must be 2: .* 3 rounds with server.noise_bands = 2"):
+        load_config(quickstart, central)
+    assert load_config(quickstart, [*central, "privacy.releases=2"]).server.noise_bands == 2
 
 
 def test_a_section_given_in_part_keeps_the_other_defaults(quickstart: Path) -> None:

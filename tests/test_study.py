@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,21 +18,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from client.lexicons import LexiconError
 from client.lm.config import ModelConfig, SamplingConfig
 from client.lm.model import LanguageModel
+from client.shared import release_noise
 from simulation.cli import main
 from simulation.config import ConfigError, config_folder, find_config, load_config
 from simulation.data.population import DataConfig
 from simulation.evaluate import Comparison
-from simulation.study.cells import Bench, CellRun, run_study
+from simulation.study import utility, utility_report
+from simulation.study.cells import CellRun, run_study
 from simulation.study.config import Study, load_study
 from simulation.study.figures import _within
 from simulation.study.published import PUBLISHED
 from simulation.study.remember import RememberingModel
 from simulation.study.report import render_study
 from simulation.study.tables import Contrast, contrasts, corrected, entries
+from simulation.study.utility import outcomes, reaches
+from simulation.study.workbench import Bench
 
 SMALL = """
 rounds = 2
@@ -106,7 +113,7 @@ def test_the_same_settings_are_one_cell_in_every_table(tmp_path: Path) -> None:
             "selection.bins has no values",
         ),
         ('against = ["selection.policy=random"]', 'against = ["data.users=1"]', "other people: no pairs"),
-        ("[study.tables.bins]", '[study.tables.bins]\nfixed = { "privacy.epsilon" = 3 }', "changes nothing in a study"),
+        ("[study.tables.bins]", '[study.tables.bins]\nfixed = { "privacy.epsilon" = 3 }', "cannot be varied"),
     ],
 )
 def test_what_is_wrong_in_any_cell_is_told_before_anything_runs(tmp_path: Path, old: str, new: str, told: str) -> None:
@@ -396,3 +403,99 @@ def test_every_bundled_study_runs_on_its_data(path: Path, tmp_path: Path) -> Non
     assert render_study(study, tmp_path).exists()
     for cell in study.cells.values():  # what the full study asks for is there too
         Bench(frozenset()).people(cell.config.data, load_study(path).config.seeds, cell.config.seed)
+
+
+# -- studies of federations ---------------------------------------------------------------------------------------
+
+FEDERATED = """
+rounds = 2
+model = { dtype = "float32", limits = { prompt_tokens = 16, reply_tokens = 16 } }
+data = { name = "chitchat", users = 4, split = "development", min_pairs = 24, max_pairs = 32, queries_per_user = 3 }
+selection = { policy = "random", bins = 4 }
+synthesis = { per_dialogue = 0 }
+shared = { pool_capacity = 8, adapter = { targets = ["v_proj"] } }
+personal = { adapter = { rank = 2 } }
+evaluation = { sampling = { max_new_tokens = 6 }, rouge_queries_per_user = 1 }
+
+[study]
+kind = "federated"
+seeds = 2
+hidden_share = 0.5
+
+[study.tables.example-local]
+rows = { "privacy.epsilon" = [1, 8] }
+
+[study.tables.without-noise]
+rows = { "privacy.mode" = ["none"] }
+"""
+
+
+@pytest.fixture(scope="module")
+def federated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    folder = tmp_path_factory.mktemp("federated")
+    study = load_study(written(folder, FEDERATED))
+    run_study(study, folder / "study", lambda phase: None)
+    return study, folder / "study"
+
+
+def test_a_federated_study_compares_budgets_on_the_same_people(federated: tuple[Study, Path]) -> None:
+    study, folder = federated
+    one, eight, plain = (o for t in study.config.tables.values() for o in outcomes(study, folder, t))
+    assert [round(o.epsilon, 1) for o in (one, eight)] == [1.0, 8.0] and math.isinf(plain.epsilon)
+    assert one.noise_multiplier > eight.noise_multiplier > plain.noise_multiplier == 0
+    for o in (one, eight, plain):
+        assert o.arms == ["base", "local", "shared", "personal", "shuffled"]
+        for arm in ("base", "local"):  # what nothing shared can change
+            assert o.measured(arm) == one.measured(arm)
+        assert (o.gain("shared") == np.mean([o.gain("shared", s) for s in (0, 1)], axis=0)).all()
+    assert not np.allclose(one.gain("shared", 0), one.gain("shared", 1))  # other noise
+    assert abs(plain.gain("shared")).max() > 0
+    assert one.ceiling() < eight.ceiling() < plain.ceiling() == 1
+    assert {a for o in (one, eight, plain) for a in o.attacks} >= {"loss, aggregate", "gradient, releases"}
+
+
+def test_signal_to_noise_by_number_of_devices_by_hand(federated: tuple[Study, Path]) -> None:
+    """A mean change of norm 1 that all devices share: a hundred times the devices carry a tenth of the noise."""
+    study, folder = federated
+    one, eight, plain = (o for t in study.config.tables.values() for o in outcomes(study, folder, t))
+    seeds = [{**s, "mean_square": 1.0, "variance": 0.0} for s in plain.seeds]
+    found = reaches([one, eight, replace(plain, result={**plain.result, "seeds": seeds})])
+    assert [(r.name, r.simulated) for r in found] == [("epsilon 1", 4), ("epsilon 8", 4)]
+    for reach, o in zip(found, (one, eight), strict=True):
+        width, of_one = o.seeds[0]["upload_bytes"] / 4, release_noise(o.config, 1, 0).on_device
+        assert reach.by_devices[4] == pytest.approx(2 / (of_one * width**0.5))
+        assert reach.by_devices[1_000_000] == pytest.approx(10 * reach.by_devices[10_000])
+
+
+def test_a_federated_study_goes_on_with_the_seed_that_it_was_in(federated: tuple[Study, Path], tmp_path: Path) -> None:
+    study, folder = federated
+    shutil.copytree(folder, tmp_path / "study")
+    key = next(iter(study.cells))
+    cell = tmp_path / "study" / "cells" / key
+    whole = json.loads((cell / "result.json").read_text())
+    (cell / "result.json").unlink()
+    (cell / "seed1.json").unlink()
+    before = (cell / "seed0.json").stat().st_mtime_ns
+    run_study(study, tmp_path / "study", lambda phase: None)
+    again = json.loads((cell / "result.json").read_text())
+    assert (cell / "seed0.json").stat().st_mtime_ns == before
+    for ours, theirs in zip(whole["seeds"], again["seeds"], strict=True):
+        assert {k: v for k, v in ours.items() if "seconds" not in k} == {
+            k: v for k, v in theirs.items() if "seconds" not in k
+        }
+
+
+def test_the_page_of_a_federated_study(federated: tuple[Study, Path]) -> None:
+    study, folder = federated
+    page = utility_report.render_study(study, folder).read_text()
+    for drawn in ("plot-pareto", "plot-signal", "plot-attacks"):
+        assert f'id="{drawn}"' in page
+    assert "one dialogue (a prompt and its reply)" in page and "no privacy: for simulation only" in page
+    summary = json.loads((folder / "summary.json").read_text())
+    cell = summary["tables"]["example-local"]["cells"][1]
+    assert cell["label"] == {"privacy.epsilon": 8} and len(cell["gain_shared_by_seed"]) == 2
+    assert cell["attacks"]["gradient, releases"]["auc_ceiling"] < 1
+    told = Console(record=True, width=200, file=io.StringIO())
+    told.print(utility.as_text(study, folder))
+    text = told.export_text()
+    assert "epsilon 8" in text and "∞" in text

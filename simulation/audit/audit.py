@@ -7,8 +7,8 @@ them. Lower bounds are of one run (Steinke et al. 2023, arXiv 2305.08846), with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from client.lm.model import LanguageModel
 from client.shared import planned_event, release_noise
 from privacy.seeds import derive_seed
 from simulation.audit import checks
-from simulation.audit.attacks import gradient_scores, membership, reidentified, trusted
+from simulation.audit.attacks import Matches, gradient_scores, membership, reidentified, trusted
 from simulation.audit.bounds import best_epsilon, one_run_epsilon
 from simulation.audit.canaries import Canary, Streams, hide, plant
 from simulation.audit.checks import Check, named, without_noise
@@ -77,7 +77,6 @@ class Auditor:
     config: ExperimentConfig
     streams: Streams
     listener: Callable[[str], None]
-    _seen: dict[str, Federated] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -95,21 +94,38 @@ class Auditor:
         proofs = [checks.accounting(), *checks.noise(self.lm, self.config, self.streams, self.seed)]
         proofs.append(checks.coupling(self.lm, self.config, self.streams[0], self.streams[-1], self.seed))
         claimed = checks.claimed_epsilon(self.config)
-        seen = self.play("the run itself", self.config, planted)
-        plain = self.play("without noise", without_noise(self.config), planted)
-        loose = self.play("without clipping", _loose(without_noise(self.config)), planted)
-        weak = self.play("with too little noise", _weak(self.config), planted)
+        found = self._matches(planted, known)
         bound = partial(_lower_bound, known, self.config.privacy.delta)
         controls = [
-            Control("noise / 3.3", WEAK_CLAIM, bound(weak)),
-            Control("no noise", claimed, bound(plain)),
-            Control("no clipping", claimed, bound(self._noised(loose))),
+            Control("noise / 3.3", WEAK_CLAIM, bound(found["too little noise"])),
+            Control("no noise", claimed, bound(found["no noise"])),
+            Control("no clipping", claimed, bound(found["no clipping"])),
         ]
-        proofs += [_exposure(seen, plain, known), self._inversion()]
+        proofs += [self._exposure(found, known), self._inversion()]
         return Audit(
-            claimed, self.config.privacy.delta, bound(seen), len(self.streams), len(known),
+            claimed, self.config.privacy.delta, bound(found["the run itself"]), len(self.streams), len(known),
             proofs, self._attacks(), controls,
         )  # fmt: skip
+
+    def _matches(self, planted: Streams, known: Sequence[Canary]) -> dict[str, Matches]:
+        """How well each canary's gradient matches what was released, in the run itself and with a mistake in it."""
+        plain = without_noise(self.config)
+        settings = {
+            "the run itself": self.config, "no noise": plain, "no clipping": _loose(plain),
+            "too little noise": _weak(self.config),
+        }  # fmt: skip
+        found = {}
+        for what, config in settings.items():
+            seen = self.play(what, config, planted)
+            found[what] = gradient_scores(self._noised(seen) if what == "no clipping" else seen, known)
+        return found
+
+    def _exposure(self, found: Mapping[str, Matches], known: Sequence[Canary]) -> Check:
+        """Mean bits of the canaries that were met, and the most that the budget allows."""
+        members = np.array([c.member for c in known])
+        bits = [float(found[what].exposure(members)[members].mean()) for what in ("the run itself", "no noise")]
+        title = f"mean exposure of what was met, bits ({UNSEEN_BITS:.2f} of what was not)"
+        return Check(title, bits[0], 0.0, Ceiling.of(self.config).exposure_bits, "no noise", bits[1])
 
     def _noised(self, seen: Federated) -> Federated:
         """The announced noise on releases that were not clipped."""
@@ -144,18 +160,10 @@ class Auditor:
         return found
 
 
-def _exposure(seen: Federated, plain: Federated, known: Sequence[Canary]) -> Check:
-    """Mean bits of the canaries that were met, and the most that the budget allows."""
-    members = np.array([c.member for c in known])
-    private, control = (float(gradient_scores(s, known).exposure(members)[members].mean()) for s in (seen, plain))
-    title = f"mean exposure of what was met, bits ({UNSEEN_BITS:.2f} of what was not)"
-    return Check(title, private, 0.0, Ceiling.of(seen.site.config).exposure_bits, "no noise", control)
-
-
-def _lower_bound(known: Sequence[Canary], delta: float, seen: Federated) -> float:
+def _lower_bound(known: Sequence[Canary], delta: float, found: Matches) -> float:
     """ε at 95 %, the best of the fixed shares, each at 1 − 5 % / their number."""
     confidence = 1 - 0.05 / len(SHARES)
-    scores, members = gradient_scores(seen, known).diagonal.tolist(), [c.member for c in known]
+    scores, members = found.diagonal.tolist(), [c.member for c in known]
     return best_epsilon(
         scores, members, lambda guesses, right: one_run_epsilon(len(known), guesses, right, delta, confidence), SHARES
     )

@@ -26,7 +26,7 @@ from simulation.study.tables import METRICS, Contrast, corrected, named, spread
 from simulation.study.workbench import Result
 
 COMPARED = (("shared", "base"), ("personal", "base"), ("personal", "local"), ("personal", "shuffled"))
-COHORTS = (10, 30, 100, 200, 1_000, 10_000, 100_000, 1_000_000)  # devices in a round
+COHORTS = (10, 30, 100, 1_000, 10_000, 100_000, 1_000_000)  # devices in a round
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def reaches(found: Sequence[Outcome]) -> list[Reach]:
     """
     twins = {_without_noise(o): o for o in found if o.config.privacy.mode == "none"}
     return [
-        Reach(o.name, o.devices, {n: _ratio(o, twins[key], n) for n in COHORTS})
+        Reach(o.name, o.devices, {n: _ratio(o, twins[key], n) for n in sorted({*COHORTS, o.devices})})
         for o in found
         if o.config.privacy.mode != "none" and (key := _without_noise(o)) in twins
     ]
