@@ -11,7 +11,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from flwr.app import Message
 
+from client.app import Devices
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
@@ -71,6 +73,19 @@ class Cohort:
         return row
 
 
+class RecordingGrid(CohortGrid):
+    """Keeps what devices reply, as it is before it goes onto a wire."""
+
+    def __init__(self, devices: Devices, names: Sequence[str]) -> None:
+        super().__init__(devices, names)
+        self.sent: list[Message] = []
+
+    def _answers(self, messages: list[Message]) -> list[Message]:
+        replies = super()._answers(messages)
+        self.sent += replies
+        return replies
+
+
 @dataclass(frozen=True)
 class Federated:
     """A federation that has ended, as its server saw it."""
@@ -78,6 +93,7 @@ class Federated:
     cohort: Cohort
     shared: torch.Tensor  # (P,): after the last round
     facts: dict[int, RoundFacts]
+    sent: list[Message]  # every reply of every device
 
     @property
     def site(self) -> Site:
@@ -115,5 +131,7 @@ def federate(cohort: Cohort, server: ServerConfig) -> Federated:
     strategy = FedAvgReleases(server, cohort.schema, site.seed, noise)
     start = site.shared_layout.start(derive_seed(site.seed, "shared"))
     arrays = to_arrays(cohort.schema.split(start.numpy()))
-    result = strategy.start(CohortGrid(cohort, list(cohort.streams)), arrays, site.config.rounds)
-    return Federated(cohort, torch.from_numpy(cohort.schema.join(to_numpy(result.arrays))), strategy.facts)
+    grid = RecordingGrid(cohort, list(cohort.streams))
+    result = strategy.start(grid, arrays, site.config.rounds)
+    shared = torch.from_numpy(cohort.schema.join(to_numpy(result.arrays)))
+    return Federated(cohort, shared, strategy.facts, grid.sent)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from simulation.audit.attacks import Matches, gradient_scores, membership
 from simulation.audit.bounds import auc_ceiling, gaussian_epsilon, gaussian_one_run_epsilon, one_run_epsilon
 from simulation.audit.canaries import hide, plant
 from simulation.audit.checks import named, without_noise
+from simulation.audit.inventory import inventory, wire
 from simulation.audit.inversion import LISTED, reconstructed
 from simulation.audit.judge import Ceiling, judge
 from simulation.audit.report import audit_run
@@ -80,7 +83,7 @@ def test_the_figures_of_an_attack_by_hand() -> None:
 
 def test_exposure_by_hand() -> None:
     """Best of itself and three strangers: log2 4 = 2 bits; below all of them: 0."""
-    matches = Matches(np.array([[9.0], [0.0], [1.0], [2.0], [3.0]]), [0] * 5)
+    matches = Matches(None, np.array([[9.0], [0.0], [1.0], [2.0], [3.0]]), [0] * 5)  # type: ignore[arg-type]
     members = np.array([True, True, False, False, False])
     assert matches.exposure(members)[:2].tolist() == [2.0, 0.0]
     assert matches.exposure(members)[2:].tolist() == pytest.approx(np.log2([3 / 3, 3 / 2, 3 / 1]).tolist())
@@ -157,6 +160,29 @@ def test_a_reply_can_be_read_out_of_a_release_without_noise_alone(
         reconstructed(lm, config, streams, targets=2, seed=0) for config in (CONFIG, without_noise(CONFIG))
     )
     assert chance == 1 / LISTED and private <= 0.2 and plain >= 0.3
+
+
+def test_every_byte_that_devices_send_is_accounted_for(lm: LanguageModel, streams: list[list[Dialogue]]) -> None:
+    """The messages' kinds, their sizes, and none of what people said in them, as it is, in base64 or as token ids."""
+    seen = play(lm, CONFIG, CONFIG.server, named(streams), 0)
+    sent = inventory(seen)
+    assert [(s.answers, s.messages) for s in sent] == [("query", 4), ("train", 8), ("evaluate", 8)]
+    width = seen.site.shared_layout.width
+    assert [s.array_bytes for s in sent] == [0, 4 * width, 0]
+    assert all(s.wire_bytes - s.array_bytes < 1500 for s in sent)
+    everything = b"".join(wire(m) for m in seen.sent)
+    for dialogue in (d for stream in streams for d in stream):
+        for text in (t for t in (dialogue.prompt, dialogue.response) if len(t) > 12):
+            ids = np.array(lm.tokenizer(text)["input_ids"][:4])
+            for form in (
+                text.encode(),
+                base64.b64encode(text.encode())[:-4],
+                zlib.compress(text.encode()),
+                ids.astype("<i4").tobytes(),
+                ids.astype("<i8").tobytes(),
+                ids.astype("<f2").tobytes(),
+            ):
+                assert form not in everything
 
 
 def test_a_run_without_a_claim_is_not_audited(tmp_path: Path) -> None:

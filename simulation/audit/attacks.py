@@ -55,6 +55,7 @@ class Matches:
     Where devices trust the server, K is 1: what was released are the changes of all together.
     """
 
+    seen: Federated
     scores: np.ndarray
     devices: list[int]  # of each dialogue
 
@@ -90,7 +91,7 @@ def gradient_scores(seen: Federated, dialogues: Sequence[Canary]) -> Matches:
         adapters = site.lm.adapters(site.shared_layout, received)
         (gradients,), _ = site.lm.engine.dp_gradients(adapters, [], [examples])
         total -= (torch.nn.functional.normalize(gradients, dim=1) @ changes.T).double().numpy()
-    return Matches(total, [c.device for c in dialogues])
+    return Matches(seen, total, [c.device for c in dialogues])
 
 
 def reidentified(seen: Federated) -> np.ndarray:

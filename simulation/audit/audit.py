@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from simulation.audit.attacks import Matches, gradient_scores, membership, reide
 from simulation.audit.bounds import best_epsilon, one_run_epsilon
 from simulation.audit.canaries import Canary, Streams, hide, plant
 from simulation.audit.checks import Check, named, without_noise
+from simulation.audit.inventory import Sent, inventory
 from simulation.audit.inversion import LONG, reconstructed
 from simulation.audit.judge import Attack, Ceiling, judge
 from simulation.config import ExperimentConfig
@@ -61,6 +62,7 @@ class Audit:
     checks: list[Check]
     attacks: list[Attack]
     controls: list[Control]
+    sent: list[Sent]
 
     @property
     def passed(self) -> bool:
@@ -104,7 +106,7 @@ class Auditor:
         proofs += [self._exposure(found, known), self._inversion()]
         return Audit(
             claimed, self.config.privacy.delta, bound(found["the run itself"]), len(self.streams), len(known),
-            proofs, self._attacks(), controls,
+            proofs, self._attacks(), controls, inventory(found["the run itself"].seen),
         )  # fmt: skip
 
     def _matches(self, planted: Streams, known: Sequence[Canary]) -> dict[str, Matches]:
@@ -213,6 +215,7 @@ def as_json(found: Audit) -> dict[str, Any]:
              "tpr_ceiling": {str(k): v for k, v in a.tpr_ceiling.items()}}
             for a in found.attacks
         ],
+        "sent": [asdict(s) for s in found.sent],
         "controls": [
             {"name": c.name, "epsilon_claimed": c.epsilon_claimed, "epsilon_lower": c.epsilon_lower, "caught": c.caught}
             for c in found.controls

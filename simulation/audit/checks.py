@@ -62,7 +62,7 @@ def accounting() -> Check:
         prv.history = [(sigma, rate, steps)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            apart.append(prv.get_epsilon(delta, eps_error=1e-3) - pld)
+            apart.append(float(prv.get_epsilon(delta, eps_error=1e-3)) - pld)
         rdp.append(_renyi(rate, sigma, steps, delta) - pld)
     return Check("accountants apart, ε", max(apart, key=abs), -1e-4, 2e-3, "Rényi accounting", max(rdp, key=abs))
 

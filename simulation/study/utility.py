@@ -159,16 +159,16 @@ def reaches(found: Sequence[Outcome]) -> list[Reach]:
     mean over all people and the variance v between them, both estimated without bias from the devices simulated. The
     noise is rescaled to n devices. Beyond the number that was simulated this supposes more people of the same kind.
     """
-    twins = {_without_noise(o): o for o in found if o.config.privacy.mode == "none"}
+    twins = {but_noise(o): o for o in found if o.config.privacy.mode == "none"}
     return [
         Reach(o.name, o.devices, {n: _ratio(o, twins[key], n) for n in sorted({*COHORTS, o.devices})})
         for o in found
-        if o.config.privacy.mode != "none" and (key := _without_noise(o)) in twins
+        if o.config.privacy.mode != "none" and (key := but_noise(o)) in twins
     ]
 
 
-def _without_noise(o: Outcome) -> str:
-    """What a cell and its twin have in common."""
+def but_noise(o: Outcome) -> str:
+    """All that decides a cell's signal: what it has in common with its twin without noise."""
     privacy = o.config.privacy
     return f"{privacy.by_dialogue} {privacy.clip_norm_l2} {o.config.shared.model_dump_json()}"
 

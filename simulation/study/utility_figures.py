@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from simulation.evaluate import interval
 from simulation.report_figures import figure
 from simulation.study.figures import LOOKS
-from simulation.study.utility import Outcome, Reach
+from simulation.study.utility import Outcome, Reach, but_noise
 
 MODES = ("example-local", "user-local", "user-central")
 
@@ -83,14 +83,11 @@ def signal(found: Sequence[Reach]) -> go.Figure | None:
 
 
 def _of(found: Sequence[Outcome], mode: str) -> list[Outcome]:
-    """The cells of a mode in the order of their budgets; last what clips in the same way without noise."""
-    by_dialogue = mode == "example-local"
-    mine = [
-        o for o in found
-        if o.config.privacy.mode == mode
-        or (o.config.privacy.mode == "none" and o.config.privacy.by_dialogue == by_dialogue)
-    ]  # fmt: skip
-    return sorted(mine, key=_budget)
+    """The cells of a mode in the order of their budgets; last their twin without noise."""
+    noisy = [o for o in found if o.config.privacy.mode == mode]
+    keys = {but_noise(o) for o in noisy}
+    plain = [o for o in found if o.config.privacy.mode == "none" and but_noise(o) in keys]
+    return sorted([*noisy, *plain[:1]], key=_budget)
 
 
 def _budget(o: Outcome) -> float:
