@@ -32,6 +32,8 @@ WITH_FLOWER = {
     "simulation/grid.py",
     "simulation/experiment.py",
     "simulation/session.py",
+    "simulation/federation.py",
+    "simulation/audit/inventory.py",
 }
 
 

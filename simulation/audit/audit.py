@@ -131,13 +131,13 @@ class Auditor:
 
     def _noised(self, seen: Federated) -> Federated:
         """The announced noise on releases that were not clipped."""
-        noise = release_noise(self.config, 1, 0)
+        noise, rows = release_noise(self.config, 1, 0), [*seen.cohort.received[1:], seen.shared]
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "no clipping") >> 1)
-        if noise.on_sum:
-            for row in seen.cohort.received[1:]:
-                row += noise.of_mean(len(self.streams)) * torch.randn(row.shape, generator=generator)
-        for changes in seen.cohort.changes:
+        for number, changes in enumerate(seen.cohort.changes):
             changes += noise.on_device * torch.randn(changes.shape, generator=generator)
+            added = noise.on_sum / len(self.streams) * torch.randn(seen.shared.shape, generator=generator)
+            for row in rows[number:]:  # what a round changed stays changed
+                row += added
         return seen
 
     def _inversion(self) -> Check:
