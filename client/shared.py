@@ -70,7 +70,7 @@ def learn_shared(
 
     Returns the change of each device, of what travels in this round, None for one whose account does not allow it.
     """
-    answers = _reserve(states, received, plan, site)
+    answers = reserve(states, received, plan, site)
     after = [_charged(s, a, site) for s, a in zip(states, answers, strict=True)]
     able = [s for s, a in zip(after, answers, strict=True) if not a.refusal]
     learn = noisy_steps if site.config.privacy.by_dialogue else clipped_change
@@ -94,7 +94,8 @@ def fingerprint(received: torch.Tensor) -> str:
     return sha256(received.numpy().tobytes()).hexdigest()
 
 
-def _reserve(states: Sequence[DeviceState], received: torch.Tensor, plan: RoundPlan, site: Site) -> list[Answer]:
+def reserve(states: Sequence[DeviceState], received: torch.Tensor, plan: RoundPlan, site: Site) -> list[Answer]:
+    """Asks the ledger for what the round will spend; what it grants is on the disk."""
     event, asked = planned_event(site.config), fingerprint(received)
     requests = [
         Request(

@@ -297,6 +297,30 @@ def bench_selection(
         Console(width=max(console.width, 120)).print(as_table(rows, model, bins))
 
 
+@bench.command("privacy")
+def bench_privacy(
+    model: Annotated[str, typer.Option(help="nano, smollm2-135m, a hub id or a folder")] = "nano",
+    devices: Annotated[int, typer.Option(min=1, help="In one pass.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="In each of them every arm has its turn.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One object instead of the table.")] = False,
+) -> None:
+    """What protection costs in time: noisy steps beside plain ones, and the ledger's share of a round.
+
+    florilegium bench privacy --devices 16 --repeats 1
+    """
+    import json
+
+    from simulation.bench.privacy import as_json as to_json
+    from simulation.bench.privacy import as_table, measure
+
+    with Console(stderr=True).status("loading") as status:
+        rows = measure(model, devices, repeats, status.update)
+    if as_json:
+        print(json.dumps(to_json(rows, model, devices), indent=1))
+    else:
+        Console(width=max(console.width, 120)).print(as_table(rows, model, devices))
+
+
 def main() -> None:
     """Runs the command; a user's mistake is told in words, not in a traceback."""
     try:
