@@ -3,7 +3,8 @@
 Correlated noise is z C⁻¹ with C lower triangular, Toeplitz and of `bands` diagonals: what one round's noise adds, later
 ones partly take off again, so that the sum of all rounds' changes carries less of it (Kairouz et al. 2021, arXiv
 2103.00039; banded: Choquette-Choo et al. 2023, arXiv 2306.08153). C's column is that of the square root of the
-all-ones matrix, (1 − x)^(−1/2) (Fichtenberger et al. 2023), cut off and scaled to length 1. Devices that take part
+all-ones matrix, (1 − x)^(−1/2) (Fichtenberger et al. 2023, arXiv 2202.11205; jax-privacy's
+`toeplitz.optimal_max_error_strategy_coefs`), cut off and scaled to length 1. Devices that take part
 at least `bands` rounds apart then meet orthogonal columns: each participation costs what one Gaussian mechanism with
 the noise multiplier σ costs. Not covered: amplification by sampling, streams of more than one matrix.
 """

@@ -129,6 +129,14 @@ def test_correlated_noise_is_that_of_the_inverse_matrix(bands: int) -> None:
     assert np.abs(gram[np.abs(np.subtract.outer(range(rounds), range(rounds))) >= bands]).max(initial=0) < 1e-12
 
 
+def test_the_matrix_is_the_published_one() -> None:
+    """Fichtenberger et al. 2023: 1, 1/2, 3/8, 5/16; its inverse within the bands are their differences."""
+    published = np.array([1, 1 / 2, 3 / 8, 5 / 16])
+    norm = np.linalg.norm(published)
+    assert column(4) == pytest.approx(published / norm)
+    assert inverse_column(4, 4) == pytest.approx(norm * np.diff(published, prepend=0))
+
+
 def test_correlated_noise_has_the_announced_covariance_and_adds_less_to_the_sum_of_all_rounds() -> None:
     noise = ReleaseNoise(on_sum=2.0, bands=4, secret=5)
     drawn = np.stack([noise.drawn(n, 100_000) for n in range(1, 9)])  # (8, P)
