@@ -67,19 +67,20 @@ class Engine:
 
     @torch.inference_mode()
     def hidden(
-        self, examples: Sequence[Example], adapters: Sequence[Adapters] = ()
+        self, examples: Sequence[Example], adapters: Sequence[Adapters] = (), slots: Sequence[int] = ()
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Index and last hidden states (n, H) of each example, with adapters of one row each, or without any."""
-        order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
+        """Index and last hidden states (n, H) of each example, under the adapters of its device, or without any."""
+        slots = slots or [0] * len(examples)
 
         def read(group: list[int]) -> tuple[torch.Tensor, ...]:
             chosen = [examples[i] for i in group]
-            pack = self.pack(chosen, [0] * len(chosen))
-            with self.active(adapters, pack.owned):
+            pack = self.pack(chosen, [slots[i] for i in group])
+            with self.active([a.pick(pack.owners) for a in adapters], pack.owned):
                 hidden, lengths = self._forward(pack.ids, pack.positions, pack.texts), [e.length for e in chosen]
             return torch.split(hidden[: sum(lengths)], lengths)
 
-        for group, found in self.allowance.each(order, by_tokens([e.length for e in examples]), read):
+        lengths = [e.length for e in examples]
+        for group, found in self.allowance.each(by_device(examples, slots), by_tokens(lengths), read):
             yield from zip(group, found, strict=True)
 
     @torch.inference_mode()

@@ -113,15 +113,11 @@ def _losses(seen: Federated, texts: Sequence[Dialogue], slots: Sequence[int], ro
 def _min_k(seen: Federated, texts: Sequence[Dialogue], slots: Sequence[int], rows: torch.Tensor) -> np.ndarray:
     """Mean over the reply's least likely tokens of (log p − µ) / σ, both over the whole vocabulary."""
     lm, found = seen.site.lm, np.zeros(len(texts))
-    examples = lm.format.dialogues(texts)
-    for slot in sorted(set(slots)):
-        own = [i for i, s in enumerate(slots) if s == slot]
-        adapters = [lm.adapters(seen.site.shared_layout, rows[slot])]
-        for place, hidden in lm.engine.hidden([examples[i] for i in own], adapters):
-            example = examples[own[place]]
-            start, targets = len(example.prompt), torch.tensor(example.reply, device=hidden.device)
-            logits = lm.engine.logits(hidden[start - 1 : start - 1 + len(targets)]).float()
-            found[own[place]] = _least_likely(torch.log_softmax(logits, dim=1), targets)
+    examples, adapters = lm.format.dialogues(texts), [lm.adapters(seen.site.shared_layout, rows)]
+    for i, hidden in lm.engine.hidden(examples, adapters, slots):
+        start, targets = len(examples[i].prompt), torch.tensor(examples[i].reply, device=hidden.device)
+        logits = lm.engine.logits(hidden[start - 1 : start - 1 + len(targets)]).float()
+        found[i] = _least_likely(torch.log_softmax(logits, dim=1), targets)
     return found
 
 

@@ -20,6 +20,7 @@ from simulation.study.published import PUBLISHED
 Label = tuple[tuple[str, Any], ...]  # (setting, value): where a cell stands in its table
 Axis = dict[str, tuple[Any, ...]]
 SAME_PEOPLE = ("data.order", "data.stickiness")  # of the data, what leaves streams and held-out replies what they are
+TOGETHER = " & "  # between settings of an axis that change together
 WITHOUT_SERVER = ("shared", "server", "privacy")  # settings without effect where devices live alone
 NEVER_VARIED = ("engine", "cohort_size", "name")
 
@@ -28,7 +29,9 @@ class TableConfig(Config):
     """Rows by columns; each axis has one setting, or several that are crossed."""
 
     title: str = ""
-    rows: Axis = Field(default_factory=dict, description="setting → values")
+    rows: Axis = Field(
+        default_factory=dict, description='setting → values; "one & other" → pairs of values that go together'
+    )
     columns: Axis = Field(default_factory=dict, description="setting → values; may be left out")
     fixed: dict[str, Any] = Field(default_factory=dict, description="settings of all cells")
     against: tuple[str, ...] = Field((), description="setting=value: cells are compared with those that differ in it")
@@ -47,12 +50,18 @@ class TableConfig(Config):
         empty = [setting for setting, values in value.items() if not values]
         if empty:
             raise ValueError(f"{empty[0]} has no values")
+        for key, values in value.items():
+            count = len(key.split(TOGETHER))
+            wrong = [v for v in values if count > 1 and (not isinstance(v, list | tuple) or len(v) != count)]
+            if wrong:
+                raise ValueError(f"{key} = {wrong[0]!r} must be a list of {count} values")
         return value
 
     @property
     def settings(self) -> list[str]:
         """Those that cells of this table change."""
-        return [*self.rows, *self.columns, *self.fixed, *(a.partition("=")[0] for a in self.against)]
+        axes = [setting for axis in (self.rows, self.columns) for key in axis for setting in key.split(TOGETHER)]
+        return [*axes, *self.fixed, *(a.partition("=")[0] for a in self.against)]
 
     @model_validator(mode="after")
     def _paired(self) -> Self:
@@ -152,4 +161,11 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def _crossed(axis: Axis) -> Iterator[Label]:
-    return (tuple(zip(axis, values, strict=True)) for values in product(*axis.values()))
+    """Every setting's values with every other's, but for those that go together."""
+    for values in product(*axis.values()):
+        pairs = [_pairs(key.split(TOGETHER), value) for key, value in zip(axis, values, strict=True)]
+        yield tuple(pair for of_key in pairs for pair in of_key)
+
+
+def _pairs(settings: list[str], value: Any) -> Label:
+    return ((settings[0], value),) if len(settings) == 1 else tuple(zip(settings, value, strict=True))

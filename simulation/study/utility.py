@@ -168,14 +168,19 @@ def reaches(found: Sequence[Outcome]) -> list[Reach]:
 
 
 def but_noise(o: Outcome) -> str:
-    """All that decides a cell's signal: what it has in common with its twin without noise."""
+    """All that decides how much of a release is signal: what a cell has in common with its twin without noise.
+
+    The rate of noisy steps does not: signal and noise of a first round are both in proportion to it.
+    """
     privacy = o.config.privacy
-    return f"{privacy.by_dialogue} {privacy.clip_norm_l2} {o.config.shared.model_dump_json()}"
+    rate = {"learning_rate"} if privacy.by_dialogue else set[str]()
+    return f"{privacy.by_dialogue} {privacy.clip_norm_l2} {o.config.shared.model_dump_json(exclude=rate)}"
 
 
 def _ratio(o: Outcome, twin: Outcome, devices: int) -> float:
     squares = [max(0.0, s["mean_square"] - s["variance"] / twin.devices) + s["variance"] / devices for s in twin.seeds]
-    noise = release_noise(o.config, 1, 0).of_mean(devices)
+    by_rate = o.config.privacy.by_dialogue and o.config.shared.learning_rate / twin.config.shared.learning_rate
+    noise = release_noise(o.config, 1, 0).of_mean(devices) / (by_rate or 1.0)
     return float(np.sqrt(np.mean(squares)) / (noise * math.sqrt(o.seeds[0]["upload_bytes"] / 4)))
 
 
