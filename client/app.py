@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
-from privacy.gate import check_reply
+from privacy.gate import check_reply, is_count
 from privacy.plan import RoundPlan
 from privacy.release import Array as Numbers
 from privacy.release import Release, ReleaseRefusedError, Schema
@@ -55,9 +55,17 @@ def read_plan(messages: Sequence[Message], names: Sequence[str], schema: Schema)
     """
     plans = [m.content.config_records["plan"] for m in messages]
     heads = {name: str(plan["head"]) for name, plan in zip(names, plans, strict=True)}
-    plan = RoundPlan(int(str(plans[0]["round"])), int(str(plans[0]["version"])), heads)
+    plan = RoundPlan(_count(plans[0]["round"]), _count(plans[0]["version"]), heads)
     arrays = {name: array.numpy() for name, array in messages[0].content.array_records["arrays"].items()}
     return plan, torch.from_numpy(schema.join(arrays))
+
+
+def _count(value: object) -> int:
+    """Raises `ValueError` for what is not a number that a reply could repeat."""
+    number = int(str(value))
+    if not is_count(number):
+        raise ValueError(f"{number} is not a number of a round")
+    return number
 
 
 def _release_reply(message: Message, release: Release | None, schema: Schema) -> Message:

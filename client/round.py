@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -39,7 +40,7 @@ def contribute(
     with diary.phase("learn_shared") as spent:
         states, changes, spent[:] = learn_shared(states, received, plan, site)
     with diary.phase("release") as sent:
-        releases = release(changes, states, plan, site.schema)
+        states, releases = release(changes, states, received, plan, site.schema)
         sent[:] = [{"upload_bytes": r.size_bytes if r else 0} for r in releases]
     return states, releases, diary.pages
 
@@ -47,7 +48,8 @@ def contribute(
 def adopt(states: States, received: torch.Tensor, plan: RoundPlan, site: Site) -> tuple[States, list[Observation]]:
     """Takes the aggregated shared adapter (P,), synthesizes, and trains the personal adapter on top of it."""
     diary = Diary(len(states), site.listener)
-    return _personalize(states, received, plan, site, diary), diary.pages
+    over = [replace(s, sent=None, asked="") for s in states]
+    return _personalize(over, received, plan, site, diary), diary.pages
 
 
 def live_alone(

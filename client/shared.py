@@ -27,7 +27,7 @@ from privacy.ledger import Answer, Request
 from privacy.noise import ReleaseNoise
 from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
-from privacy.seeds import derive_key, derive_seed
+from privacy.seeds import derive_key, derive_seed, fresh_secret
 
 if TYPE_CHECKING:
     from client.phases import Site
@@ -80,13 +80,29 @@ def learn_shared(
 
 
 def release(
-    changes: Sequence[torch.Tensor | None], states: Sequence[DeviceState], plan: RoundPlan, schema: Schema
-) -> list[Release | None]:
-    """What leaves each device; raises `ReleaseRefusedError` for anything that is not of the agreed form."""
-    return [
-        None if change is None else Release.of(change.numpy(), plan.version, state.head, schema.of_round(plan.round))
-        for change, state in zip(changes, states, strict=True)
-    ]
+    changes: Sequence[torch.Tensor | None],
+    states: Sequence[DeviceState],
+    received: torch.Tensor,
+    plan: RoundPlan,
+    schema: Schema,
+) -> tuple[list[DeviceState], list[Release | None]]:
+    """What leaves each device, and that it keeps a copy until the round is over.
+
+    Raises `ReleaseRefusedError` for anything that is not of the agreed form.
+    """
+    asked = fingerprint(received)
+    after = [replace(s, sent=change, asked=asked) for s, change in zip(states, changes, strict=True)]
+    return after, [resend(state, received, plan, schema) for state in after]
+
+
+def resend(state: DeviceState, received: torch.Tensor, plan: RoundPlan, schema: Schema) -> Release | None:
+    """The release that this device made in this round for this adapter, bit by bit; None for another one.
+
+    It is never computed again: rounded otherwise, under the same noise, it would tell what the noise hides.
+    """
+    if state.sent is None or state.asked != fingerprint(received):
+        return None
+    return Release.of(state.sent.numpy(), plan.version, state.head, schema.of_round(plan.round))
 
 
 def fingerprint(received: torch.Tensor) -> str:
@@ -128,7 +144,13 @@ def _page(state: DeviceState, answer: Answer, site: Site) -> dict[str, Any]:
 
 
 def _key(state: DeviceState, plan: RoundPlan, site: Site, *purpose: str | int) -> int:
-    """For what may be drawn once: for an experiment and a round the ledger pays once, for one adapter received."""
+    """For what may be drawn once: for an experiment and a round the ledger pays once, for one adapter received.
+
+    With secrets from the operating system it is drawn anew each time: should a device be set back to an old state,
+    with its ledger, then another release is another release, and not the same noise on something else.
+    """
+    if site.config.privacy.secret == "os":
+        return fresh_secret()
     return derive_key(state.secret, site.experiment, plan.round, *purpose)
 
 

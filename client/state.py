@@ -45,6 +45,8 @@ class DeviceState:
     synthetic: dict[str, tuple[Pair, ...]] = field(default_factory=dict)  # dialogue id → those made from it
     descendants: dict[str, tuple[Pair, ...]] = field(default_factory=dict)  # as `synthetic`, of the pool's dialogues
     head: str = ""  # of the ledger when it last paid for this device
+    sent: torch.Tensor | None = None  # (P,) of what travelled in the round that is not over: what it repeats if asked
+    asked: str = ""  # fingerprint of what had been received for it
 
     @classmethod
     def new(cls, identity: str, config: DeviceConfig, personal: torch.Tensor, secret: int) -> DeviceState:
@@ -76,6 +78,8 @@ class DeviceStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {"personal": state.personal.contiguous()}
             tensors |= {f"{MEMORY}{name}": torch.tensor(value) for name, value in state.buffer.memory.items()}
+            if state.sent is not None:
+                tensors["sent"] = state.sent.contiguous()
             if state.buffer.bins:
                 tensors["embeddings"] = torch.from_numpy(np.stack([k.embedding for k in state.buffer.bins]))
             fresh = path.with_suffix(".new")
@@ -117,6 +121,7 @@ def _facts(state: DeviceState) -> dict[str, Any]:
         "secret": state.secret,
         "arrived": state.arrived,
         "head": state.head,
+        "asked": state.asked,
         "replies": state.replies,
         "annotations": state.annotations,
         "synthetic": state.synthetic,
@@ -140,6 +145,8 @@ def _state(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> DeviceSta
         secret=facts["secret"],
         arrived=facts["arrived"],
         head=facts["head"],
+        sent=tensors.get("sent"),
+        asked=facts["asked"],
         replies=facts["replies"],
         annotations=facts["annotations"],
         synthetic=_pairs(facts["synthetic"]),

@@ -17,17 +17,18 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 HEAD = re.compile(r"[0-9a-f]{64}")
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether this is a number of a round or a version."""
     return type(value) is int and 0 <= value < 2**31
 
 
 HEADERS: tuple[dict[str, Callable[[Any], bool]], ...] = (
     {"device": lambda v: type(v) is str and bool(NAME.fullmatch(v))},
     {"error": lambda v: type(v) is str and v in CODES},
-    {"adopted": _is_count},
+    {"adopted": is_count},
     {
         "protocol": lambda v: type(v) is int and v == PROTOCOL,
-        "version": _is_count,
+        "version": is_count,
         "head": lambda v: type(v) is str and bool(HEAD.fullmatch(v)),
     },
 )

@@ -22,14 +22,14 @@ from pathlib import Path
 from privacy.accounting import Adjacency, Event, epsilon
 
 # Why nothing is released. GRANTED is the only answer that allows it.
-GRANTED, SPENT, ANSWERED, MISSING, BEHIND, BROKEN = (
-    "", "budget-spent", "already-answered", "ledger-missing", "ledger-behind", "ledger-broken",
+GRANTED, SPENT, ANSWERED, MISSING, BEHIND, BROKEN, OTHER_UNIT = (
+    "", "budget-spent", "already-answered", "ledger-missing", "ledger-behind", "ledger-broken", "other-unit",
 )  # fmt: skip
 NAME_BYTES = 8  # of a dialogue in an entry
 _TABLE = """
 CREATE TABLE IF NOT EXISTS entry (
     device TEXT, number INTEGER, experiment TEXT, round INTEGER, received TEXT,
-    noise_multiplier REAL, sampling_rate REAL, steps INTEGER, dialogues BLOB, head TEXT,
+    noise_multiplier REAL, sampling_rate REAL, steps INTEGER, unit TEXT, dialogues BLOB, head TEXT,
     PRIMARY KEY (device, number)
 ) WITHOUT ROWID
 """
@@ -86,12 +86,17 @@ class Entry:
     round: int
     received: str
     event: Event
+    unit: str  # what the event was spent for: "dialogue" or "device"
     dialogues: tuple[bytes, ...]
 
-    def chained(self, before: str) -> str:
-        """The head after this entry."""
-        said = [self.experiment, self.round, self.received, *astuple(self.event), b"".join(self.dialogues).hex()]
-        return blake2b(f"{before} {json.dumps(said)}".encode(), digest_size=32).hexdigest()
+    @property
+    def facts(self) -> tuple[object, ...]:
+        return (self.experiment, self.round, self.received, *astuple(self.event), self.unit)
+
+    def chained(self, before: str, genesis: str) -> str:
+        """The head after this entry: without the device's secret nobody can tell what it is made of."""
+        said = json.dumps([*self.facts, b"".join(self.dialogues).hex()])
+        return blake2b(f"{before} {said}".encode(), key=bytes.fromhex(genesis)[:64], digest_size=32).hexdigest()
 
 
 @dataclass
@@ -102,7 +107,7 @@ class Account:
     entries: list[Entry] = field(default_factory=list)
 
     def add(self, entry: Entry) -> None:
-        self.heads.append(entry.chained(self.heads[-1]))
+        self.heads.append(entry.chained(self.heads[-1], self.heads[0]))
         self.entries.append(entry)
 
     @property
@@ -144,7 +149,7 @@ class Ledger:
             judged = [_judged(r, budget, self._read(r.device, r.genesis, connection)) for r in requests]
             new = [(r.device, entry) for r, (_, entry) in zip(requests, judged, strict=True) if entry]
             rows = [self._row(device, entry) for device, entry in new]
-            connection.executemany(f"INSERT INTO entry VALUES ({', '.join('?' * 10)})", rows)
+            connection.executemany(f"INSERT INTO entry VALUES ({', '.join('?' * 11)})", rows)
             connection.execute("COMMIT")
         for device, entry in new:
             self._known[device].add(entry)
@@ -157,22 +162,23 @@ class Ledger:
 
     def _row(self, device: str, entry: Entry) -> tuple[object, ...]:
         account = self._known[device]
-        names, head = b"".join(entry.dialogues), entry.chained(account.heads[-1])
-        facts = (entry.experiment, entry.round, entry.received, *astuple(entry.event))
-        return device, len(account.entries), *facts, names, head
+        head = entry.chained(account.heads[-1], account.heads[0])
+        return device, len(account.entries), *entry.facts, b"".join(entry.dialogues), head
 
     def _read(self, device: str, genesis: str, connection: sqlite3.Connection) -> Account | None:
         """The account, its chain checked from where it was checked before."""
         account = self._known.get(device) or Account([genesis])
+        if account.heads[0] != genesis:
+            return None
         found = connection.execute(
-            "SELECT number, experiment, round, received, noise_multiplier, sampling_rate, steps, dialogues, head "
+            "SELECT number, experiment, round, received, noise_multiplier, sampling_rate, steps, unit, dialogues, head "
             "FROM entry WHERE device = ? AND number >= ? ORDER BY number",
             (device, len(account.entries)),
         )
-        for number, experiment, round_number, received, sigma, rate, steps, dialogues, head in found:
+        for number, experiment, round_number, received, sigma, rate, steps, unit, dialogues, head in found:
             names = tuple(dialogues[i : i + NAME_BYTES] for i in range(0, len(dialogues), NAME_BYTES))
             due = len(account.entries)
-            account.add(Entry(experiment, round_number, received, Event(sigma, rate, steps), names))
+            account.add(Entry(experiment, round_number, received, Event(sigma, rate, steps), unit, names))
             if (number, head) != (due, account.heads[-1]):
                 self._known.pop(device, None)
                 return None
@@ -201,7 +207,7 @@ def _judged(request: Request, budget: Budget, account: Account | None) -> tuple[
     """The answer, and what is to be written."""
     if account is None:
         return Answer(BROKEN), None
-    refusal = _objection(request, account)
+    refusal = _objection(request, budget, account)
     if refusal:
         return Answer(refusal), None
     names = {d: dialogue_name(request.genesis, d) for d in request.dialogues}
@@ -209,19 +215,23 @@ def _judged(request: Request, budget: Budget, account: Account | None) -> tuple[
         (e for e in account.entries if (e.experiment, e.round) == (request.experiment, request.round)), None
     )
     if repeated:
-        return Answer(GRANTED, account.heads[-1], frozenset(d for d in names if names[d] in repeated.dialogues)), None
+        granted = frozenset(d for d in names if budget.of == "device" or names[d] in repeated.dialogues)
+        return Answer(GRANTED, account.heads[-1], granted), None
     if budget.of == "device" and not budget.allows([*account.events, request.event]):
         return Answer(SPENT), None
     if budget.of == "dialogue":
         names = {d: n for d, n in names.items() if budget.allows([*account.events_of(n), request.event])}
         if request.dialogues and not names:
             return Answer(SPENT), None
-    entry = Entry(request.experiment, request.round, request.received, request.event, tuple(names.values()))
-    return Answer(GRANTED, entry.chained(account.heads[-1]), frozenset(names)), entry
+    paid_for = tuple(names.values()) if budget.of == "dialogue" else ()
+    entry = Entry(request.experiment, request.round, request.received, request.event, budget.of, paid_for)
+    return Answer(GRANTED, entry.chained(account.heads[-1], account.heads[0]), frozenset(names)), entry
 
 
-def _objection(request: Request, account: Account) -> str:
+def _objection(request: Request, budget: Budget, account: Account) -> str:
     """Why an account must not pay, whatever is left in it."""
+    if any(e.unit != budget.of for e in account.entries):
+        return OTHER_UNIT
     if not set(request.heads) <= set(account.heads):
         return BEHIND if account.entries else MISSING
     own = [e for e in account.entries if e.experiment == request.experiment]

@@ -8,7 +8,7 @@ aggregated adapter goes back at once, so that personal adapters learn on the ver
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,14 +40,38 @@ class RoundFacts:
     signal_to_noise: float = math.nan
 
 
+@dataclass(frozen=True)
+class Aggregate:
+    """What a round came to, before any device has it. Made twice, of other releases, it would show its noise."""
+
+    round: int
+    shared: ArrayRecord
+    heads: Mapping[str, str]
+    facts: RoundFacts
+
+
+Commit = Callable[[Aggregate], None]
+
+
 class FedAvgReleases(Strategy):
     """The mean of the releases, applied with the server's learning rate."""
 
     def __init__(
-        self, config: ServerConfig, schema: Schema, seed: int, noise: ReleaseNoise, first_round: int = 1
+        self,
+        config: ServerConfig,
+        schema: Schema,
+        seed: int,
+        noise: ReleaseNoise,
+        first_round: int = 1,
+        commit: Commit | None = None,
+        committed: Aggregate | None = None,
     ) -> None:
-        """`noise` says what devices have added, a public value, and what is added here where they trust the server."""
+        """`noise` says what devices have added, a public value, and what is added here where they trust the server.
+
+        `commit` stores an aggregate before any device gets it; `committed` is the one of a round that was not ended.
+        """
         self.config, self.schema, self.seed, self.noise, self.first_round = config, schema, seed, noise, first_round
+        self.commit, self.committed = commit, committed
         self.nodes: dict[str, int] = {}  # device → Flower's node id
         self.heads: dict[str, str] = {}  # device → head of its ledger with its last release
         self.arrays = ArrayRecord()
@@ -166,14 +190,25 @@ class FedAvgReleases(Strategy):
         if evaluate_fn and self.first_round == 1:
             evaluate_fn(0, arrays)
         for number in range(self.first_round, num_rounds + 1):
-            replies = grid.send_and_receive(self.configure_train(number, arrays, empty, grid), timeout=timeout)
-            arrays = self.aggregate_train(number, replies)[0] or arrays
+            arrays = self._aggregated(number, arrays, grid, timeout)
             self.aggregate_evaluate(
                 number, grid.send_and_receive(self.configure_evaluate(number, arrays, empty, grid), timeout=timeout)
             )
             if evaluate_fn:
                 evaluate_fn(number, arrays)
         return Result(arrays=arrays)
+
+    def _aggregated(self, number: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord:
+        """The shared adapter after a round's releases: made, and stored; or the one that was stored."""
+        done = self.committed
+        if done and done.round == number:
+            self.heads, self.facts[number] = dict(done.heads), done.facts
+            return done.shared
+        replies = grid.send_and_receive(self.configure_train(number, arrays, ConfigRecord(), grid), timeout=timeout)
+        arrays = self.aggregate_train(number, replies)[0] or arrays
+        if self.commit:
+            self.commit(Aggregate(number, arrays, self.heads, self.facts[number]))
+        return arrays
 
 
 def signal_to_noise(change_norm_l2: float, noise_std: float, width: int) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from flwr.serverapp import Grid
 
 from client.shared import release_noise
 from privacy.seeds import derive_key, derive_seed
-from server.strategy import FedAvgReleases, to_arrays, to_numpy
+from server.strategy import Aggregate, FedAvgReleases, RoundFacts, to_arrays, to_numpy
 from simulation.config import ExperimentConfig
 from simulation.grid import CohortGrid
 from simulation.host import SimulatedDevices, open_devices
@@ -83,8 +85,12 @@ def federate(run: RunFolder, grid: Grid, devices: SimulatedDevices) -> None:
     """All rounds over a grid, from the last one that was finished, and the verdict."""
     config, last = run.config, run.last_shared()
     done = last.round if last else -1
-    noise = release_noise(config, config.server.noise_bands, derive_key(config.seed, "server"))
-    strategy = FedAvgReleases(config.server, devices.schema, config.seed, noise, first_round=max(1, done + 1))
+    secret = run.server_secret() if config.privacy.secret == "os" else derive_key(config.seed, "server")
+    noise = release_noise(config, config.server.noise_bands, secret)
+    strategy = FedAvgReleases(
+        config.server, devices.schema, config.seed, noise,
+        first_round=max(1, done + 1), commit=partial(_commit, run), committed=_committed(run, max(1, done + 1)),
+    )  # fmt: skip
     ends = [e["wall_s"] for e in run.events() if e["event"] == "end"]
     session = Session(run, devices, strategy, earlier_s=ends[-1] if last and ends else 0.0)
     if last:
@@ -105,3 +111,14 @@ def federate(run: RunFolder, grid: Grid, devices: SimulatedDevices) -> None:
         session.close(interrupted=True)
         raise
     session.close(interrupted=False)
+
+
+def _commit(run: RunFolder, made: Aggregate) -> None:
+    run.save_shared(made.round, to_numpy(made.shared), made.heads, asdict(made.facts))
+
+
+def _committed(run: RunFolder, round_number: int) -> Aggregate | None:
+    stored = run.aggregate(round_number)
+    if stored is None:
+        return None
+    return Aggregate(stored.round, to_arrays(stored.shared), stored.heads, RoundFacts(**stored.facts))

@@ -24,7 +24,7 @@ from client.state import DeviceState
 from privacy.ledger import Ledger
 from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
-from privacy.seeds import derive_key, derive_seed
+from privacy.seeds import derive_key, derive_seed, fresh_secret
 from server.config import ServerConfig
 from server.strategy import FedAvgReleases, RoundFacts, to_arrays, to_numpy
 from simulation.grid import CohortGrid
@@ -127,7 +127,8 @@ def play(
 def federate(cohort: Cohort, server: ServerConfig) -> Federated:
     """All rounds, by the strategy that every engine runs."""
     site = cohort.site
-    noise = release_noise(site.config, server.noise_bands, derive_key(site.seed, "server"))
+    secret = fresh_secret() if site.config.privacy.secret == "os" else derive_key(site.seed, "server")
+    noise = release_noise(site.config, server.noise_bands, secret)
     strategy = FedAvgReleases(server, cohort.schema, site.seed, noise)
     start = site.shared_layout.start(derive_seed(site.seed, "shared"))
     arrays = to_arrays(cohort.schema.split(start.numpy()))

@@ -12,6 +12,7 @@ import torch
 from client.lm.model import LanguageModel
 from client.phases import Observation, Site, States
 from client.round import adopt, contribute
+from client.shared import resend
 from client.state import DeviceState, stage
 from privacy.ledger import Ledger
 from privacy.plan import RoundPlan
@@ -44,22 +45,27 @@ class SimulatedDevices:
 
         None for a device that does not release: its budget is spent, or this round is over for it.
         """
-        releases: dict[str, Release | None] = {}
-        for cohort in self._cohorts(names):
+        finished = stage(plan.round, CONTRIBUTED)
+        again = {n: self.state(n) for n in names if self.run.devices.latest(n) == finished}
+        releases = {n: resend(s, received, plan, self.schema) for n, s in again.items()}
+        for cohort in self._cohorts([n for n in names if n not in again]):
             states = [s for s in (self._before(name, plan) for name in cohort) if s]
             if not states:
                 continue
             arrived = [self.users[s.id].stream[s.arrived : self._until(s.id, plan.round)] for s in states]
             states, sent, pages = contribute(states, arrived, received, plan, self.site)
-            self._keep(states, stage(plan.round, CONTRIBUTED), pages)
+            self._keep(states, finished, pages)
             releases |= {s.id: r for s, r in zip(states, sent, strict=True)}
         return [releases.get(name) for name in names]
 
     def _before(self, name: str, plan: RoundPlan) -> DeviceState | None:
         """A device as it enters a round; None for a round that is not planned, or before one that it has finished."""
-        last, newest = self.state(name), self.run.devices.latest(name)
+        newest = self.run.devices.latest(name)
         if not 1 <= plan.round <= self.site.config.rounds or (newest and newest > stage(plan.round)):
             return None
+        last = self.state(name)
+        if not newest:
+            self.run.devices.save([last], stage(0))  # its secret, before anything is paid for with it
         return replace(self.state(name, plan.round - 1), secret=last.secret, head=last.head)
 
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:

@@ -19,9 +19,11 @@ from safetensors.numpy import save_file
 
 from client.state import DeviceStore
 from privacy.release import Array
+from privacy.seeds import fresh_secret
 from simulation.config import ConfigError, ExperimentConfig, dump_config
 
 Event = dict[str, Any]
+AGGREGATE = "-aggregate"  # ends the names of checkpoints of rounds that are not over
 PACKAGES = ("privacy", "client", "server", "simulation")
 
 
@@ -31,11 +33,12 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the server had at the end of a round."""
+    """What the server had at the end of a round, or after its releases."""
 
     round: int
     shared: dict[str, Array]
     heads: dict[str, str]  # device → head of its ledger with its last release
+    facts: Event  # of the round, where it is not over
 
 
 @dataclass(frozen=True)
@@ -99,23 +102,38 @@ class RunFolder:
             merged |= page
         return merged
 
-    def save_shared(self, round_number: int, arrays: dict[str, Array], heads: Mapping[str, str]) -> None:
-        """The server's checkpoint, the heads of the devices' ledgers with it: then a round is done."""
-        path = self.path / "server" / f"{round_number:05d}.safetensors"
+    def save_shared(
+        self, round_number: int, arrays: Mapping[str, Array], heads: Mapping[str, str], facts: Event | None = None
+    ) -> None:
+        """The server's checkpoint, with the heads of the devices' ledgers: with it a round is done.
+
+        With `facts` it is what the releases came to, and the round is not: the devices do not have it yet.
+        """
+        path = self.path / "server" / f"{round_number:05d}{'' if facts is None else AGGREGATE}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")
-        metadata = {"heads": json.dumps(dict(heads))}
+        metadata = {"heads": json.dumps(dict(heads)), "facts": json.dumps(facts)}
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, fresh, metadata)
         fresh.replace(path)
 
     def last_shared(self) -> Checkpoint | None:
-        """The newest checkpoint."""
-        found = sorted((self.path / "server").glob("*.safetensors"))
-        if not found:
-            return None
-        with safe_open(found[-1], "np") as stored:
-            heads = json.loads(stored.metadata()["heads"])
-            return Checkpoint(int(found[-1].stem), {k: stored.get_tensor(k) for k in stored.keys()}, heads)  # noqa: SIM118
+        """The newest checkpoint of a round that is done."""
+        found = sorted(p for p in (self.path / "server").glob("*.safetensors") if AGGREGATE not in p.stem)
+        return _read_checkpoint(found[-1]) if found else None
+
+    def aggregate(self, round_number: int) -> Checkpoint | None:
+        """What a round's releases came to, if it came so far."""
+        path = self.path / "server" / f"{round_number:05d}{AGGREGATE}.safetensors"
+        return _read_checkpoint(path) if path.exists() else None
+
+    def server_secret(self) -> int:
+        """Of the server's noise: drawn once from the operating system, and kept beside the checkpoints."""
+        path = self.path / "server" / "secret"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            path.write_text(f"{fresh_secret():032x}", encoding="ascii")
+        return int(path.read_text(encoding="ascii"), 16)
 
     def rewind(self, round_number: int) -> None:
         """Drops the events of what comes after a round, so that it can be done again."""
@@ -123,6 +141,13 @@ class RunFolder:
         fresh = self.metrics.with_suffix(".new")
         fresh.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
         fresh.replace(self.metrics)
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
+    with safe_open(path, "np") as stored:
+        told = stored.metadata()
+        shared = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
+        return Checkpoint(int(path.stem[:5]), shared, json.loads(told["heads"]), json.loads(told["facts"]))
 
 
 def _belongs(event: Event, round_number: int) -> bool:

@@ -18,8 +18,10 @@ from privacy.ledger import (
     BROKEN,
     GRANTED,
     MISSING,
+    OTHER_UNIT,
     SPENT,
     Budget,
+    Entry,
     Ledger,
     LedgerError,
     Request,
@@ -29,6 +31,7 @@ from privacy.ledger import (
 GENESIS = "ab" * 32
 EVENT = Event(2.0, 0.5, 4)
 LIFE = Budget(100.0, 1e-5, "replace-one", "device")
+DIALOGUES = Budget(100.0, 1e-5, "replace-one", "dialogue")
 
 
 def request(round_number: int = 1, received: str = "adapter", device: str = "d", **more: object) -> Request:
@@ -88,7 +91,8 @@ def test_a_dialogue_is_retired_and_the_device_goes_on(tmp_path: Path) -> None:
 
 def test_dialogues_are_not_named(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
-    Ledger(path).reserve([request(dialogues=("my-secret-dialogue",))], LIFE)
+    [answer] = Ledger(path).reserve([request(dialogues=("my-secret-dialogue",))], DIALOGUES)
+    assert answer.dialogues == {"my-secret-dialogue"}
     assert b"my-secret-dialogue" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
     assert dialogue_name(GENESIS, "x") != dialogue_name("cd" * 32, "x")
 
@@ -100,6 +104,7 @@ def test_dialogues_are_not_named(tmp_path: Path) -> None:
         "UPDATE entry SET steps = 0 WHERE number = 0",
         "UPDATE entry SET dialogues = x'' WHERE number = 1",
         "UPDATE entry SET round = 7 WHERE number = 2",
+        "UPDATE entry SET unit = 'device' WHERE number = 2",
         "DELETE FROM entry WHERE number = 1",
         "DELETE FROM entry WHERE number = 0",
     ],
@@ -107,18 +112,39 @@ def test_dialogues_are_not_named(tmp_path: Path) -> None:
 def test_a_changed_account_pays_for_nothing(tmp_path: Path, change: str) -> None:
     ledger = Ledger(tmp_path / "ledger.db")
     asked = [request(n, device=d, dialogues=("a",)) for n in (1, 2, 3) for d in ("d", "other")]
-    assert set(refusals(ledger, *asked)) == {GRANTED}
+    assert set(refusals(ledger, *asked, budget=DIALOGUES)) == {GRANTED}
     with sqlite3.connect(ledger.path) as connection:
         connection.execute(f"{change} AND device = 'd'")
     fresh = Ledger(ledger.path)
-    assert refusals(fresh, request(4), request(4, device="other")) == [BROKEN, GRANTED]
+    assert refusals(fresh, request(4), request(4, device="other"), budget=DIALOGUES) == [BROKEN, GRANTED]
     assert fresh.account("d", GENESIS) is None
 
 
 def test_an_account_of_another_secret_is_broken(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.db")
     ledger.reserve([request()], LIFE)
-    assert refusals(Ledger(ledger.path), request(2, genesis="cd" * 32)) == [BROKEN]
+    for opened in (ledger, Ledger(ledger.path)):  # the process that wrote it too
+        assert refusals(opened, request(2, genesis="cd" * 32)) == [BROKEN]
+    assert refusals(ledger, request(2)) == [GRANTED]
+
+
+def test_what_was_spent_for_another_unit_is_not_reckoned_in_this_one(tmp_path: Path) -> None:
+    """Steps on sampled dialogues say nothing of what a whole device has spent, and the other way round."""
+    for budgets in ((LIFE, DIALOGUES), (DIALOGUES, LIFE)):
+        ledger = Ledger(tmp_path / f"{budgets[0].of}.db")
+        found = [refusals(ledger, request(n, dialogues=("a",)), budget=b)[0] for n, b in enumerate(budgets, start=1)]
+        assert found == [GRANTED, OTHER_UNIT]
+
+
+def test_a_head_tells_nobody_what_it_was_made_of(tmp_path: Path) -> None:
+    """All else being public, whether a device has any dialogue must not be read off its head."""
+    empty, full = (
+        Ledger(tmp_path / f"{n}.db").reserve([request(dialogues=d)], LIFE)[0].head for n, d in enumerate(((), ("a",)))
+    )
+    assert empty == full  # a device's account does not hold its dialogues
+    entry = Entry("e", 1, "adapter", EVENT, "device", ())
+    assert entry.chained(GENESIS, GENESIS) == empty
+    assert entry.chained(GENESIS, "cd" * 32) != empty  # and what it holds is hashed under the secret
 
 
 def test_an_old_copy_and_a_missing_file_are_noticed_by_the_head(tmp_path: Path) -> None:

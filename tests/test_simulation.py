@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +149,69 @@ def test_a_server_cannot_ask_twice_with_another_adapter(small: ExperimentConfig,
     for number in (-1, 0, 1, 3, 100_000):
         assert devices.contribute(names, zero, RoundPlan(number, number - 1)) == [None]
     assert releases_of(devices, names[0]) == 2
+
+
+def test_a_release_is_repeated_bit_by_bit_in_any_company(small: ExperimentConfig, tmp_path: Path) -> None:
+    """Computed again beside other devices it would be rounded otherwise, under the same noise."""
+    devices = open_devices(create(tmp_path / "run", small))
+    received = 0.05 * torch.randn(devices.site.shared_layout.width, generator=torch.Generator().manual_seed(0))
+    together = devices.contribute(list(devices.users), received, RoundPlan(1, 0))
+    for name, first in zip(devices.users, together, strict=True):
+        (alone,) = devices.contribute([name], received, RoundPlan(1, 0))
+        assert first is not None and alone is not None and first.head == alone.head
+        assert all(np.array_equal(first.arrays[k], alone.arrays[k]) for k in first.arrays)
+
+
+def test_an_aggregate_is_stored_before_any_device_has_it(
+    small: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made again of other releases it would show the server's noise: a resumed round takes the stored one."""
+    central = small.model_copy(update={"privacy": small.privacy.model_copy(update={"mode": "user-central"})})
+    monkeypatch.setattr(SimulatedDevices, "adopt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(central, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    stored = run.aggregate(1)
+    assert stored and stored.facts["releases"] == 3 and set(stored.heads) == {device_name(k) for k in range(3)}
+    monkeypatch.undo()
+    monkeypatch.setattr(SimulatedDevices, "contribute", _only_later_rounds(SimulatedDevices.contribute))
+    run_experiment(central, tmp_path / "run", resuming=True)
+    (first,) = [e for e in run.events() if e["event"] == "round" and e["round"] == 1]
+    assert first["releases"] == 3
+    last = run.last_shared()
+    assert last and last.round == 2 and last.heads == {n: open_devices(run).state(n).head for n in last.heads}
+
+
+def _only_later_rounds(contribute: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(self: SimulatedDevices, names: list[str], received: torch.Tensor, plan: RoundPlan) -> Any:
+        assert plan.round > 1, "the devices were asked again for a round whose aggregate is stored"
+        return contribute(self, names, received, plan)
+
+    return checked
+
+
+def test_an_old_copy_of_the_ledger_ends_a_devices_releases(small: ExperimentConfig, tmp_path: Path) -> None:
+    """The device's other state and the server both remember a head that the copy does not hold."""
+    devices = open_devices(create(tmp_path / "run", small))
+    names, zero = list(devices.users), torch.zeros(devices.site.shared_layout.width)
+    sent = devices.contribute(names, zero, RoundPlan(1, 0))
+    devices.adopt(names, zero, RoundPlan(1, 1))
+    for path in (tmp_path / "run").glob("ledger.db*"):
+        path.unlink()
+    again = open_devices(devices.run)
+    assert again.contribute(names, zero, RoundPlan(2, 1)) == [None] * 3
+    assert devices.run.notes(names[0], 2)["refusal"] == "ledger-missing"
+    heads = {n: r.head for n, r in zip(names, sent, strict=True) if r}
+    fresh = open_devices(create(tmp_path / "other", small))  # the device's own memory is gone too: the server's is left
+    assert fresh.contribute(names, zero, RoundPlan(1, 0, heads)) == [None] * 3
+
+
+def test_the_servers_noise_is_not_that_of_the_seed_if_secrets_are_the_systems(
+    small: ExperimentConfig, tmp_path: Path
+) -> None:
+    one, two = (create(tmp_path / name, small).server_secret() for name in ("one", "two"))
+    assert one != two and RunFolder(tmp_path / "one").server_secret() == one
+    assert (tmp_path / "one" / "server" / "secret").stat().st_mode & 0o077 == 0
 
 
 def test_a_device_that_sits_rounds_out_keeps_its_state(small: ExperimentConfig, tmp_path: Path) -> None:
@@ -345,7 +410,7 @@ def test_a_replacement_that_cannot_begin_leaves_the_old_run(
     finished: Path, small: ExperimentConfig, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "small"))
-    wrong = small.model_copy(update={"data": small.data.model_copy(update={"users": 100_000})})
+    wrong = small.model_copy(update={"data": small.data.model_copy(update={"users": 2_000})})
     with pytest.raises(ValueError, match="set users <="):
         run_experiment(wrong, run, overwrite=True)
     assert (run / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()

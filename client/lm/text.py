@@ -55,5 +55,6 @@ class ChatFormat:
     def _batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        ids: list[list[int]] = self.tokenizer([t.strip() for t in texts], add_special_tokens=False)["input_ids"]
+        sound = [t.encode("utf-8", "replace").decode().strip() for t in texts]  # of half a surrogate pair, a "?"
+        ids: list[list[int]] = self.tokenizer(sound, add_special_tokens=False)["input_ids"]
         return ids
