@@ -167,7 +167,7 @@ def noisy_steps(
     whole = received.repeat(len(states), 1)  # (K, P)
     lessons = {s.id: [site.lm.format.dialogues(texts) for texts in source(s)] for s in states}
     for step in range(shared.steps_per_round):
-        chosen = {s.id: _drawn(s, len(lessons[s.id]), plan, step, site) for s in states}
+        chosen = {s.id: drawn(s, len(lessons[s.id]), plan, step, site) for s in states}
         batches = [[lessons[s.id][i] for i in chosen[s.id]] for s in states]
         whole[:, places] = torch.stack([rows[s.id].row for s in states])
         now = site.lm.adapters(site.shared_layout, whole)
@@ -214,7 +214,7 @@ def _buffered(state: DeviceState) -> Texts:
     return [(Dialogue(k.id, k.prompt, state.replies[k.id]),) for k in state.annotated]
 
 
-def _drawn(state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
+def drawn(state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
     """One Poisson sample of so many: each has a coin of its own."""
     key = _key(state, plan, site, "coins", step)
     return poisson_sample(count, site.config.shared.sampling_rate, key)

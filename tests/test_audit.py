@@ -9,17 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
+from client.shared import planned_event
 from simulation.audit import checks
-from simulation.audit.attacks import Matches, gradient_scores, membership
+from simulation.audit.attacks import membership
 from simulation.audit.bounds import auc_ceiling, gaussian_epsilon, gaussian_one_run_epsilon, one_run_epsilon
 from simulation.audit.canaries import hide, plant
 from simulation.audit.checks import named, without_noise
 from simulation.audit.inventory import inventory, wire
 from simulation.audit.inversion import LISTED, reconstructed
 from simulation.audit.judge import Ceiling, judge
+from simulation.audit.one_run import DeviceCoins, DialogueCoins, Guesses, Mistake, explained, worst_case
 from simulation.audit.report import audit_run
 from simulation.cli import main
 from simulation.config import ExperimentConfig
@@ -81,12 +84,29 @@ def test_the_figures_of_an_attack_by_hand() -> None:
     assert found.within and (found.members, found.strangers) == (3, 2)
 
 
+def test_a_leak_of_a_few_is_seen_where_the_area_shows_nothing() -> None:
+    """One in fifty of what was met is given away whole: the AUC hardly moves, the rate at few false alarms tells."""
+    config = ExperimentConfig.model_validate({"rounds": 1, "privacy": {"mode": "user-local", "epsilon": 1.0}})
+    scores, member = np.random.default_rng(0).normal(size=4000), np.arange(4000) < 2000
+    assert judge("guessing", scores, member, Ceiling.of(config)).within
+    scores[:40] = 100 + np.arange(40)
+    found = judge("a few", scores, member, Ceiling.of(config))
+    assert found.auc < 0.53 < found.auc_ceiling and not found.within
+
+
 def test_exposure_by_hand() -> None:
-    """Best of itself and three strangers: log2 4 = 2 bits; below all of them: 0."""
-    matches = Matches(None, np.array([[9.0], [0.0], [1.0], [2.0], [3.0]]), [0] * 5)  # type: ignore[arg-type]
-    members = np.array([True, True, False, False, False])
-    assert matches.exposure(members)[:2].tolist() == [2.0, 0.0]
-    assert matches.exposure(members)[2:].tolist() == pytest.approx(np.log2([3 / 3, 3 / 2, 3 / 1]).tolist())
+    """Above all three that were not met: log2 4 = 2 bits; below all of them: 0; above two: 1."""
+    scores, members = np.array([9.0, 0.0, 2.5, 1.0, 2.0, 3.0]), np.array([True, True, True, False, False, False])
+    assert Guesses(scores, members).exposure() == pytest.approx((2 + 0 + 1) / 3)
+    assert Guesses(scores[3:], np.array([False, False, True])).exposure() == pytest.approx(np.log2(3))
+
+
+def test_coins_are_explained_by_hand() -> None:
+    """Two coins that change the same number, and one that changes another: least squares tells them apart."""
+    differences = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 2.0]], dtype=torch.float64)
+    coins = torch.tensor([0.5, -0.5, -0.5], dtype=torch.float64)
+    assert explained(coins @ differences, differences, 0.0) == pytest.approx(coins.numpy(), abs=1e-6)
+    assert abs(explained(coins @ differences, differences, 10.0)).max() < 0.01  # nothing is believed under much noise
 
 
 # -- coins --------------------------------------------------------------------------------------------------------
@@ -132,23 +152,31 @@ def test_attacks_work_where_nothing_protects_and_stay_below_the_ceiling(
     assert found["private"].auc_ceiling < 0.6 < found["plain"].auc_ceiling
 
 
-def test_what_was_met_is_exposed_without_noise_alone(lm: LanguageModel, streams: list[list[Dialogue]]) -> None:
-    planted, canaries = plant(streams, 12, seed=0)
-    members = np.array([c.member for c in canaries])
-    bits = []
-    for epsilon, mode in ((1.0, "example-local"), (1.0, "none")):
-        privacy = CONFIG.privacy.model_copy(update={"epsilon": epsilon, "mode": mode})
-        config = CONFIG.model_copy(update={"privacy": privacy})
-        seen = play(lm, config, config.server, named(planted), 0, at_once=True)
-        bits.append(gradient_scores(seen, canaries).exposure(members)[members].mean())
-    assert bits[0] < 2.2 < 2.6 < bits[1]
+@pytest.mark.parametrize("mode", ["example-local", "user-local", "user-central"])
+def test_an_attacker_of_one_run_finds_every_coin_without_noise_and_few_with_it(
+    lm: LanguageModel, streams: list[list[Dialogue]], mode: str
+) -> None:
+    privacy = CONFIG.privacy.model_copy(update={"mode": mode, "clip_norm_l2": 0.05 if "user" in mode else 1.0})
+    config = worst_case(CONFIG.model_copy(update={"privacy": privacy}), 1.0)
+    coins = DialogueCoins if mode == "example-local" else DeviceCoins
+    one_run = coins(lm, config, streams, 16, seed=0)
+    plain = one_run.guessed(without_noise(config))
+    assert len(plain.scores) == 16 and ((plain.scores > 0) == plain.members).all()
+    private = one_run.guessed(config)
+    assert ((private.scores > 0) == private.members).mean() < 0.95
+    noise = planned_event(config).noise_multiplier * privacy.clip_norm_l2
+    loose = one_run.guessed(without_noise(config), Mistake(unclipped=True, added_noise=noise))
+    assert len(loose.scores) == 16
 
 
 @pytest.mark.parametrize("mode", ["example-local", "user-local", "user-central"])
 def test_checks_pass_and_their_controls_are_caught(lm: LanguageModel, streams: list[list[Dialogue]], mode: str) -> None:
     privacy = CONFIG.privacy.model_copy(update={"mode": mode, "clip_norm_l2": 0.05 if "user" in mode else 1.0})
     config = CONFIG.model_copy(update={"privacy": privacy})
-    proofs = [*checks.noise(lm, config, streams, 0), checks.coupling(lm, config, streams[0], streams[1], 0)]
+    seen = play(lm, config, config.server, named(streams), 0, at_once=True)
+    proofs = [*checks.noise(config, seen), *checks.sampling(seen)]
+    proofs.append(checks.coupling(lm, config, streams[0], streams[1], 0))
+    assert len(proofs) == (6 if mode == "example-local" else 5)
     for check in proofs:
         assert check.passed and check.control_caught, check
 
@@ -210,6 +238,7 @@ def test_the_command_audits_a_run(
     assert left.value.code == (0 if found["passed"] else 1)
     assert 7.9 < found["epsilon_claimed"] <= 8 and 0 <= found["epsilon_lower"] < 8
     assert {c["name"] for c in found["controls"]} == {"noise / 3.3", "no noise", "no clipping"}
+    assert next(c for c in found["controls"] if c["name"] == "no noise")["caught"]
     for a in found["attacks"]:
         assert 0 <= a["auc"] <= 1 and a["ci95"][0] <= a["auc_ceiling"] <= 1
         assert set(a["tpr_at_fpr"]) == {"0.01", "0.001"}

@@ -2,14 +2,12 @@
 
 Membership: loss; loss against the base model's (reference ratio, Carlini et al. 2022); Min-K%++ (Zhang et al. 2024,
 arXiv 2404.02936); each on the aggregated adapter and on what the device itself released; and the inner product of
-what was released with the dialogue's own gradient. Exposure: rank of what was met among what was not (Carlini et al.
-2019, arXiv 1802.08232). Re-identification: which of the later releases is of the same device.
+what was released with the dialogue's own gradient. Re-identification: which later release is of the same device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,7 +30,7 @@ def membership(seen: Federated, dialogues: Sequence[Canary]) -> dict[str, np.nda
         found[f"loss, {where}"] = -loss
         found[f"reference ratio, {where}"] = before - loss
         found[f"Min-K%++, {where}"] = _min_k(seen, texts, slots, rows)
-    return found | {"gradient, releases": gradient_scores(seen, dialogues).diagonal}
+    return found | {"gradient, releases": gradient_scores(seen, dialogues)}
 
 
 def _released(seen: Federated) -> dict[str, torch.Tensor]:
@@ -48,50 +46,22 @@ def trusted(seen: Federated) -> bool:
     return seen.site.config.privacy.mode == "user-central"
 
 
-@dataclass(frozen=True)
-class Matches:
-    """(n, K): over the rounds, how far what device k released moved against dialogue i's own gradient, at length 1.
+def gradient_scores(seen: Federated, dialogues: Sequence[Canary]) -> np.ndarray:
+    """(n,): over the rounds, how far what was released moved against a dialogue's own gradient, at length 1.
 
-    Where devices trust the server, K is 1: what was released are the changes of all together.
+    What was released are the changes of the dialogue's own device; where devices trust the server, those of all
+    together.
     """
-
-    seen: Federated
-    scores: np.ndarray
-    devices: list[int]  # of each dialogue
-
-    @property
-    def diagonal(self) -> np.ndarray:
-        """(n,): of each dialogue with its own device."""
-        own: np.ndarray = self.scores[np.arange(len(self.scores)), self._places]
-        return own
-
-    @property
-    def _places(self) -> list[int]:
-        return self.devices if self.scores.shape[1] > 1 else [0] * len(self.devices)
-
-    def exposure(self, members: np.ndarray) -> np.ndarray:
-        """(n,) bits: log2 of how many there are by a dialogue's rank among those that nobody met, for its device.
-
-        1.44 on average for one that was not met either.
-        """
-        strangers, found = self.scores[~members], np.zeros(len(self.scores))
-        for i, (place, member) in enumerate(zip(self._places, members, strict=True)):
-            above = int((strangers[:, place] > self.scores[i, place]).sum())
-            found[i] = np.log2((len(strangers) + member) / (1 + above))
-        return found
-
-
-def gradient_scores(seen: Federated, dialogues: Sequence[Canary]) -> Matches:
-    """How well each dialogue's gradient matches what each device released."""
-    site = seen.site
+    site, total = seen.site, np.zeros(len(dialogues))
     released = [c[None] for c in seen.aggregated] if trusted(seen) else seen.cohort.changes  # by round, (K or 1, P)
+    owners = [0 if trusted(seen) else c.device for c in dialogues]
     examples = site.lm.format.dialogues([c.dialogue for c in dialogues])
-    total = np.zeros((len(dialogues), len(released[0])))
     for received, changes in zip(seen.cohort.received, released, strict=True):
         adapters = site.lm.adapters(site.shared_layout, received)
         (gradients,), _ = site.lm.engine.dp_gradients(adapters, [], [examples])
-        total -= (torch.nn.functional.normalize(gradients, dim=1) @ changes.T).double().numpy()
-    return Matches(seen, total, [c.device for c in dialogues])
+        directions = torch.nn.functional.normalize(gradients, dim=1)  # (n, P)
+        total -= (directions * changes[owners]).sum(1).double().numpy()
+    return total
 
 
 def reidentified(seen: Federated) -> np.ndarray:

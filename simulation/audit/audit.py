@@ -1,38 +1,37 @@
 """The audit of a run: what it claims, what can be proved, what attacks achieve, and whether controls are caught.
 
 Streams are those of the run's own people, all of them there in the first round, so that every release could tell of
-them. Lower bounds are of one run (Steinke et al. 2023, arXiv 2305.08846), with the canaries spread over the devices.
+them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import stats
 
 from client.lm.model import LanguageModel
-from client.shared import planned_event, release_noise
-from privacy.seeds import derive_seed
+from client.shared import planned_event
 from simulation.audit import checks
-from simulation.audit.attacks import Matches, gradient_scores, membership, reidentified, trusted
-from simulation.audit.bounds import best_epsilon, one_run_epsilon
-from simulation.audit.canaries import Canary, Streams, hide, plant
+from simulation.audit.attacks import membership, reidentified, trusted
+from simulation.audit.bounds import best_epsilon, gaussian_one_run_epsilon
+from simulation.audit.canaries import Streams, hide
 from simulation.audit.checks import Check, named, without_noise
 from simulation.audit.inventory import Sent, inventory
 from simulation.audit.inversion import LONG, reconstructed
 from simulation.audit.judge import Attack, Ceiling, judge
+from simulation.audit.one_run import DeviceCoins, DialogueCoins, Guesses, Mistake, worst_case
 from simulation.config import ExperimentConfig
 from simulation.federation import Federated, play
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the canaries, those that are guessed; fixed before looking
 HIDDEN = 0.5  # of each stream, what membership is asked of
-WEAK_CLAIM = 2.0  # of the control that adds too little noise
+CLAIM = 2.0  # of the controls: so many canaries could not refute a much larger one
 REPLIES = 6  # that inversion tries to read
 UNSEEN_BITS = 1 / math.log(2)  # mean exposure of what nobody met
 
@@ -91,54 +90,43 @@ class Auditor:
 
     def audit(self, canaries: int) -> Audit:
         """Raises `ValueError` where the streams have too few places for so many canaries."""
-        planted, known = plant(self.streams, -(-canaries // len(self.streams)), self.seed)
+        coins = DialogueCoins if self.config.privacy.by_dialogue else DeviceCoins
+        one_run = coins(self.lm, self.config, self.streams, canaries, self.seed)
+        seen = self.play("the run itself", self.config, self.streams)
         self.listener("proofs")
-        proofs = [checks.accounting(), *checks.noise(self.lm, self.config, self.streams, self.seed)]
+        proofs = [*checks.accounting(), *checks.noise(self.config, seen), *checks.sampling(seen)]
         proofs.append(checks.coupling(self.lm, self.config, self.streams[0], self.streams[-1], self.seed))
         claimed = checks.claimed_epsilon(self.config)
-        found = self._matches(planted, known)
-        bound = partial(_lower_bound, known, self.config.privacy.delta)
-        controls = [
-            Control("noise / 3.3", WEAK_CLAIM, bound(found["too little noise"])),
-            Control("no noise", claimed, bound(found["no noise"])),
-            Control("no clipping", claimed, bound(found["no clipping"])),
-        ]
-        proofs += [self._exposure(found, known), self._inversion()]
+        self.listener("one-run audit")
+        lower, tried = self._lower_bound(one_run.guessed(worst_case(self.config, self.config.privacy.epsilon)))
+        controls, exposure = self._controls(one_run)
+        proofs += [exposure, self._inversion()]
         return Audit(
-            claimed, self.config.privacy.delta, bound(found["the run itself"]), len(self.streams), len(known),
-            proofs, self._attacks(), controls, inventory(found["the run itself"].seen),
+            claimed, self.config.privacy.delta, lower, len(self.streams), tried, proofs, self._attacks(), controls,
+            inventory(seen),
         )  # fmt: skip
 
-    def _matches(self, planted: Streams, known: Sequence[Canary]) -> dict[str, Matches]:
-        """How well each canary's gradient matches what was released, in the run itself and with a mistake in it."""
-        plain = without_noise(self.config)
-        settings = {
-            "the run itself": self.config, "no noise": plain, "no clipping": _loose(plain),
-            "too little noise": _weak(self.config),
-        }  # fmt: skip
-        found = {}
-        for what, config in settings.items():
-            seen = self.play(what, config, planted)
-            found[what] = gradient_scores(self._noised(seen) if what == "no clipping" else seen, known)
-        return found
+    def _controls(self, one_run: DialogueCoins | DeviceCoins) -> tuple[list[Control], Check]:
+        """Three mistakes under the claim of `CLAIM`, and the exposure of canaries under it."""
+        self.listener("controls")
+        honest = worst_case(self.config, CLAIM)
+        noise = planned_event(honest).noise_multiplier * honest.privacy.clip_norm_l2
+        plain = one_run.guessed(without_noise(honest))
+        mistakes = {
+            "noise / 3.3": one_run.guessed(without_noise(honest), Mistake(added_noise=noise / 3.3)),
+            "no noise": plain,
+            "no clipping": one_run.guessed(without_noise(honest), Mistake(unclipped=True, added_noise=noise)),
+        }
+        title = f"mean exposure at ε {CLAIM:g} of what was met, bits ({UNSEEN_BITS:.2f} of what was not)"
+        bits, most = one_run.guessed(honest).exposure(), Ceiling.of(honest).exposure_bits
+        exposure = Check(title, bits, 0.0, most, "no noise", plain.exposure())
+        return [Control(name, CLAIM, self._lower_bound(g)[0]) for name, g in mistakes.items()], exposure
 
-    def _exposure(self, found: Mapping[str, Matches], known: Sequence[Canary]) -> Check:
-        """Mean bits of the canaries that were met, and the most that the budget allows."""
-        members = np.array([c.member for c in known])
-        bits = [float(found[what].exposure(members)[members].mean()) for what in ("the run itself", "no noise")]
-        title = f"mean exposure of what was met, bits ({UNSEEN_BITS:.2f} of what was not)"
-        return Check(title, bits[0], 0.0, Ceiling.of(self.config).exposure_bits, "no noise", bits[1])
-
-    def _noised(self, seen: Federated) -> Federated:
-        """The announced noise on releases that were not clipped."""
-        noise, rows = release_noise(self.config, 1, 0), [*seen.cohort.received[1:], seen.shared]
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "no clipping") >> 1)
-        for number, changes in enumerate(seen.cohort.changes):
-            changes += noise.on_device * torch.randn(changes.shape, generator=generator)
-            added = noise.on_sum / len(self.streams) * torch.randn(seen.shared.shape, generator=generator)
-            for row in rows[number:]:  # what a round changed stays changed
-                row += added
-        return seen
+    def _lower_bound(self, found: Guesses) -> tuple[float, int]:
+        """ε at 95 % for Gaussian mechanisms, the best of the fixed shares, each at 1 − 5 % / their number; and m."""
+        m, confidence = len(found.scores), 1 - 0.05 / len(SHARES)
+        refuted = partial(_refuted, m, self.config.privacy.delta, confidence)
+        return best_epsilon(found.scores.tolist(), found.members.tolist(), refuted, SHARES), m
 
     def _inversion(self) -> Check:
         self.listener("inversion")
@@ -162,37 +150,8 @@ class Auditor:
         return found
 
 
-def _lower_bound(known: Sequence[Canary], delta: float, found: Matches) -> float:
-    """ε at 95 %, the best of the fixed shares, each at 1 − 5 % / their number."""
-    confidence = 1 - 0.05 / len(SHARES)
-    scores, members = found.diagonal.tolist(), [c.member for c in known]
-    return best_epsilon(
-        scores, members, lambda guesses, right: one_run_epsilon(len(known), guesses, right, delta, confidence), SHARES
-    )
-
-
-def _loose(config: ExperimentConfig) -> ExperimentConfig:
-    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"clip_norm_l2": 1e6})})
-
-
-def _weak(config: ExperimentConfig) -> ExperimentConfig:
-    """Devices that claim `WEAK_CLAIM` and add 3.3 times less noise than that needs."""
-    target = planned_event(_with_epsilon(config, WEAK_CLAIM)).noise_multiplier / 3.3
-
-    def sigma(epsilon: float) -> float:
-        return planned_event(_with_epsilon(config, epsilon)).noise_multiplier
-
-    low, high = WEAK_CLAIM, 2 * WEAK_CLAIM
-    while sigma(high) > target:
-        low, high = high, 2 * high
-    while high / low > 1.01:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if sigma(middle) > target else (low, middle)
-    return _with_epsilon(config, high)
-
-
-def _with_epsilon(config: ExperimentConfig, epsilon: float) -> ExperimentConfig:
-    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"epsilon": epsilon})})
+def _refuted(m: int, delta: float, confidence: float, guesses: int, right: int) -> float:
+    return gaussian_one_run_epsilon(m, guesses, right, delta, confidence)
 
 
 def as_json(found: Audit) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from client.lm.adapter import Adapters
 from client.lm.model import LanguageModel
 from privacy.seeds import derive_seed
 from server.config import ServerConfig
+from simulation.audit.attacks import trusted
 from simulation.audit.checks import named, one_round
 from simulation.federation import Federated, play
 
@@ -52,7 +53,8 @@ def reconstructed(
 
 def _searched(seen: Federated, device: int, prompt: str, words: Sequence[str], guess: list[int]) -> list[int]:
     """Each place of the guess in turn takes the word with which the gradient matches the release best."""
-    lm, released = seen.site.lm, -seen.cohort.changes[0][device]  # (P,)
+    lm = seen.site.lm
+    released = -(seen.aggregated[0] if trusted(seen) else seen.cohort.changes[0][device])  # (P,)
     adapters = lm.adapters(seen.site.shared_layout, seen.cohort.received[0])
     for _ in range(SWEEPS):
         for place in range(len(guess)):

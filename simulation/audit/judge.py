@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,11 +28,12 @@ class Attack:
     auc_ceiling: float
     tpr_at_fpr: dict[float, float]
     tpr_ceiling: dict[float, float]
+    tpr_within: bool  # whether nothing shows, at 99.9 % of both rates, that the curve is exceeded
 
     @property
     def within(self) -> bool:
         """Whether nothing shows that more is told than is allowed."""
-        return self.ci95[0] <= self.auc_ceiling
+        return self.ci95[0] <= self.auc_ceiling and self.tpr_within
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Ceiling:
     auc: float = 1.0
     tpr: tuple[float, ...] = (1.0,) * len(RATES)  # at RATES
     exposure_bits: float = math.inf  # mean over canaries
+    curve: Callable[[np.ndarray], np.ndarray] = np.ones_like  # the highest TPR at each FPR
 
     @classmethod
     def of(cls, config: DeviceConfig) -> Ceiling:
@@ -56,7 +59,7 @@ class Ceiling:
         rates = curve(grid)
         # a canary has -log2 of the share of strangers above it; the most is had where ranks follow the curve
         bits = float((np.diff(rates) * -np.log2(grid[1:])).sum() + rates[0] * -np.log2(grid[1]))
-        return cls(float(np.trapezoid(rates, grid)), tuple(curve(np.array(RATES)).tolist()), bits)
+        return cls(float(np.trapezoid(rates, grid)), tuple(curve(np.array(RATES)).tolist()), bits, curve)
 
 
 def planned_events(config: DeviceConfig) -> list[Event]:
@@ -74,7 +77,17 @@ def judge(name: str, score: np.ndarray, member: np.ndarray, ceiling: Ceiling) ->
     half = 1.96 * _standard_error(auc, n, m)
     rates = {rate: float((inside > np.quantile(outside, 1 - rate)).mean()) for rate in RATES}
     allowed = dict(zip(RATES, ceiling.tpr, strict=True))
-    return Attack(name, n, m, auc, (auc - half, auc + half), ceiling.auc, rates, allowed)
+    within = all(_allowed(inside, outside, rate, ceiling) for rate in RATES)
+    return Attack(name, n, m, auc, (auc - half, auc + half), ceiling.auc, rates, allowed, within)
+
+
+def _allowed(inside: np.ndarray, outside: np.ndarray, rate: float, ceiling: Ceiling) -> bool:
+    """Clopper and Pearson (1934): the lower end of the TPR's interval against the curve at the FPR's upper end."""
+    threshold = np.quantile(outside, 1 - rate)
+    caught, wrong = int((inside > threshold).sum()), int((outside > threshold).sum())
+    low = float(stats.beta.ppf(0.001, caught, len(inside) - caught + 1)) if caught else 0.0
+    high = float(stats.beta.ppf(0.999, wrong + 1, len(outside) - wrong)) if wrong < len(outside) else 1.0
+    return low <= float(ceiling.curve(np.array([high]))[0])
 
 
 def _standard_error(auc: float, n: int, m: int) -> float:
