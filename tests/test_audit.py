@@ -16,7 +16,13 @@ from client.lm.model import LanguageModel
 from client.shared import planned_event
 from simulation.audit import checks
 from simulation.audit.attacks import membership
-from simulation.audit.bounds import auc_ceiling, gaussian_epsilon, gaussian_one_run_epsilon, one_run_epsilon
+from simulation.audit.bounds import (
+    auc_ceiling,
+    gaussian_epsilon,
+    gaussian_epsilon_of_trials,
+    gaussian_one_run_epsilon,
+    one_run_epsilon,
+)
 from simulation.audit.canaries import hide, plant
 from simulation.audit.checks import named, without_noise
 from simulation.audit.inventory import inventory, wire
@@ -60,6 +66,13 @@ def test_a_gaussian_of_unit_shift_is_known() -> None:
     """µ = 1 is ε = 4.38 at δ = 1e-5 (Dong et al. 2019, Corollary 1), and a bound for Gaussians is the sharper one."""
     assert gaussian_epsilon(1.0, 1e-5) == pytest.approx(4.377, abs=0.01)
     assert gaussian_one_run_epsilon(1000, 1000, 800, 1e-5) > one_run_epsilon(1000, 1000, 800, 1e-5)
+
+
+def test_a_bound_of_independent_coins_by_hand() -> None:
+    """µ = 1 is told apart with Φ(1/2) = 0.69146: as many of a million guesses prove nearly all of its ε of 4.38."""
+    assert gaussian_epsilon_of_trials(1_000_000, 691_462, 1e-5) == pytest.approx(4.36, abs=0.02)
+    assert gaussian_epsilon_of_trials(1000, 500, 1e-5) == 0
+    assert gaussian_epsilon_of_trials(1000, 691, 1e-5) < 4.36
 
 
 @pytest.mark.parametrize(("eps", "ceiling"), [(1, 0.731), (2, 0.881), (4, 0.982), (8, 0.9997)])
@@ -123,13 +136,13 @@ def test_a_coin_hides_one_of_two_and_the_other_stands_in_the_same_place(streams:
 
 
 def test_canaries_take_places_by_coins(streams: list[list[Dialogue]]) -> None:
-    planted, canaries = plant(streams, 10, seed=1)
+    planted, canaries = plant(streams, 40, seed=1)
     assert [len(p) for p in planted] == [24] * 4 and len(canaries) == 40
     assert 10 < sum(c.member for c in canaries) < 30
     for c in canaries:
         assert (c.dialogue in planted[c.device]) == c.member
-    with pytest.raises(ValueError, match="more devices"):
-        plant(streams, 25, seed=1)
+    with pytest.raises(ValueError, match=r"96 dialogues have no place for 97 canaries.*more devices"):
+        plant(streams, 97, seed=1)
 
 
 # -- attacks and checks on real federations -----------------------------------------------------------------------

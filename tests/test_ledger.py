@@ -75,6 +75,12 @@ def test_a_life_ends_with_the_last_affordable_release(tmp_path: Path) -> None:
     assert refusals(ledger, request(7, device="other"), budget=budget) == [GRANTED]
 
 
+def test_steps_without_noise_are_within_no_budget(tmp_path: Path) -> None:
+    for budget in (LIFE, DIALOGUES):
+        asked = request(event=Event(0.0, 0.5, 1), dialogues=("a",))
+        assert refusals(Ledger(tmp_path / f"{budget.of}.db"), asked, budget=budget) == [SPENT]
+
+
 def test_a_dialogue_is_retired_and_the_device_goes_on(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.db")
     budget = Budget(epsilon([EVENT] * 2, 1e-5) + 1e-9, 1e-5, "replace-one", "dialogue")

@@ -19,7 +19,12 @@ from client.lm.model import LanguageModel
 from client.shared import planned_event
 from simulation.audit import checks
 from simulation.audit.attacks import membership, reidentified, trusted
-from simulation.audit.bounds import best_epsilon, gaussian_one_run_epsilon
+from simulation.audit.bounds import (
+    best_epsilon,
+    gaussian_epsilon_of_trials,
+    gaussian_one_run_epsilon,
+    one_run_epsilon,
+)
 from simulation.audit.canaries import Streams, hide
 from simulation.audit.checks import Check, named, without_noise
 from simulation.audit.inventory import Sent, inventory
@@ -32,6 +37,7 @@ from simulation.federation import Federated, play
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the canaries, those that are guessed; fixed before looking
 HIDDEN = 0.5  # of each stream, what membership is asked of
 CLAIM = 2.0  # of the controls: so many canaries could not refute a much larger one
+Bound = Callable[[int, int, int, float, float], float]  # canaries, guesses, right ones, δ, confidence → ε
 REPLIES = 6  # that inversion tries to read
 UNSEEN_BITS = 1 / math.log(2)  # mean exposure of what nobody met
 
@@ -55,7 +61,8 @@ class Audit:
 
     epsilon_claimed: float
     delta: float
-    epsilon_lower: float
+    epsilon_lower: float  # of Gaussian mechanisms
+    epsilon_lower_one_run: float  # of any (Steinke et al. 2023, Theorem 5.2)
     devices: int
     canaries: int
     checks: list[Check]
@@ -98,12 +105,13 @@ class Auditor:
         proofs.append(checks.coupling(self.lm, self.config, self.streams[0], self.streams[-1], self.seed))
         claimed = checks.claimed_epsilon(self.config)
         self.listener("one-run audit")
-        lower, tried = self._lower_bound(one_run.guessed(worst_case(self.config, self.config.privacy.epsilon)))
+        guessed = one_run.guessed(worst_case(self.config, self.config.privacy.epsilon))
+        lower, tried = self._lower_bound(guessed, one_run.independent), len(guessed.scores)
         controls, exposure = self._controls(one_run)
         proofs += [exposure, self._inversion()]
         return Audit(
-            claimed, self.config.privacy.delta, lower, len(self.streams), tried, proofs, self._attacks(), controls,
-            inventory(seen),
+            claimed, self.config.privacy.delta, lower, self._of_one_run(guessed), len(self.streams), tried, proofs,
+            self._attacks(), controls, inventory(seen),
         )  # fmt: skip
 
     def _controls(self, one_run: DialogueCoins | DeviceCoins) -> tuple[list[Control], Check]:
@@ -120,13 +128,26 @@ class Auditor:
         title = f"mean exposure at ε {CLAIM:g} of what was met, bits ({UNSEEN_BITS:.2f} of what was not)"
         bits, most = one_run.guessed(honest).exposure(), Ceiling.of(honest).exposure_bits
         exposure = Check(title, bits, 0.0, most, "no noise", plain.exposure())
-        return [Control(name, CLAIM, self._lower_bound(g)[0]) for name, g in mistakes.items()], exposure
+        return [
+            Control(name, CLAIM, self._lower_bound(g, one_run.independent)) for name, g in mistakes.items()
+        ], exposure
 
-    def _lower_bound(self, found: Guesses) -> tuple[float, int]:
-        """ε at 95 % for Gaussian mechanisms, the best of the fixed shares, each at 1 − 5 % / their number; and m."""
-        m, confidence = len(found.scores), 1 - 0.05 / len(SHARES)
-        refuted = partial(_refuted, m, self.config.privacy.delta, confidence)
-        return best_epsilon(found.scores.tolist(), found.members.tolist(), refuted, SHARES), m
+    def _lower_bound(self, found: Guesses, independent: bool) -> float:
+        """ε at 95 % for Gaussian mechanisms: of independent coins; of one sum the best of shares fixed before."""
+        m, delta = len(found.scores), self.config.privacy.delta
+        if independent:
+            right = int(((found.scores > 0) == found.members).sum())
+            return gaussian_epsilon_of_trials(m, right, delta)
+        return self._of_one_run(found, gaussian_one_run_epsilon)
+
+    def _of_one_run(self, found: Guesses, bound: Bound = one_run_epsilon) -> float:
+        """The best of shares that are fixed before, each at 1 − 5 % / their number."""
+        m, delta, confidence = len(found.scores), self.config.privacy.delta, 1 - 0.05 / len(SHARES)
+
+        def refuted(guesses: int, right: int) -> float:
+            return bound(m, guesses, right, delta, confidence)
+
+        return best_epsilon(found.scores.tolist(), found.members.tolist(), refuted, SHARES)
 
     def _inversion(self) -> Check:
         self.listener("inversion")
@@ -150,15 +171,12 @@ class Auditor:
         return found
 
 
-def _refuted(m: int, delta: float, confidence: float, guesses: int, right: int) -> float:
-    return gaussian_one_run_epsilon(m, guesses, right, delta, confidence)
-
-
 def as_json(found: Audit) -> dict[str, Any]:
     """For programs."""
     return {
         "epsilon_claimed": found.epsilon_claimed,
         "epsilon_lower": found.epsilon_lower,
+        "epsilon_lower_one_run": found.epsilon_lower_one_run,
         "delta": found.delta,
         "devices": found.devices,
         "canaries": found.canaries,

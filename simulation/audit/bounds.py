@@ -32,6 +32,15 @@ def _one_run_p(m: int, guesses: int, correct: int, eps: float, delta: float) -> 
     return min(1.0, tail + 2 * m * delta * alpha)
 
 
+def gaussian_epsilon_of_trials(m: int, correct: int, delta: float, confidence: float = 0.95) -> float:
+    """The lower bound of `correct` guesses of m fair coins, each in a µ-GDP mechanism of its own, as ε at `delta`.
+
+    No guess of such a coin is right with more than Φ(µ / 2); the share is bounded from below by Clopper and Pearson.
+    """
+    share = float(stats.beta.ppf(1 - confidence, correct, m - correct + 1)) if correct else 0.0
+    return gaussian_epsilon(2 * float(ndtri(share)), delta) if share > 0.5 else 0.0
+
+
 def gaussian_one_run_epsilon(m: int, guesses: int, correct: int, delta: float, confidence: float = 0.95) -> float:
     """As `one_run_epsilon`, for mechanisms that are µ-GDP: the largest refuted µ as ε at `delta` (Algorithm 3)."""
     mu = _largest_refuted(lambda mu: _refutes_gaussian(m, guesses, correct, mu, 1 - confidence))

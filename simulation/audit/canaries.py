@@ -15,7 +15,7 @@ import numpy as np
 from client.dialogue import Dialogue
 from privacy.seeds import derive_seed
 
-WORDS = 12  # of a canary's prompt and of its reply
+PROMPT_WORDS, REPLY_WORDS = 12, 1  # of a canary: a short reply that nobody expects pulls hard
 Streams = Sequence[Sequence[Dialogue]]
 
 
@@ -28,19 +28,20 @@ class Canary:
     member: bool
 
 
-def plant(streams: Streams, each: int, seed: int) -> tuple[list[list[Dialogue]], list[Canary]]:
-    """Puts `each` dialogues of random words up for places in each stream, a coin for each of them.
+def plant(streams: Streams, count: int, seed: int) -> tuple[list[list[Dialogue]], list[Canary]]:
+    """Puts at least `count` dialogues of random words up for places, as many in each stream for its length.
 
-    Raises `ValueError` for a stream with fewer dialogues.
+    A coin decides of each whether it takes its place. Raises `ValueError` where there are fewer places.
     """
     rng = np.random.Generator(np.random.Philox(key=derive_seed(seed, "canaries")))
     words = sorted({w for stream in streams for d in stream for w in d.prompt.split() if w.isalpha()})
+    room = sum(map(len, streams))
+    if count > room:
+        raise ValueError(f"{room} dialogues have no place for {count} canaries; ask for fewer, or take more devices")
     planted, canaries = [list(stream) for stream in streams], []
     for device, stream in enumerate(planted):
-        if len(stream) < each:
-            raise ValueError(f"a stream of {len(stream)} dialogues has no place for {each} canaries; take more devices")
-        for place in rng.choice(len(stream), size=each, replace=False):
-            prompt, reply = (" ".join(rng.choice(words, size=WORDS)) for _ in range(2))
+        for place in rng.choice(len(stream), size=-(-count * len(stream) // room), replace=False):
+            prompt, reply = (" ".join(rng.choice(words, size=n)) for n in (PROMPT_WORDS, REPLY_WORDS))
             canary = Canary(device, Dialogue(stream[place].id, prompt, reply), bool(rng.random() < 0.5))
             canaries.append(canary)
             if canary.member:

@@ -1,9 +1,9 @@
-"""One-run audits in the worst case: one release that spends the whole budget, every slot of the pool drawn.
+"""Canaries in the worst case: one release that spends the whole budget, every slot of the pool drawn.
 
 An attacker who knows everything but the coins and the noise (model, settings, all dialogues, both that may stand in
 each place) explains what was released by the coins, in the sense of least squares under noise of the claimed size.
-Where dialogues are protected there is a coin for each canary; where devices are, one for each device's whole stream,
-over as many repetitions as there are canaries asked for. Bounds: `simulation.audit.bounds`.
+Where dialogues are protected each canary has a device of its own, with a few real dialogues; where devices are, each
+device has a coin for its whole stream, over as many repetitions as it takes. Bounds: `simulation.audit.bounds`.
 """
 
 from __future__ import annotations
@@ -68,12 +68,19 @@ def release_scale(config: ExperimentConfig) -> float:
 
 
 class DialogueCoins:
-    """A coin for each of at least so many canaries, spread over the devices."""
+    """A coin for each of so many devices with a few of the people's dialogues each: mechanisms of their own."""
+
+    independent = True
 
     def __init__(self, lm: LanguageModel, config: ExperimentConfig, streams: Streams, canaries: int, seed: int) -> None:
+        """Raises `ValueError` where there are fewer dialogues."""
         self.lm, self.config, self.seed = lm, config, seed
-        self.streams = [s[: config.shared.pool_capacity] for s in streams]
-        self.planted, self.known = plant(self.streams, -(-canaries // len(streams)), seed)
+        every = [d for stream in streams for d in stream]
+        if canaries > len(every):
+            raise ValueError(f"{len(every)} dialogues have no place for {canaries} canaries; ask for fewer")
+        size = min(len(every) // canaries, config.shared.pool_capacity)
+        self.streams = [every[k * size : (k + 1) * size] for k in range(canaries)]
+        self.planted, self.known = plant(self.streams, canaries, seed)
 
     def guessed(self, settings: ExperimentConfig, mistake: Mistake = NONE) -> Guesses:
         """All canaries on one federation with these settings."""
@@ -109,6 +116,11 @@ class DialogueCoins:
 
 class DeviceCoins:
     """A coin for each device: its own stream, or that of the next device; repeated until there are enough coins."""
+
+    @property
+    def independent(self) -> bool:
+        """Whether each coin is in a mechanism of its own, and not in the sum of all."""
+        return self.config.privacy.mode != "user-central"
 
     def __init__(self, lm: LanguageModel, config: ExperimentConfig, streams: Streams, canaries: int, seed: int) -> None:
         self.lm, self.config, self.seed = lm, config, seed
