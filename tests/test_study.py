@@ -409,14 +409,15 @@ def test_every_bundled_study_runs_on_its_data(path: Path, tmp_path: Path) -> Non
 @pytest.mark.skipif(
     not os.environ.get("FLORILEGIUM_DATA"), reason="FLORILEGIUM_DATA is unset: the studies' data is absent"
 )
-@pytest.mark.parametrize("path", sorted((config_folder() / "privacy").glob("*.toml")), ids=lambda p: p.stem)
-def test_every_bundled_study_of_privacy_runs(path: Path, tmp_path: Path) -> None:
-    """All cells and the report, with few devices and one seed."""
-    least = ["study.seeds=1", "data.users=8", "rounds=2", "shared.pool_capacity=8", "selection.bins=4"]
-    study = load_study(path, least)
+def test_the_bundled_study_of_privacy_runs(tmp_path: Path) -> None:
+    """All cells and the report, with few devices and one seed; both studies find as many people as they ask for."""
+    paths = sorted((config_folder() / "privacy").glob("*.toml"))
+    for path in paths:
+        assert len(Bench(frozenset()).people(next(iter(load_study(path).cells.values())).config.data, 1, 0)) == 200
+    least = ["study.seeds=1", "data.users=4", "rounds=2", "shared.pool_capacity=6", "selection.bins=4"]
+    study = load_study(paths[-1], least)
     run_study(study, tmp_path, lambda phase: None)
     assert utility_report.render_study(study, tmp_path).exists()
-    Bench(frozenset()).people(load_study(path).cells.popitem()[1].config.data, 1, 0)  # as many as the full one asks for
 
 
 # -- studies of federations ---------------------------------------------------------------------------------------
