@@ -475,7 +475,7 @@ def test_signal_to_noise_by_number_of_devices_by_hand(federated: tuple[Study, Pa
     one, eight, plain = (o for t in study.config.tables.values() for o in outcomes(study, folder, t))
     seeds = [{**s, "mean_square": 1.0, "variance": 0.0} for s in plain.seeds]
     found = reaches([one, eight, replace(plain, result={**plain.result, "seeds": seeds})])
-    assert [(r.name, r.simulated) for r in found] == [("epsilon 1", 4), ("epsilon 8", 4)]
+    assert [(r.name, r.simulated) for r in found] == [("example-local, ε 1", 4), ("example-local, ε 8", 4)]
     for reach, o in zip(found, (one, eight), strict=True):
         width, of_one = o.seeds[0]["upload_bytes"] / 4, release_noise(o.config, 1, 0).on_device
         assert reach.by_devices[4] == pytest.approx(2 / (of_one * width**0.5))

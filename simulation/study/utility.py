@@ -161,7 +161,11 @@ def reaches(found: Sequence[Outcome]) -> list[Reach]:
     """
     twins = {but_noise(o): o for o in found if o.config.privacy.mode == "none"}
     return [
-        Reach(o.name, o.devices, {n: _ratio(o, twins[key], n) for n in sorted({*COHORTS, o.devices})})
+        Reach(
+            f"{o.config.privacy.mode}, ε {o.config.privacy.epsilon:g}",
+            o.devices,
+            {n: _ratio(o, twins[key], n) for n in sorted({*COHORTS, o.devices})},
+        )
         for o in found
         if o.config.privacy.mode != "none" and (key := but_noise(o)) in twins
     ]
