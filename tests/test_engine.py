@@ -172,6 +172,16 @@ def test_a_shared_adapter_beneath_is_the_same_for_all_and_stays(engine: Engine) 
         assert (together[k] - bare[k]).abs().max() > 1e-5
 
 
+def test_hidden_states_are_those_of_each_devices_own_adapter(engine: Engine) -> None:
+    adapters = layout_of(engine)
+    rows = rows_of(adapters, 3) + 0.05 * torch.randn(3, adapters.width, generator=torch.Generator().manual_seed(0))
+    examples, slots = [example(5 + n, 2, n) for n in range(7)], [2, 0, 1, 1, 2, 0, 2]
+    together = dict(engine.hidden(examples, [Adapters(adapters, rows)], slots))
+    for i, slot in enumerate(slots):
+        [(_, alone)] = engine.hidden([examples[i]], [Adapters(adapters, rows[slot : slot + 1])])
+        torch.testing.assert_close(together[i], alone, atol=1e-4, rtol=1e-4)
+
+
 def test_adapters_on_different_layers_of_the_same_input_do_not_mix(engine: Engine) -> None:
     """q and v read the same hidden states; one adapter is on q, the other, with another scale and rank, on v."""
     on_q, on_v = layout_of(engine, 2, ["q_proj"]), layout(layers.adapted_layers(engine.modules, ["v_proj"]), 3, 30.0)
