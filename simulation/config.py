@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,11 @@ class ExperimentConfig(DeviceConfig):
         units = devices * (self.data.max_pairs if by_dialogue else 1)
         if self.privacy.mode != "none" and self.privacy.delta * units >= 1:
             what = f"{devices:,} devices" + (f" of {self.data.max_pairs} dialogues" if by_dialogue else "")
-            raise ValueError(f"privacy.delta = {self.privacy.delta:g} must be < 1 / n = {1 / units:.2g} ({what})")
+            small = 10.0 ** math.floor(-math.log10(units) - 1e-9)
+            raise ValueError(
+                f"privacy.delta = {self.privacy.delta:g} must be < 1 / n = {1 / units:.2g} ({what}); "
+                f"set privacy.delta={small:g}"
+            )
         return self
 
     @model_validator(mode="after")

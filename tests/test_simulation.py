@@ -430,7 +430,7 @@ def test_a_worker_with_other_code_is_refused(small: ExperimentConfig, tmp_path: 
     [
         (["run", "quickstart", "model.name=nano2"], "did you mean 'nano'"),
         (["run", "quickstart", "data.name=missing.jsonl"], "missing.jsonl"),
-        (["run", "quickstart", "data.users=2000"], "set users <="),
+        (["run", "quickstart", "data.users=1000"], "set users <="),
         (["run", "quickstart", "personal.lerning_rate=1"], "did you mean 'learning_rate'"),
         (["run", "quickstart", "shared.adapter.targets=['c_attn']"], "c_attn"),
         (["report", "nowhere"], "nowhere"),
