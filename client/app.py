@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
-from privacy.gate import check_reply, is_count
+from privacy.gate import BAD_MESSAGE, NO_RELEASE, check_reply, is_count
 from privacy.plan import RoundPlan
 from privacy.release import Array as Numbers
 from privacy.release import Release, ReleaseRefusedError, Schema
 
 NO_ARRAYS = Schema(())
-FAILED, NO_RELEASE, BAD_MESSAGE, NO_DEVICE = "failed", "no-release", "bad-message", "no-device"
 
 
 class Devices(Protocol):

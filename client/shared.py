@@ -75,8 +75,7 @@ def learn_shared(
     able = [s for s, a in zip(after, answers, strict=True) if not a.refusal]
     learn = noisy_steps if site.config.privacy.by_dialogue else clipped_change
     changes = learn(able, received, plan, site) if able else {}
-    pages = [_page(s, a, site) for s, a in zip(after, answers, strict=True)]
-    return after, [changes.get(s.id) for s in states], pages
+    return after, [changes.get(s.id) for s in states], _pages(after, answers, site)
 
 
 def release(
@@ -137,10 +136,13 @@ def _charged(state: DeviceState, answer: Answer, site: Site) -> DeviceState:
     return replace(state, head=answer.head, pool=state.pool.only(answer.dialogues) if retiring else state.pool)
 
 
-def _page(state: DeviceState, answer: Answer, site: Site) -> dict[str, Any]:
-    account = site.accounts.account(state.id, state.genesis)
-    spent = account.spent(site.config.privacy.budget) if account else None
-    return {"epsilon": spent, **({"refusal": answer.refusal} if answer.refusal else {})}
+def _pages(states: Sequence[DeviceState], answers: Sequence[Answer], site: Site) -> list[dict[str, Any]]:
+    accounts = site.accounts.accounts([(s.id, s.genesis) for s in states])
+    budget = site.config.privacy.budget
+    return [
+        {"epsilon": account.spent(budget) if account else None, **({"refusal": a.refusal} if a.refusal else {})}
+        for account, a in zip(accounts, answers, strict=True)
+    ]
 
 
 def _key(state: DeviceState, plan: RoundPlan, site: Site, *purpose: str | int) -> int:

@@ -12,7 +12,8 @@ from typing import Any
 
 from privacy.release import PROTOCOL, ReleaseRefusedError, Schema
 
-CODES = frozenset({"failed", "no-release", "bad-message", "no-device"})  # why there is no release, in a word
+# Why there is no release, in a word.
+FAILED, NO_RELEASE, BAD_MESSAGE, NO_DEVICE = CODES = ("failed", "no-release", "bad-message", "no-device")
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 HEAD = re.compile(r"[0-9a-f]{64}")
 

@@ -157,8 +157,12 @@ class Ledger:
 
     def account(self, device: str, genesis: str) -> Account | None:
         """A device's entries, None where the chain is broken."""
+        return self.accounts([(device, genesis)])[0]
+
+    def accounts(self, devices: Sequence[tuple[str, str]]) -> list[Account | None]:
+        """Those of many devices with their secrets, read at once."""
         with self._connected() as connection:
-            return self._read(device, genesis, connection)
+            return [self._read(device, genesis, connection) for device, genesis in devices]
 
     def _row(self, device: str, entry: Entry) -> tuple[object, ...]:
         account = self._known[device]

@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from privacy.gate import FAILED, NO_RELEASE
 from privacy.noise import ReleaseNoise
 from privacy.release import PROTOCOL, ReleaseRefusedError, Schema
 from privacy.release import Array as Numbers
@@ -144,7 +145,7 @@ class FedAvgReleases(Strategy):
         facts.releases = mean.count
         asked = len(self.sampled(server_round))
         if not mean.count:
-            if not set(facts.refused) <= {"no-release"}:
+            if not set(facts.refused) <= {NO_RELEASE}:
                 raise NoReleaseError(f"round {server_round}: no device sent a release: {facts.refused}")
             return None, None
         change = mean.mean(self.noise.drawn(server_round, mean.total.size), asked if self.noise.on_sum else mean.count)
@@ -156,7 +157,7 @@ class FedAvgReleases(Strategy):
     def _take(self, reply: Message, version: int, schema: Schema, mean: FixedPointMean) -> str:
         """Adds one reply to the mean; the code of what was wrong with it, empty if nothing."""
         if reply.has_error():
-            return "failed"
+            return FAILED
         header = reply.content.config_records["header"]
         if "error" in header:
             return str(header["error"])

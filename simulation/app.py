@@ -14,7 +14,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from client.app import FAILED, NO_DEVICE, answer, refusal
+from client.app import answer, refusal
+from privacy.gate import FAILED, NO_DEVICE
 from simulation.config import find_config, load_config
 from simulation.experiment import RUN_VARIABLE, federate
 from simulation.host import device_name, devices_of_worker, open_devices
