@@ -6,16 +6,18 @@ A failure is answered with a code, never with an exception's text, which could q
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
+from client.records import to_record
+from privacy.encoding import ENCODINGS, Encoded
 from privacy.gate import BAD_MESSAGE, NO_RELEASE, check_reply, is_count
 from privacy.plan import RoundPlan
-from privacy.release import Array as Numbers
-from privacy.release import Release, ReleaseRefusedError, Schema
+from privacy.release import WEIGHT, Release, ReleaseRefusedError, Schema
 
 NO_ARRAYS = Schema(())
 
@@ -31,32 +33,67 @@ class Devices(Protocol):
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a server wants of several devices: a kind of message, a plan and the shared adapter (P,)."""
+
+    kind: str
+    plan: RoundPlan
+    received: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one device says to the server. Made by `_reply` alone, so that the gate has passed it."""
+
+    header: Mapping[str, str | int]
+    arrays: Encoded | None = None
+
+    def to(self, message: Message) -> Message:
+        return Message(self.content, reply_to=message)
+
+    @cached_property
+    def content(self) -> RecordDict:
+        content = RecordDict({"header": ConfigRecord(dict(self.header))})
+        if self.arrays is not None:
+            content["arrays"] = to_record(self.arrays)
+        return content
+
+
 def answer(messages: Sequence[Message], names: Sequence[str], devices: Devices) -> list[Message]:
     """Replies to messages of one type to the devices `names`, in their order."""
+    try:
+        question = read_question(messages, names, devices.schema)
+    except (KeyError, ValueError, ReleaseRefusedError):
+        return [refusal(BAD_MESSAGE).to(m) for m in messages]
+    return [reply.to(m) for m, reply in zip(messages, replies(question, names, devices), strict=True)]
+
+
+def replies(question: Question, names: Sequence[str], devices: Devices) -> list[Reply]:
+    """Of each device, in their order."""
+    plan = question.plan
+    if question.kind == MessageType.QUERY:
+        return [greeting(name) for name in names]
+    if question.kind == MessageType.EVALUATE:
+        devices.adopt(names, question.received, plan)
+        return [_reply({"adopted": plan.version})] * len(names)
+    return [_release_reply(r, plan, devices.schema) for r in devices.contribute(names, question.received, plan)]
+
+
+def read_question(messages: Sequence[Message], names: Sequence[str], schema: Schema) -> Question:
+    """What messages of one type ask; they differ in the ledgers' heads alone.
+
+    Raises KeyError, ValueError or `ReleaseRefusedError` for what does not fit the devices' schema.
+    """
     kind = messages[0].metadata.message_type
     if kind == MessageType.QUERY:
-        return [_reply(m, {"device": name}) for m, name in zip(messages, names, strict=True)]
-    try:
-        plan, received = read_plan(messages, names, devices.schema)
-    except (KeyError, ValueError, ReleaseRefusedError):
-        return [refusal(m, BAD_MESSAGE) for m in messages]
-    if kind == MessageType.EVALUATE:
-        devices.adopt(names, received, plan)
-        return [_reply(m, {"adopted": plan.version}) for m in messages]
-    releases = devices.contribute(names, received, plan)
-    return [_release_reply(m, r, devices.schema.of_round(plan.round)) for m, r in zip(messages, releases, strict=True)]
-
-
-def read_plan(messages: Sequence[Message], names: Sequence[str], schema: Schema) -> tuple[RoundPlan, torch.Tensor]:
-    """The plan and the shared adapter (P,) of a server's messages, which differ in the ledgers' heads alone.
-
-    Refuses what does not fit the devices' schema.
-    """
+        return Question(kind, RoundPlan(0, 0), torch.empty(0))
     plans = [m.content.config_records["plan"] for m in messages]
     heads = {name: str(plan["head"]) for name, plan in zip(names, plans, strict=True)}
     plan = RoundPlan(_count(plans[0]["round"]), _count(plans[0]["version"]), heads)
     arrays = {name: array.numpy() for name, array in messages[0].content.array_records["arrays"].items()}
-    return plan, torch.from_numpy(schema.join(arrays))
+    down = schema.with_weights() if any(name.endswith(WEIGHT) for name in arrays) else schema
+    return Question(kind, plan, torch.from_numpy(down.join(arrays)))
 
 
 def _count(value: object) -> int:
@@ -67,27 +104,25 @@ def _count(value: object) -> int:
     return number
 
 
-def _release_reply(message: Message, release: Release | None, schema: Schema) -> Message:
+def _release_reply(release: Release | None, plan: RoundPlan, schema: Schema) -> Reply:
     if release is None:
-        return refusal(message, NO_RELEASE)
+        return refusal(NO_RELEASE)
     header: dict[str, str | int] = {"protocol": release.protocol, "version": release.version, "head": release.head}
-    return _reply(message, header, release.arrays, schema)
+    sent = schema.of_round(plan.round, schema.rank_of(release.arrays, plan.round))
+    return _reply(header, ENCODINGS[schema.encoding].encode(release.arrays), sent)
 
 
-def refusal(message: Message, code: str) -> Message:
+def greeting(name: str) -> Reply:
+    """Which device this is."""
+    return _reply({"device": name})
+
+
+def refusal(code: str) -> Reply:
     """An answer that says only that there is none, and why, in a word."""
-    return _reply(message, {"error": code})
+    return _reply({"error": code})
 
 
-def _reply(
-    message: Message,
-    header: Mapping[str, str | int],
-    arrays: Mapping[str, Numbers] | None = None,
-    schema: Schema = NO_ARRAYS,
-) -> Message:
-    """The one place where a message to the server is made."""
+def _reply(header: Mapping[str, str | int], arrays: Encoded | None = None, schema: Schema = NO_ARRAYS) -> Reply:
+    """The one place where an answer to a server is made."""
     check_reply(header, arrays, schema)
-    content = RecordDict({"header": ConfigRecord(dict(header))})
-    if arrays is not None:
-        content["arrays"] = ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in arrays.items()})
-    return Message(content, reply_to=message)
+    return Reply(header, arrays)

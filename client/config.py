@@ -26,6 +26,10 @@ class SharedConfig(Config):
     learning_rate: float = Field(1.0, gt=0, description="of noisy SGD, where each dialogue is clipped")
     adamw_learning_rate: float = Field(3e-3, gt=0, description="of AdamW, where a device's whole change is clipped")
     batch_size: int = Field(8, ge=1, description="of AdamW")
+    upload: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32", description="how a release travels; rounded after the noise"
+    )
+    proximal: float = Field(0.0, ge=0, description="FedProx's pull to the received adapter; of use with several steps")
 
     @field_validator("sampling")
     @classmethod
@@ -65,6 +69,14 @@ class DeviceConfig(Config):
                 f"shared.source = 'buffer': what {self.selection.policy!r} keeps depends on the data, so that one "
                 f"dialogue changes which others are trained on; use 'pool', or a user-* [privacy] mode"
             )
+        pull = self.shared.learning_rate * self.shared.proximal
+        if self.privacy.by_dialogue and pull > 1:
+            raise ValueError(
+                f"shared.proximal = {self.shared.proximal:g} times shared.learning_rate = "
+                f"{self.shared.learning_rate:g} must be <= 1: a step of plain SGD would go beyond what was received"
+            )
+        if self.shared.adapter.kind != "lora":
+            raise ValueError(f"shared.adapter.kind = {self.shared.adapter.kind!r}: what is shared is LoRA's factors")
         if self.personal.adapter.factors == "alternate":
             raise ValueError("personal.adapter.factors = 'alternate' is for a shared adapter; use 'both'")
         if self.shared.adapter.factors == "alternate" and not self.privacy.by_dialogue:

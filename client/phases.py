@@ -25,16 +25,23 @@ from client.buffer import candidate
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lexicons import load_lexicons
-from client.lm.adapter import AdapterLayout
+from client.lm.adapter import AdapterLayout, Adapters, Layout, weight_layout
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule, schedule_steps
 from client.state import DeviceState, StateError
 from client.synthesize import Request, Written
 from client.synthesize import synthesize as write_similar
-from privacy.ledger import Ledger, LedgerError
+from privacy.encoding import ENCODINGS
+from privacy.ledger import Accounts, LedgerError
 from privacy.plan import RoundPlan
 from privacy.release import Schema
 from privacy.seeds import derive_key, derive_seed, fresh_secret
+
+
+def full_rank(device: str) -> int:
+    """The rank of the shared adapter that a device has room for; 0: that of the server's."""
+    return 0
+
 
 States = list[DeviceState]
 Observation = dict[str, Any]  # what a simulation notes about a device; never sent
@@ -49,11 +56,12 @@ class Site:
     config: DeviceConfig
     seed: int
     shared_layout: AdapterLayout
-    personal_layout: AdapterLayout
+    personal_layout: Layout
     user: User
     listener: Callable[[str], None] | None = None  # told the name of each phase that begins
-    ledger: Ledger | None = None  # none where nothing is ever released
+    ledger: Accounts | None = None  # none where nothing is ever released
     experiment: str = "simulation"
+    rank_of: Callable[[str], int] = full_rank
 
     @classmethod
     def of(
@@ -63,21 +71,48 @@ class Site:
         seed: int,
         user: User,
         listener: Callable[[str], None] | None = None,
-        ledger: Ledger | None = None,
+        ledger: Accounts | None = None,
     ) -> Site:
-        shared = lm.layout(config.shared.adapter, public_seed=derive_seed(seed, "shared"))
+        shared = lm.lora_layout(config.shared.adapter, public_seed=derive_seed(seed, "shared"))
         return cls(lm, config, seed, shared, lm.layout(config.personal.adapter), user, listener, ledger)
 
     @property
     def schema(self) -> Schema:
-        return release_schema(self.shared_layout)
+        return release_schema(self.shared_layout, self.config.shared.upload)
 
     @property
-    def accounts(self) -> Ledger:
+    def accounts(self) -> Accounts:
         """The ledger; raises `LedgerError` where there is none to pay from."""
         if self.ledger is None:
             raise LedgerError("no ledger was given: nothing can be released")
         return self.ledger
+
+    def shared_rows(self, received: torch.Tensor, devices: Sequence[str]) -> torch.Tensor:
+        """What each device has room for of a received adapter: (1, P) where all have for all of it, else (K, P)."""
+        row, ranks = received[None, : self.shared_layout.width], [self.rank_of(d) for d in devices]
+        if not any(ranks):
+            return row
+        room = {rank: torch.from_numpy(self.whole.places(1, rank)) for rank in set(ranks)}
+        return torch.cat([row * room[rank] for rank in ranks])
+
+    def upload_bytes(self, device: str, plan: RoundPlan) -> int:
+        """Of a release."""
+        schema = self.schema.of_round(plan.round, self.rank_of(device))
+        return ENCODINGS[schema.encoding].size_bytes(schema)
+
+    def download_bytes(self, with_weights: bool) -> int:
+        """Of a shared adapter, all of it, and of the changes of frozen weights beside it, if there are any."""
+        return (self.whole.with_weights() if with_weights else self.whole).size_bytes
+
+    @property
+    def whole(self) -> Schema:
+        """Of a shared adapter, all of it."""
+        return replace(self.schema, turns=("",))
+
+    def weights(self, received: torch.Tensor) -> list[Adapters]:
+        """What a server sent beside the shared adapter to be added to the frozen weights, as an adapter, if it did."""
+        layout, sent = self.shared_layout, received[self.shared_layout.width :]
+        return [self.lm.adapters(weight_layout(layout), sent)] if len(sent) else []
 
     def new_state(self, device: str) -> DeviceState:
         personal = self.personal_layout.start(derive_seed(self.seed, device, "personal"))
@@ -86,7 +121,7 @@ class Site:
         return DeviceState.new(device, self.config, personal, secret)
 
 
-def release_schema(layout: AdapterLayout) -> Schema:
+def release_schema(layout: AdapterLayout, encoding: str = "fp32") -> Schema:
     """The arrays that a release of this layout has: A and B of each layer, or one of them."""
     shapes: list[tuple[str, tuple[int, ...]]] = []
     for layer in layout.layers:
@@ -94,7 +129,7 @@ def release_schema(layout: AdapterLayout) -> Schema:
             shapes.append((f"{layer.name}.lora_A", (layout.rank, layer.in_features)))
         if layout.trains_b:
             shapes.append((f"{layer.name}.lora_B", (layer.out_features, layout.rank)))
-    return Schema(tuple(shapes), ("lora_B", "lora_A") if layout.factors == "alternate" else ("",))
+    return Schema(tuple(shapes), ("lora_B", "lora_A") if layout.factors == "alternate" else ("",), encoding)
 
 
 def observe(
@@ -201,7 +236,7 @@ def learn_personal(
     rates = [[config.learning_rate * (1 - s / len(x.batches)) for s in range(len(x.batches))] for x in lessons]
     trained = lm.engine.finetune(
         lm.adapters(site.personal_layout, torch.stack(start)),
-        [] if received is None else [lm.adapters(site.shared_layout, received)],
+        [] if received is None else beneath(received, [s.id for s in states], site),
         lessons,
         rates,
         config.weight_decay,
@@ -219,6 +254,11 @@ def learn_personal(
         }
         for k, (x, lesson) in enumerate(zip(trained.losses, lessons, strict=True))
     ]
+
+
+def beneath(received: torch.Tensor, devices: Sequence[str], site: Site) -> list[Adapters]:
+    """What lies frozen under personal adapters: the received one, as far as each device has room for it."""
+    return [site.lm.adapters(site.shared_layout, site.shared_rows(received, devices)), *site.weights(received)]
 
 
 def _start(state: DeviceState, site: Site) -> torch.Tensor:

@@ -40,25 +40,41 @@ def contribute(
     with diary.phase("learn_shared") as spent:
         states, changes, spent[:] = learn_shared(states, received, plan, site)
     with diary.phase("release") as sent:
-        states, releases = release(changes, states, received, plan, site.schema)
-        sent[:] = [{"upload_bytes": r.size_bytes if r else 0} for r in releases]
+        states, releases = release(changes, states, received, plan, site)
+        sizes = [site.upload_bytes(s.id, plan) if r else 0 for s, r in zip(states, releases, strict=True)]
+        sent[:] = [{"upload_bytes": size} for size in sizes]
     return states, releases, diary.pages
 
 
-def adopt(states: States, received: torch.Tensor, plan: RoundPlan, site: Site) -> tuple[States, list[Observation]]:
-    """Takes the aggregated shared adapter (P,), synthesizes, and trains the personal adapter on top of it."""
+def adopt(
+    states: States, received: torch.Tensor | None, plan: RoundPlan, site: Site
+) -> tuple[States, list[Observation]]:
+    """Takes the aggregated shared adapter (P,), if any, synthesizes, and trains the personal adapter on top of it."""
     diary = Diary(len(states), site.listener)
     over = [replace(s, sent=None, asked="") for s in states]
     return _personalize(over, received, plan, site, diary), diary.pages
 
 
-def live_alone(
+def stay(
     states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, site: Site
-) -> tuple[States, list[Observation]]:
-    """A round without a server: nothing is released, and no shared adapter lies beneath the personal one."""
+) -> tuple[States, list[Release | None], list[Observation]]:
+    """As `contribute`, of devices that have no server: nothing is trained for one, nothing leaves."""
     diary = Diary(len(states), site.listener)
     states = _gather(states, arrived, plan, site, diary)
-    return _personalize(states, None, plan, site, diary), diary.pages
+    return states, [None] * len(states), [{**page, "upload_bytes": 0, "epsilon": 0.0} for page in diary.pages]
+
+
+def live(
+    states: States,
+    arrived: Sequence[Sequence[Dialogue]],
+    received: torch.Tensor | None,
+    plan: RoundPlan,
+    site: Site,
+) -> tuple[States, list[Observation]]:
+    """A round in which nothing is released, with a shared adapter (P,) beneath the personal one, or without."""
+    diary = Diary(len(states), site.listener)
+    states = _gather(states, arrived, plan, site, diary)
+    return _personalize(states, received, plan, site, diary), diary.pages
 
 
 def _gather(states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, site: Site, diary: Diary) -> States:

@@ -7,6 +7,7 @@ is asked: a device whose account does not allow it learns for itself alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -16,6 +17,7 @@ import torch
 
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
+from client.lm.adapter import Adapters
 from client.lm.lessons import Lesson
 from client.lm.model import schedule_steps
 from client.lm.packing import Example
@@ -60,7 +62,26 @@ def release_noise(config: DeviceConfig, bands: int, secret: int) -> ReleaseNoise
     if privacy.mode == "user-local":
         return ReleaseNoise(on_device=std)
     per_step = std / (shared.sampling_rate * shared.pool_capacity)
-    return ReleaseNoise(on_device=float(shared.learning_rate * per_step * shared.steps_per_round**0.5))
+    kept = 1 - shared.learning_rate * shared.proximal  # of each step's noise, after one more step
+    squares = sum(kept ** (2 * later) for later in range(shared.steps_per_round))
+    return ReleaseNoise(on_device=float(shared.learning_rate * per_step * squares**0.5))
+
+
+def release_limits(config: DeviceConfig, schema: Schema) -> tuple[float, float]:
+    """The norm that no honest release exceeds, but for a chance below 1e-9, and the one that a server clips to.
+
+    A step moves the adapter by at most learning_rate · C / q, as all of a pool may be drawn; noise of standard
+    deviation s has a norm below s (√P + 7) (Laurent and Massart 2000, Lemma 1, with x = 24). Rounding to 8 bits adds
+    at most √n / 254 of the norm of an array of n numbers.
+    """
+    privacy, shared = config.privacy, config.shared
+    signal = privacy.clip_norm_l2
+    if privacy.by_dialogue:
+        signal *= shared.learning_rate * shared.steps_per_round / shared.sampling_rate
+    rounding = 1.001 + max(math.prod(shape) for _, shape in schema.shapes) ** 0.5 / 254 * (shared.upload == "int8")
+    rounding += 2**-8 * (shared.upload == "bf16")
+    largest = rounding * (1.001 * signal + release_noise(config, 1, 0).on_device * (schema.width**0.5 + 7))
+    return largest, privacy.clip_norm_l2 if privacy.mode == "user-central" else math.inf
 
 
 def learn_shared(
@@ -83,7 +104,7 @@ def release(
     states: Sequence[DeviceState],
     received: torch.Tensor,
     plan: RoundPlan,
-    schema: Schema,
+    site: Site,
 ) -> tuple[list[DeviceState], list[Release | None]]:
     """What leaves each device, and that it keeps a copy until the round is over.
 
@@ -91,17 +112,22 @@ def release(
     """
     asked = fingerprint(received)
     after = [replace(s, sent=change, asked=asked) for s, change in zip(states, changes, strict=True)]
-    return after, [resend(state, received, plan, schema) for state in after]
+    return after, [_sent(state, asked, plan, site) for state in after]
 
 
-def resend(state: DeviceState, received: torch.Tensor, plan: RoundPlan, schema: Schema) -> Release | None:
+def resend(state: DeviceState, received: torch.Tensor, plan: RoundPlan, site: Site) -> Release | None:
     """The release that this device made in this round for this adapter, bit by bit; None for another one.
 
     It is never computed again: rounded otherwise, under the same noise, it would tell what the noise hides.
     """
-    if state.sent is None or state.asked != fingerprint(received):
+    return _sent(state, fingerprint(received), plan, site)
+
+
+def _sent(state: DeviceState, asked: str, plan: RoundPlan, site: Site) -> Release | None:
+    if state.sent is None or state.asked != asked:
         return None
-    return Release.of(state.sent.numpy(), plan.version, state.head, schema.of_round(plan.round))
+    schema = site.schema.of_round(plan.round, site.rank_of(state.id))
+    return Release.of(state.sent.numpy(), plan.version, state.head, schema)
 
 
 def fingerprint(received: torch.Tensor) -> str:
@@ -163,25 +189,36 @@ def noisy_steps(
     states: Sequence[DeviceState], received: torch.Tensor, plan: RoundPlan, site: Site
 ) -> dict[str, torch.Tensor]:
     """DP-SGD on a Poisson sample of the pool. A dialogue and what was made from it are clipped as one example."""
-    shared, places = site.config.shared, torch.from_numpy(site.schema.places(plan.round))  # (P,)
-    rows = {s.id: _private_row(s, received[places], plan, site) for s in states}
+    shared, weights = site.config.shared, site.weights(received)
+    before = site.shared_rows(received, [s.id for s in states]).expand(len(states), -1)  # (K, P)
+    whole, places = before.clone(), places_of(states, plan, site)
+    rows = {s.id: _private_row(s, row[places[s.id]], plan, site) for s, row in zip(states, whole, strict=True)}
     source = _pooled if shared.source == "pool" else _buffered
-    whole = received.repeat(len(states), 1)  # (K, P)
     lessons = {s.id: [site.lm.format.dialogues(texts) for texts in source(s)] for s in states}
     for step in range(shared.steps_per_round):
         chosen = {s.id: drawn(s, len(lessons[s.id]), plan, step, site) for s in states}
         batches = [[lessons[s.id][i] for i in chosen[s.id]] for s in states]
-        whole[:, places] = torch.stack([rows[s.id].row for s in states])
+        for state, row in zip(states, whole, strict=True):
+            row[places[state.id]] = rows[state.id].row
         now = site.lm.adapters(site.shared_layout, whole)
-        for state, gradients in zip(states, _gradients(batches, now, site), strict=True):
-            rows[state.id].step(gradients[:, places])
-    return {device: row.row - received[places] for device, row in rows.items()}
+        for state, gradients in zip(states, _gradients(batches, now, weights, site), strict=True):
+            rows[state.id].step(gradients[:, places[state.id]])
+    return {s.id: rows[s.id].row - old[places[s.id]] for s, old in zip(states, before, strict=True)}
 
 
-def _gradients(batches: Sequence[Sequence[list[Example]]], adapters: Any, site: Site) -> list[torch.Tensor]:
+def places_of(states: Sequence[DeviceState], plan: RoundPlan, site: Site) -> dict[str, torch.Tensor]:
+    """(P,) of each device: the numbers that it trains in this round."""
+    ranks = {s.id: site.rank_of(s.id) for s in states}
+    of_rank = {rank: torch.from_numpy(site.schema.places(plan.round, rank)) for rank in set(ranks.values())}
+    return {device: of_rank[rank] for device, rank in ranks.items()}
+
+
+def _gradients(
+    batches: Sequence[Sequence[list[Example]]], adapters: Adapters, weights: list[Adapters], site: Site
+) -> list[torch.Tensor]:
     """Of each device (b, P): the mean over an example's texts of the gradient of each text's own mean loss."""
     flat = [[text for example in batch for text in example] for batch in batches]
-    found, _ = site.lm.engine.dp_gradients(adapters, [], flat)
+    found, _ = site.lm.engine.dp_gradients(adapters, weights, flat)
     means = []
     for gradients, batch in zip(found, batches, strict=True):
         owner = torch.tensor([i for i, example in enumerate(batch) for _ in example], dtype=torch.long)
@@ -200,6 +237,7 @@ def _private_row(state: DeviceState, received: torch.Tensor, plan: RoundPlan, si
         noise_multiplier=planned_event(site.config).noise_multiplier,
         expected_batch=shared.sampling_rate * shared.pool_capacity,
         key=_key(state, plan, site, "noise"),
+        proximal=shared.proximal,
     )
 
 
@@ -232,16 +270,19 @@ def clipped_change(
     config = site.config
     lessons = [_lesson(s, plan, site) for s in states]
     rates = [[config.shared.adamw_learning_rate] * len(lesson.batches) for lesson in lessons]
-    start = site.lm.adapters(site.shared_layout, received.expand(len(states), -1))
-    trained = site.lm.engine.finetune(start, [], lessons, rates).adapters.rows.cpu()
+    before = site.shared_rows(received, [s.id for s in states]).expand(len(states), -1)  # (K, P)
+    start, places = site.lm.adapters(site.shared_layout, before), places_of(states, plan, site)
+    learned = site.lm.engine.finetune(start, site.weights(received), lessons, rates, proximal=config.shared.proximal)
+    trained = learned.adapters.rows.cpu()
     sigma = planned_event(config).noise_multiplier if config.privacy.mode == "user-local" else 0.0
     changes = {}
-    for state, row in zip(states, trained, strict=True):
+    for state, old, row in zip(states, before, trained, strict=True):
+        change = (row - old)[places[state.id]]
         one_step = PrivateRow(
-            torch.zeros_like(received), learning_rate=1.0, clip_norm_l2=config.privacy.clip_norm_l2,
+            torch.zeros_like(change), learning_rate=1.0, clip_norm_l2=config.privacy.clip_norm_l2,
             noise_multiplier=sigma, expected_batch=1.0, key=_key(state, plan, site, "noise"),
         )  # fmt: skip
-        one_step.step((received - row)[None])
+        one_step.step(-change[None])
         changes[state.id] = one_step.row
     return changes
 

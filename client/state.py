@@ -1,33 +1,58 @@
 """What a device remembers between rounds, and the file that holds it.
 
-One file a device and round, replaced atomically: a device that is killed goes on from its last whole file.
+A device that is killed goes on from the last stage that it finished.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
 
 from client.buffer import Buffer, Kept, SelectionConfig
 from client.config import DeviceConfig
 from client.pool import Pool
 from client.synthesize import Pair
+from privacy.database import connected
 from privacy.seeds import derive_key
 
 MEMORY = "memory."  # begins the names of the arrays that a policy remembers
 OF_A_BIN = ("id", "prompt", "domain", "eoe", "dss", "idd", "value")
 
 
+Page = dict[str, Any]  # what a simulation notes of a device in one stage
+LAST = "~"  # sorts after every stage
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS state (
+    device TEXT, stage TEXT, page TEXT, facts TEXT, arrays BLOB, UNIQUE (device, stage)
+)
+"""
+_NEWEST = "SELECT stage, facts, arrays FROM state WHERE device = ? AND stage <= ? ORDER BY stage DESC LIMIT 1"
+_STAGE = "SELECT max(stage) FROM state WHERE device = ?"
+_PAGES = "SELECT page FROM state WHERE device = ? AND stage BETWEEN ? AND ? ORDER BY stage"
+_INSERT = "INSERT OR IGNORE INTO state VALUES (?, ?, ?, ?, ?)"
+_FORGET = (
+    "DELETE FROM state WHERE device = ?1 AND stage < (SELECT max(stage) FROM state WHERE device = ?1 AND stage < ?2)"
+)
+
+
 class StateError(RuntimeError):
-    """A device's file is missing or does not fit the settings."""
+    """A device's state is missing or does not fit the settings."""
+
+
+class StoreError(RuntimeError):
+    """The file of the states cannot be read or written, as on a full disk."""
 
 
 @dataclass(frozen=True)
@@ -64,49 +89,69 @@ class DeviceState:
 
 
 class DeviceStore:
-    """A folder with a file for each device and stage. A stage is `(round, phase)`; later ones sort later."""
+    """One SQLite file with a row for each device and stage. A stage is `(round, phase)`; later ones sort later.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    What is saved together is there together or not at all, whenever the process is killed. The file grows to what is
+    kept at one time, not with the rounds.
+    """
 
-    def path(self, device: str, stage: str) -> Path:
-        return self.folder / device / f"{stage}.safetensors"
+    def __init__(self, path: Path) -> None:
+        """Raises `StoreError` for a file that is not a store."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._connected() as connection:
+            connection.execute("PRAGMA page_size = 16384")  # of a new file
+            connection.execute(_TABLE)
 
-    def save(self, states: Iterable[DeviceState], stage: str) -> None:
-        for state in states:
-            path = self.path(state.id, stage)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {"personal": state.personal.contiguous()}
-            tensors |= {f"{MEMORY}{name}": torch.tensor(value) for name, value in state.buffer.memory.items()}
-            if state.sent is not None:
-                tensors["sent"] = state.sent.contiguous()
-            if state.buffer.bins:
-                tensors["embeddings"] = torch.from_numpy(np.stack([k.embedding for k in state.buffer.bins]))
-            fresh = path.with_suffix(".new")
-            save_file(tensors, fresh, metadata={"device": json.dumps(_facts(state))})
-            fresh.replace(path)
+    def save(self, states: Sequence[DeviceState], stage: str, pages: Sequence[Page] | None = None) -> list[str]:
+        """Keeps the states, each with the page that was noted of it, and of earlier stages only the newest.
+
+        A device that has finished the stage keeps what it has: another process may have sent it. Returns these devices.
+        """
+        notes = pages or [{} for _ in states]
+        rows = [
+            (s.id, stage, json.dumps(p), json.dumps(_facts(s)), save_arrays(_arrays(s)))
+            for s, p in zip(states, notes, strict=True)
+        ]
+        with self._connected() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            there = [row[0] for row in rows if not connection.execute(_INSERT, row).rowcount]
+            connection.executemany(_FORGET, [(s.id, stage) for s in states])
+            connection.execute("COMMIT")
+        return there
 
     def load(self, device: str, stage: str) -> DeviceState:
-        """Raises `StateError` naming the file that is missing."""
-        path = self.path(device, stage)
-        if not path.exists():
-            raise StateError(f"{path} is missing: device {device} has not finished {stage}")
-        with safe_open(path, "pt") as stored:
-            facts = json.loads(stored.metadata()["device"])
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        return _state(facts, tensors)
+        """Raises `StateError` naming the stage that is missing."""
+        found = self.find([device], stage)[device]
+        if found is None or found[0] != stage:
+            raise StateError(f"{self.path}: device {device} has not finished {stage}")
+        return found[1]
 
-    def latest(self, device: str, until: str | None = None) -> str | None:
-        """The last stage of a device that does not sort after `until`; without it, of all."""
-        stages = sorted(path.stem for path in (self.folder / device).glob("*.safetensors"))
-        return next((s for s in reversed(stages) if until is None or s <= until), None)
+    def find(self, devices: Sequence[str], until: str = LAST) -> dict[str, tuple[str, DeviceState] | None]:
+        """Of each device its last stage that does not sort after `until`, with the state."""
+        with self._connected() as connection:
+            rows = [connection.execute(_NEWEST, (device, until)).fetchone() for device in devices]
+        return {d: (row[0], _state(*row[1:])) if row else None for d, row in zip(devices, rows, strict=True)}
 
-    def forget(self, device: str, until: str) -> None:
-        """Removes the device's files except the newest that does not sort after `until`, and later ones."""
-        newest = self.latest(device, until)
-        for path in (self.folder / device).glob("*.safetensors"):
-            if newest and path.stem < newest:
-                path.unlink()
+    def stages(self, devices: Sequence[str]) -> dict[str, str]:
+        """The last stage of each device; empty for one that is not known."""
+        with self._connected() as connection:
+            rows = [connection.execute(_STAGE, (device,)).fetchone() for device in devices]
+        return {device: row[0] or "" for device, row in zip(devices, rows, strict=True)}
+
+    def pages(self, devices: Sequence[str], since: str, until: str) -> dict[str, list[Page]]:
+        """What was noted of each device in the stages from `since` to `until`."""
+        with self._connected() as connection:
+            found = {d: connection.execute(_PAGES, (d, since, until)).fetchall() for d in devices}
+        return {device: [json.loads(page) for (page,) in rows] for device, rows in found.items()}
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with connected(self.path) as connection:
+                yield connection
+        except sqlite3.DatabaseError as error:
+            raise StoreError(f"{self.path}: {error}; what was finished is kept: mend it and resume") from error
 
 
 def stage(round_number: int, phase: str = "z-done") -> str:
@@ -126,32 +171,52 @@ def _facts(state: DeviceState) -> dict[str, Any]:
         "annotations": state.annotations,
         "synthetic": state.synthetic,
         "descendants": state.descendants,
-        "pool": asdict(state.pool),
-        "buffer": {"config": state.buffer.config.model_dump(mode="json"), "bins": bins},
+        "pool": {"capacity": state.pool.capacity, "slots": state.pool.slots, "seen": state.pool.seen},
+        "buffer": {"config": _written(state.buffer.config), "bins": bins},
     }
 
 
-def _state(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> DeviceState:
-    stored = facts["buffer"]
-    embeddings = tensors["embeddings"].numpy() if stored["bins"] else ()
-    bins = tuple(Kept(embedding=e, **b) for b, e in zip(stored["bins"], embeddings, strict=True))
-    memory = {n.removeprefix(MEMORY): t.numpy() for n, t in tensors.items() if n.startswith(MEMORY)}
-    pool = facts["pool"]
+def _arrays(state: DeviceState) -> dict[str, np.ndarray]:
+    arrays = {"personal": state.personal.contiguous().numpy()}
+    arrays |= {f"{MEMORY}{name}": np.asarray(value, order="C") for name, value in state.buffer.memory.items()}
+    if state.sent is not None:
+        arrays["sent"] = state.sent.contiguous().numpy()
+    if state.buffer.bins:
+        arrays["embeddings"] = np.stack([k.embedding for k in state.buffer.bins])
+    return arrays
+
+
+def _state(told: str, stored: bytes) -> DeviceState:
+    facts, arrays = json.loads(told), load_arrays(stored)
+    buffer, pool, sent = facts["buffer"], facts["pool"], arrays.get("sent")
+    embeddings = arrays["embeddings"] if buffer["bins"] else ()
+    bins = tuple(Kept(embedding=e, **b) for b, e in zip(buffer["bins"], embeddings, strict=True))
+    memory = {name.removeprefix(MEMORY): array for name, array in arrays.items() if name.startswith(MEMORY)}
     return DeviceState(
         id=facts["id"],
-        buffer=Buffer(SelectionConfig.model_validate(stored["config"]), bins, memory),
+        buffer=Buffer(_read(buffer["config"]), bins, memory),
         pool=Pool(pool["capacity"], tuple((i, p) for i, p in pool["slots"]), pool["seen"]),
-        personal=tensors["personal"],
+        personal=torch.from_numpy(arrays["personal"]),
         secret=facts["secret"],
         arrived=facts["arrived"],
         head=facts["head"],
-        sent=tensors.get("sent"),
+        sent=None if sent is None else torch.from_numpy(sent),
         asked=facts["asked"],
         replies=facts["replies"],
         annotations=facts["annotations"],
         synthetic=_pairs(facts["synthetic"]),
         descendants=_pairs(facts["descendants"]),
     )
+
+
+@lru_cache(maxsize=64)
+def _written(config: SelectionConfig) -> str:
+    return config.model_dump_json()
+
+
+@lru_cache(maxsize=64)
+def _read(config: str) -> SelectionConfig:
+    return SelectionConfig.model_validate_json(config)
 
 
 def _pairs(stored: dict[str, list[Pair]]) -> dict[str, tuple[Pair, ...]]:

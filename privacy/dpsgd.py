@@ -43,8 +43,13 @@ class PrivateRow:
         noise_multiplier: float,
         expected_batch: float,
         key: int,
+        proximal: float = 0.0,
     ) -> None:
-        """`row` is (P,), on the CPU; `expected_batch` is q times the pool's capacity; `key` is secret."""
+        """`row` is (P,), on the CPU; `expected_batch` is q times the pool's capacity; `key` is secret.
+
+        `proximal` is μ of μ/2 ‖w − row‖² (FedProx, Li et al. 2020, arXiv 1812.06127), which no data enter.
+        """
+        self.start, self.pull = row.detach().clone(), learning_rate * proximal
         self.parameter = torch.nn.Parameter(row.detach().clone())
         self.optimizer = KeyedNoise(
             torch.optim.SGD([self.parameter], lr=learning_rate),
@@ -62,12 +67,17 @@ class PrivateRow:
     def step(self, gradients: torch.Tensor) -> None:
         """Clips each example's gradient (b, P), sums, adds noise, steps. b may be 0: then it is noise alone.
 
-        A gradient with a number that is not finite counts as zero: it must not decide over the others.
+        A gradient with a number that is not finite counts as zero: it must not decide over the others. The proximal
+        step depends on what earlier noisy steps have made and on what was received: post-processing, which changes
+        neither what is clipped nor the noise, and costs no budget.
         """
+        moved = self.row - self.start if self.pull else None
         finite = torch.isfinite(gradients).all(dim=1, keepdim=True)
         self.parameter.grad_sample = torch.where(finite, gradients, 0.0)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if moved is not None:
+            self.parameter.data.sub_(moved, alpha=self.pull)  # η μ (w − w_received), w as before the step
 
 
 def clipped_sum(gradients: torch.Tensor, clip_norm_l2: float) -> torch.Tensor:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from privacy.encoding import ENCODINGS
 from privacy.release import PROTOCOL, ReleaseRefusedError, Schema
 
 # Why there is no release, in a word.
@@ -47,4 +48,4 @@ def check_reply(header: Mapping[str, Any], arrays: Mapping[str, Any] | None, sch
     if (arrays is not None) != (kind is RELEASE):
         raise ReleaseRefusedError("arrays belong to a release, and a release has arrays")
     if arrays is not None:
-        schema.check(arrays)
+        schema.check(ENCODINGS[schema.encoding].decode(arrays))

@@ -15,17 +15,20 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from typing import Protocol
 
 from privacy.accounting import Adjacency, Event, epsilon
+from privacy.database import connected
 
 # Why nothing is released. GRANTED is the only answer that allows it.
 GRANTED, SPENT, ANSWERED, MISSING, BEHIND, BROKEN, OTHER_UNIT = (
     "", "budget-spent", "already-answered", "ledger-missing", "ledger-behind", "ledger-broken", "other-unit",
 )  # fmt: skip
 NAME_BYTES = 8  # of a dialogue in an entry
+KNOWN = 2048  # accounts that a ledger keeps in memory
 _TABLE = """
 CREATE TABLE IF NOT EXISTS entry (
     device TEXT, number INTEGER, experiment TEXT, round INTEGER, received TEXT,
@@ -91,7 +94,9 @@ class Entry:
 
     @property
     def facts(self) -> tuple[object, ...]:
-        return (self.experiment, self.round, self.received, *astuple(self.event), self.unit)
+        event = self.event
+        spent = (event.noise_multiplier, event.sampling_rate, event.steps)
+        return (self.experiment, self.round, self.received, *spent, self.unit)
 
     def chained(self, before: str, genesis: str) -> str:
         """The head after this entry: without the device's secret nobody can tell what it is made of."""
@@ -106,9 +111,13 @@ class Account:
     heads: list[str]
     entries: list[Entry] = field(default_factory=list)
 
-    def add(self, entry: Entry) -> None:
-        self.heads.append(entry.chained(self.heads[-1], self.heads[0]))
+    def add(self, entry: Entry, head: str) -> None:
+        self.heads.append(head)
         self.entries.append(entry)
+
+    def next_head(self, entry: Entry) -> str:
+        """What the head would be with one more entry."""
+        return entry.chained(self.heads[-1], self.heads[0])
 
     @property
     def events(self) -> list[Event]:
@@ -126,6 +135,16 @@ class Account:
         return max((epsilon(self.events_of(d), budget.delta, budget.adjacency) for d in dialogues), default=0.0)
 
 
+class Accounts(Protocol):
+    """Where devices pay: a `Ledger`, or several of them."""
+
+    def reserve(self, requests: Sequence[Request], budget: Budget) -> list[Answer]: ...
+
+    def account(self, device: str, genesis: str) -> Account | None: ...
+
+    def accounts(self, devices: Sequence[tuple[str, str]]) -> list[Account | None]: ...
+
+
 class Ledger:
     """The accounts of one host. A change is on the disk when the method returns."""
 
@@ -135,7 +154,6 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._known: dict[str, Account] = {}  # read and found whole
         with self._connected() as connection:
-            connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(_TABLE)
 
     def reserve(self, requests: Sequence[Request], budget: Budget) -> list[Answer]:
@@ -147,12 +165,13 @@ class Ledger:
         with self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
             judged = [_judged(r, budget, self._read(r.device, r.genesis, connection)) for r in requests]
-            new = [(r.device, entry) for r, (_, entry) in zip(requests, judged, strict=True) if entry]
-            rows = [self._row(device, entry) for device, entry in new]
+            new = [(r.device, entry, answer.head) for r, (answer, entry) in zip(requests, judged, strict=True) if entry]
+            rows = [self._row(device, entry, head) for device, entry, head in new]
             connection.executemany(f"INSERT INTO entry VALUES ({', '.join('?' * 11)})", rows)
             connection.execute("COMMIT")
-        for device, entry in new:
-            self._known[device].add(entry)
+        for device, entry, head in new:
+            self._known[device].add(entry, head)
+        self._forget()
         return [answer for answer, _ in judged]
 
     def account(self, device: str, genesis: str) -> Account | None:
@@ -162,16 +181,21 @@ class Ledger:
     def accounts(self, devices: Sequence[tuple[str, str]]) -> list[Account | None]:
         """Those of many devices with their secrets, read at once."""
         with self._connected() as connection:
-            return [self._read(device, genesis, connection) for device, genesis in devices]
+            found = [self._read(device, genesis, connection) for device, genesis in devices]
+        self._forget()
+        return found
 
-    def _row(self, device: str, entry: Entry) -> tuple[object, ...]:
-        account = self._known[device]
-        head = entry.chained(account.heads[-1], account.heads[0])
-        return device, len(account.entries), *entry.facts, b"".join(entry.dialogues), head
+    def _forget(self) -> None:
+        """Keeps the accounts that were used last: memory does not grow with the devices that ever paid."""
+        for device in list(self._known)[: max(0, len(self._known) - KNOWN)]:
+            del self._known[device]
+
+    def _row(self, device: str, entry: Entry, head: str) -> tuple[object, ...]:
+        return device, len(self._known[device].entries), *entry.facts, b"".join(entry.dialogues), head
 
     def _read(self, device: str, genesis: str, connection: sqlite3.Connection) -> Account | None:
         """The account, its chain checked from where it was checked before."""
-        account = self._known.get(device) or Account([genesis])
+        account = self._known.pop(device, None) or Account([genesis])  # to be put behind all others
         if account.heads[0] != genesis:
             return None
         found = connection.execute(
@@ -181,23 +205,18 @@ class Ledger:
         )
         for number, experiment, round_number, received, sigma, rate, steps, unit, dialogues, head in found:
             names = tuple(dialogues[i : i + NAME_BYTES] for i in range(0, len(dialogues), NAME_BYTES))
-            due = len(account.entries)
-            account.add(Entry(experiment, round_number, received, Event(sigma, rate, steps), unit, names))
-            if (number, head) != (due, account.heads[-1]):
-                self._known.pop(device, None)
+            entry = Entry(experiment, round_number, received, Event(sigma, rate, steps), unit, names)
+            if (number, head) != (len(account.entries), account.next_head(entry)):
                 return None
+            account.add(entry, head)
         self._known[device] = account
         return account
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         try:
-            connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-            try:
-                connection.execute("PRAGMA synchronous = FULL")  # on the disk, not only with the system
+            with connected(self.path) as connection:
                 yield connection
-            finally:
-                connection.close()
         except sqlite3.DatabaseError as error:
             raise LedgerError(f"{self.path} cannot be used as a ledger: {error}; nothing is released") from error
 
@@ -224,12 +243,23 @@ def _judged(request: Request, budget: Budget, account: Account | None) -> tuple[
     if budget.of == "device" and not budget.allows([*account.events, request.event]):
         return Answer(SPENT), None
     if budget.of == "dialogue":
-        names = {d: n for d, n in names.items() if budget.allows([*account.events_of(n), request.event])}
+        names = _affordable(names, request.event, budget, account)
         if request.dialogues and not names:
             return Answer(SPENT), None
     paid_for = tuple(names.values()) if budget.of == "dialogue" else ()
     entry = Entry(request.experiment, request.round, request.received, request.event, budget.of, paid_for)
-    return Answer(GRANTED, entry.chained(account.heads[-1], account.heads[0]), frozenset(names)), entry
+    return Answer(GRANTED, account.next_head(entry), frozenset(names)), entry
+
+
+def _affordable(names: dict[str, bytes], event: Event, budget: Budget, account: Account) -> dict[str, bytes]:
+    """The dialogues that can pay for one more event; those that have paid for the same ones are judged together."""
+    paid: dict[str, tuple[int, ...]] = {
+        d: tuple(i for i, entry in enumerate(account.entries) if n in entry.dialogues) for d, n in names.items()
+    }
+    allowed = {
+        entries: budget.allows([*(account.entries[i].event for i in entries), event]) for entries in set(paid.values())
+    }
+    return {d: n for d, n in names.items() if allowed[paid[d]]}
 
 
 def _objection(request: Request, budget: Budget, account: Account) -> str:

@@ -27,9 +27,14 @@ class ReleaseNoise:
     bands: int = 1
     secret: int = 0
 
-    def of_mean(self, releases: int) -> float:
-        """That of the mean of so many releases."""
-        return float(np.sqrt(releases * self.on_device**2 + self.on_sum**2) / max(1, releases))
+    def of_mean(self, weight_squares: np.ndarray | float, over: np.ndarray | float | None = None) -> float:
+        """That of Σ w_k x_k / over, from Σ w_k²; where numbers differ in either, (P,), the root of the mean square.
+
+        Of a plain mean both are the number of releases.
+        """
+        by = np.maximum(1, weight_squares if over is None else over)
+        variance = (weight_squares * self.on_device**2 + self.on_sum**2) / by**2
+        return float(np.sqrt(np.mean(variance)))
 
     def drawn(self, round_number: int, width: int) -> np.ndarray:
         """What is added to the sum of round 1, 2, …: (P,) float64, the same again for the same round."""

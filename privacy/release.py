@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 PROTOCOL = 1
+WEIGHT = ".weight"  # ends the names of changes of frozen weights
 Array = npt.NDArray[np.float32]
 
 
@@ -30,16 +33,50 @@ class Schema:
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     turns: tuple[str, ...] = ("",)
+    encoding: str = "fp32"  # of a release on its way (`privacy.encoding`)
 
-    def of_round(self, number: int) -> Schema:
-        """Of what travels in this round."""
+    @lru_cache(maxsize=4096)  # noqa: B019 (frozen, and few)
+    def of_round(self, number: int, rank: int = 0) -> Schema:
+        """Of what travels in this round, of a device with adapters of a lower rank, if one is given."""
         ending = self.turns[(number - 1) % len(self.turns)]
-        return Schema(tuple((name, shape) for name, shape in self.shapes if name.endswith(ending)))
+        shapes = tuple((name, _of_rank(name, shape, rank)) for name, shape in self.shapes if name.endswith(ending))
+        return Schema(shapes, encoding=self.encoding)
 
-    def places(self, number: int) -> npt.NDArray[np.bool_]:
-        """(P,): which numbers of a row travel in this round."""
-        names = {name for name, _ in self.of_round(number).shapes}
-        return np.concatenate([np.full(int(np.prod(shape)), name in names) for name, shape in self.shapes])
+    def places(self, number: int, rank: int = 0) -> npt.NDArray[np.bool_]:
+        """(P,): which numbers of a row travel in this round.
+
+        >>> Schema((("q.lora_A", (2, 3)), ("q.lora_B", (1, 2)))).places(1, rank=1).tolist()
+        [True, True, True, False, False, False, True, False]
+        """
+        travelling = dict(self.of_round(number, rank).shapes)
+        parts = []
+        for name, shape in self.shapes:
+            here = np.zeros(shape, dtype=np.bool_)
+            if name in travelling:
+                here[tuple(slice(size) for size in travelling[name])] = True
+            parts.append(here.reshape(-1))
+        return np.concatenate(parts)
+
+    def rank_of(self, arrays: Mapping[str, Any], number: int) -> int:
+        """That of a release's arrays, 0 for the full one; raises `ReleaseRefusedError` where there is none."""
+        name, full = self.of_round(number).shapes[0]
+        array = arrays.get(name)
+        if not isinstance(array, np.ndarray) or array.ndim != 2:
+            raise ReleaseRefusedError(f"{name} is missing or no matrix")
+        rank = min(array.shape[0 if name.endswith(".lora_A") else 1], max(full))
+        return 0 if _of_rank(name, full, rank) == full else rank
+
+    def with_weights(self) -> Schema:
+        """With a change of the frozen weight of each layer, (out, in), as a server may send it beside A and B."""
+        shapes = dict(self.shapes)
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in shapes)
+        weights = [(f"{n}{WEIGHT}", (shapes[f"{n}.lora_B"][0], shapes[f"{n}.lora_A"][1])) for n in layers]
+        return Schema((*self.shapes, *weights))
+
+    @cached_property
+    def width(self) -> int:
+        """P."""
+        return sum(int(np.prod(shape)) for _, shape in self.shapes)
 
     @property
     def size_bytes(self) -> int:
@@ -58,11 +95,20 @@ class Schema:
 
     def join(self, arrays: Mapping[str, Array]) -> Array:
         """The flat row (P,) of arrays that must fit this schema exactly."""
-        self.check(arrays)
-        return np.concatenate([arrays[name].reshape(-1) for name, _ in self.shapes])
+        self._check_form(arrays)
+        row = np.concatenate([arrays[name].reshape(-1) for name, _ in self.shapes])
+        if not np.isfinite(row).all():
+            self.check(arrays)  # which names it
+        return row
 
     def check(self, arrays: Mapping[str, Array]) -> None:
         """Raises `ReleaseRefusedError` unless names, shapes and dtypes agree and every number is finite."""
+        self._check_form(arrays)
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise ReleaseRefusedError(f"{name} holds a number that is not finite")
+
+    def _check_form(self, arrays: Mapping[str, Array]) -> None:
         expected = dict(self.shapes)
         if set(arrays) != set(expected):
             odd = sorted(set(arrays) ^ set(expected))
@@ -72,8 +118,15 @@ class Schema:
                 raise ReleaseRefusedError(f"{name} is not an array")
             if array.dtype != np.float32 or array.shape != expected[name]:
                 raise ReleaseRefusedError(f"{name} is {array.dtype}{array.shape}, expected float32{expected[name]}")
-            if not np.isfinite(array).all():
-                raise ReleaseRefusedError(f"{name} holds a number that is not finite")
+
+
+def _of_rank(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """The shape of a factor's part: the first `rank` rows of A (r, in), columns of B (out, r)."""
+    if not rank:
+        return shape
+    if name.endswith(".lora_A"):
+        return (min(rank, shape[0]), *shape[1:])
+    return (*shape[:-1], min(rank, shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -84,11 +137,6 @@ class Release:
     head: str
     arrays: Mapping[str, Array]
     protocol: int = PROTOCOL
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the arrays."""
-        return sum(array.nbytes for array in self.arrays.values())
 
     @classmethod
     def of(cls, row: Array, version: int, head: str, schema: Schema) -> Release:

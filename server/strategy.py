@@ -1,44 +1,38 @@
-"""FedAvg over releases (McMahan et al. 2017), as a Flower strategy.
+"""Rounds of releases, as a Flower strategy: who is asked, what is refused, what the rest becomes.
 
-Differs from Flower's own FedAvg: all releases weigh the same, because a true number of examples never leaves a
-device; devices are sampled by our own generator over our own names; a run can begin at a later round; the
-aggregated adapter goes back at once, so that personal adapters learn on the version they will be used with.
+Differs from Flower's own strategies: all releases weigh the same, because a true number of examples never leaves a
+device; devices are sampled by our own generator over our own names; replies are summed as they come; a run can begin
+at a later round; the aggregated adapter goes back at once, so that personal adapters learn on the version they will be
+used with.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from privacy.gate import FAILED, NO_RELEASE
+from privacy.gate import NO_RELEASE
 from privacy.noise import ReleaseNoise
-from privacy.release import PROTOCOL, ReleaseRefusedError, Schema
 from privacy.release import Array as Numbers
+from privacy.release import Schema
 from privacy.seeds import derive_seed
-from server.aggregate import FixedPointMean
-from server.config import ServerConfig
+from server.config import ServerConfig, devices_to_ask
+from server.factors import MeanOfProducts
+from server.intake import Intake, Limits, RoundFacts, signal_to_noise, to_arrays, to_numpy
+from server.optimizers import OPTIMIZERS, Moments, step_at
+from server.rules import TooFewReleasesError
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class NoReleaseError(RuntimeError):
     """A round ended without a single release."""
-
-
-@dataclass
-class RoundFacts:
-    """What the server knows about a round: public values and what it computed from releases."""
-
-    releases: int = 0
-    refused: dict[str, int] = field(default_factory=dict)  # error code → devices
-    change_norm_l2: float = 0.0
-    signal_to_noise: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -49,13 +43,16 @@ class Aggregate:
     shared: ArrayRecord
     heads: Mapping[str, str]
     facts: RoundFacts
+    moments: Moments
 
 
+NO_LIMITS = Limits()
 Commit = Callable[[Aggregate], None]
+Plan = dict[str, Any]
 
 
-class FedAvgReleases(Strategy):
-    """The mean of the releases, applied with the server's learning rate."""
+class ReleaseStrategy(Strategy):
+    """Releases of the sampled devices by the server's rule, applied by its optimizer."""
 
     def __init__(
         self,
@@ -63,17 +60,27 @@ class FedAvgReleases(Strategy):
         schema: Schema,
         seed: int,
         noise: ReleaseNoise,
+        *,
+        limits: Limits = NO_LIMITS,
+        over_sampling: float = 1.0,
         first_round: int = 1,
         commit: Commit | None = None,
         committed: Aggregate | None = None,
     ) -> None:
         """`noise` says what devices have added, a public value, and what is added here where they trust the server.
 
-        `commit` stores an aggregate before any device gets it; `committed` is the one of a round that was not ended.
+        `limits` bound what a release may be. `commit` stores an aggregate before any device gets it;
+        `committed` is the one of a round that was not ended.
         """
         self.config, self.schema, self.seed, self.noise, self.first_round = config, schema, seed, noise, first_round
+        self.limits, self.over_sampling = limits, over_sampling
         self.commit, self.committed = commit, committed
+        self.optimizer = OPTIMIZERS[config.optimizer](config)
+        self.moments = self.optimizer.start(schema.width)
+        self.whole = schema if config.products == "average" else schema.with_weights()  # what devices are sent
+        self.names: list[str] = []  # of all devices, sorted
         self.nodes: dict[str, int] = {}  # device → Flower's node id
+        self.devices: dict[int, str] = {}  # the inverse
         self.heads: dict[str, str] = {}  # device → head of its ledger with its last release
         self.arrays = ArrayRecord()
         self.facts: dict[int, RoundFacts] = {}
@@ -81,98 +88,119 @@ class FedAvgReleases(Strategy):
     def summary(self) -> None:
         """Nothing to say: the simulation prints its own."""
 
+    def first(self, start: Numbers) -> ArrayRecord:
+        """What devices are sent before any release: the shared adapter's start (P,)."""
+        self.anew = start
+        return to_arrays(self.whole.split(np.pad(start, (0, self.whole.width - start.size))))
+
     def greet(self, grid: Grid) -> None:
         """Learns which device is behind each node; node ids are random, names are not."""
         if self.nodes:
             return
-        asked = [_message(ArrayRecord(), ConfigRecord(), node, MessageType.QUERY) for node in grid.get_node_ids()]
+        nothing = RecordDict({"arrays": ArrayRecord(), "plan": ConfigRecord()})
+        asked = (_message(nothing, node, MessageType.QUERY) for node in grid.get_node_ids())
         for reply in grid.send_and_receive(asked, timeout=self.config.reply_timeout_s):
-            if not reply.has_error() and "device" in (header := reply.content.config_records["header"]):
+            header = ConfigRecord() if reply.has_error() else reply.content.config_records.get("header", ConfigRecord())
+            if "device" in header:
                 self.nodes[str(header["device"])] = reply.metadata.src_node_id
         if not self.nodes:
             raise NoReleaseError("no device answered the server's greeting")
-
-    def device_at(self, node: int) -> str:
-        return next(device for device, known in self.nodes.items() if known == node)
+        self.names, self.devices = sorted(self.nodes), {node: name for name, node in self.nodes.items()}
 
     def sampled(self, server_round: int) -> list[str]:
-        """The devices of a round, by name, from the experiment's seed.
+        """The devices that are asked in a round, by name, from the experiment's seed.
 
         With correlated noise a device is asked every `bands` rounds: each is in one of so many groups.
         """
-        names = sorted(self.nodes)
         if self.noise.bands > 1:
             group = server_round % self.noise.bands
-            return [n for n in names if derive_seed(self.seed, n, "group") % self.noise.bands == group]
-        count = max(1, round(self.config.sampled_share * len(names)))
+            return [n for n in self.names if derive_seed(self.seed, n, "group") % self.noise.bands == group]
+        wanted = self.config.wanted(len(self.names))
+        count = min(len(self.names), devices_to_ask(wanted, self.over_sampling))
         rng = np.random.Generator(np.random.Philox(key=derive_seed(self.seed, server_round, "sample")))
-        return sorted(rng.choice(names, size=count, replace=False).tolist())
+        return sorted(self.names[i] for i in rng.choice(len(self.names), size=count, replace=False))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         self.arrays = arrays
-        return self._messages(server_round, server_round - 1, arrays, MessageType.TRAIN)
+        return self.messages(self.sampled(server_round), server_round, server_round - 1, arrays, MessageType.TRAIN)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        return self._messages(server_round, server_round, arrays, MessageType.EVALUATE)
+        return self.messages(self.sampled(server_round), server_round, server_round, arrays, MessageType.EVALUATE)
 
-    def _messages(self, server_round: int, version: int, arrays: ArrayRecord, kind: str) -> list[Message]:
+    def messages(
+        self, names: Iterable[str], number: int, version: int, arrays: ArrayRecord, kind: str
+    ) -> list[Message]:
+        """One for each device: the plan of round `number` on a version of the shared adapter."""
+        told: Plan = {"round": number, "version": version, "head": ""}
+        same = RecordDict({"arrays": arrays, "plan": ConfigRecord(told)})  # for all whose head is not known
+        heads = self.heads if kind == MessageType.TRAIN else {}
         return [
-            _message(
-                arrays,
-                ConfigRecord({"round": server_round, "version": version, "head": self.heads.get(name, "")}),
-                self.nodes[name],
-                kind,
-            )
-            for name in self.sampled(server_round)
+            _message(_with_head(same, heads[name]) if name in heads else same, self.nodes[name], kind) for name in names
         ]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Adds the mean of the releases; refuses and counts whatever is not one."""
-        before = self.schema.join(to_numpy(self.arrays))  # (P,)
-        schema, places = self.schema.of_round(server_round), self.schema.places(server_round)
-        facts = self.facts[server_round] = RoundFacts()
-        mean = FixedPointMean(int(places.sum()))
+        """What the releases of a round make of the shared adapter; refuses and counts whatever is not one."""
+        intake = self.intake(server_round)
+        intake.ask(self.sampled(server_round), version=server_round - 1)
         for reply in replies:
-            problem = self._take(reply, server_round - 1, schema, mean)
-            if problem:
-                facts.refused[problem] = facts.refused.get(problem, 0) + 1
-        facts.releases = mean.count
-        asked = len(self.sampled(server_round))
-        if not mean.count:
-            if not set(facts.refused) <= {NO_RELEASE}:
-                raise NoReleaseError(f"round {server_round}: no device sent a release: {facts.refused}")
-            return None, None
-        change = mean.mean(self.noise.drawn(server_round, mean.total.size), asked if self.noise.on_sum else mean.count)
-        facts.change_norm_l2 = float(np.linalg.norm(change))
-        facts.signal_to_noise = signal_to_noise(facts.change_norm_l2, self.noise.of_mean(mean.count), change.size)
-        before[places] += np.float32(self.config.learning_rate) * change
-        return to_arrays(self.schema.split(before)), None
+            intake.take(reply)
+        return self.applied(server_round, intake), None
 
-    def _take(self, reply: Message, version: int, schema: Schema, mean: FixedPointMean) -> str:
-        """Adds one reply to the mean; the code of what was wrong with it, empty if nothing."""
-        if reply.has_error():
-            return FAILED
-        header = reply.content.config_records["header"]
-        if "error" in header:
-            return str(header["error"])
-        if header["protocol"] != PROTOCOL or header["version"] != version:
-            return "wrong-version"
+    def intake(self, number: int) -> Intake:
+        """For the releases of a round."""
+        before = self.whole.join(to_numpy(self.arrays))[: self.schema.width]  # (P,)
+        protects_sum = self.noise.on_sum > 0  # and nothing else that the releases could become
+        intake = Intake(
+            self.config, self.schema, number, before, self.devices, self.limits, multiplies=not protects_sum
+        )
+        self.facts[number] = intake.facts
+        return intake
+
+    def applied(self, number: int, intake: Intake, over: int = 0) -> ArrayRecord | None:
+        """The shared adapter after a round, where there was a release; the sum is taken by `over`, if given."""
+        facts, rule, places = intake.close(), intake.rule, self.schema.places(number)
+        self.heads |= intake.heads
+        if not rule.count:
+            if not facts.silent and set(facts.refused) - {NO_RELEASE}:
+                raise NoReleaseError(f"round {number}: no device sent a release: {facts.refused}")
+            return None
+        noise = np.zeros(places.size)
+        noise[places] = self.noise.drawn(number, int(places.sum()))
+        by = over or (intake.asked if self.noise.on_sum else 0)
         try:
-            mean.add(schema.join(to_numpy(reply.content.array_records["arrays"])))
-        except (ReleaseRefusedError, ValueError):
-            return "malformed"
-        self.heads[self.device_at(reply.metadata.src_node_id)] = str(header["head"])
-        return ""
+            change = rule.change(noise, by)[places]
+        except TooFewReleasesError:
+            facts.refused["too-few"] = rule.count
+            return None
+        facts.change_norm_l2 = float(np.linalg.norm(change))
+        divisors = np.broadcast_to(by or rule.senders, places.shape)
+        noise_std = self.noise.of_mean(intake.weight_squares[places], divisors[places])
+        facts.signal_to_noise = signal_to_noise(facts.change_norm_l2, noise_std, change.size)
+        row, self.moments = step_at(self.optimizer, intake.before, change, self.moments, places)
+        return self._sent(row, intake.products)
+
+    def _sent(self, row: Numbers, products: MeanOfProducts | None) -> ArrayRecord:
+        """The row, and what is added to the frozen weights beside it (`server.factors`)."""
+        arrays = self.schema.split(row)
+        if products and self.config.products != "average":
+            stacked = self.config.products == "stack"
+            arrays = self.schema.split(self.anew if stacked else row)
+            weights = to_numpy(self.arrays)
+            for layer, more in products.products() if stacked else products.residuals():
+                name = f"{layer}.weight"
+                arrays[name] = (weights[name] + self.config.learning_rate * more).astype(np.float32)
+        return to_arrays(arrays)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Devices send no metrics."""
-        list(replies)
+        for _ in replies:
+            pass
         return None
 
     def start(
@@ -192,9 +220,8 @@ class FedAvgReleases(Strategy):
             evaluate_fn(0, arrays)
         for number in range(self.first_round, num_rounds + 1):
             arrays = self._aggregated(number, arrays, grid, timeout)
-            self.aggregate_evaluate(
-                number, grid.send_and_receive(self.configure_evaluate(number, arrays, empty, grid), timeout=timeout)
-            )
+            asked = self.configure_evaluate(number, arrays, empty, grid)
+            self.aggregate_evaluate(number, grid.send_and_receive(asked, timeout=timeout))
             if evaluate_fn:
                 evaluate_fn(number, arrays)
         return Result(arrays=arrays)
@@ -203,32 +230,23 @@ class FedAvgReleases(Strategy):
         """The shared adapter after a round's releases: made, and stored; or the one that was stored."""
         done = self.committed
         if done and done.round == number:
-            self.heads, self.facts[number] = dict(done.heads), done.facts
+            self.heads, self.facts[number], self.moments = dict(done.heads), done.facts, done.moments
             return done.shared
-        replies = grid.send_and_receive(self.configure_train(number, arrays, ConfigRecord(), grid), timeout=timeout)
-        arrays = self.aggregate_train(number, replies)[0] or arrays
+        arrays = self.collected(number, arrays, grid, timeout) or arrays
         if self.commit:
-            self.commit(Aggregate(number, arrays, self.heads, self.facts[number]))
+            self.commit(Aggregate(number, arrays, self.heads, self.facts[number], self.moments))
         return arrays
 
-
-def signal_to_noise(change_norm_l2: float, noise_std: float, width: int) -> float:
-    """‖signal‖ / ‖noise‖ of a mean release whose numbers carry noise of `noise_std`, from public values.
-
-    The noise has norm √P · noise_std in expectation; the signal is what the measured norm exceeds it by, in squares,
-    and never below zero. NaN when no noise was added.
-    """
-    noise = noise_std * math.sqrt(width)
-    return math.sqrt(max(0.0, change_norm_l2**2 - noise**2)) / noise if noise else math.nan
+    def collected(self, number: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord | None:
+        """Asks a round's devices and aggregates what they send, as it comes."""
+        replies = grid.send_and_receive(self.configure_train(number, arrays, ConfigRecord(), grid), timeout=timeout)
+        return self.aggregate_train(number, replies)[0]
 
 
-def _message(arrays: ArrayRecord, plan: ConfigRecord, node: int, kind: str) -> Message:
-    return Message(RecordDict({"arrays": arrays, "plan": plan}), dst_node_id=node, message_type=kind)
+def _message(content: RecordDict, node: int, kind: str) -> Message:
+    return Message(content, dst_node_id=node, message_type=kind)
 
 
-def to_numpy(arrays: ArrayRecord) -> dict[str, Numbers]:
-    return {name: array.numpy() for name, array in arrays.items()}
-
-
-def to_arrays(numbers: dict[str, Numbers]) -> ArrayRecord:
-    return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in numbers.items()})
+def _with_head(content: RecordDict, head: str) -> RecordDict:
+    plan = ConfigRecord({**content.config_records["plan"], "head": head})
+    return RecordDict({"arrays": content.array_records["arrays"], "plan": plan})

@@ -17,7 +17,9 @@ from flwr.serverapp import Grid, ServerApp
 from client.app import answer, refusal
 from privacy.gate import FAILED, NO_DEVICE
 from simulation.config import find_config, load_config
+from simulation.crew import Crew
 from simulation.experiment import RUN_VARIABLE, federate
+from simulation.fleet import InProcess
 from simulation.host import device_name, devices_of_worker, open_devices
 from simulation.runs import RunFolder, create
 from simulation.summary import write_summary
@@ -41,10 +43,10 @@ def _answer(message: Message, context: Context) -> Message:
     try:
         devices = devices_of_worker(run_path(context))
         name = device_name(int(str(context.node_config["partition-id"])))
-        return answer([message], [name], devices)[0] if name in devices.users else refusal(message, NO_DEVICE)
+        return answer([message], [name], devices)[0] if name in devices.users else refusal(NO_DEVICE).to(message)
     except Exception:
         log.exception("the device could not answer")
-        return refusal(message, FAILED)
+        return refusal(FAILED).to(message)
 
 
 @client_app.query()
@@ -70,6 +72,7 @@ def main(grid: Grid, context: Context) -> None:
         nodes = len(list(grid.get_node_ids()))
         create(path, load_config(find_config(str(context.run_config["config"])), [f"data.users={nodes}"]))
     run = RunFolder(path)
-    federate(run, grid, open_devices(run))
+    devices = open_devices(run)
+    federate(run, grid, Crew(InProcess(devices), devices))
     write_summary(run)
     log.warning("for the report: florilegium report %s", path)  # its template is not part of a Flower bundle

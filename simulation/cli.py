@@ -36,6 +36,7 @@ def run(
     resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a run of the same name.")] = False,
     runs: Annotated[Path, typer.Option(help="The folder that holds the runs.")] = Path("runs"),
+    tensorboard: Annotated[bool, typer.Option(help="Write scalars for TensorBoard as well.")] = False,
 ) -> None:
     """Simulate a federation and write its report to runs/NAME.
 
@@ -49,14 +50,16 @@ def run(
     """
     from simulation.config import find_config, load_config
     from simulation.experiment import run_experiment
-    from simulation.progress import progress_bar
+    from simulation.progress import progress_line
     from simulation.summary import render_summary
 
     settings = load_config(find_config(config), overrides or [])
     folder = runs / settings.name
     try:
-        with progress_bar(settings, console) as listener:
-            summary = run_experiment(settings, folder, resuming=resume, overwrite=overwrite, listener=listener)
+        with progress_line(settings, console) as pulse:
+            summary = run_experiment(
+                settings, folder, resuming=resume, overwrite=overwrite, pulse=pulse, tensorboard=tensorboard
+            )
     except KeyboardInterrupt:
         console.print(f"stopped; what was finished is kept in {folder}: go on with --resume")
         raise typer.Exit(130) from None
@@ -108,8 +111,8 @@ def study(
 ) -> None:
     """Run a grid of arms and seeds and write one report to studies/NAME; a study that was stopped goes on.
 
-    CONFIG is a TOML file with a [study], or the name of a bundled one. OVERRIDES are settings of all cells, unless a
-    table fixes them, and of the study itself:
+    CONFIG is a TOML file with a section `study`, or the name of a bundled one. OVERRIDES are settings of all cells,
+    unless a table fixes them, and of the study itself:
 
     florilegium study configs/selection/dolly.toml
 
@@ -123,6 +126,10 @@ def study(
     if planned.config.kind == "federated":
         from simulation.study.utility import as_text
         from simulation.study.utility_report import render_study
+    elif planned.config.kind == "rivals":
+        from simulation.study.rivals_report import as_text, render_study
+    elif planned.config.kind in ("methods", "lives"):
+        from simulation.study.personal_report import as_text, render_study
     else:
         from simulation.study.report import render_study
         from simulation.study.tables import as_text
@@ -319,6 +326,31 @@ def bench_privacy(
         print(json.dumps(to_json(rows, model, devices), indent=1))
     else:
         Console(width=max(console.width, 120)).print(as_table(rows, model, devices))
+
+
+@bench.command("scale")
+def bench_scale(
+    devices: Annotated[str, typer.Option(help="Population sizes, with commas; a tenth is sampled.")] = "100,1000,10000",
+    stock_until: Annotated[int, typer.Option(help="Flower's stock simulation up to so many devices.")] = 1000,
+    actors: Annotated[int, typer.Option(min=0, help="Ray actors of ours; 0: in the driver's process.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One list instead of the table.")] = False,
+) -> None:
+    """What a federation costs beside its training, beside Flower's stock simulation: time, memory, start.
+
+    florilegium bench scale --devices 100,1000,10000,100000 --stock-until 10000 --actors 1
+    """
+    import json
+
+    from simulation.bench.engine import numbers
+    from simulation.bench.scale import as_json as to_json
+    from simulation.bench.scale import as_table, measure
+
+    with Console(stderr=True).status("measuring") as status:
+        rows = measure(numbers(devices), stock_until, actors, status.update)
+    if as_json:
+        print(json.dumps(to_json(rows), indent=1))
+    else:
+        Console(width=max(console.width, 100)).print(as_table(rows))
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -13,9 +13,12 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from client.config import DeviceConfig
 from client.lm.config import SamplingConfig
+from client.lm.hub import NAMES
 from privacy.config import Config
 from server.config import ServerConfig
+from simulation.data.conversations import READERS
 from simulation.data.population import DataConfig
+from simulation.world import WorldConfig
 
 Model = TypeVar("Model", bound=Config)
 
@@ -28,12 +31,30 @@ class EvaluationConfig(Config):
     """How held-out replies are used. How many there are of each user is set in [data]."""
 
     every_round: bool = Field(True, description="learning curves; the last round is always evaluated")
+    users: int = Field(
+        0, ge=0, description="devices that are evaluated and have a control: those asked most often; 0: all"
+    )
+    newcomers: int = Field(0, ge=0, description="further users, who never take part, evaluated at the end")
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=24)
     rouge_queries_per_user: int = Field(4, ge=0, description="replies generated per user and arm at the end")
     pooled_epochs: int = Field(1, ge=0, description="of the ceiling that sees all data without privacy; 0: left out")
     pooled_batch_size: int = Field(64, ge=1)
     pooled_learning_rate: float = Field(2e-3, gt=0)
     replies_shown: int = Field(6, ge=0, description="before and after replies in the report")
+
+
+class RayConfig(Config):
+    """The processes that simulated devices live in. Changes speed, not results (but for rounding)."""
+
+    actors: int = Field(0, ge=0, description="Ray actors, each with the base model; 0: this process does it all")
+    cpus_per_actor: float = Field(1.0, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0)
+    address: str = Field("", description="of a cluster to join; empty: actors on this machine")
+    shards: int = Field(0, ge=0, le=9999, description="folders that devices are kept in; 0: four an actor; fixed")
+
+    @property
+    def cpus_needed(self) -> int:
+        return math.ceil(self.actors * self.cpus_per_actor)
 
 
 class ExperimentConfig(DeviceConfig):
@@ -46,6 +67,13 @@ class ExperimentConfig(DeviceConfig):
     data: DataConfig = DataConfig()
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    ray: RayConfig = RayConfig()
+    world: WorldConfig = WorldConfig()
+
+    @property
+    def reading(self) -> str:
+        """What the policy reads off the base's hidden states."""
+        return self.selection.reading
 
     @model_validator(mode="after")
     def _delta_is_small(self) -> Self:
@@ -73,6 +101,34 @@ class ExperimentConfig(DeviceConfig):
                 f"privacy.releases = {privacy.releases} must be {times}: so often is a device asked in {self.rounds} "
                 f"rounds with server.noise_bands = {bands}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _server_fits(self) -> Self:
+        server, privacy, factors = self.server, self.privacy, self.shared.adapter.factors
+        if server.products != "average" and factors != "both":
+            raise ValueError(f"server.products = {server.products!r} needs shared.adapter.factors = 'both'")
+        if privacy.mode == "user-central" and (server.rule != "mean" or server.buffer):
+            odd = f"rule = {server.rule!r}" if server.rule != "mean" else f"buffer = {server.buffer}"
+            raise ValueError(f"privacy.mode = 'user-central' adds noise to a round's sum; server.{odd} makes none")
+        if privacy.mode == "user-central" and server.products != "average":
+            raise ValueError(
+                f"server.products = {server.products!r} sends products of the devices' own factors, which the noise of "
+                f"privacy.mode = 'user-central' does not cover; use products = 'average'"
+            )
+        if server.noise_bands > 1 and server.sampled_share != 1:
+            raise ValueError("server.noise_bands asks each device in its turn; leave server.sampled_share out")
+        if server.buffer and (server.sampled_share != 1 or self.world.over_sampling != 1 or self.world.deadline_s):
+            raise ValueError(
+                "server.buffer has no rounds: leave server.sampled_share, world.over_sampling and world.deadline_s "
+                "out; server.concurrency says how many devices are at work"
+            )
+        if server.buffer and not self.world.classes:
+            raise ValueError("server.buffer needs to know who is how fast; set world.classes=world/devices")
+        if server.absent and self.world.classes:
+            raise ValueError("[world] tells when a server gets its answers; server.rule = 'none' has no server")
+        if self.engine != "cohort" and (self.world.classes or self.ray.actors):
+            raise ValueError("[world] and ray.actors need engine = 'cohort'")
         return self
 
     @field_validator("name")
@@ -108,6 +164,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     if "study" in tree:
         raise ConfigError(f"{path}: is a study of several experiments; run it with: florilegium study {path}")
     return validate(ExperimentConfig, tree, f"{path.name} with {' '.join(overrides)}" if overrides else str(path))
+
+
+def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
+    """As processes in other folders can read it too."""
+    world = str(find_config(config.world.classes).resolve()) if config.world.classes else ""
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"name": _absolute(config.data.name, READERS)}),
+            "model": config.model.model_copy(update={"name": _absolute(config.model.name, NAMES)}),
+            "world": config.world.model_copy(update={"classes": world}),
+        }
+    )
+
+
+def _absolute(name: str, known: Collection[str]) -> str:
+    """The path of a file or a folder; another name stays what it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name not in known and path.exists() else name
 
 
 def validate(kind: type[Model], tree: dict[str, Any], where: str) -> Model:

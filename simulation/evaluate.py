@@ -50,6 +50,14 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """NLL in nats and length in tokens of each of a user's recorded replies."""
+
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Reply:
     """A generated reply to a held-out prompt."""
 
@@ -57,6 +65,7 @@ class Reply:
     query: Dialogue
     text: str
     rouge1: float
+    tokens: int  # its length
 
 
 @dataclass(frozen=True)
@@ -87,42 +96,54 @@ def compare(better: Measured, than: Measured, *, lower_is_better: bool) -> Compa
 
 def score_arms(lm: LanguageModel, queries: Queries, arms: Mapping[str, Arm]) -> dict[str, Measured]:
     """NLL of the recorded replies under each arm, nats per token."""
+    return {arm: measure_nll(of_users) for arm, of_users in score_users(lm, queries, arms).items()}
+
+
+def score_users(lm: LanguageModel, queries: Queries, arms: Mapping[str, Arm]) -> dict[str, list[Scored]]:
+    """Under each arm the NLL of each user's recorded replies."""
     slots = [k for k, asked in enumerate(queries) for _ in asked]
     examples = lm.format.dialogues([q for asked in queries for q in asked])
-    measured: dict[str, Measured] = {}
+    found: dict[str, list[Scored]] = {}
     for name, adapters in arms.items():
-        scores = lm.score(examples, slots, adapters)
-        nll, tokens = np.zeros(len(queries)), np.zeros(len(queries))
-        for slot, score in zip(slots, scores, strict=True):
-            nll[slot] += score.nll
-            tokens[slot] += score.tokens
-        by_query = tuple(s.nll / s.tokens for s in scores)
-        measured[name] = Measured(tuple((nll / tokens).tolist()), by_query)
-    return measured
+        nll: list[list[float]] = [[] for _ in queries]
+        tokens: list[list[int]] = [[] for _ in queries]
+        for slot, score in zip(slots, lm.score(examples, slots, adapters), strict=True):
+            nll[slot].append(score.nll)
+            tokens[slot].append(score.tokens)
+        found[name] = [Scored(tuple(n), tuple(t)) for n, t in zip(nll, tokens, strict=True)]
+    return found
+
+
+def measure_nll(of_users: Sequence[Scored]) -> Measured:
+    """Nats per token, by user and by query."""
+    by_query = tuple(n / t for s in of_users for n, t in zip(s.nll, s.tokens, strict=True))
+    return Measured(tuple(sum(s.nll) / sum(s.tokens) for s in of_users), by_query)
 
 
 def reply_arms(
-    lm: LanguageModel, queries: Queries, arms: Mapping[str, Arm], sampling: SamplingConfig, seed: int
+    lm: LanguageModel, queries: Queries, arms: Mapping[str, Arm], sampling: SamplingConfig, seeds: Sequence[int]
 ) -> dict[str, list[Reply]]:
-    """Replies of each arm to the same prompts, with the same limits and stop token for all."""
+    """Replies of each arm to the same prompts, with the same limits, seeds and stop token for all."""
     asked = [(k, q) for k, of_user in enumerate(queries) for q in of_user]
     replies: dict[str, list[Reply]] = {}
     for name, adapters in arms.items():
-        seeds = [seed + i for i in range(len(asked))]
         texts = lm.generate([q.prompt for _, q in asked], [k for k, _ in asked], adapters, sampling, seeds)
-        replies[name] = [Reply(k, q, t, rouge1(q.response, t)) for (k, q), t in zip(asked, texts, strict=True)]
+        replies[name] = [
+            Reply(k, q, t, rouge1(q.response, t), len(lm.tokenizer(t)["input_ids"]))
+            for (k, q), t in zip(asked, texts, strict=True)
+        ]
     return replies
 
 
-def measure_rouge(replies: Sequence[Reply], devices: int) -> Measured:
+def measure_rouge(of_users: Sequence[Sequence[Reply]]) -> Measured:
     """ROUGE-1 F1 with stemming; a user's is the mean over the user's queries."""
-    by_user = [[r.rouge1 for r in replies if r.device == k] for k in range(devices)]
-    return Measured(tuple(float(np.mean(x)) for x in by_user), tuple(r.rouge1 for r in replies))
+    by_user = tuple(float(np.mean([r.rouge1 for r in replies])) for replies in of_users)
+    return Measured(by_user, tuple(r.rouge1 for replies in of_users for r in replies))
 
 
-def token_lengths(lm: LanguageModel, replies: Sequence[Reply]) -> list[int]:
-    """Of each reply."""
-    return [len(lm.tokenizer(r.text)["input_ids"]) for r in replies]
+def by_device(replies: Sequence[Reply], devices: int) -> list[list[Reply]]:
+    """Those of each device, in their order."""
+    return [[r for r in replies if r.device == k] for k in range(devices)]
 
 
 def derangement(count: int, seed: int) -> list[int]:

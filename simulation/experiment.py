@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import chdir
 from dataclasses import asdict
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from flwr.serverapp import Grid
+from safetensors import SafetensorError
 
-from client.shared import release_noise
+from client.shared import release_limits, release_noise
+from privacy.plan import RoundPlan
 from privacy.seeds import derive_key, derive_seed
-from server.strategy import Aggregate, FedAvgReleases, RoundFacts, to_arrays, to_numpy
-from simulation.config import ExperimentConfig
-from simulation.grid import CohortGrid
-from simulation.host import SimulatedDevices, open_devices
+from server.buffered import BufferedStrategy
+from server.intake import Limits, RoundFacts, to_arrays, to_numpy
+from server.optimizers import Moments
+from server.strategy import Aggregate, ReleaseStrategy
+from simulation.board import Board
+from simulation.clock import BufferedClock, Clock
+from simulation.config import ExperimentConfig, with_absolute_paths
+from simulation.crew import Crew
+from simulation.fates import Work
+from simulation.fleet import open_fleet
+from simulation.grid import CohortGrid, WorldGrid
+from simulation.host import SimulatedDevices, device_name, open_devices
+from simulation.progress import Pulse
 from simulation.report import render_report
 from simulation.runs import RunError, RunFolder, create, resume, settle
 from simulation.session import Session
 from simulation.summary import export_adapters, write_summary
 
-Listener = Callable[[str], None]
 RUN_VARIABLE = "FLORILEGIUM_RUN"  # how the apps of Flower's own engine find the run's folder
 
 
@@ -33,92 +47,134 @@ def run_experiment(
     *,
     resuming: bool = False,
     overwrite: bool = False,
-    listener: Listener | None = None,
+    pulse: Pulse | None = None,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
-    """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report."""
+    """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report.
+
+    Raises `RunError` also for what the disk does not take.
+    """
     if resuming and overwrite:
         raise RunError("--resume and --overwrite exclude each other")
-    folder = folder.resolve()  # an engine may change the working directory
-    run = resume(folder, config) if resuming else create(folder, config, overwrite=overwrite)
+    folder, config = folder.resolve(), with_absolute_paths(config)  # an engine may change the working directory
     try:
-        ENGINES[config.engine](run, listener)
+        with FileLock(_lock_of(folder), timeout=0):
+            run = resume(folder, config) if resuming else create(folder, config, overwrite=overwrite)
+            return _run(run, resuming, pulse or Pulse(), tensorboard)
+    except Timeout:
+        raise RunError(f"{folder} is in use by another process; wait for it, or choose name=…") from None
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder}: {error}; what was finished is kept: mend it and go on with --resume") from error
+
+
+def _lock_of(folder: Path) -> Path:
+    """Held while a run goes on, outside its folder, which may have to go; on this machine alone."""
+    return Path(gettempdir()) / f"florilegium-{sha256(str(folder).encode()).hexdigest()[:16]}.lock"
+
+
+def _run(run: RunFolder, resuming: bool, pulse: Pulse, tensorboard: bool) -> dict[str, Any]:
+    try:
+        ENGINES[run.config.engine](run, pulse, Board(run) if tensorboard else None)
     finally:
         if run.metrics.exists() if resuming else settle(run):
-            if listener:
-                listener("report")
+            pulse.enter("report")
             render_report(run.path)
     return write_summary(run)
 
 
-def _on_cohorts(run: RunFolder, listener: Listener | None) -> None:
-    devices = open_devices(run, listener)
-    federate(run, CohortGrid(devices, list(devices.users)), devices)
+def _on_cohorts(run: RunFolder, pulse: Pulse, board: Board | None) -> None:
+    devices = open_devices(run, pulse.enter)
+    names = [device_name(k) for k in range(run.config.data.users)]
+    with open_fleet(run, devices) as fleet:
+        crew, clock = Crew(fleet, devices, pulse), open_clock(devices, names)
+        schema = devices.schema
+        grid = WorldGrid(crew.ask, schema, names, clock) if clock else CohortGrid(crew.ask, schema, names)
+        federate(run, grid, crew, clock, board)
 
 
-def _on_flower(run: RunFolder, listener: Listener | None) -> None:
+def _on_flower(run: RunFolder, pulse: Pulse, board: Board | None) -> None:
     """Flower's stock simulation: a message per device, Ray actors."""
-    from flwr.simulation import run_simulation
-
     from simulation.app import client_app, server_app
+    from simulation.stock import simulate
 
-    here = Path.cwd()
     os.environ[RUN_VARIABLE] = str(run.path)
-    os.chdir(run.path)  # Ray puts the working directory first on its workers' path: no foreign client.py may be there
-    try:
-        run_simulation(
-            server_app,
-            client_app,
-            num_supernodes=run.config.data.users,
-            backend_config={
-                "init_args": {"include_dashboard": False, "log_to_driver": False},
-                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            },
-        )
-    finally:
-        os.chdir(here)
+    with chdir(run.path):  # Ray puts the working directory first on its workers' path: no foreign client.py there
+        simulate(server_app, client_app, run.config.data.users)
 
 
-ENGINES: dict[str, Callable[[RunFolder, Listener | None], None]] = {"cohort": _on_cohorts, "flower": _on_flower}
+ENGINES: dict[str, Callable[[RunFolder, Pulse, Board | None], None]] = {"cohort": _on_cohorts, "flower": _on_flower}
 
 
-def federate(run: RunFolder, grid: Grid, devices: SimulatedDevices) -> None:
+def federate(run: RunFolder, grid: Grid, crew: Crew, clock: Clock | None = None, board: Board | None = None) -> None:
     """All rounds over a grid, from the last one that was finished, and the verdict."""
-    config, last = run.config, run.last_shared()
-    done = last.round if last else -1
-    secret = run.server_secret() if config.privacy.secret == "os" else derive_key(config.seed, "server")
-    noise = release_noise(config, config.server.noise_bands, secret)
-    strategy = FedAvgReleases(
-        config.server, devices.schema, config.seed, noise,
-        first_round=max(1, done + 1), commit=partial(_commit, run), committed=_committed(run, max(1, done + 1)),
-    )  # fmt: skip
+    config, last, devices = run.config, run.last_shared(), crew.devices
+    strategy = _strategy(run, devices, clock, first_round=max(1, last.round + 1) if last else 1)
+    strategy.greet(grid)
     ends = [e["wall_s"] for e in run.events() if e["event"] == "end"]
-    session = Session(run, devices, strategy, earlier_s=ends[-1] if last and ends else 0.0)
+    session = Session(run, devices, strategy, crew, clock, board, earlier_s=ends[-1] if last and ends else 0.0)
+    arrays = strategy.first(devices.site.shared_layout.start(derive_seed(config.seed, "shared")).numpy())
     if last:
-        run.rewind(done)
-        arrays, strategy.heads = to_arrays(last.shared), last.heads
+        run.rewind(last.round)
+        arrays, strategy.heads, strategy.moments = to_arrays(last.shared), last.heads, Moments.of(last.moments)
+        session.recall()
     else:
         run.metrics.unlink(missing_ok=True)
         session.open()
-        start = devices.site.shared_layout.start(derive_seed(config.seed, "shared"))
-        arrays = to_arrays(devices.schema.split(start.numpy()))
     try:
         timeout = config.server.reply_timeout_s
         result = strategy.start(grid, arrays, config.rounds, timeout, evaluate_fn=session.after_round)
-        shared = torch.from_numpy(devices.schema.join(to_numpy(result.arrays)))
+        shared = torch.from_numpy(strategy.whole.join(to_numpy(result.arrays)))
         session.finish(shared)
-        export_adapters(run, devices, shared)
+        export_adapters(run, devices, shared, session.names)
     except BaseException:
         session.close(interrupted=True)
         raise
     session.close(interrupted=False)
 
 
+def _strategy(run: RunFolder, devices: SimulatedDevices, clock: Clock | None, first_round: int) -> ReleaseStrategy:
+    config = run.config
+    secret = run.server_secret() if config.privacy.secret == "os" else derive_key(config.seed, "server")
+    noise = release_noise(config, config.server.noise_bands, secret)
+    named: dict[str, Any] = {
+        "limits": Limits(*release_limits(config, devices.schema)),
+        "over_sampling": config.world.over_sampling,
+        "first_round": first_round,
+        "commit": partial(_commit, run),
+        "committed": _committed(run, first_round),
+    }
+    if isinstance(clock, BufferedClock):
+        named |= {"makers": clock.makers, "version": lambda number: to_arrays(run.shared(number).shared)}
+        return BufferedStrategy(config.server, devices.schema, config.seed, noise, **named)
+    return ReleaseStrategy(config.server, devices.schema, config.seed, noise, **named)
+
+
+def open_clock(devices: SimulatedDevices, names: Sequence[str]) -> Clock | None:
+    """That of a run's world, if it has one."""
+    config, site, world = devices.run.config, devices.site, devices.world
+    if world is None:
+        return None
+    down_bytes = 2 * site.download_bytes(config.server.products != "average")  # before its training, and after
+
+    def work(name: str) -> Work:
+        tokens = devices.planned(name)
+        return Work(tokens.before, tokens.after, down_bytes, site.upload_bytes(name, RoundPlan(1, 0)))
+
+    parameters = sum(p.numel() * p.element_size() for p in site.lm.engine.model.parameters())
+    needed_bytes = parameters + 4 * 4 * site.personal_layout.width  # and of the adapter its gradient and two moments
+    if config.server.buffer:
+        server = config.server
+        return BufferedClock(world, work, server.buffer, needed_bytes, devices=names, concurrency=server.concurrency)
+    return Clock(world, work, config.server.wanted(len(names)), needed_bytes)
+
+
 def _commit(run: RunFolder, made: Aggregate) -> None:
-    run.save_shared(made.round, to_numpy(made.shared), made.heads, asdict(made.facts))
+    run.save_shared(made.round, to_numpy(made.shared), made.heads, made.moments.arrays(), asdict(made.facts))
 
 
 def _committed(run: RunFolder, round_number: int) -> Aggregate | None:
     stored = run.aggregate(round_number)
     if stored is None:
         return None
-    return Aggregate(stored.round, to_arrays(stored.shared), stored.heads, RoundFacts(**stored.facts))
+    facts, moments = RoundFacts(**stored.facts), Moments.of(stored.moments)
+    return Aggregate(stored.round, to_arrays(stored.shared), stored.heads, facts, moments)

@@ -4,10 +4,12 @@ between them, and of the devices nothing on the disk but their ledger. Not cover
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +21,23 @@ from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
 from client.phases import Observation, Site
 from client.round import contribute
-from client.shared import release_noise
+from client.shared import release_limits, release_noise
 from client.state import DeviceState
 from privacy.ledger import Ledger
 from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
 from privacy.seeds import derive_key, derive_seed, fresh_secret
 from server.config import ServerConfig
-from server.strategy import FedAvgReleases, RoundFacts, to_arrays, to_numpy
+from server.intake import Limits, RoundFacts, to_numpy
+from server.strategy import ReleaseStrategy
+from simulation.config import ConfigError
+from simulation.data.population import met_by
+from simulation.fleet import Cohort, Done, Job
 from simulation.grid import CohortGrid
 
 
 @dataclass
-class Cohort:
+class InMemory:
     """All devices of a federation (`client.app.Devices`), and what left them."""
 
     site: Site
@@ -64,7 +70,7 @@ class Cohort:
 
     def _until(self, name: str, number: int) -> int:
         length = len(self.streams[name])
-        return length if self.at_once else round(length * number / self.site.config.rounds)
+        return length if self.at_once else met_by(length, number, self.site.config.rounds)
 
     def _row(self, release: Release | None, number: int) -> np.ndarray:
         row, schema = np.zeros(self.site.shared_layout.width, np.float32), self.site.schema
@@ -74,23 +80,27 @@ class Cohort:
 
 
 class RecordingGrid(CohortGrid):
-    """Keeps what devices reply, as it is before it goes onto a wire."""
+    """All devices in one cohort; keeps what they reply, as it is before it goes onto a wire."""
 
     def __init__(self, devices: Devices, names: Sequence[str]) -> None:
-        super().__init__(devices, names)
+        super().__init__(self._at_once, devices.schema, names)
+        self.devices = devices
         self.sent: list[Message] = []
 
-    def _answers(self, messages: list[Message]) -> list[Message]:
-        replies = super()._answers(messages)
-        self.sent += replies
-        return replies
+    def _at_once(self, job: Job, names: Sequence[str], shared: Any) -> Iterator[Done]:
+        yield Cohort(tuple(names)), job(self.devices, names, shared)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            self.sent.append(reply)
+            yield reply
 
 
 @dataclass(frozen=True)
 class Federated:
     """A federation that has ended, as its server saw it."""
 
-    cohort: Cohort
+    cohort: InMemory
     shared: torch.Tensor  # (P,): after the last round
     facts: dict[int, RoundFacts]
     sent: list[Message]  # every reply of every device
@@ -106,6 +116,13 @@ class Federated:
         return [b - a for a, b in zip(self.cohort.received, after, strict=True)]
 
 
+@contextmanager
+def passing_ledger() -> Iterator[Ledger]:
+    """An empty one, gone afterwards."""
+    with TemporaryDirectory() as folder:
+        yield Ledger(Path(folder) / "ledger.db")
+
+
 def play(
     lm: LanguageModel,
     config: DeviceConfig,
@@ -118,21 +135,23 @@ def play(
 ) -> Federated:
     """A federation of devices with these streams, by name. Its ledger is gone when it has ended."""
     replies = {name: {d.id: d.response for d in stream} for name, stream in streams.items()}
-    with TemporaryDirectory() as folder:
-        ledger = Ledger(Path(folder) / "ledger.db")
+    with passing_ledger() as ledger:
         site = Site.of(lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener, ledger)
-        return federate(Cohort(site, streams, at_once), server)
+        return federate(InMemory(site, streams, at_once), server)
 
 
-def federate(cohort: Cohort, server: ServerConfig) -> Federated:
-    """All rounds, by the strategy that every engine runs."""
+def federate(cohort: InMemory, server: ServerConfig) -> Federated:
+    """All rounds, by the strategy that every engine runs. Raises `ConfigError` for a server that has no rounds."""
+    if not server.by_rounds:
+        raise ConfigError("studies and audits ask by rounds; server.buffer and server.rule = 'none' do not")
     site = cohort.site
     secret = fresh_secret() if site.config.privacy.secret == "os" else derive_key(site.seed, "server")
     noise = release_noise(site.config, server.noise_bands, secret)
-    strategy = FedAvgReleases(server, cohort.schema, site.seed, noise)
+    limits = Limits(*release_limits(site.config, cohort.schema))
+    strategy = ReleaseStrategy(server, cohort.schema, site.seed, noise, limits=limits)
     start = site.shared_layout.start(derive_seed(site.seed, "shared"))
-    arrays = to_arrays(cohort.schema.split(start.numpy()))
+    arrays = strategy.first(start.numpy())
     grid = RecordingGrid(cohort, list(cohort.streams))
     result = strategy.start(grid, arrays, site.config.rounds)
-    shared = torch.from_numpy(cohort.schema.join(to_numpy(result.arrays)))
+    shared = torch.from_numpy(strategy.whole.join(to_numpy(result.arrays)))
     return Federated(cohort, shared, strategy.facts, grid.sent)

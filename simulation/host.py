@@ -3,29 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
 from client.lm.model import LanguageModel
 from client.phases import Observation, Site, States
-from client.round import adopt, contribute
+from client.round import adopt, contribute, stay
 from client.shared import resend
 from client.state import DeviceState, stage
-from privacy.ledger import Ledger
 from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
-from simulation.data.population import User, load_population
-from simulation.runs import RunError, RunFolder, check_sources
+from simulation.config import ConfigError, ExperimentConfig
+from simulation.data.population import Bootstrapped, User, load_population, met_by
+from simulation.planned import Tokens, planned_tokens
+from simulation.runs import RunFolder, check_sources
+from simulation.shards import ShardedStore
+from simulation.world import World, class_of, load_classes
 
 CONTRIBUTED = "a-contributed"
+MADE_AT_ONCE = 1024  # users that are kept in memory
 
 
 def device_name(index: int) -> str:
     """A device's name follows from its place in the population; the user's id stays out of file names."""
     return f"device-{index:05d}"
+
+
+class People(Mapping[str, User]):
+    """The users of a population by the names of their devices; a user is made when asked for."""
+
+    def __init__(self, population: Sequence[User]) -> None:
+        self.population = population
+        self._user = lru_cache(maxsize=MADE_AT_ONCE)(self._made)
+
+    def __getitem__(self, name: str) -> User:
+        return self._user(name)
+
+    def _made(self, name: str) -> User:
+        prefix, _, number = name.rpartition("-")
+        if prefix != "device" or not number.isdecimal() or int(number) >= len(self.population):
+            raise KeyError(name)
+        return self.population[int(number)]
+
+    def __iter__(self) -> Iterator[str]:
+        return (device_name(i) for i in range(len(self.population)))
+
+    def __len__(self) -> int:
+        return len(self.population)
+
+    def reply(self, device: str, dialogue: str) -> str:
+        """What the person wrote, which stands for what they would annotate."""
+        return next(d.response for d in self[device].stream if d.id == dialogue)
+
+
+@dataclass(frozen=True)
+class Duties:
+    """What a cohort does before and after an aggregation: `client.round`, unless what is measured is the rest."""
+
+    contribute: Callable[..., tuple[States, list[Release | None], list[Observation]]] = contribute
+    adopt: Callable[..., tuple[States, list[Observation]]] = adopt
+
+
+ALONE = Duties(  # without a server
+    contribute=lambda states, arrived, received, plan, site: stay(states, arrived, plan, site),
+    adopt=lambda states, received, plan, site: adopt(states, None, plan, site),
+)
 
 
 @dataclass(frozen=True)
@@ -34,87 +79,143 @@ class SimulatedDevices:
 
     run: RunFolder
     site: Site
-    users: dict[str, User]  # by device name
+    users: People
+    duties: Duties = field(default_factory=Duties)
+    world: World | None = None
+    _planned: dict[str, Tokens] = field(default_factory=dict, repr=False)
 
     @property
     def schema(self) -> Schema:
         return self.site.schema
 
-    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
-        """Everything before the aggregation; the states are stored before a release is handed out.
+    def planned(self, name: str) -> Tokens:
+        """What a device will compute in a round."""
+        if name not in self._planned:
+            self._planned[name] = planned_tokens(self.users[name], self.run.config)
+        return self._planned[name]
 
-        None for a device that does not release: its budget is spent, or this round is over for it.
+    @property
+    def store(self) -> ShardedStore:
+        return self.run.shards.states
+
+    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
+        """Everything before the aggregation, for one cohort; states are stored before a release is handed out.
+
+        None for a device that does not release: its budget is spent, or this round is over for it. After a kill the
+        whole cohort is computed again, so that every device has the company that it had; what was stored stays.
         """
-        finished = stage(plan.round, CONTRIBUTED)
-        again = {n: self.state(n) for n in names if self.run.devices.latest(n) == finished}
-        releases = {n: resend(s, received, plan, self.schema) for n, s in again.items()}
-        for cohort in self._cohorts([n for n in names if n not in again]):
-            states = [s for s in (self._before(name, plan) for name in cohort) if s]
-            if not states:
-                continue
+        finished, stages = stage(plan.round, CONTRIBUTED), self.store.stages(names)
+        planned = [n for n in names if 1 <= plan.round <= self.site.config.rounds and stages[n] <= stage(plan.round)]
+        again = [n for n in planned if stages[n] >= finished]
+        releases: dict[str, Release | None] = {}
+        if again != planned and stage(plan.round) not in stages.values():
+            states = self._before(planned, plan, again)
             arrived = [self.users[s.id].stream[s.arrived : self._until(s.id, plan.round)] for s in states]
-            states, sent, pages = contribute(states, arrived, received, plan, self.site)
-            self._keep(states, finished, pages)
-            releases |= {s.id: r for s, r in zip(states, sent, strict=True)}
+            states, sent, pages = self.duties.contribute(states, arrived, received, plan, self.site)
+            again = again + self._keep(states, finished, pages, but=again)
+            releases = {s.id: r for s, r in zip(states, sent, strict=True)}
+        for name, found in self.store.find(again, finished).items():
+            assert found
+            releases[name] = resend(found[1], received, plan, self.site)
         return [releases.get(name) for name in names]
 
-    def _before(self, name: str, plan: RoundPlan) -> DeviceState | None:
-        """A device as it enters a round; None for a round that is not planned, or before one that it has finished."""
-        newest = self.run.devices.latest(name)
-        if not 1 <= plan.round <= self.site.config.rounds or (newest and newest > stage(plan.round)):
-            return None
-        last = self.state(name)
-        if not newest:
-            self.run.devices.save([last], stage(0))  # its secret, before anything is paid for with it
-        return replace(self.state(name, plan.round - 1), secret=last.secret, head=last.head)
+    def _before(self, names: Sequence[str], plan: RoundPlan, again: Sequence[str]) -> States:
+        """The devices as they enter a round; one that has been in it pays with what it has since learned."""
+        round_before = plan.round - 1
+        found = self.store.find(names, stage(round_before))
+        new = [self.site.new_state(n) for n in names if found[n] is None]
+        if new and self.site.config.privacy.secret == "os":
+            there = self.store.save(new, stage(0))  # their secrets, before anything is paid for with them
+            found |= self.store.find(there, stage(round_before))  # drawn by another process, which was quicker
+        states = {s.id: s for s in new} | {n: at[1] for n, at in found.items() if at}
+        for name, last in self.store.find(again).items():
+            assert last
+            states[name] = replace(states[name], secret=last[1].secret, head=last[1].head)
+        return [states[n] for n in names]
 
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
-        """Personal learning on the aggregated adapter; ends the round for these devices."""
-        for cohort in self._cohorts(names):
-            states = [self.run.devices.load(name, stage(plan.round, CONTRIBUTED)) for name in cohort]
-            states, pages = adopt(states, received, plan, self.site)
-            self._keep(states, stage(plan.round), pages)
-            for name in cohort:
-                self.run.devices.forget(name, until=stage(plan.round - 1))
+        """Personal learning on the aggregated adapter; ends the round for those of the devices that took part."""
+        over, stages = stage(plan.round), self.store.stages(names)
+        took_part = [n for n in names if stage(plan.round, CONTRIBUTED) <= stages[n] <= over]
+        done = [n for n in took_part if stages[n] == over]
+        if done == took_part:
+            return
+        found = self.store.find(took_part, stage(plan.round, CONTRIBUTED))
+        states, pages = self.duties.adopt([at[1] for at in found.values() if at], received, plan, self.site)
+        self._keep(states, over, pages, but=done)
 
     def state(self, name: str, round_number: int | None = None) -> DeviceState:
         """A device as it is, or as it was at the end of a round or of the last one before that it took part in."""
-        found = self.run.devices.latest(name, None if round_number is None else stage(round_number))
-        return self.run.devices.load(name, found) if found else self.site.new_state(name)
+        return self.states([name], round_number)[0]
+
+    def states(self, names: Sequence[str], round_number: int | None = None) -> States:
+        """As `state`, of many devices."""
+        found = self.store.find(names, *([] if round_number is None else [stage(round_number)]))
+        return [at[1] if (at := found[n]) else self.site.new_state(n) for n in names]
+
+    def notes(self, names: Sequence[str], round_number: int) -> dict[str, Observation]:
+        """What was noted of each device in a round; empty for one that did not come through."""
+        found = self.store.pages(names, stage(round_number, ""), stage(round_number))
+        return {name: _merged(pages) for name, pages in found.items()}
 
     def _until(self, name: str, round_number: int) -> int:
-        """How much of its stream a device has met by a round: equal parts over the run."""
-        return round(len(self.users[name].stream) * round_number / self.site.config.rounds)
+        return met_by(len(self.users[name].stream), round_number, self.site.config.rounds)
 
-    def _cohorts(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
-        size = self.run.config.cohort_size
-        return (names[i : i + size] for i in range(0, len(names), size))
+    def _keep(self, states: States, at: str, pages: list[Observation], but: Sequence[str]) -> list[str]:
+        """Stores what is not there; returns the devices for which another process was quicker."""
+        kept = [(s, p) for s, p in zip(states, pages, strict=True) if s.id not in but]
+        return self.store.save([s for s, _ in kept], at, [p for _, p in kept])
 
-    def _keep(self, states: States, at: str, pages: list[Observation]) -> None:
-        self.run.devices.save(states, at)
-        for state, page in zip(states, pages, strict=True):
-            self.run.note(state.id, at, page)
+
+def _merged(pages: Sequence[Observation]) -> Observation:
+    merged: Observation = {}
+    for page in pages:
+        seconds = {**merged.get("seconds", {}), **page.get("seconds", {})}
+        merged |= {**page, "seconds": seconds}
+    return merged
 
 
 def open_devices(run: RunFolder, listener: Callable[[str], None] | None = None) -> SimulatedDevices:
     """Loads population and model of a run; raises what their loaders raise."""
     config = run.config
-    users = {device_name(i): user for i, user in enumerate(load_population(config.data, config.seed))}
-    recorded = recorded_replies(users, config.data.name)
+    people = People(_everybody(config))
     lm = LanguageModel.load(config.model)
-    site = Site.of(
-        lm, config, config.seed, lambda device, dialogue: recorded[device][dialogue], listener, Ledger(run.ledger)
-    )
-    return SimulatedDevices(run, site, users)
+    kept = _without_pool(config) if config.server.absent else config
+    site = Site.of(lm, kept, config.seed, people.reply, listener, run.shards.ledger)
+    if config.server.absent:
+        return SimulatedDevices(run, site, people, ALONE)
+    if not config.world.classes:
+        return SimulatedDevices(run, site, people)
+    world = World(config.world, load_classes(config.world.classes), config.seed)
+    _check_ranks(config, world)
+    return SimulatedDevices(run, replace(site, rank_of=partial(rank_in, world)), people, world=world)
 
 
-def recorded_replies(users: Mapping[str, User], data: str) -> dict[str, dict[str, str]]:
-    """By device and dialogue the reply that the person wrote, which stands for what they would annotate."""
-    recorded = {name: {d.id: d.response for d in user.stream} for name, user in users.items()}
-    for name, user in users.items():
-        if len(recorded[name]) < len(user.stream):
-            raise RunError(f"user {user.id} of {data} has two replies with the same id")
-    return recorded
+def _everybody(config: ExperimentConfig) -> Sequence[User]:
+    """The devices' users, and behind them those who never take part."""
+    newcomers = config.evaluation.newcomers
+    data = config.data.model_copy(update={"users": config.data.users + newcomers})
+    found = load_population(data, config.seed)
+    return found.with_apart(newcomers) if isinstance(found, Bootstrapped) and newcomers else found
+
+
+def _without_pool(config: ExperimentConfig) -> ExperimentConfig:
+    """No server: nothing is kept and annotated for its sake."""
+    return config.model_copy(update={"shared": config.shared.model_copy(update={"pool_capacity": 0})})
+
+
+def rank_in(world: World, device: str) -> int:
+    """Of the shared adapter that the device's class has room for; 0: all of it."""
+    return class_of(device, world.classes, world.seed).rank
+
+
+def _check_ranks(config: ExperimentConfig, world: World) -> None:
+    if not any(c.rank for c in world.classes):
+        return
+    if config.server.rule != "mean" or config.server.products != "average":
+        raise ConfigError("devices of unequal rank need server.rule = 'mean' and server.products = 'average'")
+    if not config.privacy.by_dialogue:
+        raise ConfigError(f"privacy.mode = {config.privacy.mode!r} and devices of unequal rank do not go together")
 
 
 @lru_cache(maxsize=1)

@@ -1,36 +1,89 @@
-"""A bar that shows how far a run is: one step for each phase of each cohort, in every round."""
+"""A line that shows how far a run is: device-visits that are done of all that there will be, and how fast they go."""
 
 from __future__ import annotations
 
-import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+import psutil
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from server.config import devices_to_ask
 from simulation.config import ExperimentConfig
 
-OF_COHORT = ("observe", "annotate", "learn_shared", "release", "synthesize", "learn_personal")
-OF_ROUND = ("control", "evaluate")
-OF_RUN = ("evaluate", "pooled", "reply", "report")  # the first before round 1, the others at the end
+VISITS = 2  # of a device in a round: a release, and the adoption of what it became
+WINDOW = 50  # changes that speeds are taken over
+
+
+@dataclass
+class Pulse:
+    """What a run has done, for whoever watches it; `changed` is called after each change."""
+
+    phase: str = "loading"
+    round: int = 0
+    visits: int = 0
+    tokens: int = 0  # trained
+    changed: Callable[[], None] = field(default=lambda: None)
+
+    def enter(self, phase: str) -> None:
+        self.phase = phase
+        self.changed()
+
+    def visit(self, devices: int) -> None:
+        self.visits += devices
+        self.changed()
+
+    def end_round(self, number: int, tokens: int) -> None:
+        self.round, self.tokens = number, self.tokens + tokens
+        self.changed()
 
 
 @contextmanager
-def progress_bar(config: ExperimentConfig, console: Console) -> Iterator[Callable[[str], None]]:
-    """Yields a listener that is told the name of each phase that begins."""
-    cohorts = math.ceil(config.data.users * config.server.sampled_share / config.cohort_size)
-    total = config.rounds * (len(OF_COHORT) * cohorts + len(OF_ROUND)) + len(OF_RUN)
-    columns = SpinnerColumn(), TextColumn("{task.description:32}"), BarColumn(), TaskProgressColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
-        task = bar.add_task("loading", total=total)
-        rounds = 0
+def progress_line(config: ExperimentConfig, console: Console) -> Iterator[Pulse]:
+    """Yields the pulse that it shows."""
+    asked = min(config.data.users, devices_to_ask(config.server.wanted(config.data.users), config.world.over_sampling))
+    total = config.rounds * VISITS * (config.server.buffer or asked)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task, pulse = bar.add_task(f"{config.name}: loading", total=total), Pulse()
+        speed = Speed()
 
-        def listen(phase: str) -> None:
-            nonlocal rounds
-            rounds += phase == "evaluate"  # closes a round; the first stands before round 1
-            where = f"round {min(max(1, rounds), config.rounds)} of {config.rounds}"
-            bar.update(task, advance=1, description=f"{config.name}: {where}, {phase}")
+        def show() -> None:
+            where = f"round {min(pulse.round + 1, config.rounds)} of {config.rounds}, {pulse.phase}"
+            bar.update(task, completed=pulse.visits, description=f"{config.name}: {where}{speed.told(pulse)}")
 
-        yield listen
-        bar.update(task, completed=total, description=f"{config.name}: done")
+        pulse.changed = show
+        yield pulse
+        bar.update(task, completed=total, description=f"{config.name}: done{speed.told(pulse)}")
+
+
+class Speed:
+    """Device-visits a second of late, trained tokens a second of the whole run, and memory with all processes."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.late: deque[tuple[float, int]] = deque([(self.began, 0)], maxlen=WINDOW)
+
+    def told(self, pulse: Pulse) -> str:
+        now = time.monotonic()
+        if pulse.visits != self.late[-1][1]:
+            self.late.append((now, pulse.visits))
+        then, visits = self.late[0]
+        devices = (pulse.visits - visits) / max(1e-9, now - then)
+        tokens = pulse.tokens / max(1e-9, now - self.began)
+        return f" | {devices:.1f} devices/s | {tokens:,.0f} tokens/s | {resident_bytes() / 1e9:.1f} GB"
+
+
+def resident_bytes() -> int:
+    """Of this process and of all that it started, Ray's among them."""
+    found = 0
+    for process in (own := psutil.Process(), *own.children(recursive=True)):
+        try:
+            found += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return found

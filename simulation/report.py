@@ -48,6 +48,9 @@ class Record:
     result: tuple[Event, ...]
     comparison: tuple[Event, ...]
     replies: tuple[Event, ...]
+    newcomers: tuple[Event, ...]
+    newcomers_comparison: tuple[Event, ...]
+    fairness: tuple[Event, ...]
 
     @property
     def rounds_done(self) -> int:
@@ -176,6 +179,9 @@ def _capital(text: str) -> str:
 def _cost(record: Record) -> Iterator[str]:
     """What was spent of privacy, and whether the noise drowned the update."""
     privacy = record.run.get("privacy", {})
+    if record.run.get("config", {}).get("server", {}).get("rule") == "none":
+        yield "There was no server: nothing left the devices."
+        return
     if privacy.get("mode") == "none":
         yield "What left the devices was not protected: privacy mode none is for simulation only."
         return

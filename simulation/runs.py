@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -17,18 +17,23 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from client.state import DeviceStore
 from privacy.release import Array
 from privacy.seeds import fresh_secret
 from simulation.config import ConfigError, ExperimentConfig, dump_config
+from simulation.shards import Shards
 
 Event = dict[str, Any]
+MOMENTS = "optimizer."  # begins the names of what a server's optimizer remembers
 AGGREGATE = "-aggregate"  # ends the names of checkpoints of rounds that are not over
+SHARDS_OF_AN_ACTOR = 4  # so that a run can be resumed with more actors, and that a lost one's are shared out
 PACKAGES = ("privacy", "client", "server", "simulation")
 
 
 class RunError(RuntimeError):
     """A run's folder exists, is missing or does not fit what is asked of it."""
+
+
+HEADS = ("heads.names", "heads.values")  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Checkpoint:
     round: int
     shared: dict[str, Array]
     heads: dict[str, str]  # device → head of its ledger with its last release
+    moments: dict[str, Any]  # of the server's optimizer
     facts: Event  # of the round, where it is not over
 
 
@@ -51,17 +57,10 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    @property
-    def devices(self) -> DeviceStore:
-        return DeviceStore(self.path / "devices")
-
-    @property
-    def controls(self) -> DeviceStore:
-        return DeviceStore(self.path / "controls")
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.db"
+    @cached_property
+    def shards(self) -> Shards:
+        """The devices and their ledgers."""
+        return Shards(self.path / "devices")
 
     @cached_property
     def config(self) -> ExperimentConfig:
@@ -71,39 +70,32 @@ class RunFolder:
 
     def record(self, event: str, **facts: Any) -> None:
         """Appends one event."""
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **facts}, allow_nan=True)
+        self.record_all(event, [facts])
+
+    def record_all(self, event: str, of_each: Iterable[Event]) -> None:
+        """Appends events of one kind."""
+        told = {"event": event, "time": round(time.time(), 3)}
         with self.metrics.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+            stream.writelines(json.dumps(told | facts, allow_nan=True) + "\n" for facts in of_each)
 
     def events(self) -> Iterator[Event]:
         """All whole lines; a torn last one, from a process that was killed, is passed over."""
         if not self.metrics.exists():
             return
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
-
-    def note(self, device: str, stage: str, observation: Event) -> None:
-        """What a simulated device did in a phase, until the driver makes an event of it."""
-        path = self.path / "notes" / device / f"{stage}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps(observation), encoding="utf-8")
-        fresh.replace(path)
-
-    def notes(self, device: str, round_number: int) -> Event:
-        """All notes of a device in one round, in one."""
-        merged: Event = {"seconds": {}}
-        for path in sorted((self.path / "notes" / device).glob(f"{round_number:05d}-*.json")):
-            page = json.loads(path.read_text(encoding="utf-8"))
-            merged["seconds"] |= page.pop("seconds", {})
-            merged |= page
-        return merged
+        with self.metrics.open(encoding="utf-8") as stream:
+            for line in stream:
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    continue
 
     def save_shared(
-        self, round_number: int, arrays: Mapping[str, Array], heads: Mapping[str, str], facts: Event | None = None
+        self,
+        round_number: int,
+        arrays: Mapping[str, Array],
+        heads: Mapping[str, str],
+        moments: Mapping[str, Any],
+        facts: Event | None = None,
     ) -> None:
         """The server's checkpoint, with the heads of the devices' ledgers: with it a round is done.
 
@@ -112,9 +104,14 @@ class RunFolder:
         path = self.path / "server" / f"{round_number:05d}{'' if facts is None else AGGREGATE}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")
-        metadata = {"heads": json.dumps(dict(heads)), "facts": json.dumps(facts)}
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, fresh, metadata)
+        stored = dict(arrays) | {f"{MOMENTS}{name}": moment for name, moment in moments.items()} | _packed(heads)
+        metadata = {"facts": json.dumps(facts)}
+        save_file({k: np.ascontiguousarray(v) for k, v in stored.items()}, fresh, metadata)
         fresh.replace(path)
+
+    def shared(self, round_number: int) -> Checkpoint:
+        """The checkpoint of a round that is done."""
+        return _read_checkpoint(self.path / "server" / f"{round_number:05d}.safetensors")
 
     def last_shared(self) -> Checkpoint | None:
         """The newest checkpoint of a round that is done."""
@@ -131,45 +128,71 @@ class RunFolder:
         path = self.path / "server" / "secret"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            path.write_text(f"{fresh_secret():032x}", encoding="ascii")
+            fresh = path.with_suffix(".new")
+            fresh.touch(mode=0o600)
+            fresh.write_text(f"{fresh_secret():032x}", encoding="ascii")
+            fresh.replace(path)
         return int(path.read_text(encoding="ascii"), 16)
 
     def rewind(self, round_number: int) -> None:
         """Drops the events of what comes after a round, so that it can be done again."""
-        kept = [e for e in self.events() if e["event"] == "run" or _belongs(e, round_number)]
         fresh = self.metrics.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
+        with fresh.open("w", encoding="utf-8") as stream:
+            for event in self.events():
+                if event["event"] == "run" or _belongs(event, round_number):
+                    stream.write(json.dumps(event) + "\n")
         fresh.replace(self.metrics)
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
     with safe_open(path, "np") as stored:
         told = stored.metadata()
-        shared = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
-        return Checkpoint(int(path.stem[:5]), shared, json.loads(told["heads"]), json.loads(told["facts"]))
+        arrays = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
+        heads = _unpacked(arrays)
+        shared = {k: a for k, a in arrays.items() if not k.startswith(MOMENTS)}
+        moments = {k.removeprefix(MOMENTS): a for k, a in arrays.items() if k.startswith(MOMENTS)}
+        return Checkpoint(int(path.stem[:5]), shared, heads, moments, json.loads(told["facts"]))
+
+
+def _packed(heads: Mapping[str, str]) -> dict[str, Array]:
+    """Heads of ledgers by device as arrays: there may be millions, and a file's header has 100 MB."""
+    names, values = "\n".join(heads).encode(), bytes.fromhex("".join(heads.values()))
+    return {key: np.frombuffer(data, np.uint8) for key, data in zip(HEADS, (names, values), strict=True)}
+
+
+def _unpacked(arrays: dict[str, Any]) -> dict[str, str]:
+    """The inverse of `_packed`; takes them out of the arrays."""
+    names, values = (arrays.pop(key).tobytes() for key in HEADS)
+    return {name: values[32 * i : 32 * i + 32].hex() for i, name in enumerate(names.decode().split("\n")) if name}
 
 
 def _belongs(event: Event, round_number: int) -> bool:
     """Whether an event was written in the rounds up to this one; the verdict after the last belongs to none."""
-    return "round" in event and event["round"] <= round_number and not event.get("final")
+    before = "round" in event and event["round"] <= round_number and not event.get("final")
+    return before and round_number > 0  # what is before round 1 is evaluated anew
 
 
 def create(path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> RunFolder:
     """A new run. Refuses a folder that exists, unless it is a run and may be overwritten.
 
-    The run that it replaces lies aside until `settle` says that the new one has begun.
+    Its folder is there whole or not at all, whenever the process is killed. The run that it replaces lies aside until
+    `settle` says that the new one has begun.
     """
     if path.exists() and any(path.iterdir()):
         if not overwrite:
             raise RunError(f"{path} exists; use --resume to go on with it, --overwrite to replace it, or name=…")
         if not (path / "config.toml").exists():
             raise RunError(f"{path} is not the folder of a run (no config.toml); it is left alone")
+    fresh = path.with_name(f".{path.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    _write_config(fresh, config)
+    (fresh / "sources.sha256").write_text(sources_sha256() + "\n", encoding="utf-8")
+    Shards.create(fresh / "devices", config.ray.shards or max(1, SHARDS_OF_AN_ACTOR * config.ray.actors))
+    if path.exists() and any(path.iterdir()):
         shutil.rmtree(_aside(path), ignore_errors=True)
         path.rename(_aside(path))
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.toml").write_text(dump_config(config), encoding="utf-8")
-    (path / "sources.sha256").write_text(sources_sha256() + "\n", encoding="utf-8")
+    fresh.rename(path)
     return RunFolder(path)
 
 
@@ -190,12 +213,20 @@ def _aside(path: Path) -> Path:
 
 
 def resume(path: Path, config: ExperimentConfig) -> RunFolder:
-    """The run in a folder, if its settings are the same."""
+    """The run in a folder, if its settings are the same; the processes in [ray] may be others."""
     if not (path / "config.toml").exists():
         raise RunError(f"{path} has no config.toml: there is no run to resume")
-    if RunFolder(path).config != config:
+    if RunFolder(path).config.model_copy(update={"ray": config.ray}) != config:
         raise ConfigError(f"{path}/config.toml differs from the config given; resume with the same settings")
+    _write_config(path, config)
+    shutil.rmtree(_aside(path), ignore_errors=True)  # of an --overwrite that was killed
     return RunFolder(path)
+
+
+def _write_config(path: Path, config: ExperimentConfig) -> None:
+    fresh = path / "config.new"
+    fresh.write_text(dump_config(config), encoding="utf-8")
+    fresh.replace(path / "config.toml")
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,32 +14,55 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from client.lm.adapter import weight_layout
 from client.lm.hub import resolve
 from client.lm.peft_format import write_peft
 from simulation.host import SimulatedDevices
 from simulation.runs import Event, RunFolder
 
 Summary = dict[str, Any]
+SUMMED = ("arrived", "accepted", "synthetic_kept", "synthetic_rejected", "truncated")
 ARMS = ("base", "shared", "local", "personal", "shuffled", "pooled")
 
 
 def write_summary(run: RunFolder) -> Summary:
     """Writes `summary.json` and one line per device and arm in `results.jsonl`, both from the events."""
-    events = list(run.events())
-    summary = summarize(events)
-    results = [e for e in events if e["event"] == "result"]
-    (run.path / "results.jsonl").write_text("".join(json.dumps(e) + "\n" for e in results), encoding="utf-8")
+    summary = summarize(run.events())
+    with (run.path / "results.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(e) + "\n" for e in run.events() if e["event"] == "result")
     (run.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+@dataclass
+class DeviceTotals:
+    """Of all devices in all rounds, taken in one event after the other."""
+
+    sums: Counter[str] = field(default_factory=Counter)
+    annotations: dict[str, int] = field(default_factory=dict)  # by device, so far
+    failed: list[str] = field(default_factory=list)
+    epsilon: float = 0.0  # the largest
+    upload_bytes: int = 0  # of the largest release
+
+    def add(self, event: Event) -> None:
+        self.sums.update({key: event.get(key, 0) for key in SUMMED})
+        self.annotations[event["device"]] = event["annotations"]
+        if "personal_failed" in event:
+            self.failed.append(f"{event['device']}: {event['personal_failed']}")
+        self.epsilon = max(self.epsilon, event["epsilon"] or 0.0)
+        self.upload_bytes = max(self.upload_bytes, event["upload_bytes"])
 
 
 def summarize(events: Iterable[Event]) -> Summary:
     """The figures of a run that was finished."""
     by_kind: dict[str, list[Event]] = {}
+    devices = DeviceTotals()
     for event in events:
-        by_kind.setdefault(event["event"], []).append(event)
-    start, end = by_kind["run"][0], by_kind["end"][-1]
-    devices, rounds = by_kind["device_round"], by_kind["round"]
+        if event["event"] == "device_round":  # of which there may be millions
+            devices.add(event)
+        else:
+            by_kind.setdefault(event["event"], []).append(event)
+    start, end, rounds = by_kind["run"][0], by_kind["end"][-1], by_kind["round"]
     final = [e for e in by_kind["evaluation"] if e.get("final")]
     return {
         "name": start["name"],
@@ -45,18 +70,19 @@ def summarize(events: Iterable[Event]) -> Summary:
         "rounds": start["rounds"],
         "seed": start["seed"],
         "engine": start["engine"],
+        "server": start["config"]["server"]["rule"],
         "model": start["model"]["name"],
         "hardware": start["hardware"],
         **{metric: {e["arm"]: _figures(e) for e in final if e["metric"] == metric} for metric in ("nll", "rouge1")},
         "comparisons": [_without(e, "event", "time") for e in by_kind.get("comparison", [])],
         "mean_length_tokens": _mean_lengths(by_kind.get("result", [])),
-        "annotations_per_device": _mean(list(_last_of_devices(devices, "annotations").values())),
-        "acceptance_rate": sum(e["accepted"] for e in devices) / max(1, sum(e["arrived"] for e in devices)),
-        "synthetic_kept": sum(e["synthetic_kept"] for e in devices),
-        "synthetic_rejected": sum(e["synthetic_rejected"] for e in devices),
-        "truncated": sum(e["truncated"] for e in devices),
-        "failed_trainings": [f"{e['device']}: {e['personal_failed']}" for e in devices if "personal_failed" in e],
-        "epsilon": max(_last_of_devices(devices, "epsilon").values()),
+        "annotations_per_device": _mean(list(devices.annotations.values())),
+        "acceptance_rate": devices.sums["accepted"] / max(1, devices.sums["arrived"]),
+        "synthetic_kept": devices.sums["synthetic_kept"],
+        "synthetic_rejected": devices.sums["synthetic_rejected"],
+        "truncated": devices.sums["truncated"],
+        "failed_trainings": devices.failed,
+        "epsilon": devices.epsilon,
         "delta": start["privacy"]["delta"],
         "noise_multiplier": start["privacy"]["noise_multiplier"],
         "privacy_mode": start["privacy"]["mode"],
@@ -64,8 +90,13 @@ def summarize(events: Iterable[Event]) -> Summary:
         "adjacency": start["privacy"]["adjacency"],
         "trust": start["privacy"]["trust"],
         "signal_to_noise": [e["signal_to_noise"] for e in rounds],
-        "upload_bytes_per_release": max(e["upload_bytes"] for e in devices),
+        "upload_bytes_per_release": devices.upload_bytes,
         "download_bytes_per_round": rounds[-1]["download_bytes"],
+        "newcomers": {e["arm"]: _figures(e) for e in by_kind.get("newcomers", [])},
+        "newcomers_comparisons": [_without(e, "event", "time") for e in by_kind.get("newcomers_comparison", [])],
+        "world": _without(by_kind["fairness"][-1], "event", "time") if "fairness" in by_kind else None,
+        "people": start["data"]["people"],
+        "devices_bytes": end["devices_bytes"],
         "wall_s": end["wall_s"],
         "peak_rss_bytes": end["peak_rss_bytes"],
         "tokens_trained": end["tokens_trained"],
@@ -80,10 +111,6 @@ def _without(event: Event, *keys: str) -> Event:
     return {k: v for k, v in event.items() if k not in keys}
 
 
-def _last_of_devices(devices: list[Event], key: str) -> dict[str, float]:
-    return {e["device"]: e[key] for e in devices}
-
-
 def _mean(values: list[float]) -> float:
     return sum(values) / max(1, len(values))
 
@@ -93,14 +120,17 @@ def _mean_lengths(results: list[Event]) -> dict[str, float]:
     return {a: _mean([e["mean_length_tokens"] for e in results if e["arm"] == a]) for a in ARMS if a in arms}
 
 
-def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Tensor) -> None:
-    """`adapters/shared` and `adapters/personal/<device>`, as plain `peft` reads them."""
+def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Tensor, names: Sequence[str]) -> None:
+    """`adapters/shared`, and of the evaluated devices `adapters/personal/<device>`, as plain `peft` reads them."""
     site, last = devices.site, devices.site.config.rounds
     base = str(resolve(site.lm.name).resolve())
-    write_peft(run.path / "adapters" / "shared", site.shared_layout, shared, base)
-    for name in devices.users:
-        row = devices.state(name, last).personal
-        write_peft(run.path / "adapters" / "personal" / name, site.personal_layout, row, base)
+    width = site.shared_layout.width
+    if not run.config.server.absent:
+        write_peft(run.path / "adapters" / "shared", site.shared_layout, shared[:width], base)
+    if len(shared) > width:
+        write_peft(run.path / "adapters" / "weights", weight_layout(site.shared_layout), shared[width:], base)
+    for name, state in zip(names, devices.states(names, last), strict=True):
+        write_peft(run.path / "adapters" / "personal" / name, site.personal_layout, state.personal, base)
 
 
 def render_summary(summary: Summary) -> RenderableType:
@@ -115,16 +145,26 @@ def render_summary(summary: Summary) -> RenderableType:
             table.add_row(arm, *cells, "–" if length is None else f"{length:.1f}")
     lines = [_comparison(c) for c in summary["comparisons"]]
     ratios = ", ".join("no noise" if r is None or math.isnan(r) else f"{r:.2f}" for r in summary["signal_to_noise"])
+    protection = (
+        "privacy: without a server nothing leaves a device"
+        if summary["server"] == "none"
+        else (
+            f"privacy: {summary['privacy_mode']}, unit {summary['privacy_unit']}, {summary['adjacency']}; "
+            f"{summary['trust']}: "
+            f"ε = {summary['epsilon']:.2f} at δ = {summary['delta']:g}"
+        )
+    )
     facts = [
-        f"privacy: {summary['privacy_mode']}, unit {summary['privacy_unit']}, {summary['adjacency']}; "
-        f"{summary['trust']}: "
-        f"ε = {summary['epsilon']:.2f} at δ = {summary['delta']:g}",
+        protection,
         f"signal to noise of the mean release, by round: {ratios}",
         f"{summary['upload_bytes_per_release']:,} bytes left a device per release; "
         f"{summary['annotations_per_device']:.1f} annotations a device; "
         f"{summary['truncated']:,} texts were cut to the model's limits",
         f"{summary['hardware']}: {summary['wall_s']:.0f} s, {summary['peak_rss_bytes'] / 1e9:.2f} GB, "
         f"{summary['tokens_trained']:,} tokens trained",
+        f"{summary['devices_bytes'] / 1e6:.1f} MB of devices' states and ledgers on the disk",
+        *([_world(summary["world"])] if summary["world"] else []),
+        *(f"newcomers, {_comparison(c)}" for c in summary["newcomers_comparisons"]),
         *(f"kept the personal adapter that it had: {failed}" for failed in summary["failed_trainings"]),
     ]
     return Group(table, Text("\n".join([*lines, *facts])))
@@ -135,6 +175,13 @@ def _cells(figures: Summary | None) -> tuple[str, str]:
         return "–", "–"
     low, high = figures["ci95"]
     return f"{figures['mean_per_user']:.3f} ± {(high - low) / 2:.3f}", f"{figures['mean_per_query']:.3f}"
+
+
+def _world(world: Summary) -> str:
+    classes = world["classes"].values()
+    asked, answered = (sum(c[key] for c in classes) for key in ("asked", "answered"))
+    joules = sum(c["joules"] for c in classes)
+    return f"world: {world['wall_s'] / 3600:.2f} hours, {answered} of {asked} answered, {joules / 1e3:.2f} kJ"
 
 
 def _comparison(found: Event) -> str:

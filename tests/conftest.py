@@ -10,6 +10,8 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "1000"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes side by side: a thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 

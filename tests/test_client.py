@@ -26,7 +26,7 @@ from client.phases import Site, annotate, observe, synthesize
 from client.pii import personal_data
 from client.policies import POLICIES
 from client.pool import Pool, poisson_sample
-from client.round import live_alone
+from client.round import live
 from client.scores import (
     domain_specific_score,
     dominant_domain,
@@ -474,7 +474,7 @@ def test_a_device_remembers_itself(lm: LanguageModel, people: list[User], tmp_pa
     states, _ = annotate(states, site)
     states, _ = synthesize(states, plan, site)
     state = replace(states[0], head="of the ledger", descendants={"x": (("a", "b"),)})
-    store = DeviceStore(tmp_path)
+    store = DeviceStore(tmp_path / "states.db")
     store.save([state], stage(1))
     again = store.load("d0", stage(1))
     assert torch.equal(again.personal, state.personal)
@@ -492,7 +492,7 @@ def test_selection_goes_on_after_a_restart_as_if_there_had_been_none(
 ) -> None:
     """Everything that a policy remembers is on the disk: two halves with a restart between give the same bins."""
     settings = SETTINGS.model_copy(update={"selection": SelectionConfig(policy=policy, bins=4)})
-    site, store = site_of(lm, settings, people), DeviceStore(tmp_path)
+    site, store = site_of(lm, settings, people), DeviceStore(tmp_path / "states.db")
     stream = people[0].stream[:30]
     halves = [[stream[:15]], [stream[15:]]]
     states = [site.new_state("d0")]
@@ -578,7 +578,7 @@ def test_a_limit_makes_every_policy_ask_equally_often(policy: str, lm: LanguageM
     site = site_of(lm, SETTINGS.model_copy(update=update), people)
     states = [site.new_state("d0")]
     for number, part in ((1, people[0].stream[:15]), (2, people[0].stream[15:40])):
-        states, notes = live_alone(states, [part], RoundPlan(number, 0), site)
+        states, notes = live(states, [part], None, RoundPlan(number, 0), site)
         assert notes[0]["annotations"] == 2 * number
         assert len(states[0].annotated) <= 2 * number and len(states[0].buffer) == 4
         assert set(states[0].synthetic) == {k.id for k in states[0].annotated}

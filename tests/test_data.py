@@ -293,7 +293,7 @@ def test_too_few_users_are_counted_and_a_way_out_is_named() -> None:
         draw(replies_of(**dict.fromkeys(ids, 50)), DataConfig(users=4), seed=0)
     assert str(raised.value) == (
         "data.users = 4, but the test half of 'chitchat' has 3 users with min_pairs = 40 replies or more; "
-        "set users <= 3, lower min_pairs, or take a larger data set (3 users in both halves)"
+        "set users <= 3, lower min_pairs, take a larger data set (3 users in both halves), or set bootstrap=true"
     )
 
 

@@ -68,7 +68,7 @@ def spent(state: DeviceState, site: Site) -> list[Event]:
 
 def test_example_gradients_are_those_of_opacus_hooks(lm: LanguageModel, people: list[User]) -> None:
     """Plain transformers, PEFT and Opacus' GradSampleModule, on a padded batch; A frozen, B not zero."""
-    layout = lm.layout(AdapterConfig(rank=2, alpha=4, factors="b", targets=("q_proj", "v_proj")), public_seed=5)
+    layout = lm.lora_layout(AdapterConfig(rank=2, alpha=4, factors="b", targets=("q_proj", "v_proj")), public_seed=5)
     row = torch.randn(layout.width, generator=torch.Generator().manual_seed(0)) * 0.1
     examples = lm.format.dialogues(people[0].stream[:6])
     assert len({e.length for e in examples}) > 1  # so that there is padding
@@ -251,7 +251,7 @@ def test_control_a_pool_chosen_by_quality_breaks_the_bound(lm: LanguageModel, pe
     kept = chosen(stream)
     pairs = [chosen((*stream[:i], other, *stream[i + 1 :])) for i in range(8) for other in others[:30]]
     other = max(pairs, key=lambda found: len(set(found) ^ set(kept)))
-    layout = lm.layout(NOISELESS.shared.adapter, public_seed=1)
+    layout = lm.lora_layout(NOISELESS.shared.adapter, public_seed=1)
     sums = []
     for dialogues in (kept, other):
         examples = lm.format.dialogues(list(dialogues.values()))
@@ -262,7 +262,7 @@ def test_control_a_pool_chosen_by_quality_breaks_the_bound(lm: LanguageModel, pe
 
 def test_control_an_active_personal_adapter_breaks_the_bound(lm: LanguageModel, people: list[User]) -> None:
     """It was trained on the same dialogues without noise, so one of them changes the gradient of every other."""
-    shared, personal = lm.layout(NOISELESS.shared.adapter, public_seed=1), lm.layout(AdapterConfig())
+    shared, personal = lm.lora_layout(NOISELESS.shared.adapter, public_seed=1), lm.lora_layout(AdapterConfig())
     stream, other = neighbours(people, length=20)[3]
     sums, without = [], []
     for dialogues in (stream, other):
@@ -280,7 +280,7 @@ def test_control_an_active_personal_adapter_breaks_the_bound(lm: LanguageModel, 
 
 def test_control_a_loss_averaged_over_the_batch_breaks_the_bound(lm: LanguageModel) -> None:
     """Its denominator is the tokens of all: a long reply shrinks the gradient of every other example."""
-    layout = lm.layout(NOISELESS.shared.adapter, public_seed=1)
+    layout = lm.lora_layout(NOISELESS.shared.adapter, public_seed=1)
     short = [Dialogue(str(i), "are you there?", "yes") for i in range(64)]
     long = [Dialogue("0", "are you there?", "no " * 40), *short[1:]]
     gradients = {}

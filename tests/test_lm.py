@@ -47,7 +47,7 @@ def lessons(lm: LanguageModel, devices: int) -> list[Lesson]:
 
 @pytest.mark.parametrize("factors", ["both", "b", "a"])
 def test_a_device_learns_the_same_alone_and_in_a_cohort(lm: LanguageModel, factors: str) -> None:
-    layout = lm.layout(AdapterConfig.model_validate({"rank": 4, "factors": factors}), public_seed=3)
+    layout = lm.lora_layout(AdapterConfig.model_validate({"rank": 4, "factors": factors}), public_seed=3)
     rows = torch.stack([layout.start(k) for k in range(5)])
     work = lessons(lm, 5)
     rates = [[3e-4] * len(x.batches) for x in work]
@@ -60,7 +60,7 @@ def test_a_device_learns_the_same_alone_and_in_a_cohort(lm: LanguageModel, facto
 
 
 def test_a_row_is_scored_with_its_own_adapter(lm: LanguageModel) -> None:
-    layout = lm.layout(AdapterConfig(rank=2))
+    layout = lm.lora_layout(AdapterConfig(rank=2))
     rows = torch.randn(3, layout.width, generator=torch.Generator().manual_seed(0)) * 0.05
     examples = lm.format.dialogues(TALKS)
     slots = [2, 0, 1, 1, 0, 2]
@@ -71,7 +71,7 @@ def test_a_row_is_scored_with_its_own_adapter(lm: LanguageModel) -> None:
 
 
 def test_example_gradients_add_up_to_the_batch_gradient(lm: LanguageModel) -> None:
-    layout = lm.layout(AdapterConfig(rank=2))
+    layout = lm.lora_layout(AdapterConfig(rank=2))
     stack = lm.adapters(layout, torch.randn(1, layout.width, generator=torch.Generator().manual_seed(1)) * 0.05)
     examples = lm.format.dialogues(TALKS)
     weights = [1 / len(e.reply) for e in examples]
@@ -84,7 +84,7 @@ def test_example_gradients_add_up_to_the_batch_gradient(lm: LanguageModel) -> No
 
 
 def test_peft_loads_an_exported_adapter_and_gives_the_same_logits(lm: LanguageModel, tmp_path: Path) -> None:
-    layout = lm.layout(AdapterConfig(rank=2, alpha=6))
+    layout = lm.lora_layout(AdapterConfig(rank=2, alpha=6))
     row = torch.randn(layout.width, generator=torch.Generator().manual_seed(2)) * 0.1
     write_peft(tmp_path, layout, row, "nano")
     assert torch.equal(read_peft(tmp_path, layout), row)
@@ -166,7 +166,7 @@ def test_a_family_of_models_learns_as_plain_peft_reads_it(lm: LanguageModel, fam
     other = tiny(
         lm, kind(vocab_size=len(lm.tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, **SIZES, **more)
     )
-    layout = other.layout(AdapterConfig(rank=2, alpha=4))
+    layout = other.lora_layout(AdapterConfig(rank=2, alpha=4))
     lesson = Lesson(other.format.dialogues(TALKS), [[0, 1, 2], [3, 4, 5]])
     start = other.adapters(layout, layout.start(0))
     trained = other.engine.finetune(start, [], [lesson], [[1e-2, 1e-2]])

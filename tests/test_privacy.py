@@ -17,8 +17,8 @@ from privacy.gate import check_reply
 from privacy.noise import ReleaseNoise, column, inverse_column
 from privacy.release import Release, ReleaseRefusedError, Schema
 from privacy.seeds import derive_key, derive_seed
-from server.aggregate import FixedPointMean
-from server.strategy import signal_to_noise
+from server.intake import signal_to_noise
+from server.rules import Mean
 
 
 def test_epsilon_of_known_settings() -> None:
@@ -93,12 +93,12 @@ def test_a_release_is_of_the_agreed_form_or_is_refused() -> None:
 @given(st.permutations(range(6)))
 def test_the_order_of_arrival_never_changes_the_mean(order: list[int]) -> None:
     rows = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
-    mean, shuffled = FixedPointMean(5), FixedPointMean(5)
+    mean, shuffled = Mean(5), Mean(5)
     for i in range(6):
-        mean.add(rows[i])
-        shuffled.add(rows[order[i]])
-    assert np.array_equal(mean.mean(), shuffled.mean())
-    np.testing.assert_allclose(mean.mean(), rows.mean(0), atol=1e-6)
+        mean.add(f"d{i}", rows[i])
+        shuffled.add(f"d{order[i]}", rows[order[i]])
+    assert np.array_equal(mean.change(), shuffled.change())
+    np.testing.assert_allclose(mean.change(), rows.mean(0), atol=1e-6)
 
 
 def test_signal_to_noise_by_hand() -> None:

@@ -25,11 +25,12 @@ from safetensors.numpy import load_file
 
 from client.app import answer
 from privacy.plan import RoundPlan
-from server.strategy import to_arrays
+from server.intake import to_arrays
 from simulation.cli import main
 from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config
 from simulation.experiment import run_experiment
 from simulation.host import SimulatedDevices, device_name, open_devices
+from simulation.progress import Pulse
 from simulation.runs import RunError, RunFolder, check_sources, create
 
 ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
@@ -39,13 +40,13 @@ def adapters(run: Path) -> dict[str, dict[str, np.ndarray]]:
     return {str(p.relative_to(run)): load_file(p) for p in sorted((run / "adapters").rglob("*.safetensors"))}
 
 
-def assert_same_adapters(one: Path, other: Path, *, rounding: bool = False) -> None:
+def assert_same_adapters(one: Path, other: Path, *, rounding: bool = False, count: int = 4) -> None:
     """Bit for bit; with `rounding` the shared adapter to 1e-5 and a personal one to 1 % of its norm.
 
     Adam divides a gradient by its size, so that where both are next to nothing rounding can turn a step round.
     """
     ours, theirs = adapters(one), adapters(other)
-    assert ours.keys() == theirs.keys() and len(ours) == 4
+    assert ours.keys() == theirs.keys() and len(ours) == count
     for path, tensors in ours.items():
         mine, yours = (np.concatenate([t[k].ravel() for k in sorted(tensors)]) for t in (tensors, theirs[path]))
         allowed = 1e-5 if "shared" in path else 0.01 * float(np.linalg.norm(mine))
@@ -196,11 +197,11 @@ def test_an_old_copy_of_the_ledger_ends_a_devices_releases(small: ExperimentConf
     names, zero = list(devices.users), torch.zeros(devices.site.shared_layout.width)
     sent = devices.contribute(names, zero, RoundPlan(1, 0))
     devices.adopt(names, zero, RoundPlan(1, 1))
-    for path in (tmp_path / "run").glob("ledger.db*"):
+    for path in (tmp_path / "run").rglob("ledger.db*"):
         path.unlink()
-    again = open_devices(devices.run)
+    again = open_devices(RunFolder(devices.run.path))
     assert again.contribute(names, zero, RoundPlan(2, 1)) == [None] * 3
-    assert devices.run.notes(names[0], 2)["refusal"] == "ledger-missing"
+    assert again.notes(names[:1], 2)[names[0]]["refusal"] == "ledger-missing"
     heads = {n: r.head for n, r in zip(names, sent, strict=True) if r}
     fresh = open_devices(create(tmp_path / "other", small))  # the device's own memory is gone too: the server's is left
     assert fresh.contribute(names, zero, RoundPlan(1, 0, heads)) == [None] * 3
@@ -244,15 +245,15 @@ def test_secrets_from_the_operating_system_differ_between_runs(small: Experiment
 
 def test_a_run_stopped_in_round_two_ends_like_one_that_was_not(finished: Path, tmp_path: Path) -> None:
     config = RunFolder(finished).config
-    heard: list[str] = []
+    pulse = Pulse()
 
-    def stop_in_round_two(phase: str) -> None:
-        heard.append(phase)
-        if phase == "learn_shared" and heard.count(phase) == 2:
+    def stop_in_round_two() -> None:
+        if pulse.phase == "learn_shared" and pulse.round == 1:
             raise KeyboardInterrupt
 
+    pulse.changed = stop_in_round_two
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(config, tmp_path / "run", listener=stop_in_round_two)
+        run_experiment(config, tmp_path / "run", pulse=pulse)
     assert "<html" in (tmp_path / "run" / "report.html").read_text()  # what was finished can be read
     run_experiment(config, tmp_path / "run", resuming=True)
     assert_same_adapters(finished, tmp_path / "run")
@@ -404,6 +405,19 @@ def test_a_run_that_exists_is_left_alone(finished: Path, small: ExperimentConfig
     with pytest.raises(RunError, match="left alone"):
         create(tmp_path, small, overwrite=True)
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_has_one_driver(small: ExperimentConfig, tmp_path: Path) -> None:
+    pulse = Pulse()
+
+    def run_again() -> None:
+        with pytest.raises(RunError, match="in use by another process"):
+            run_experiment(small, tmp_path / "run", resuming=True)
+        raise KeyboardInterrupt
+
+    pulse.changed = run_again
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(small, tmp_path / "run", pulse=pulse)
 
 
 def test_a_replacement_that_cannot_begin_leaves_the_old_run(

@@ -26,9 +26,15 @@ ALLOWED = {
 }
 WITH_FLOWER = {
     "simulation/bench/flower_arm.py",
+    "simulation/bench/idle_client.py",
+    "simulation/bench/scale_stock.py",
     "client/app.py",
+    "client/records.py",
+    "server/buffered.py",
+    "server/intake.py",
     "server/strategy.py",
     "simulation/app.py",
+    "simulation/stock.py",
     "simulation/grid.py",
     "simulation/experiment.py",
     "simulation/session.py",

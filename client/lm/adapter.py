@@ -4,7 +4,9 @@ An adapter adds `scale · B A x` to the output of a linear layer, with `A: (r, i
 `scale = alpha / r`. All factors of one device lie behind each other in a row of P numbers; K devices are a
 tensor (K, P). With `factors = "b"` only B is in the row: A is frozen and the same for all, drawn from a public
 seed (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313); with "a" only A is, and B is the one that is drawn. With
-"alternate" both are, and each release changes one of them in turn (RoLoRA, arXiv 2409.02346). Not covered: DoRA,
+"alternate" both are, and each release changes one of them in turn (RoLoRA, arXiv 2409.02346). A gated adapter has a
+vector `w: (in,)` more for each layer, behind all factors: of a token x it makes the weight σ(w · x) of its own part,
+and what is left of 1 is that of the other active adapters (the mixer of FedALT, arXiv 2503.11880). Not covered: DoRA,
 embeddings, dropout.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -40,6 +42,7 @@ class AdapterLayout:
     factors: Trained
     # A (r, in) or B (out, r) by layer, whichever is not trained
     frozen: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    gated: bool = False
 
     @property
     def scale(self) -> float:
@@ -47,11 +50,11 @@ class AdapterLayout:
 
     @property
     def sizes(self) -> list[int]:
-        """Lengths of the factors in a row, layer by layer: A then B, or one of them alone."""
+        """Lengths of the factors in a row, layer by layer: A then B, or one of them alone; then of the gates."""
         sizes: list[int] = []
         for layer in self.layers:
             sizes += [self.rank * layer.in_features] * self.trains_a + [layer.out_features * self.rank] * self.trains_b
-        return sizes
+        return sizes + [layer.in_features for layer in self.layers if self.gated]
 
     @property
     def trains_a(self) -> bool:
@@ -73,6 +76,25 @@ class AdapterLayout:
             a = next(parts).view(-1, self.rank, layer.in_features) if self.trains_a else self.frozen[layer.name]
             b = next(parts).view(-1, layer.out_features, self.rank) if self.trains_b else self.frozen[layer.name]
             yield layer.name, a, b
+
+    def unstack(
+        self, rows: torch.Tensor, dtype: torch.dtype
+    ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Of rows (K, P): name, A (K, r, in), Bᵀ (K, r, out) and gate (K, in, 1), if any, of each layer, in `dtype`.
+
+        Differentiable; the factors are contiguous.
+        """
+        found = _Unstack.apply(rows, self, dtype)  # type: ignore[no-untyped-call]
+        parts, count = iter(found), len(self.layers)
+        gates = [gate[:, :, None] for gate in found[-count:]] if self.gated else [None] * count
+        for layer, gate in zip(self.layers, gates, strict=True):
+            a = next(parts) if self.trains_a else self._spread(layer.name, len(rows), dtype)
+            b = next(parts) if self.trains_b else self._spread(layer.name, len(rows), dtype).mT.contiguous()
+            yield layer.name, a, b, gate
+
+    def _spread(self, layer: str, devices: int, dtype: torch.dtype) -> torch.Tensor:
+        """The frozen factor of a layer, for so many devices."""
+        return self.frozen[layer].to(dtype).expand(devices, -1, -1)
 
     def start(self, seed: int) -> torch.Tensor:
         """A new device's row (P,): A uniform in ±1/√in as PEFT draws it, B zero, so that nothing changes yet.
@@ -103,6 +125,13 @@ def layout(
     return AdapterLayout(layers, rank, alpha, factors, frozen)
 
 
+def weight_layout(layout: AdapterLayout) -> AdapterLayout:
+    """An adapter whose B (out, in) is a change of the whole weight, with the same scale: its A is the identity."""
+    rank = max(layer.in_features for layer in layout.layers)
+    ones = {layer.name: torch.eye(rank, layer.in_features) for layer in layout.layers}
+    return AdapterLayout(layout.layers, rank, layout.scale * rank, "b", ones)
+
+
 def widen(row: torch.Tensor, small: AdapterLayout, large: AdapterLayout) -> torch.Tensor:
     """A row (P,) of a lower rank as a row of a higher one, so that devices of different ranks share a stack.
 
@@ -129,18 +158,29 @@ def _matching(
     """The factors of the thin row, each with its place in the wide one."""
     if (small.layers, small.factors, small.scale) != (large.layers, large.factors, large.scale):
         raise ValueError("adapters share a stack only with the same layers, factors and alpha / rank")
-    if small.frozen:
-        raise ValueError("adapters with a frozen factor share a stack only with the same rank: it depends on it")
+    if small.frozen or small.gated or large.gated:
+        raise ValueError("adapters with a frozen factor or gates share a stack only with the same rank")
     for (_, a, b), (_, wide_a, wide_b) in zip(small.split(thin[None]), large.split(wide[None]), strict=True):
         yield a, wide_a[:, : small.rank]
         yield b, wide_b[:, :, : small.rank]
+
+
+class Layout(Protocol):
+    """What the numbers of a device's row are: LoRA's factors, or those of another kind of adapter."""
+
+    @property
+    def width(self) -> int:
+        """P, the number of trained parameters of one device."""
+
+    def start(self, seed: int) -> torch.Tensor:
+        """A new device's row (P,)."""
 
 
 @dataclass(frozen=True)
 class Adapters:
     """Rows of one layout. One row alone serves every device of a batch."""
 
-    layout: AdapterLayout
+    layout: Layout
     rows: torch.Tensor  # (K, P) or (1, P)
 
     def pick(self, devices: Sequence[int]) -> Adapters:
@@ -151,17 +191,6 @@ class Adapters:
         if list(devices) != list(range(devices[0], end)):
             return Adapters(self.layout, self.rows[list(devices)])
         return self if len(devices) == len(self.rows) else Adapters(self.layout, self.rows[devices[0] : end])
-
-    def unstack(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Name, A (K, r, in) and Bᵀ (K, r, out) of each layer, contiguous, in `dtype`; differentiable."""
-        parts = iter(_Unstack.apply(self.rows, self.layout, dtype))  # type: ignore[no-untyped-call]
-        for layer in self.layout.layers:
-            a = next(parts) if self.layout.trains_a else self._frozen(layer.name, dtype)
-            b = next(parts) if self.layout.trains_b else self._frozen(layer.name, dtype).mT.contiguous()
-            yield layer.name, a, b
-
-    def _frozen(self, layer: str, dtype: torch.dtype) -> torch.Tensor:
-        return self.layout.frozen[layer].to(dtype).expand(len(self.rows), -1, -1)
 
 
 class _Unstack(torch.autograd.Function):
@@ -182,12 +211,14 @@ class _Unstack(torch.autograd.Function):
 
 
 def _trained_parts(rows: torch.Tensor, layout: AdapterLayout) -> Iterator[torch.Tensor]:
-    """Views of the rows: of each layer A (K, r, in) and Bᵀ (K, r, out), those that are trained."""
+    """Views of the rows: of each layer A (K, r, in) and Bᵀ (K, r, out), those that are trained; then gates (K, in)."""
     for _, a, b in layout.split(rows):
         if layout.trains_a:
             yield a
         if layout.trains_b:
             yield b.mT
+    if layout.gated:
+        yield from torch.split(rows, layout.sizes, dim=1)[-len(layout.layers) :]
 
 
 def _uniform(shape: tuple[int, int], width: int, generator: torch.Generator) -> torch.Tensor:

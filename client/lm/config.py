@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from client.lm.adapter import Trained
@@ -28,12 +30,14 @@ class ModelConfig(Config):
 
 
 class AdapterConfig(Config):
-    """The shape of a LoRA adapter."""
+    """The kind and the shape of an adapter."""
 
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    targets: tuple[str, ...] = Field((), description="endings of the adapted linear layers' names; empty: all")
-    factors: Trained = "both"
+    kind: Literal["lora", "ia3", "prompt"] = "lora"
+    rank: int = Field(8, ge=1, description="lora")
+    alpha: float = Field(16.0, gt=0, description="lora")
+    targets: tuple[str, ...] = Field((), description="lora: endings of the adapted linear layers' names; empty: all")
+    factors: Trained = Field("both", description="lora")
+    virtual_tokens: int = Field(8, ge=1, description="prompt: embeddings that stand before everything else")
     use_dora: bool = Field(False, description="refused: PEFT's name, so that whoever asks for it is told why")
 
     @field_validator("use_dora")

@@ -23,6 +23,7 @@ from client.lm.norms import replace_norms
 from client.lm.optimizer import Moments, adamw_
 from client.lm.packing import Example, Pack, Rectangle, Texts, owned_by
 from client.lm.passes import by_device, by_tokens
+from client.lm.soft_prompt import PromptLayout, behind
 
 TOKENS = {  # in one pass, if it is not said: what fits the caches of a CPU, what fills a GPU
     ("cpu", torch.float32): 2048,
@@ -49,7 +50,8 @@ class Engine:
         self.head = layers.head_of(model)
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         expected = layers.probe(model)
-        self.modules = layers.adapt(model, targets)
+        self.modules, self.embedding = layers.adapt(model, targets), layers.adapt_embedding(model)
+        self.adaptable = layers.Adaptable(self.modules, self.embedding)
         replace_norms(model)
         model.set_attn_implementation(attention.NAME)
         self.allowance = Allowance(max_batch_tokens or TOKENS.get((self.device.type, self.dtype), 2048))
@@ -61,7 +63,14 @@ class Engine:
 
     def active(self, adapters: Sequence[Adapters], owned: Rectangle) -> AbstractContextManager[None]:
         """The adapters switched on: row k of a stack for the tokens of owner k, one row for all."""
-        return layers.active(self.modules, adapters, owned, self.dtype)
+        return self.adaptable.active(adapters, owned, self.dtype)
+
+    def prompted(self, examples: Sequence[Example], adapters: Sequence[Adapters]) -> Sequence[Example]:
+        """The examples, behind the virtual tokens of a soft prompt that is among the adapters."""
+        for adapter in adapters:
+            if isinstance(adapter.layout, PromptLayout):
+                return behind(adapter.layout, examples)
+        return examples
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -69,8 +78,11 @@ class Engine:
     def hidden(
         self, examples: Sequence[Example], adapters: Sequence[Adapters] = (), slots: Sequence[int] = ()
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Index and last hidden states (n, H) of each example, under the adapters of its device, or without any."""
-        slots = slots or [0] * len(examples)
+        """Index and last hidden states (n, H) of each example, under the adapters of its device, or without any.
+
+        Those of a soft prompt come first.
+        """
+        slots, examples = slots or [0] * len(examples), self.prompted(examples, adapters)
 
         def read(group: list[int]) -> tuple[torch.Tensor, ...]:
             chosen = [examples[i] for i in group]
@@ -86,7 +98,7 @@ class Engine:
     @torch.inference_mode()
     def score(self, examples: Sequence[Example], slots: Sequence[int], adapters: Sequence[Adapters]) -> list[float]:
         """Summed NLL, nats, of each example's reply under the adapters of its device."""
-        found = [0.0] * len(examples)
+        found, examples = [0.0] * len(examples), self.prompted(examples, adapters)
 
         def measure(group: list[int]) -> list[float]:
             pack = self.pack([examples[i] for i in group], [slots[i] for i in group])
@@ -113,7 +125,7 @@ class Engine:
         stop_id: int,
     ) -> list[list[int]]:
         """Ids that follow each prompt, without the stop token; row i draws from `seeds[i]` alone."""
-        examples = [Example(tuple(p), (), (0, len(p)), False) for p in prompts]
+        examples = self.prompted([Example(tuple(p), (), (0, len(p)), False) for p in prompts], adapters)
         replies: dict[int, list[int]] = {}
 
         def continued(group: list[int]) -> list[list[int]]:
@@ -159,6 +171,7 @@ class Engine:
         an example is `weight · Σ NLL over its own reply tokens`: no example can rescale another, which is what
         bounds its influence once its gradient is clipped.
         """
+        examples = self.prompted(examples, [*frozen, trained])
         order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
 
         def differentiate(group: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,22 +213,29 @@ class Engine:
         lessons: Sequence[Lesson],
         rates: Sequence[Sequence[float]],
         weight_decay: float = 0.0,
+        proximal: float = 0.0,
+        anchor: torch.Tensor | None = None,
     ) -> Training:
         """Trains the row of each device on its lesson, by AdamW on the mean loss over the tokens of each batch.
 
         Device k does step s on `lessons[k].batches[s]` at rate `rates[k][s]`. Devices are taken in blocks of like
         lessons, a block through all of its steps, so that the optimizer's state exists for one block at a time;
-        each step goes in passes of devices with batches of like size.
+        each step goes in passes of devices with batches of like size. `proximal` is μ of μ/2 ‖row − anchor‖², added
+        to the loss (FedProx, arXiv 1812.06127; Ditto, arXiv 2012.04221): the anchor is (K, P) or (1, P), if none is
+        given the rows as they come.
         A device whose loss or adapter stops being a number keeps the row that it came with and is named in `failed`.
         """
         rows, losses = trained.rows.clone(), [list[float]() for _ in lessons]
+        lessons = [Lesson(self.prompted(x.examples, [*frozen, trained]), x.batches) for x in lessons]
+        anchors = trained if anchor is None else Adapters(trained.layout, anchor)
         busy = [k for k, x in enumerate(lessons) if x.batches]
         busy.sort(key=lambda k: (len(lessons[k].batches), lessons[k].tokens), reverse=True)
 
         def train(block: list[int]) -> tuple[torch.Tensor, list[list[float]]]:
-            own = [a.pick(block) for a in frozen]
+            own, near = [a.pick(block) for a in frozen], anchors.pick(block)
             work, pace = [lessons[k] for k in block], [rates[k] for k in block]
-            return self._train_block(Adapters(trained.layout, trained.rows[block]), own, work, pace, weight_decay)
+            start = Adapters(trained.layout, trained.rows[block])
+            return self._train_block(start, own, work, pace, weight_decay, proximal, near)
 
         failed: dict[int, str] = {}
         room = [x.tokens // PASSES_PER_BLOCK for x in lessons]
@@ -237,6 +257,8 @@ class Engine:
         lessons: Sequence[Lesson],
         rates: Sequence[Sequence[float]],
         weight_decay: float,
+        proximal: float,
+        near: Adapters,
     ) -> tuple[torch.Tensor, list[list[float]]]:
         """Rows (K, P), trained in place, and losses of devices in the order of falling numbers of steps."""
         rows, losses = adapters.rows, [list[float]() for _ in lessons]
@@ -247,18 +269,39 @@ class Engine:
             order = sorted(range(len(batches)), key=lambda k: -sizes[k])  # so that those of a pass are alike
             for group in by_tokens(sizes, EVEN)(order, self.allowance.tokens):
                 chosen = [batches[k] for k in group]
-                gradient, loss = self._gradient(adapters.pick(group), [a.pick(group) for a in frozen], chosen)
+                weights = [_mean_of_tokens(batch) for batch in chosen]
+                gradient, loss = self._gradient(adapters.pick(group), [a.pick(group) for a in frozen], chosen, weights)
+                if proximal:
+                    gradient.add_(rows[group] - near.pick(group).rows, alpha=proximal)  # ∇ μ/2 ‖row − anchor‖²
                 adamw_(rows, gradient, moments, group, [rates[k][step] for k in group], weight_decay)
                 for k, value in zip(group, loss.tolist(), strict=True):
                     losses[k].append(value)
         return rows, losses
 
-    def _gradient(
-        self, trained: Adapters, frozen: Sequence[Adapters], batches: Sequence[Sequence[Example]]
+    def gradient(
+        self,
+        trained: Adapters,
+        frozen: Sequence[Adapters],
+        batches: Sequence[Sequence[Example]],
+        weights: Sequence[Sequence[float]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradient (M, P) and value (M,) of each device's mean loss over the tokens of its own batch."""
+        """Gradient (M, P) and value (M,) of each device's Σ weight · NLL over the examples of its own batch, nats.
+
+        A weight may be negative: the loss of a pair, of which one is preferred, has such a gradient.
+        """
+        asked = [self.prompted(batch, [*frozen, trained]) for batch in batches]
+        return self._gradient(trained, frozen, asked, weights)
+
+    def _gradient(
+        self,
+        trained: Adapters,
+        frozen: Sequence[Adapters],
+        batches: Sequence[Sequence[Example]],
+        weights: Sequence[Sequence[float]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `gradient`, of examples that are behind their soft prompt, if there is one."""
         pairs = [(k, e) for k, batch in enumerate(batches) for e in batch]
-        tokens = torch.tensor([float(max(1, sum(e.targets for e in batch))) for batch in batches], device=self.device)
+        weight = torch.tensor([w for of_batch in weights for w in of_batch], device=self.device)
         value = torch.zeros(len(batches), device=self.device)
         gradient: torch.Tensor | None = None
         for group in by_tokens([e.length for _, e in pairs])(range(len(pairs)), self.allowance.tokens):
@@ -267,7 +310,7 @@ class Engine:
             with torch.enable_grad():
                 own = Adapters(trained.layout, rows).pick(pack.owners)
                 with self.active([*(a.pick(pack.owners) for a in frozen), own], pack.owned):
-                    losses = self.losses(pack) / tokens[list(pack.slots)]
+                    losses = self.losses(pack) * weight[group]
                 (part,) = torch.autograd.grad(losses.sum(), rows)
             value.index_add_(0, torch.tensor(list(pack.slots), device=self.device), losses.detach())
             gradient = part if gradient is None else gradient.add_(part)
@@ -304,3 +347,8 @@ class Engine:
                 f"{type(self.model).__name__} computes attention or logits in a way that is not supported: "
                 f"packed texts differ by {error:.2g} of the logits' norm"
             )
+
+
+def _mean_of_tokens(batch: Sequence[Example]) -> list[float]:
+    """Weights with which the summed losses of a batch are the mean over its tokens."""
+    return [1 / max(1, sum(e.targets for e in batch))] * len(batch)

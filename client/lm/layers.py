@@ -12,8 +12,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from client.lm.adapter import AdaptedLayer, Adapters
+from client.lm.adapter import AdaptedLayer, AdapterLayout, Adapters
+from client.lm.ia3 import ScaledLayer, ScalingLayout
 from client.lm.packing import Example, Rectangle
+from client.lm.soft_prompt import AdaptedEmbedding, PromptLayout
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as Llama and its kin name them
 
@@ -31,25 +33,53 @@ class Factors:
     bt: torch.Tensor  # (K, r, out), B transposed
     scale: float
     owned: Rectangle
+    gate: torch.Tensor | None = None  # (K, in, 1): σ(gate · x) weighs this part, 1 − σ the others
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """One layer's vectors of stacked (IA)³ adapters."""
+
+    vectors: torch.Tensor  # (K, size)
+    on_input: bool
+    owned: Rectangle
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x (1, N, size), each token times its owner's vector."""
+        return x * self.vectors[self.owned.owners(x.shape[-2])]
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer plus the adapters that are active: `y = W x + Σ scale · B A x`."""
+    """A frozen linear layer plus the adapters that are active: `y = W x + Σ scale · B A x`.
+
+    Beside a gated one: `y = W x + g · scale · B A x + (1 − g) · Σ others`, with g of its own for each token. Vectors
+    of (IA)³ multiply x before, or y after.
+    """
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base
         self.active: list[Factors] = []
+        self.scaled: list[Scaling] = []
         self.siblings = [self]  # layers that are given the same input, in the order in which the model calls them
         self.ready: list[tuple[torch.Tensor, torch.Tensor]] = []  # at most one: an input, and the output for it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) → (..., out); the tokens are those of the active factors' rectangles."""
+        for scaling in self.scaled:
+            x = scaling(x) if scaling.on_input else x
+        y = self._added(x)
+        for scaling in self.scaled:
+            y = y if scaling.on_input else scaling(y)
+        return y
+
+    def _added(self, x: torch.Tensor) -> torch.Tensor:
         if not self.active:
             return self.base(x)  # type: ignore[no-any-return]
         if not self.ready or self.ready[0][0] is not x:
             together = [s for s in self.siblings if [f.order for f in s.active] == [f.order for f in self.active]]
-            for sibling, y in zip(together, _adapted(together, x), strict=True):
+            gated = any(f.gate is not None for f in self.active)
+            for sibling, y in zip(together, (_mixed if gated else _adapted)(together, x), strict=True):
                 sibling.ready[:] = [(x, y)]
         return self.ready.pop()[1]
 
@@ -60,6 +90,23 @@ def _adapted(siblings: Sequence[AdaptedLinear], x: torch.Tensor) -> list[torch.T
     flat = x.reshape(-1, x.shape[-1])
     ys: tuple[torch.Tensor, ...] = _Adapted.apply(flat, siblings, *tensors)  # type: ignore[no-untyped-call]
     return [y.view(*x.shape[:-1], -1) for y in ys]
+
+
+def _mixed(siblings: Sequence[AdaptedLinear], x: torch.Tensor) -> list[torch.Tensor]:
+    """As `_adapted`, where one of the active adapters is gated; by torch's own derivative."""
+    flat, ys = x.reshape(-1, x.shape[-1]), list[torch.Tensor]()
+    for sibling in siblings:
+        y = sibling.base(flat)  # (N, out)
+        (own,) = (f for f in sibling.active if f.gate is not None)
+        assert own.gate is not None
+        logit = flat.new_zeros(len(flat), 1)
+        own.owned.add_product(logit, own.owned.spread(flat), own.gate)
+        for f in sibling.active:
+            part = flat.new_zeros(len(flat), f.bt.shape[-1])
+            f.owned.add_product(part, torch.bmm(f.owned.spread(flat), f.a.mT) * f.scale, f.bt)
+            y = y + part * torch.sigmoid(logit if f is own else -logit)  # σ(−z) = 1 − σ(z)
+        ys.append(y.view(*x.shape[:-1], -1))
+    return ys
 
 
 class _Adapted(torch.autograd.Function):
@@ -191,24 +238,93 @@ def adapted_layers(modules: dict[str, AdaptedLinear], targets: Sequence[str] = (
     return tuple(AdaptedLayer(n, modules[n].base.in_features, modules[n].base.out_features) for n in chosen)
 
 
-@contextmanager
-def active(
-    modules: dict[str, AdaptedLinear], adapters: Sequence[Adapters], owned: Rectangle, dtype: torch.dtype
-) -> Iterator[None]:
-    """Within it, the tokens of owner k pass through row k of every adapter; outside, the base is bare.
+def scaled_layers(modules: dict[str, AdaptedLinear], model: PreTrainedModel) -> tuple[ScaledLayer, ...]:
+    """The layers that (IA)³ changes in models of this type, as PEFT knows them."""
+    from peft.utils import constants  # takes a second
 
-    An adapter of one row serves all owners.
-    """
-    try:
-        for order, adapter in enumerate(adapters):
-            shape = owned if len(adapter.rows) == owned.rows else owned.together
-            for name, a, bt in adapter.unstack(dtype):
-                modules[name].active.append(Factors(order, a, bt, adapter.layout.scale, shape))
-        yield
-    finally:
-        for module in modules.values():
-            module.active.clear()
-            module.ready.clear()
+    kind = str(model.config.model_type)
+    changed = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(kind, ())
+    inputs = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, ())
+    if not changed:
+        raise UnsupportedModelError(f"PEFT knows no (IA)³ layers of the model type {kind!r}; use kind = 'lora'")
+    return tuple(
+        ScaledLayer(n, m.base.in_features if _ends_in(n, inputs) else m.base.out_features, _ends_in(n, inputs))
+        for n, m in modules.items()
+        if _ends_in(n, changed)
+    )
+
+
+def adapt_embedding(model: PreTrainedModel) -> AdaptedEmbedding:
+    """Puts an `AdaptedEmbedding` in the place of the layer that looks tokens up."""
+    table = model.get_input_embeddings()
+    if not isinstance(table, nn.Embedding):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} looks tokens up in {type(table).__name__}, no nn.Embedding"
+        )
+    name = next(n for n, m in model.named_modules() if m is table)
+    parent, _, child = name.rpartition(".")
+    adapted = AdaptedEmbedding(table)
+    setattr(model.get_submodule(parent), child, adapted)
+    return adapted
+
+
+@dataclass(frozen=True)
+class Adaptable:
+    """The layers of a model that adapters can change."""
+
+    linear: dict[str, AdaptedLinear]
+    embedding: AdaptedEmbedding
+
+    @contextmanager
+    def active(self, adapters: Sequence[Adapters], owned: Rectangle, dtype: torch.dtype) -> Iterator[None]:
+        """Within it, the tokens of owner k pass through row k of every adapter; outside, the base is bare.
+
+        An adapter of one row serves all owners. Raises `ValueError` for more than one soft prompt.
+        """
+        try:
+            for order, adapter in enumerate(adapters):
+                shape = owned if len(adapter.rows) == owned.rows else owned.together
+                self._switch_on(adapter, order, shape, dtype)
+            yield
+        finally:
+            self.embedding.active.clear()
+            for module in self.linear.values():
+                module.active.clear()
+                module.scaled.clear()
+                module.ready.clear()
+
+    @contextmanager
+    def merged(self, adapters: Sequence[Adapters]) -> Iterator[None]:
+        """Within it the base's weights hold these LoRA adapters, of one row each; afterwards what they were before."""
+        before: dict[str, torch.Tensor] = {}
+        try:
+            for adapter in adapters:
+                assert isinstance(adapter.layout, AdapterLayout) and len(adapter.rows) == 1
+                for name, a, bt, _ in adapter.layout.unstack(adapter.rows, torch.float32):
+                    weight = self.linear[name].base.weight
+                    before.setdefault(name, weight.detach().clone())
+                    with torch.no_grad():
+                        weight += (adapter.layout.scale * bt[0].mT @ a[0]).to(weight.dtype)
+            yield
+        finally:
+            for name, weight in before.items():
+                self.linear[name].base.weight.data.copy_(weight)
+
+    def _switch_on(self, adapter: Adapters, order: int, owned: Rectangle, dtype: torch.dtype) -> None:
+        layout, rows = adapter.layout, adapter.rows
+        if isinstance(layout, AdapterLayout):
+            for name, a, bt, gate in layout.unstack(rows, dtype):
+                self.linear[name].active.append(Factors(order, a, bt, layout.scale, owned, gate))
+        elif isinstance(layout, ScalingLayout):
+            for layer, vectors in layout.split(rows):
+                self.linear[layer.name].scaled.append(Scaling(vectors.to(dtype), layer.on_input, owned))
+        elif isinstance(layout, PromptLayout):
+            if self.embedding.active:
+                raise ValueError("two soft prompts cannot both stand before everything else")
+            prompts = rows.view(len(rows), layout.tokens, layout.hidden)
+            self.embedding.active.append((prompts.to(dtype), owned))
+        else:
+            raise TypeError(f"{type(layout).__name__} is no layout of adapters")
 
 
 def _ends_in(name: str, targets: Sequence[str]) -> bool:

@@ -10,12 +10,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from client.lm import layers
-from client.lm.adapter import AdapterLayout, Adapters, layout
+from client.lm.adapter import AdapterLayout, Adapters, Layout, layout
 from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig
 from client.lm.engine import Engine
 from client.lm.hub import default_device, load, multiplies_bfloat16
+from client.lm.ia3 import ScalingLayout
 from client.lm.packing import Example
 from client.lm.readings import READINGS, Reading, Sight
+from client.lm.soft_prompt import PromptLayout
 from client.lm.text import ChatFormat
 
 
@@ -57,14 +59,23 @@ class LanguageModel:
     def name(self) -> str:
         return self.config.name
 
-    def layout(self, config: AdapterConfig, public_seed: int = 0) -> AdapterLayout:
-        """The layout of adapters of this model; frozen factors lie on the model's device."""
+    def layout(self, config: AdapterConfig) -> Layout:
+        """The layout of adapters of this model, of any kind."""
+        if config.kind == "ia3":
+            return ScalingLayout(layers.scaled_layers(self.engine.modules, self.engine.model))
+        if config.kind == "prompt":
+            vocabulary = self.engine.embedding.weight
+            return PromptLayout(config.virtual_tokens, vocabulary.shape[1], vocabulary)
+        return self.lora_layout(config)
+
+    def lora_layout(self, config: AdapterConfig, public_seed: int = 0) -> AdapterLayout:
+        """That of LoRA; frozen factors lie on the model's device."""
         chosen = layers.adapted_layers(self.engine.modules, config.targets)
         made = layout(chosen, config.rank, config.alpha, config.factors, public_seed)
         made.frozen.update({name: x.to(self.engine.device) for name, x in made.frozen.items()})
         return made
 
-    def adapters(self, layout: AdapterLayout, rows: torch.Tensor) -> Adapters:
+    def adapters(self, layout: Layout, rows: torch.Tensor) -> Adapters:
         """Rows (K, P) or (P,) as float32 adapters on the model's device."""
         return Adapters(layout, rows.reshape(-1, layout.width).to(self.engine.device, torch.float32))
 

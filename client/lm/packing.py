@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Rectangle:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.rows, self.tokens, self.device = len(lengths), sum(lengths), device
+        self.rows, self.tokens, self.device, self.lengths = len(lengths), sum(lengths), device, lengths
         self.even = min(lengths) == max(lengths)
         self.width = max(lengths) if self.even else rounded(max(lengths))
         if not self.even:
@@ -64,6 +65,11 @@ class Rectangle:
     def together(self) -> Rectangle:
         """The same tokens, all of one owner."""
         return Rectangle([self.tokens], self.device)
+
+    def owners(self, count: int) -> torch.Tensor:
+        """Whose each of the first `count` tokens is, (count,); of those after the N-th, the first owner."""
+        own = torch.arange(self.rows).repeat_interleave(torch.tensor(self.lengths))
+        return nn.functional.pad(own, (0, count - self.tokens)).to(self.device)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (N, C) → (S, T, C). What is filled up repeats the owner's last token: nobody sees another's."""

@@ -4,40 +4,60 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 
-from client.lm.adapter import AdapterLayout
+from client.lm.adapter import AdapterLayout, Layout
+from client.lm.ia3 import ScalingLayout
+from client.lm.soft_prompt import PromptLayout
 
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
+Tensors = dict[str, torch.Tensor]
 
 
 class AdapterFormatError(ValueError):
     """A PEFT folder does not fit the layout."""
 
 
-def write_peft(folder: Path, layout: AdapterLayout, row: torch.Tensor, base_model: str) -> None:
-    """Writes one row (P,) as `adapter_config.json` and `adapter_model.safetensors`."""
+def write_peft(folder: Path, layout: Layout, row: torch.Tensor, base_model: str) -> None:
+    """Writes one row (P,) as `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises `AdapterFormatError` for an adapter that PEFT does not know, such as a gated one.
+    """
+    tensors, config = _described(layout, row.detach().cpu().reshape(1, -1))
+    config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base_model, True
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, a, b in layout.split(row.reshape(1, -1)):
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = (a if a.dim() == 2 else a[0]).cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = b[0].cpu().contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    LoraConfig(
-        r=layout.rank,
-        lora_alpha=layout.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank, whole or not
-        target_modules=[layer.name for layer in layout.layers],
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    ).save_pretrained(str(folder))
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _described(layout: Layout, row: torch.Tensor) -> tuple[Tensors, PeftConfig]:
+    """The tensors of a row (1, P) by PEFT's names, and what they are."""
+    tensors: Tensors = {}
+    if isinstance(layout, AdapterLayout) and not layout.gated:
+        for name, a, b in layout.split(row):
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = (a if a.dim() == 2 else a[0]).cpu()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = (b if b.dim() == 2 else b[0]).cpu()
+        names = [layer.name for layer in layout.layers]
+        alpha: Any = layout.alpha  # which PEFT divides by r, whole or not
+        return tensors, LoraConfig(r=layout.rank, lora_alpha=alpha, target_modules=names)
+    if isinstance(layout, ScalingLayout):
+        for layer, vector in layout.split(row):
+            tensors[f"{PREFIX}{layer.name}.ia3_l"] = vector.reshape((1, -1) if layer.on_input else (-1, 1))
+        names = [layer.name for layer in layout.layers]
+        inputs = [layer.name for layer in layout.layers if layer.on_input]
+        return tensors, IA3Config(target_modules=names, feedforward_modules=inputs)
+    if isinstance(layout, PromptLayout):
+        tensors["prompt_embeddings"] = row.view(layout.tokens, layout.hidden)
+        return tensors, PromptTuningConfig(num_virtual_tokens=layout.tokens, token_dim=layout.hidden)
+    raise AdapterFormatError("PEFT's format has no place for an adapter's gates")
 
 
 def read_peft(folder: Path, layout: AdapterLayout) -> torch.Tensor:
-    """The row (P,) of a PEFT adapter; raises `AdapterFormatError` where rank, scale, layers or frozen A differ."""
+    """The row (P,) of PEFT's LoRA; raises `AdapterFormatError` where rank, scale, layers or frozen A differ."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if config["r"] != layout.rank or config["lora_alpha"] != layout.alpha:
         raise AdapterFormatError(

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import numpy as np
@@ -27,16 +24,15 @@ from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
 from client.shared import drawn, release_noise
 from privacy.accounting import Event, epsilon
-from privacy.ledger import Ledger
 from privacy.noise import inverse_column
 from privacy.plan import RoundPlan
 from server.config import ServerConfig
+from simulation.audit.canaries import Streams
 from simulation.audit.judge import planned_events
 from simulation.config import ExperimentConfig
-from simulation.federation import Cohort, Federated, play
+from simulation.federation import Federated, InMemory, passing_ledger, play
 
 GRID = ((0.01, 1.0, 1000, 1e-5), (0.1, 1.0, 100, 1e-5), (0.5, 4.0, 100, 1e-6), (0.02, 0.6, 500, 1e-5))  # q, σ, T, δ
-Streams = Sequence[Sequence[Dialogue]]
 Kind = TypeVar("Kind", bound=DeviceConfig)
 BOUND = 2.0 + 1e-4  # clipping norms, when one unit is replaced
 COPIES = 4
@@ -133,9 +129,9 @@ def _uniform(count: int) -> np.ndarray:
 
 def _local(config: ExperimentConfig, seen: Federated) -> list[np.ndarray]:
     cohort, std = seen.cohort, release_noise(config, 1, 0).on_device
-    with ledger() as accounts:
+    with passing_ledger() as accounts:
         site = replace(cohort.site, config=without_noise(config), ledger=accounts)
-        again = Cohort(site, cohort.streams, cohort.at_once)
+        again = InMemory(site, cohort.streams, cohort.at_once)
         for number, received in enumerate(cohort.received, start=1):
             again.contribute(list(cohort.streams), received, RoundPlan(number, number - 1))
     drawn = []
@@ -188,8 +184,7 @@ def coupling(
     clip = one.privacy.clip_norm_l2
     if not one.privacy.by_dialogue:
         short, instead = stream[: len(others)], others[: len(stream)]
-        unclipped = one.model_copy(update={"privacy": one.privacy.model_copy(update={"clip_norm_l2": 1e6})})
-        moved, loose = (_moved(lm, settings, short, instead, seed) / clip for settings in (one, unclipped))
+        moved, loose = (_moved(lm, settings, short, instead, seed) / clip for settings in (one, without_clipping(one)))
         return Check("one device replaced moves its change, C", moved, 0.0, BOUND, "no clipping", loose)
     fits = stream[: one.shared.pool_capacity - COPIES]
     tight = one_round(one, pool_capacity=max(2, len(fits) // 2))  # coins decide what is in the pool, and what leaves
@@ -225,13 +220,6 @@ def _changes(lm: LanguageModel, config: DeviceConfig, streams: Streams, seed: in
     return play(lm, config, ServerConfig(), named(streams), seed, at_once=True).cohort.changes[0]
 
 
-@contextmanager
-def ledger() -> Iterator[Ledger]:
-    """An empty one, gone afterwards."""
-    with TemporaryDirectory() as folder:
-        yield Ledger(Path(folder) / "ledger.db")
-
-
 def named(streams: Streams) -> dict[str, Sequence[Dialogue]]:
     """As a federation wants them."""
     return {f"audited-{k:05d}": stream for k, stream in enumerate(streams)}
@@ -246,7 +234,17 @@ def one_round(config: Kind, **shared: object) -> Kind:
 def without_noise(config: Kind) -> Kind:
     """The same clipping and no noise."""
     clips = "dialogue" if config.privacy.by_dialogue else "change"
-    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"mode": "none", "clips": clips})})
+    return with_privacy(config, mode="none", clips=clips)
+
+
+def without_clipping(config: Kind) -> Kind:
+    """A clipping norm that no gradient reaches."""
+    return with_privacy(config, clip_norm_l2=1e6)
+
+
+def with_privacy(config: Kind, **changes: object) -> Kind:
+    """The same settings but for some of [privacy]."""
+    return config.model_copy(update={"privacy": config.privacy.model_copy(update=changes)})
 
 
 def _renyi(rate: float, sigma: float, steps: int, delta: float) -> float:

@@ -20,7 +20,7 @@ from client.lm.model import LanguageModel
 from client.shared import planned_event
 from privacy.seeds import derive_seed
 from simulation.audit.canaries import Canary, Streams, plant
-from simulation.audit.checks import named, one_round, without_noise
+from simulation.audit.checks import named, one_round, with_privacy, without_clipping, without_noise
 from simulation.config import ExperimentConfig
 from simulation.federation import Federated, play
 
@@ -56,9 +56,8 @@ NONE = Mistake()
 def worst_case(config: ExperimentConfig, epsilon: float) -> ExperimentConfig:
     """The settings for one release of one step on every slot, with all of a budget of `epsilon`."""
     one = one_round(config, sampling_rate=1.0, synthetic=0)
-    privacy = one.privacy.model_copy(update={"epsilon": epsilon, "releases": 0})
     everybody = one.server.model_copy(update={"noise_bands": 1, "sampled_share": 1.0})
-    return one.model_copy(update={"privacy": privacy, "server": everybody})
+    return with_privacy(one.model_copy(update={"server": everybody}), epsilon=epsilon, releases=0)
 
 
 def release_scale(config: ExperimentConfig) -> float:
@@ -107,7 +106,7 @@ class DialogueCoins:
     @cached_property
     def _gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of all canaries and of all real dialogues, at the adapter that everybody begins with."""
-        layout = self.lm.layout(self.config.shared.adapter, public_seed=derive_seed(self.seed, "shared"))
+        layout = self.lm.lora_layout(self.config.shared.adapter, public_seed=derive_seed(self.seed, "shared"))
         start = self.lm.adapters(layout, layout.start(derive_seed(self.seed, "shared")))
         texts = [[c.dialogue for c in self.known], [d for s in self.streams for d in s]]
         found = [self.lm.engine.dp_gradients(start, [], [self.lm.format.dialogues(t)])[0][0].double() for t in texts]
@@ -130,7 +129,7 @@ class DeviceCoins:
 
     def guessed(self, settings: ExperimentConfig, mistake: Mistake = NONE) -> Guesses:
         """All devices in each repetition; coins and noise are new in each, all else is the same."""
-        secretly = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"secret": "os"})})
+        secretly = with_privacy(settings, secret="os")
         own, other = (self._plain(settings, streams, mistake) for streams in (self.own, self.other))
         differences, deviation = other - own, _deviation(settings, mistake)
         rng, scores, members = np.random.default_rng(derive_seed(self.seed, "coins")), [], []
@@ -175,8 +174,7 @@ def _played(
     lm: LanguageModel, settings: ExperimentConfig, streams: Streams, mistake: Mistake, seed: int, number: int = 0
 ) -> Federated:
     if mistake.unclipped:
-        privacy = settings.privacy.model_copy(update={"clip_norm_l2": 1e6})
-        settings = settings.model_copy(update={"privacy": privacy})
+        settings = without_clipping(settings)
     seen = play(lm, settings, settings.server, named(streams), seed, at_once=True)
     if mistake.added_noise:
         generator = torch.Generator().manual_seed(derive_seed(seed, "added", number) >> 1)

@@ -12,10 +12,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
 
 from simulation.bench.peft_arm import OneByOne
 from simulation.bench.workload import NODES, Workload, adapter_rows
+from simulation.stock import simulate
 
 app = ClientApp()
 
@@ -80,12 +80,4 @@ def federate(model: str, dtype: str, device: str, serve: Callable[[Federation], 
         serve(Federation(grid, own, {"model": model, "dtype": dtype, "device": device}))
 
     os.chdir(tempfile.mkdtemp())  # Ray puts the working directory first on its workers' path
-    run_simulation(
-        server,
-        app,
-        num_supernodes=NODES,
-        backend_config={
-            "init_args": {"include_dashboard": False, "log_to_driver": False},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0 if device == "cpu" else 0.5},
-        },
-    )
+    simulate(server, app, NODES, gpus_per_client=0.0 if device == "cpu" else 0.5)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, overload
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -27,6 +27,7 @@ from simulation.data.hub import HubFields, read_hub
 from simulation.data.jsonl import read_jsonl
 
 Half = Literal["development", "test"]
+Split = Literal["development", "test", "all"]
 Order = Literal["recorded", "iid", "blocked", "sticky"]
 HUB = "hub:"
 
@@ -36,7 +37,8 @@ class DataConfig(Config):
 
     name: str = Field(default="chitchat", description="a known name, a .jsonl[.gz|.xz] file, or hub:owner/dataset")
     users: int = Field(default=64, ge=1)
-    split: Half = Field(default="test", description="tune on development users, report on test users")
+    split: Split = Field(default="test", description="tune on development users, report on test users; all: both")
+    bootstrap: bool = Field(default=False, description="more devices than people: theirs, drawn with replacement")
     min_pairs: int = Field(default=40, ge=2, description="users with fewer replies are left out")
     max_pairs: int = Field(default=160, ge=2, description="replies kept of each user: the first ones in time")
     held_out_share: float = Field(default=0.25, gt=0, lt=1, description="last part in time of each user's kept replies")
@@ -87,11 +89,11 @@ class Replies:
     repeated: int
 
 
-def load_population(config: DataConfig, seed: int) -> list[User]:
+def load_population(config: DataConfig, seed: int) -> Sequence[User]:
     """`config.users` users of one half of a data set, drawn by the seed, each with a stream and held-out replies.
 
     The halves are disjoint whatever the seed. Every device of an anonymous data set is a random hand of replies.
-    Raises `DataError` with the number there is where users are too few.
+    Where users are too few, `bootstrap` adds resampled ones; without it `DataError` tells the number there is.
     """
     return draw(collect(config), config, seed)
 
@@ -124,17 +126,71 @@ def streams(replies: Replies, config: DataConfig, seed: int) -> dict[str, tuple[
     return {
         user: said[: config.max_pairs]
         for user, said in replies.by_user.items()
-        if len(said) >= config.min_pairs and half_of(user) == config.split
+        if len(said) >= config.min_pairs and config.split in (half_of(user), "all")
     }
 
 
-def draw(replies: Replies, config: DataConfig, seed: int) -> list[User]:
+def draw(replies: Replies, config: DataConfig, seed: int) -> Sequence[User]:
     """The users with the lowest keyed hashes: a draw of k users is the start of every longer one."""
     eligible = streams(replies, config, seed)
-    if len(eligible) < config.users:
+    if len(eligible) < config.users and not (config.bootstrap and eligible):
         raise DataError(_too_few(replies, config, len(eligible)))
     chosen = sorted(eligible, key=lambda user: derive_seed(seed, "draw", user))[: config.users]
-    return [_user(user, eligible[user], config, seed) for user in chosen]
+    people = [_user(user, eligible[user], config, seed) for user in chosen]
+    return people if len(people) == config.users else Bootstrapped(people, config.users, seed)
+
+
+@dataclass(frozen=True)
+class Bootstrapped(Sequence[User]):
+    """People, and behind them devices whose streams are drawn, with replacement, from the stream of one of them.
+
+    Such a device is not another person: it has the same held-out replies, and its dialogues are known ones. Last come
+    people who stand `apart`: nothing of theirs is on any other device.
+    """
+
+    people: Sequence[User]
+    devices: int
+    seed: int
+    apart: Sequence[User] = ()
+
+    def __len__(self) -> int:
+        return self.devices + len(self.apart)
+
+    def with_apart(self, count: int) -> Bootstrapped:
+        """As many devices in all, the last so many of them people whom no device is resampled from."""
+        if count >= len(self.people):
+            raise DataError(f"{count} newcomers leave none of {len(self.people)} people to resample; lower newcomers")
+        people, apart = self.people[: len(self.people) - count], self.people[len(self.people) - count :]
+        return Bootstrapped(people, self.devices - count, self.seed, apart)
+
+    @overload
+    def __getitem__(self, index: int) -> User: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[User]: ...
+
+    def __getitem__(self, index: int | slice) -> User | Sequence[User]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index >= self.devices:
+            return self.apart[index - self.devices]
+        copy, person = divmod(index, len(self.people))
+        return resampled(self.people[person], copy, self.seed) if copy else self.people[person]
+
+
+def resampled(user: User, copy: int, seed: int) -> User:
+    """As many dialogues as the user's stream has, drawn from it with replacement, in its order."""
+    rng = np.random.Generator(np.random.Philox(key=derive_seed(seed, "bootstrap", user.id, copy)))
+    drawn = sorted(rng.integers(len(user.stream), size=len(user.stream)).tolist())
+    stream = tuple(replace(user.stream[i], id=f"{user.stream[i].id}~{copy}.{n}") for n, i in enumerate(drawn))
+    return User(f"{user.id}~{copy}", stream, user.held_out)
+
+
+def met_by(length: int, number: int, rounds: int) -> int:
+    """How much of a stream a device has met by the end of round `number`: equal parts in each."""
+    return round(length * number / rounds)
 
 
 def arrange(stream: Sequence[Dialogue], order: Order, stickiness: float, seed: int) -> tuple[Dialogue, ...]:
@@ -196,7 +252,7 @@ def _deal(replies: tuple[Dialogue, ...], config: DataConfig, seed: int) -> dict[
     Replies of one conversation follow each other, so that its context is not met before or after on another device
     (but for the one that a run ends in).
     """
-    half = [reply for reply in replies if half_of(_conversation_of(reply)) == config.split]
+    half = [reply for reply in replies if config.split in (half_of(_conversation_of(reply)), "all")]
     shuffled = sorted(half, key=lambda reply: (derive_seed(seed, "deal", _conversation_of(reply)), _when(reply)))
     devices = min(config.users, len(half) // config.min_pairs)
     runs = [shuffled[i * len(half) // devices : (i + 1) * len(half) // devices] for i in range(devices)]
@@ -210,6 +266,8 @@ def _deal(replies: tuple[Dialogue, ...], config: DataConfig, seed: int) -> dict[
 
 def _user(identity: str, said: tuple[Dialogue, ...], config: DataConfig, seed: int) -> User:
     """Cuts what was said in time, at least one reply on either side, and puts the stream in its order."""
+    if len({reply.id for reply in said}) < len(said):
+        raise DataError(f"user {identity} of {config.name} has two replies with the same id")
     held_out = min(len(said) - 1, max(1, round(config.held_out_share * len(said))))
     cut = len(said) - held_out
     stream = arrange(said[:cut], config.order, config.stickiness, derive_seed(seed, "order", identity))
@@ -223,7 +281,7 @@ def _too_few(replies: Replies, config: DataConfig, eligible: int) -> str:
         return f"{asked} replies for {eligible} devices of min_pairs = {config.min_pairs}; {remedy}"
     return (
         f"{asked} {eligible} users with min_pairs = {config.min_pairs} replies or more; {remedy}, "
-        f"or take a larger data set ({len(replies.by_user)} users in both halves)"
+        f"take a larger data set ({len(replies.by_user)} users in both halves), or set bootstrap=true"
     )
 
 

@@ -9,7 +9,6 @@ cell, so that cells can be compared pair by pair.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,18 +21,20 @@ import torch
 
 from client.lexicons import load_lexicons
 from client.phases import Observation, Site, States
-from client.round import live_alone
+from client.round import live
 from client.state import DeviceStore, stage
 from privacy.plan import RoundPlan
 from privacy.seeds import derive_seed
 from simulation.config import ExperimentConfig
-from simulation.data.population import User
-from simulation.evaluate import derangement, measure_rouge, reply_arms, score_arms, token_lengths
-from simulation.host import recorded_replies
+from simulation.data.population import User, met_by
+from simulation.evaluate import by_device, derangement, measure_rouge, reply_arms, score_arms
 from simulation.runs import RunError, sources_sha256
 from simulation.study.config import Cell, Study
 from simulation.study.federated import FederatedCell
-from simulation.study.workbench import Bench, Result
+from simulation.study.lives import LivesCell
+from simulation.study.methods import MethodsCell
+from simulation.study.rivals import RivalsCell
+from simulation.study.workbench import Bench, Result, read_result, write_whole
 
 Listener = Callable[[str], None]
 SUMMED = (
@@ -53,15 +54,20 @@ class CellRun:
 
     @property
     def config(self) -> ExperimentConfig:
+        assert isinstance(self.cell.config, ExperimentConfig)
         return self.cell.config
 
     @cached_property
     def users(self) -> dict[str, User]:
         return self.bench.people(self.config.data, self.cell.seeds, self.config.seed)
 
+    @property
+    def devices(self) -> list[str]:
+        return list(self.users)
+
     @cached_property
     def site(self) -> Site:
-        recorded = recorded_replies(self.users, self.config.data.name)
+        recorded = {name: {d.id: d.response for d in user.stream} for name, user in self.users.items()}
         return Site.of(
             self.bench.model(self.config.model),
             self.config,
@@ -72,7 +78,7 @@ class CellRun:
 
     @property
     def store(self) -> DeviceStore:
-        return DeviceStore(self.folder / "devices")
+        return DeviceStore(self.folder / "devices.db")
 
     @property
     def result(self) -> Path:
@@ -85,20 +91,16 @@ class CellRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         finished = self._finished()
         done, names = len(finished), list(self.users)
-        states = [self.store.load(n, stage(done)) for n in names] if done else [self.site.new_state(n) for n in names]
+        states = [self.store.load(n, stage(done)) if done else self.site.new_state(n) for n in names]
         for number in range(done + 1, self.config.rounds + 1):
             states, line = self._round(states, number)
             self.store.save(states, stage(number))
             with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
             finished.append(line)
-            for name in names:
-                self.store.forget(name, until=stage(number - 1))
         result = {**self._verdict(states), "rounds": finished}
-        fresh = self.result.with_suffix(".new")
-        fresh.write_text(json.dumps(result), encoding="utf-8")
-        fresh.replace(self.result)
-        shutil.rmtree(self.folder / "devices")
+        write_whole(self.result, result)
+        self.store.path.unlink()
         return result
 
     def _finished(self) -> list[Result]:
@@ -116,8 +118,8 @@ class CellRun:
         arrived = []
         for state in states:
             stream = self.users[state.id].stream
-            arrived.append(stream[state.arrived : round(len(stream) * number / rounds)])
-        states, pages = live_alone(states, arrived, RoundPlan(number, number), self.site)
+            arrived.append(stream[state.arrived : met_by(len(stream), number, rounds)])
+        states, pages = live(states, arrived, None, RoundPlan(number, number), self.site)
         line = {"round": number, "spared_s": lm.spared_s, **_added_up(pages)}
         if self.config.evaluation.every_round and number < rounds:
             self.listener("evaluate")
@@ -146,12 +148,13 @@ class CellRun:
             self.listener("reply")
             arms = {"own": [lm.adapters(self.site.personal_layout, rows)]}
             seed = derive_seed(self.config.seed, "reply") >> 1
-            replies = reply_arms(lm, queries, arms, settings.sampling, seed)["own"]
-            measured = measure_rouge(replies, count)
+            seeds = range(seed, seed + sum(map(len, queries)))
+            replies = reply_arms(lm, queries, arms, settings.sampling, seeds)["own"]
+            measured = measure_rouge(by_device(replies, count))
             rouge = {
                 "by_user": measured.by_user,
                 "by_query": measured.by_query,
-                "mean_length_tokens": float(np.mean(token_lengths(lm, replies))),
+                "mean_length_tokens": float(np.mean([r.tokens for r in replies])),
             }
         return {
             "settings": self.config.model_dump(mode="json"),
@@ -167,7 +170,13 @@ class CellRun:
         }
 
 
-KINDS: dict[str, type[CellRun] | type[FederatedCell]] = {"alone": CellRun, "federated": FederatedCell}
+KINDS: dict[str, type[CellRun | FederatedCell | RivalsCell | MethodsCell | LivesCell]] = {
+    "alone": CellRun,
+    "federated": FederatedCell,
+    "rivals": RivalsCell,
+    "methods": MethodsCell,
+    "lives": LivesCell,
+}
 
 
 def run_study(study: Study, folder: Path, listener: Listener) -> None:
@@ -181,23 +190,15 @@ def run_study(study: Study, folder: Path, listener: Listener) -> None:
     bench = Bench.of(cells.values())
     kind = KINDS[study.config.kind]
     for key, cell in cells.items():
-        load_lexicons(cell.config.selection.lexicons)  # what is missing is told now, not after hours
-        assert kind(cell, folder / "cells" / key, bench, listener).users
+        if isinstance(cell.config, ExperimentConfig):
+            load_lexicons(cell.config.selection.lexicons)  # what is missing is told now, not after hours
+        assert kind(cell, folder / "cells" / key, bench, listener).devices
     for number, (key, cell) in enumerate(cells.items(), start=1):
         kind(cell, folder / "cells" / key, bench, partial(_tell, listener, f"cell {number} of {len(cells)}")).run()
 
 
 def _tell(listener: Listener, where: str, phase: str) -> None:
     listener(f"{where}: {phase}")
-
-
-def read_result(folder: Path) -> Result:
-    """The result of a cell; raises `RunError` where it is missing."""
-    path = folder / "result.json"
-    if not path.exists():
-        raise RunError(f"{path} is missing: the study has not come so far; run it again to go on")
-    result: Result = json.loads(path.read_text(encoding="utf-8"))
-    return result
 
 
 def _added_up(pages: list[Observation]) -> Result:

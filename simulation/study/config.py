@@ -15,6 +15,8 @@ from pydantic import Field, field_validator, model_validator
 
 from privacy.config import Config
 from simulation.config import ConfigError, ExperimentConfig, parse_override, read_tree, set_value, validate
+from simulation.personal.config import LivesConfig, MethodsConfig
+from simulation.rivals.config import RivalsConfig
 from simulation.study.published import PUBLISHED
 
 Label = tuple[tuple[str, Any], ...]  # (setting, value): where a cell stands in its table
@@ -22,7 +24,12 @@ Axis = dict[str, tuple[Any, ...]]
 SAME_PEOPLE = ("data.order", "data.stickiness")  # of the data, what leaves streams and held-out replies what they are
 TOGETHER = " & "  # between settings of an axis that change together
 WITHOUT_SERVER = ("shared", "server", "privacy")  # settings without effect where devices live alone
-NEVER_VARIED = ("engine", "cohort_size", "name")
+TREES: dict[str, type[ExperimentConfig] | type[MethodsConfig] | type[LivesConfig]] = {
+    "rivals": RivalsConfig,
+    "methods": MethodsConfig,
+    "lives": LivesConfig,
+}
+UNSEEN = ("engine", "cohort_size", "name", "ray", "world")  # without effect on a study's cells
 
 
 class TableConfig(Config):
@@ -79,10 +86,14 @@ class TableConfig(Config):
 class StudyConfig(Config):
     """How a grid of arms and seeds is run."""
 
-    kind: Literal["alone", "federated"] = Field("alone", description="devices without a server, or with one")
+    kind: Literal["alone", "federated", "rivals", "methods", "lives"] = Field(
+        "alone",
+        description="devices without a server, with one, by another scheme of personalisation; methods on a task; "
+        "people who talk with their devices",
+    )
     seeds: int = Field(
         5, ge=1,
-        description="alone: draws of data.users devices, none in two; federated: draws of dice for the same devices",
+        description="federated: draws of dice for the same devices; else draws of data.users devices, none in two",
     )  # fmt: skip
     hidden_share: float = Field(
         0.1, ge=0, le=1, description="federated: of each stream, for attacks; of two such dialogues a coin hides one"
@@ -91,7 +102,7 @@ class StudyConfig(Config):
 
     @model_validator(mode="after")
     def _matters(self) -> Self:
-        without = NEVER_VARIED if self.kind == "federated" else (*NEVER_VARIED, *WITHOUT_SERVER)
+        without = (*UNSEEN, *WITHOUT_SERVER) if self.kind == "alone" else UNSEEN
         for setting in (s for table in self.tables.values() for s in table.settings):
             if setting.partition(".")[0] in without:
                 raise ValueError(f"{setting} cannot be varied: it changes nothing in a study of the kind {self.kind!r}")
@@ -102,7 +113,7 @@ class StudyConfig(Config):
 class Cell:
     """One arm: an experiment on all seeds."""
 
-    config: ExperimentConfig
+    config: ExperimentConfig | MethodsConfig | LivesConfig
     study: StudyConfig
 
     @property
@@ -112,8 +123,8 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """Names the cell's folder: the same settings are the same cell, in whichever table it stands."""
-        settings = self.config.model_dump_json(exclude={"name", "cohort_size", "engine"})
-        kind = f"{self.study.hidden_share} " if self.study.kind == "federated" else ""
+        settings = self.config.model_dump_json(exclude=set(UNSEEN))
+        kind = {"alone": "", "federated": f"{self.study.hidden_share} "}.get(self.study.kind, f"{self.study.kind} ")
         return sha256(f"{kind}{self.seeds} {settings}".encode()).hexdigest()[:16]
 
 
@@ -135,7 +146,13 @@ class Study:
             set_value(tree, *parse_override(override))
         if self.config.kind == "alone":
             set_value(tree, "shared.pool_capacity", 0)  # no server: nothing is annotated for its sake
-        return Cell(validate(ExperimentConfig, tree, f"{self.where}, cell {dict(label)}"), self.config)
+        kind = TREES.get(self.config.kind, ExperimentConfig)
+        config = validate(kind, tree, f"{self.where}, cell {dict(label)}")
+        if self.config.kind == "federated" and isinstance(config, ExperimentConfig) and not config.server.by_rounds:
+            raise ConfigError(
+                f"{self.where}: a federated study asks by rounds; server.buffer and server.rule = 'none' do not"
+            )
+        return Cell(config, self.config)
 
     @cached_property
     def cells(self) -> dict[str, Cell]:

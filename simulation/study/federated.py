@@ -1,28 +1,23 @@
 """Runs a cell of a study of federations: real devices, real server, once for each seed, then personal adapters.
 
-The people are the same for all seeds and cells; what a seed changes is every coin and all noise. A cell's folder holds
-a file for each seed that was finished, and at the end `result.json`: a study that was killed goes on with the seed that
-it was in.
+The people are the same for all seeds and cells; what a seed changes is every coin and all noise.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from client.dialogue import Dialogue
-from client.phases import Site, States, learn_personal
+from client.phases import Site, States, beneath, learn_personal
 from client.round import adopt
 from privacy.plan import RoundPlan
 from privacy.seeds import derive_seed
@@ -31,24 +26,18 @@ from simulation.audit.canaries import Canary, hide
 from simulation.audit.judge import Ceiling, judge
 from simulation.config import ExperimentConfig
 from simulation.data.population import User
-from simulation.evaluate import Arm, derangement, measure_rouge, reply_arms, score_arms, token_lengths
+from simulation.evaluate import Arm, by_device, derangement, measure_rouge, reply_arms, score_arms
 from simulation.federation import Federated, play
-from simulation.runs import sources_sha256
-from simulation.study.config import Cell
-from simulation.study.workbench import Bench, Result
+from simulation.study.config import UNSEEN
+from simulation.study.workbench import Result, SeededCell
 
 
-@dataclass
-class FederatedCell:
+class FederatedCell(SeededCell):
     """One cell while it is being run."""
-
-    cell: Cell
-    folder: Path
-    bench: Bench
-    listener: Callable[[str], None]
 
     @property
     def config(self) -> ExperimentConfig:
+        assert isinstance(self.cell.config, ExperimentConfig)
         return self.cell.config
 
     @cached_property
@@ -61,34 +50,7 @@ class FederatedCell:
         met, hidden = hide([u.stream for u in self.users.values()], self.cell.study.hidden_share, self.config.seed)
         return dict(zip(self.users, met, strict=True)), hidden
 
-    def run(self) -> Result:
-        """Goes on after the last seed that was finished and returns the result."""
-        path = self.folder / "result.json"
-        if path.exists():
-            result: Result = json.loads(path.read_text(encoding="utf-8"))
-            return result
-        self.folder.mkdir(parents=True, exist_ok=True)
-        seeds = [self._kept(number) for number in range(self.cell.seeds)]
-        result = {
-            "settings": self.config.model_dump(mode="json"),
-            "devices": list(self.users),
-            "queries": sum(len(u.held_out) for u in self.users.values()),
-            "seeds": seeds,
-            "sources": sources_sha256(),
-            "hardware": self.bench.hardware(self.config.model),
-            "finished": round(time.time()),
-        }
-        _write(path, result)
-        return result
-
-    def _kept(self, number: int) -> Result:
-        path = self.folder / f"seed{number}.json"
-        if not path.exists():
-            _write(path, self._repetition(number))
-        found: Result = json.loads(path.read_text(encoding="utf-8"))
-        return found
-
-    def _repetition(self, number: int) -> Result:
+    def repetition(self, number: int) -> Result:
         """One federation of all devices, with the dice of a seed."""
         began, (streams, hidden) = time.perf_counter(), self.streams
         config, lm = self.config, self.bench.model(self.config.model)
@@ -112,19 +74,19 @@ class FederatedCell:
 
     def _arms(self, seen: Federated, states: States) -> dict[str, Arm]:
         site, personal = seen.site, torch.stack([s.personal for s in states])
-        shared = site.lm.adapters(site.shared_layout, seen.shared)
+        shared = beneath(seen.shared, [s.id for s in states], site)
         if not self.config.personal.epochs:
-            return {"shared": [shared]}
+            return {"shared": shared}
         given = derangement(len(states), derive_seed(site.seed, "shuffled"))
         return {
-            "shared": [shared],
-            "personal": [shared, site.lm.adapters(site.personal_layout, personal)],
-            "shuffled": [shared, site.lm.adapters(site.personal_layout, personal[given])],
+            "shared": shared,
+            "personal": [*shared, site.lm.adapters(site.personal_layout, personal)],
+            "shuffled": [*shared, site.lm.adapters(site.personal_layout, personal[given])],
         }
 
     def _without_server(self, states: States, site: Site, number: int) -> Result:
         """Base model and personal adapters on it alone: the same in all cells that differ in what is shared."""
-        known = self.config.model_dump_json(exclude={"shared", "privacy", "server", "name", "cohort_size", "engine"})
+        known = self.config.model_dump_json(exclude={"shared", "privacy", "server", *UNSEEN})
 
         def measured() -> Result:
             arms: dict[str, Arm] = {"base": []}
@@ -137,7 +99,8 @@ class FederatedCell:
                 arms["local"] = [site.lm.adapters(site.personal_layout, rows)]
             return self._measured(arms, number)
 
-        return self.bench.remembered((known, self.cell.study.hidden_share, number), measured)
+        found: Result = self.bench.remembered((known, self.cell.study.hidden_share, number), measured)
+        return found
 
     def _measured(self, arms: Mapping[str, Arm], number: int) -> Result:
         """NLL and ROUGE-1 of each arm, by user and by query, and the mean length of replies."""
@@ -151,10 +114,11 @@ class FederatedCell:
         if settings.rouge_queries_per_user:
             few = [queries[: settings.rouge_queries_per_user] for queries in asked]
             seed = derive_seed(self.config.seed, "reply", number) >> 1
-            for name, replies in reply_arms(lm, few, arms, settings.sampling, seed).items():
-                m = measure_rouge(replies, len(asked))
+            seeds = range(seed, seed + sum(map(len, few)))
+            for name, replies in reply_arms(lm, few, arms, settings.sampling, seeds).items():
+                m = measure_rouge(by_device(replies, len(asked)))
                 found[name]["rouge1"] = {"by_user": m.by_user, "mean_per_query": m.mean_per_query}
-                found[name]["mean_length_tokens"] = float(np.mean(token_lengths(lm, replies)))
+                found[name]["mean_length_tokens"] = float(np.mean([r.tokens for r in replies]))
         return found
 
 
@@ -174,6 +138,8 @@ def _told(seen: Federated) -> Result:
         # of the first round, noise and all: squared norm of the mean change, and what a device adds to it
         "mean_square": float(first.mean(0).square().sum()),
         "variance": variance,
+        "width": seen.site.shared_layout.width,
+        "averaging_error": [f.averaging_error for f in seen.facts.values()],
         "upload_bytes": max(p["upload_bytes"] for page in pages for p in page.values()),
         "seconds_by_phase": _phases(pages),
     }
@@ -181,12 +147,6 @@ def _told(seen: Federated) -> Result:
 
 def _phases(pages: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
     seconds = Counter[str]()
-    for page in (p for by_device in pages for p in by_device.values()):
+    for page in (p for of_round in pages for p in of_round.values()):
         seconds.update(page["seconds"])
     return {name: round(spent, 3) for name, spent in seconds.items()}
-
-
-def _write(path: Path, result: Result) -> None:
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(result), encoding="utf-8")
-    os.replace(fresh, path)

@@ -22,7 +22,7 @@ LOOKS = [
 ]  # fmt: skip
 
 
-def differences(found: Sequence[Contrast], metric: str) -> go.Figure | None:
+def differences(found: Sequence[Contrast], metric: str, called: str = "") -> go.Figure | None:
     """One row a contrast at equal cost; the mark is full where the corrected test shows a difference.
 
     Where no two cells have the same cost, all contrasts are drawn.
@@ -39,7 +39,7 @@ def differences(found: Sequence[Contrast], metric: str) -> go.Figure | None:
                        marker={"color": colour, "size": 9, "symbol": "circle" if c.shown else "circle-open"},
                        hovertemplate=f"%{{x:+.4f}}, {c.verdict}<extra></extra>")
         )  # fmt: skip
-    unit = "difference of NLL, nats per token" if metric == "nll" else f"difference of {METRICS[metric]}"
+    unit = "difference of NLL, nats per token" if metric == "nll" else f"difference of {called or METRICS[metric]}"
     layout: dict[str, Any] = {"shapes": [zero_line()], "yaxis": {"autorange": "reversed"}}
     return figure(traces, 70 + 26 * len(rows), unit, **layout) if rows else None
 

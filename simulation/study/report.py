@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,9 +11,9 @@ from typing import Any
 from simulation import page
 from simulation.report import flattened
 from simulation.study import figures
-from simulation.study.cells import read_result
 from simulation.study.config import Study, TableConfig
-from simulation.study.tables import METRICS, Contrast, Entry, contrasts, entries, named, spread
+from simulation.study.tables import METRICS, Contrast, Entry, contrasts, entries, named, spread, write_summary
+from simulation.study.workbench import read_result
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def render_study(study: Study, folder: Path) -> Path:
         Shown(key, table, entries(study, folder, table), contrasts(study, folder, table))
         for key, table in study.config.tables.items()
     ]
-    (folder / "summary.json").write_text(json.dumps(_summary(study, shown), indent=1) + "\n", encoding="utf-8")
+    write_summary(folder, study, {t.key: ([_cell(e) for e in t.entries], t.contrasts) for t in shown})
     results = [read_result(folder / "cells" / key) for key in study.cells]
     return page.write(
         folder / "report.html", "study/report.html.j2", filters={"spread": spread, "named": named}, plots=_plots(shown),
@@ -100,27 +99,13 @@ def _rejected(results: Sequence[dict[str, Any]]) -> Counter[str]:
     return reasons
 
 
-def _summary(study: Study, shown: Sequence[Shown]) -> dict[str, Any]:
-    """The figures for programs."""
+def _cell(e: Entry) -> dict[str, Any]:
     return {
-        "name": study.name,
-        "seeds": study.config.seeds,
-        "tables": {
-            t.key: {
-                "cells": [
-                    {
-                        "label": dict(e.label),
-                        "nll": e.nll.summary(),
-                        "nll_shuffled": e.shuffled.summary(),
-                        "rouge1": e.rouge1.summary() if e.rouge1 else None,
-                        "mean_length_tokens": e.length_tokens,
-                        "published_rouge1": e.published,
-                        "cost": asdict(e.cost),
-                    }
-                    for e in t.entries
-                ],
-                "contrasts": [{**asdict(c), "verdict": c.verdict} for c in t.contrasts],
-            }
-            for t in shown
-        },
+        "label": dict(e.label),
+        "nll": e.nll.summary(),
+        "nll_shuffled": e.shuffled.summary(),
+        "rouge1": e.rouge1.summary() if e.rouge1 else None,
+        "mean_length_tokens": e.length_tokens,
+        "published_rouge1": e.published,
+        "cost": asdict(e.cost),
     }

@@ -7,8 +7,9 @@ or, beyond a tenth, synthetic dialogues are shown, and kept out of the family: t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from rich.table import Table
 from scipy import stats
 
 from simulation.evaluate import Comparison, Measured, compare
-from simulation.study.cells import read_result
 from simulation.study.config import Label, Study, TableConfig
 from simulation.study.published import PUBLISHED
-from simulation.study.workbench import Result
+from simulation.study.workbench import Result, read_result
 
 METRICS = {"nll": "NLL", "rouge1": "ROUGE-1"}
+LOWER_IS_BETTER = {"nll", "mae", "rmse"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Contrast:
         if not self.shown:
             return "no difference shown" if self.equal_cost else "not at equal cost"
         lower = self.found.mean_difference < 0
-        return "better" if lower == (self.metric == "nll") else "worse"
+        return "better" if lower == (self.metric in LOWER_IS_BETTER) else "worse"
 
 
 def entry(study: Study, folder: Path, table: TableConfig, label: Label, override: str = "") -> Entry:
@@ -145,6 +146,21 @@ def contrasts(study: Study, folder: Path, table: TableConfig) -> list[Contrast]:
                 own, other = entry(study, folder, table, label), entry(study, folder, table, label, override)
                 found += [c for metric in METRICS if (c := _contrast(own, other, override, metric))]
     return [c for metric in METRICS for c in corrected([c for c in found if c.metric == metric])]
+
+
+def contrast(
+    name: str, than: str, metric: str, pair: tuple[Measured, Measured], seeds: Sequence[int], *, equal_cost: bool = True
+) -> Contrast | None:
+    """Two cells' units compared; None where a single unit has no interval. `seeds[k]` is that of unit k."""
+    mine, theirs = pair
+    if len(mine.by_user) < 2:
+        return None
+    differences, of_unit = np.array(mine.by_user) - np.array(theirs.by_user), np.array(seeds)
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+    better = sum(bool(sign * differences[of_unit == s].mean() < 0) for s in set(seeds))
+    p = float(stats.ttest_1samp(differences, 0).pvalue) if differences.any() else 1.0
+    found = compare(mine, theirs, lower_is_better=metric in LOWER_IS_BETTER)
+    return Contrast(name, than, metric, found, better, len(set(seeds)), p, equal_cost)
 
 
 def corrected(family: Sequence[Contrast]) -> list[Contrast]:
@@ -199,17 +215,11 @@ def _measured(stored: dict[str, Any]) -> Measured:
 
 def _contrast(own: Entry, other: Entry, override: str, metric: str) -> Contrast | None:
     mine, theirs = own.metric(metric), other.metric(metric)
-    if mine is None or theirs is None or len(mine.by_user) < 2:
+    if mine is None or theirs is None:
         return None
-    differences = np.array(mine.by_user) - np.array(theirs.by_user)
-    seeds = np.array(own.result["seeds"])
-    sign = 1 if metric == "nll" else -1
-    better = sum(sign * differences[seeds == s].mean() < 0 for s in set(seeds.tolist()))
-    p = float(stats.ttest_1samp(differences, 0).pvalue) if differences.any() else 1.0
     equal = _equal_cost(own.cost, other.cost, but_synthesis=override.startswith("synthesis."))
     than = named((tuple(override.split("=", 1)),))  # type: ignore[arg-type]
-    found = compare(mine, theirs, lower_is_better=metric == "nll")
-    return Contrast(own.name, than, metric, found, int(better), len(set(seeds.tolist())), p, equal)
+    return contrast(own.name, than, metric, (mine, theirs), own.result["seeds"], equal_cost=equal)
 
 
 def _equal_cost(one: Cost, other: Cost, *, but_synthesis: bool) -> bool:
@@ -218,3 +228,19 @@ def _equal_cost(one: Cost, other: Cost, *, but_synthesis: bool) -> bool:
     if one.failed or other.failed or not same:
         return False
     return but_synthesis or abs(one.synthetic - other.synthetic) <= 0.1 * max(one.synthetic, other.synthetic)
+
+
+def write_summary(
+    folder: Path, study: Study, tables: Mapping[str, tuple[Sequence[Any], Sequence[Contrast]]], **more: Any
+) -> None:
+    """`summary.json`, the figures for programs: the cells of each table and their comparisons."""
+    found = {
+        "name": study.name,
+        "seeds": study.config.seeds,
+        "tables": {
+            key: {"cells": list(cells), "contrasts": [{**asdict(c), "verdict": c.verdict} for c in contrasts]}
+            for key, (cells, contrasts) in tables.items()
+        },
+        **more,
+    }
+    (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

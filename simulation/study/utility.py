@@ -20,10 +20,9 @@ from scipy import stats
 from client.shared import planned_event, release_noise
 from simulation.config import ExperimentConfig
 from simulation.evaluate import Comparison, Measured, compare
-from simulation.study.cells import read_result
 from simulation.study.config import Cell, Label, Study, TableConfig
 from simulation.study.tables import METRICS, Contrast, corrected, named, spread
-from simulation.study.workbench import Result
+from simulation.study.workbench import Result, read_result
 
 COMPARED = (("shared", "base"), ("personal", "base"), ("personal", "local"), ("personal", "shuffled"))
 COHORTS = (10, 30, 100, 1_000, 10_000, 100_000, 1_000_000)  # devices in a round
@@ -39,6 +38,7 @@ class Outcome:
 
     @property
     def config(self) -> ExperimentConfig:
+        assert isinstance(self.cell.config, ExperimentConfig)
         return self.cell.config
 
     @property
@@ -185,7 +185,7 @@ def _ratio(o: Outcome, twin: Outcome, devices: int) -> float:
     squares = [max(0.0, s["mean_square"] - s["variance"] / twin.devices) + s["variance"] / devices for s in twin.seeds]
     by_rate = o.config.privacy.by_dialogue and o.config.shared.learning_rate / twin.config.shared.learning_rate
     noise = release_noise(o.config, 1, 0).of_mean(devices) / (by_rate or 1.0)
-    return float(np.sqrt(np.mean(squares)) / (noise * math.sqrt(o.seeds[0]["upload_bytes"] / 4)))
+    return float(np.sqrt(np.mean(squares)) / (noise * math.sqrt(o.seeds[0]["width"])))
 
 
 # -- for a terminal -----------------------------------------------------------------------------------------------
@@ -209,6 +209,7 @@ def _shown(study: Study, folder: Path) -> Iterator[RenderableType]:
             "stranger's",
             "signal/noise",
             "best attack",
+            "bytes up",
         ):
             shown.add_column(heading, justify="left" if heading == "cell" else "right")
         for o in outcomes(study, folder, table):
@@ -216,5 +217,12 @@ def _shown(study: Study, folder: Path) -> Iterator[RenderableType]:
             best = max((o.attack(name)[0] for name in o.attacks), default=math.nan)
             epsilon = "∞" if math.isinf(o.epsilon) else f"{o.epsilon:.2f}"
             cells = [spread(m) if m else "–" for m in measured]
-            shown.add_row(o.name, epsilon, *cells, f"{o.signal_to_noise:.2f}", f"{best:.3f} of {o.ceiling():.3f}")
+            shown.add_row(
+                o.name,
+                epsilon,
+                *cells,
+                f"{o.signal_to_noise:.2f}",
+                f"{best:.3f} of {o.ceiling():.3f}",
+                f"{o.seeds[0]['upload_bytes']:,}",
+            )
         yield shown

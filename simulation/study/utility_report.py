@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from simulation import page
 from simulation.report import flattened
 from simulation.study import figures, utility_figures
 from simulation.study.config import Study, TableConfig
-from simulation.study.tables import METRICS, Contrast, named, spread
+from simulation.study.tables import METRICS, Contrast, named, spread, write_summary
 from simulation.study.utility import Outcome, Reach, comparisons, outcomes, reaches
 
 
@@ -35,7 +34,8 @@ def render_study(study: Study, folder: Path) -> Path:
         shown.append(Shown(key, table, found, comparisons(found)))
     every = list({o.cell.key: o for t in shown for o in t.outcomes}.values())
     reach = reaches(every)
-    (folder / "summary.json").write_text(json.dumps(_summary(study, shown, reach), indent=1) + "\n", encoding="utf-8")
+    cells = {t.key: ([_cell(o) for o in t.outcomes], t.contrasts) for t in shown}
+    write_summary(folder, study, cells, signal_to_noise_by_devices=[asdict(r) for r in reach])
     return page.write(
         folder / "report.html", "study/utility.html.j2", filters={"spread": spread, "named": named, "budget": budget},
         plots=_plots(shown, every, reach), study=study, shown=shown, metrics=METRICS, reach=reach,
@@ -83,22 +83,6 @@ def _plots(shown: Sequence[Shown], every: Sequence[Outcome], reach: Sequence[Rea
         for metric in METRICS:
             made[f"{t.key}-differences-{metric}"] = figures.differences(t.contrasts, metric)
     return {name: drawn for name, drawn in made.items() if drawn is not None}
-
-
-def _summary(study: Study, shown: Sequence[Shown], reach: Sequence[Reach]) -> dict[str, Any]:
-    """The figures for programs."""
-    return {
-        "name": study.name,
-        "seeds": study.config.seeds,
-        "tables": {
-            t.key: {
-                "cells": [_cell(o) for o in t.outcomes],
-                "contrasts": [{**asdict(c), "verdict": c.verdict} for c in t.contrasts],
-            }
-            for t in shown
-        },
-        "signal_to_noise_by_devices": [asdict(r) for r in reach],
-    }
 
 
 def _cell(o: Outcome) -> dict[str, Any]:

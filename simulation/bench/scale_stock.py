@@ -1,0 +1,55 @@
+"""The same measurement of Flower's stock simulation, with its own FedAvg and a client that returns what it got.
+
+    python -m simulation.bench.scale_stock 1000
+
+No torch is loaded here: the memory is Flower's and Ray's.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+
+import numpy as np
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+ROUNDS = 4
+SAMPLED = 0.1
+NUMBERS = 768  # of an upload
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def stock(devices: int) -> list[float]:
+    """When each round was over, in seconds since the epoch."""
+    from simulation.bench.idle_client import app
+    from simulation.stock import simulate
+
+    ended: list[float] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = FedAvg(fraction_train=SAMPLED, fraction_evaluate=0.0, min_available_nodes=devices)
+        start = ArrayRecord([np.zeros(NUMBERS, np.float32)])
+        strategy.start(grid, start, ROUNDS, evaluate_fn=lambda number, arrays: ended.append(time.time()))
+
+    simulate(server, app, devices)
+    return ended[1:]  # the first call is before round 1
+
+
+def main() -> None:
+    began = time.time()
+    ended = stock(int(sys.argv[1]))
+    print("\n" + json.dumps({"began": began, "ended": ended, "peak_bytes": peak_bytes()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Methods of personalisation compared on tasks with a history per person."""

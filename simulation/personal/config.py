@@ -1,0 +1,87 @@
+"""The settings of one method on one task."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig
+from client.personal.asls import AslsConfig
+from client.personal.config import MethodConfig, TrainingConfig
+from privacy.config import Config
+from simulation.data.population import DataConfig
+from simulation.personal.live import ReptileConfig, UserConfig
+from simulation.tasks.config import TaskConfig
+from simulation.tasks.stand_ins import STAND_INS
+
+Part = Literal["all", "near", "far"]
+
+
+class TaskStageConfig(Config):
+    """Stage 1: the base is adapted to the task by the pool, in the method's prompts."""
+
+    enabled: bool = True
+    adapter: AdapterConfig = AdapterConfig(rank=8, alpha=8, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+    training: TrainingConfig = TrainingConfig(epochs=3)
+
+
+class HistoryConfig(Config):
+    """What of a history a method gets: OPPU's studies of behaviour shift, activity and format."""
+
+    part: Part = Field("all", description="near, far: the half that BM25 finds nearest to the questions, or the other")
+    most: int = Field(0, ge=0, description="items, the newest; 0: all")
+    labels: bool = Field(True, description="false: an item's text alone, neither its label nor the task's wording")
+
+
+class LivesConfig(Config):
+    """People who talk with their devices, one interaction after the other."""
+
+    name: str = "lives"
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    adapter: AdapterConfig = AdapterConfig(rank=4, alpha=8)
+    asls: AslsConfig = AslsConfig()
+    user: UserConfig = UserConfig()
+    interactions: int = Field(48, ge=2)
+    start: Literal["new", "shared", "reptile"] = Field(
+        "new",
+        description="beneath a new adapter nothing, or one that others have trained; or it begins where they lead",
+    )
+    others: int = Field(16, ge=1, description="people whom the shared adapter, or the start, is made by")
+    reptile: ReptileConfig = ReptileConfig()
+    shift: Literal["none", "person", "domain"] = Field(
+        "none", description="half way another person goes on, or the person's second domain comes"
+    )
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=16)
+
+    @property
+    def reading(self) -> str:
+        """What is read off the base's hidden states."""
+        return "mean"
+
+
+class MethodsConfig(Config):
+    """A model, a task and a method."""
+
+    name: str = "methods"
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    task_stage: TaskStageConfig = TaskStageConfig()
+    history: HistoryConfig = HistoryConfig()
+    method: MethodConfig = MethodConfig()
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=16)
+
+    @property
+    def reading(self) -> str:
+        """What is read off the base's hidden states."""
+        return "mean"
+
+    @model_validator(mode="after")
+    def _known_to_the_model(self) -> Self:
+        made = STAND_INS.get(self.task.name)
+        if self.model.name == "nano" and made and made.seen_by_nano:
+            raise ValueError(f"task.name = {made.task.name!r}: nano was trained on such texts; use smollm2-135m")
+        return self

@@ -1,0 +1,156 @@
+"""People who talk with their devices, one interaction after the other, and say what they think of the replies.
+
+The simulated user: a reply is accepted where its ROUGE-1 with what the person really said is at least `accepts`; with
+probability `slips` the answer is the other one; a rejected reply is corrected, by what the person really said, with
+probability `corrects`. Devices are tested before they learn: what is measured of an interaction is what the device
+could do before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from client.dialogue import Dialogue
+from client.lm.adapter import Adapters, Layout
+from client.lm.config import AdapterConfig, SamplingConfig
+from client.lm.lessons import Lesson
+from client.lm.model import LanguageModel, schedule
+from client.personal.asls import Asls, AslsConfig, Device, Interaction
+from client.personal.profile import drift
+from client.synthesize import rouge1
+from privacy.config import Config
+from privacy.seeds import derive_seed
+
+Listener = Callable[[str], None]
+SPAN = 6  # interactions over which a profile's movement is measured
+
+
+class UserConfig(Config):
+    """The simulated user."""
+
+    accepts: float = Field(0.2, ge=0, le=1, description="ROUGE-1 from which a reply will do")
+    slips: float = Field(0.1, ge=0, lt=0.5, description="chance of the other answer")
+    corrects: float = Field(0.5, ge=0, le=1, description="chance that a rejected reply is corrected")
+
+
+@dataclass(frozen=True)
+class Lived:
+    """What became of the devices; figures by device and interaction, (K, T)."""
+
+    nll: np.ndarray  # of what the person really said, nats a token, before the device learned from it
+    rouge1: np.ndarray  # of what the device said
+    accepted: np.ndarray
+    tokens: np.ndarray  # that the device was trained on after the interaction
+    seconds: np.ndarray  # the device's share of the adaptation's time; zero where there was none
+    moved: np.ndarray  # 1 − cosine of the profile's vector and that `SPAN` interactions before; zero until then
+    said: np.ndarray  # tokens of the reply
+    devices: Sequence[Device]
+    rows: torch.Tensor  # (K, P)
+    half_way: torch.Tensor  # (K, P)
+
+
+def feedback(said: str, recorded: str, config: UserConfig, seed: int) -> tuple[bool, str]:
+    """Whether the person accepts a reply, and the correction, if one is given."""
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    slipped, bothers = rng.random(2)
+    accepted = (rouge1(recorded, said) >= config.accepts) != (slipped < config.slips)
+    return accepted, recorded if not accepted and bothers < config.corrects else ""
+
+
+def live(
+    lm: LanguageModel,
+    config: AslsConfig,
+    user: UserConfig,
+    adapter: AdapterConfig,
+    sampling: SamplingConfig,
+    streams: Mapping[str, Sequence[Dialogue]],
+    seed: int,
+    start: torch.Tensor | None = None,
+    beneath: Sequence[Adapters] = (),
+    listener: Listener = lambda phase: None,
+) -> Lived:
+    """As many interactions of each device as the shortest stream has. `start` (P,) is where every adapter begins."""
+    asls, layout = Asls(lm, config, seed, beneath), lm.layout(adapter)
+    devices = [Device(name) for name in streams]
+    first = layout.start(derive_seed(seed, "live", "start")) if start is None else start
+    rows = lm.adapters(layout, first.repeat(len(devices), 1))
+    steps = min(len(stream) for stream in streams.values())
+    nll, rouge, accepted, tokens, seconds, moved, said_tokens = (np.zeros((len(devices), steps)) for _ in range(7))
+    vectors: list[torch.Tensor] = []  # by interaction, (K, H)
+    half_way = rows.rows
+    for t in range(steps):
+        listener(f"interaction {t + 1} of {steps}")
+        half_way = rows.rows.clone() if t == steps // 2 else half_way
+        met = [stream[t] for stream in streams.values()]
+        asked = [asls.prompt(d, m.prompt) for d, m in zip(devices, met, strict=True)]
+        slots, arm = range(len(devices)), [*beneath, rows]
+        told = lm.format.dialogues([replace(m, prompt=p) for m, p in zip(met, asked, strict=True)])
+        nll[:, t] = [s.nll / max(1, s.tokens) for s in lm.score(told, slots, arm)]
+        seeds = [derive_seed(seed, d.id, "reply", t) >> 1 for d in devices]
+        said = lm.generate(asked, slots, arm, sampling, seeds)
+        for k, (device, m, text) in enumerate(zip(devices, met, said, strict=True)):
+            good, wanted = feedback(text, m.response, user, derive_seed(seed, device.id, "feedback", t))
+            rouge[k, t], accepted[k, t] = rouge1(m.response, text), good
+            said_tokens[k, t] = len(lm.tokenizer(text)["input_ids"])
+            devices[k] = asls.observe(device, Interaction(m.prompt, text, good, wanted))
+        devices = asls.refresh(devices)
+        vectors.append(torch.stack([d.profile.vector(asls.embed, config.profile) for d in devices]))
+        if t >= SPAN:
+            moved[:, t] = [drift(a, b) for a, b in zip(vectors[t - SPAN], vectors[t], strict=True)]
+        ready = [k for k, device in enumerate(devices) if asls.wants_to_adapt(device)]
+        if ready:
+            began = time.perf_counter()
+            after, trained, spent = asls.adapt([devices[k] for k in ready], rows.pick(ready))
+            rows.rows[ready] = trained.rows
+            tokens[ready, t], seconds[ready, t] = spent, (time.perf_counter() - began) / len(ready)
+            for k, device in zip(ready, after, strict=True):
+                devices[k] = device
+    return Lived(nll, rouge, accepted, tokens, seconds, moved, said_tokens, devices, rows.rows.cpu(), half_way.cpu())
+
+
+class ReptileConfig(Config):
+    """A start from which few steps lead far (Reptile, Nichol et al. 2018, arXiv 1803.02999)."""
+
+    rounds: int = Field(10, ge=1)
+    people: int = Field(8, ge=1, description="in a round")
+    steps: int = Field(4, ge=1, description="of each, from where the start is")
+    batch_size: int = Field(4, ge=1)
+    rate: float = Field(2e-3, gt=0)
+    outer: float = Field(0.5, gt=0, description="ε: how far the start follows the mean of where they got to")
+
+
+def reptile(
+    lm: LanguageModel, layout: Layout, config: ReptileConfig, streams: Sequence[Sequence[Dialogue]], seed: int
+) -> torch.Tensor:
+    """φ (P,) after φ ← φ + ε · mean_k(θ_k − φ), θ_k what some steps on person k's stream make of φ."""
+    phi = layout.start(derive_seed(seed, "live", "start"))
+    for number in range(config.rounds):
+        rng = np.random.Generator(np.random.Philox(key=derive_seed(seed, "reptile", number)))
+        chosen = rng.choice(len(streams), size=min(config.people, len(streams)), replace=False).tolist()
+        lessons = []
+        for k in chosen:
+            order = schedule(len(streams[k]), config.batch_size, config.steps, derive_seed(seed, "reptile", number, k))
+            lessons.append(Lesson(lm.format.dialogues(streams[k]), order[: config.steps]))
+        rates = [[config.rate] * len(lesson.batches) for lesson in lessons]
+        trained = lm.engine.finetune(lm.adapters(layout, phi.repeat(len(chosen), 1)), [], lessons, rates)
+        phi = phi + config.outer * (trained.adapters.rows.cpu() - phi).mean(0)
+    return phi
+
+
+def better_from(one: np.ndarray, other: np.ndarray, window: int = 5) -> int | None:
+    """The first interaction, counted from 1, from which the mean over devices of `one` stays below that of `other`.
+
+    Both (K, T), lower is better, smoothed over the last `window` interactions; None where it never does.
+    """
+    difference = np.convolve((one - other).mean(0), np.ones(window) / window, mode="valid")
+    above = np.nonzero(difference >= 0)[0]
+    if not len(above):
+        return window
+    first = int(above[-1]) + 1
+    return None if first == len(difference) else first + window

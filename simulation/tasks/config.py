@@ -1,0 +1,107 @@
+"""Which task, whose, and how much of it: LaMP's from its official files, or a stand-in made from what is here."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from privacy.config import Config
+from privacy.seeds import derive_seed
+from simulation.data.errors import DataError
+from simulation.data.population import DataConfig, Half
+from simulation.tasks.lamp import OFFICIAL, load_lamp, split_users
+from simulation.tasks.stand_ins import STAND_INS, load_stand_in
+from simulation.tasks.task import Task, TaskUser
+
+LAMP = "lamp:"
+NAMES = (*STAND_INS, *(LAMP + number for number in OFFICIAL))
+HELD_OUT_SHARE = 0.25
+
+
+class TaskConfig(Config):
+    """A task and its people."""
+
+    name: str = Field(
+        "chat-reply", description="a stand-in, or lamp:1, lamp:2N, lamp:2M, lamp:3, lamp:4, lamp:5, lamp:7"
+    )
+    folder: str = Field("", description="of LaMP's official files for the task")
+    file: Literal["train", "dev", "test"] = Field("dev", description="which of LaMP's files; test needs its golds")
+    users: int = Field(64, ge=1, description="who is reported on; of LaMP, those with the longest histories")
+    pool_users: int = Field(64, ge=1, description="others, whom the task is learned from: at most, of LaMP")
+    split: Half = Field("test", description="tune on development users, report on test users")
+    min_history: int = Field(10, ge=1, description="users with fewer items are left out")
+    max_history: int = Field(120, ge=1, description="items kept: the first ones in time, of LaMP the last")
+    queries_per_user: int = Field(8, ge=1, description="at most: the first ones")
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_task(cls, name: str) -> str:
+        if name in NAMES:
+            return name
+        near = get_close_matches(name, NAMES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(NAMES)}"
+        raise ValueError(f"unknown task {name!r}; {hint}")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_history < self.min_history:
+            raise ValueError(f"max_history = {self.max_history} must be >= min_history = {self.min_history}")
+        if self.name.startswith(LAMP) != bool(self.folder):
+            need = "needs folder = the folder of its official files" if not self.folder else "has no folder"
+            raise ValueError(f"task {self.name!r} {need}; got folder = {self.folder!r}")
+        return self
+
+
+def load_task(config: TaskConfig, seed: int) -> tuple[Task, list[TaskUser], list[TaskUser]]:
+    """The task, the pool that it may be learned from, and the users who are reported on.
+
+    Nobody is in both, nobody of the development half is in the test half, and no history holds anything of a query
+    or later than one. What is drawn depends on data, config and seed alone. Raises `DataError`.
+    """
+    if config.name.startswith(LAMP):
+        return _official(config, seed)
+    least = _with_held_out(config.min_history, up=True)
+    data = DataConfig(
+        users=config.users + config.pool_users,
+        split=config.split,
+        min_pairs=least,
+        max_pairs=max(least, _with_held_out(config.max_history, up=False)),
+        held_out_share=HELD_OUT_SHARE,
+        queries_per_user=config.queries_per_user,
+    )
+    pool, users = load_stand_in(config.name, config.users, data, seed)
+    return STAND_INS[config.name].task, pool, users
+
+
+def _with_held_out(history: int, *, up: bool) -> int:
+    """Items of a user whose history, the rest after `HELD_OUT_SHARE` is held out, has at least (at most) so many.
+
+    >>> _with_held_out(10, up=True), _with_held_out(120, up=False)
+    (14, 160)
+    """
+    share = 1 - HELD_OUT_SHARE
+    return max(2, int(-(-history // share) if up else history // share))
+
+
+def _official(config: TaskConfig, seed: int) -> tuple[Task, list[TaskUser], list[TaskUser]]:
+    """The longest histories are tested on, the next longest developed on; the pool is drawn from who is left."""
+    number = config.name.removeprefix(LAMP)
+    found = load_lamp(Path(config.folder).expanduser(), number, config.file)
+    rest, users = split_users((u for u in found if len(u.history) >= config.min_history), config.users)
+    if config.split == "development":
+        rest, users = split_users(rest, config.users)
+    if len(users) < config.users or not rest:
+        raise DataError(
+            f"users = {config.users}, but of the {len(found)} users of {config.folder}, with "
+            f"min_history = {config.min_history}, {len(users)} are left for {config.split} and {len(rest)} for the "
+            "pool; lower users or min_history"
+        )
+    pool = sorted(rest, key=lambda user: derive_seed(seed, "pool", user.id))[: config.pool_users]
+    return OFFICIAL[number].task, [_cut(u, config) for u in pool], [_cut(u, config) for u in users]
+
+
+def _cut(user: TaskUser, config: TaskConfig) -> TaskUser:
+    return TaskUser(user.id, user.history[-config.max_history :], user.queries[: config.queries_per_user])

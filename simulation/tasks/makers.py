@@ -1,0 +1,99 @@
+"""From people's cards to a task's items and queries.
+
+A maker gets the task, the pool, those who are reported on, and the seed; it gives both as `TaskUser`s.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from client.dialogue import Dialogue
+from privacy.seeds import derive_seed
+from simulation.data.errors import DataError
+from simulation.data.population import User
+from simulation.tasks.populations import plain
+from simulation.tasks.task import Item, Query, Task, TaskUser
+
+Split = tuple[list[TaskUser], list[TaskUser]]  # the pool, and the users who are reported on
+Met = dict[tuple[str, str], list[tuple[str, Dialogue]]]  # by kind of prompt, who replied and what
+
+
+def as_recorded(task: Task, pool: list[User], users: list[User], seed: int) -> Split:
+    """Prompts are texts, responses targets."""
+    return [_task_user(task, user) for user in pool], [_task_user(task, user) for user in users]
+
+
+def by_length(task: Task, pool: list[User], users: list[User], seed: int) -> Split:
+    """The target is the fifth, of all replies in the pool's histories, that the length of the user's reply is in."""
+    lengths = [_words(card) for user in pool for card in user.stream]
+    cuts = [float(cut) for cut in np.quantile(lengths, (0.2, 0.4, 0.6, 0.8))]
+
+    def rated(user: User) -> User:
+        return User(user.id, *(tuple(_rated(c, cuts) for c in part) for part in (user.stream, user.held_out)))
+
+    return as_recorded(task, [rated(user) for user in pool], [rated(user) for user in users], seed)
+
+
+def of_two(task: Task, pool: list[User], users: list[User], seed: int) -> Split:
+    """Each query has the user's reply and one of somebody in the pool to a prompt of the same kind, in random order.
+
+    Of the same kind are prompts with the same first word, and the same end in a question mark or not; where nobody
+    else met such a prompt, those with the same end. The history is the user's replies, without labels.
+    """
+    others: Met = {}
+    for user in pool:
+        for card in user.stream:
+            for kind in _kinds(card):
+                others.setdefault(kind, []).append((user.id, card))
+
+    def chosen(user: User) -> TaskUser:
+        queries = tuple(_choice(task, card, _distractor(user.id, card, others, seed), seed) for card in user.held_out)
+        return TaskUser(user.id, tuple(_reply_item(card) for card in user.stream), queries)
+
+    return [chosen(user) for user in pool], [chosen(user) for user in users]
+
+
+def _distractor(user: str, card: Dialogue, others: Met, seed: int) -> Dialogue:
+    for kind in (*_kinds(card), *others):
+        met = [c for who, c in others.get(kind, ()) if who != user and plain(c.response) != plain(card.response)]
+        if met:
+            return min(met, key=lambda other: derive_seed(seed, "distractor", card.id, other.id))
+    raise DataError("which-reply needs replies of others in the pool; raise pool_users")
+
+
+def _choice(task: Task, card: Dialogue, distractor: Dialogue, seed: int) -> Query:
+    first = derive_seed(seed, "order", card.id) % 2 == 0
+    options = (card.response, distractor.response) if first else (distractor.response, card.response)
+    asked = f'[1]: "{options[0]}" [2]: "{options[1]}"'
+    prompt = task.asked.format(text=asked, target="", title=card.prompt)
+    return Query(card.id, prompt, "[1]" if first else "[2]", " ".join(options), options, card.time)
+
+
+def _kinds(card: Dialogue) -> tuple[tuple[str, str], tuple[str, str]]:
+    end = "?" if card.prompt.rstrip().endswith("?") else "."
+    return (plain(card.prompt).partition(" ")[0], end), ("", end)
+
+
+def _task_user(task: Task, user: User) -> TaskUser:
+    queries = tuple(task.ask(_item(card)) for card in user.held_out)
+    return TaskUser(user.id, tuple(_item(card) for card in user.stream), queries)
+
+
+def _item(card: Dialogue) -> Item:
+    return Item(card.id, card.prompt, card.response, card.time)
+
+
+def _reply_item(card: Dialogue) -> Item:
+    return Item(card.id, card.response, time=card.time, title=card.prompt)
+
+
+def _rated(card: Dialogue, cuts: Sequence[float]) -> Dialogue:
+    return replace(card, response=str(1 + bisect_right(cuts, _words(card))))
+
+
+def _words(card: Dialogue) -> int:
+    return len(card.response.split())

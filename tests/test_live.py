@@ -1,0 +1,218 @@
+"""Profiles that their owners can edit, devices that adapt when it is time, and people who say what they think."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+from client.dialogue import Dialogue
+from client.lm.config import AdapterConfig, SamplingConfig
+from client.lm.model import LanguageModel
+from client.personal.asls import ArmName, Asls, AslsConfig, Device, Interaction
+from client.personal.profile import Interest, Profile, ProfileConfig, ProfileError, drift
+from simulation.data.population import User
+from simulation.personal.live import ReptileConfig, UserConfig, better_from, feedback, live, reptile
+
+SHAPE, GREEDY = AdapterConfig(rank=2, alpha=4), SamplingConfig(max_new_tokens=6)
+AXES = {"ships": [1.0, 0, 0], "sails": [0.95, 0.3, 0], "soup": [0, 1.0, 0], "rain": [0, 0, 1.0]}
+
+
+def embed(texts: Sequence[str]) -> torch.Tensor:
+    return torch.tensor([AXES.get(t, [0.0, 0, 0]) for t in texts])
+
+
+# -- the profile --------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_is_the_weighted_sum_of_its_interests() -> None:
+    """α ∝ f · log₂(1 + n) · 2^(−age / 10): 1 · 1 · ½ for ships, 0.5 · 2 · 1 for soup."""
+    config = ProfileConfig(half_life=10)
+    profile = Profile((Interest("ships", 1, 5, 1.0), Interest("soup", 3, 15, 0.5)), 15)
+    assert profile.weights(config).tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert profile.vector(embed, config).tolist() == pytest.approx([1 / 3, 2 / 3, 0])
+
+
+def test_what_comes_up_again_counts_and_feedback_moves() -> None:
+    config = ProfileConfig(same=0.9, feedback_rate=0.5)
+    profile = Profile()
+    for text, accepted in (("ships", 1), ("sails", 1), ("soup", 0)):
+        profile = profile.after(text, accepted, embed, config)
+    ships, soup = profile.interests
+    assert (ships.text, ships.count, ships.last, ships.feedback) == ("ships", 2, 2, 0.875)
+    assert (soup.text, soup.count, soup.last, soup.feedback) == ("soup", 1, 3, 0.25)
+    assert profile.words(config) == "ships, soup" and profile.interactions == 3
+
+
+def test_the_least_interest_goes_when_there_is_no_room() -> None:
+    config = ProfileConfig(interests=2, half_life=1)
+    profile = Profile()
+    for text in ("ships", "soup", "rain"):
+        profile = profile.after(text, 1, embed, config)
+    assert [i.text for i in profile.interests] == ["soup", "rain"]
+
+
+def test_an_owner_reads_edits_and_deletes() -> None:
+    config = ProfileConfig()
+    profile = Profile((Interest("ships", 2, 4, 0.9), Interest("soup", 1, 5, 0.5)), 5)
+    told = json.loads(profile.to_json())
+    assert Profile.from_json(profile.to_json()) == profile
+    told["interests"].pop(0)
+    told["interests"][0]["text"] = "rain"
+    edited = Profile.from_json(json.dumps(told))
+    assert edited.vector(embed, config).tolist() == pytest.approx([0, 0, 1])
+    assert len(profile.to_json()) < 400
+    for wrong in ("{", '{"interests": [{"text": "x", "size": 1}], "interactions": 1}', "[]",
+                  json.dumps({"interests": [{"text": "x" * 81}], "interactions": 1})):  # fmt: skip
+        with pytest.raises(ProfileError):
+            Profile.from_json(wrong)
+
+
+def test_drift_is_one_minus_the_cosine() -> None:
+    assert drift(torch.tensor([1.0, 0]), torch.tensor([3.0, 0])) == pytest.approx(0)
+    assert drift(torch.tensor([1.0, 0]), torch.tensor([0, 2.0])) == pytest.approx(1)
+
+
+# -- when, how fast, on what --------------------------------------------------------------------------------------
+
+
+def met(prompt: str, said: str = "yes", accepted: bool = False, wanted: str = "no, soup") -> Interaction:
+    return Interaction(prompt, said, accepted, wanted)
+
+
+def device_after(asls: Asls, *interactions: Interaction) -> Device:
+    device = Device("d")
+    for each in interactions:
+        device = asls.observe(device, each)
+    return device
+
+
+def test_it_adapts_after_enough_feedback_or_when_the_profile_moves(lm: LanguageModel) -> None:
+    asls = Asls(lm, AslsConfig(fresh=3, drift=0.05), 0)
+    device = device_after(asls, met("i like ships"), met("i like ships"))
+    assert not asls.wants_to_adapt(device) and asls.wants_to_adapt(asls.observe(device, met("i like ships")))
+    rows = lm.adapters(lm.layout(SHAPE), lm.layout(SHAPE).start(0))
+    (device,), _, _ = asls.adapt([device], rows)
+    assert (device.fresh, device.times) == (0, 1)
+    same = asls.observe(asls.observe(device, met("i like ships")), met("i like ships"))
+    other = asls.observe(asls.observe(device, met("the train is late again")), met("what is seven times eight"))
+    assert not asls.wants_to_adapt(same) and asls.wants_to_adapt(other)
+    silent = device_after(asls, *[met("hm", wanted="")] * 5)
+    assert not asls.wants_to_adapt(silent)  # nothing to learn is known
+
+
+def test_the_model_describes_a_person_anew_when_the_profile_has_moved(lm: LanguageModel) -> None:
+    asls = Asls(lm, AslsConfig(arm="summary", drift=0.05), 0)
+    (told,) = asls.refresh([device_after(asls, met("i like ships"))])
+    assert told.summary and told.summary in asls.prompt(told, "hello")
+    (same,) = asls.refresh([asls.observe(told, met("i like ships"))])
+    assert same.told_at is told.told_at
+    (moved,) = asls.refresh([asls.observe(same, met("what is seven times eight"))])
+    assert moved.told_at is not None and not torch.equal(moved.told_at, told.told_at)  # type: ignore[arg-type]
+
+
+def test_fresh_feedback_raises_the_rate_and_time_lowers_it(lm: LanguageModel) -> None:
+    asls = Asls(lm, AslsConfig(rate=1e-3, boost=2, decay=0.5), 0)
+    window = (met("a"), met("b"), met("c"), met("d"))
+    assert asls.rate(Device("d", window=window, fresh=2)) == pytest.approx(1e-3 * (1 + 2 * 0.5))
+    assert asls.rate(Device("d", window=window, fresh=4, times=2)) == pytest.approx(1e-3 * 3 / 2)
+
+
+def test_arms_leave_out_what_they_are_named_after(lm: LanguageModel) -> None:
+    def of(arm: str) -> Asls:
+        return Asls(lm, AslsConfig.model_validate({"arm": arm, "examples": 2, "fresh": 1}), 0)
+
+    four = [met(f"i like {x}") for x in ("ships", "soup", "rain", "sails")]
+    assert device_after(of("adaptation-only"), *four).profile == Profile()
+    assert of("adaptation-only").chosen(device_after(of("adaptation-only"), *four)) == [four[3], four[2]]
+    profiling = of("profiling-only")
+    assert not profiling.wants_to_adapt(device_after(profiling, *four))
+    assert "ships" in profiling.prompt(device_after(profiling, *four), "hello")
+    assert of("full").prompt(device_after(of("full"), *four), "hello") == "hello"
+    assert not of("no-retuning").wants_to_adapt(Device("d", window=tuple(four), fresh=4, times=1))
+    accepted = Interaction("x", "said", True)
+    assert of("no-feedback")._lesson(met("x", "said", False, "wanted")) == "wanted"
+    assert (
+        of("no-feedback")._lesson(Interaction("x", "said", False)) == "said" and of("full")._lesson(accepted) == "said"
+    )
+    assert of("full")._lesson(Interaction("x", "said", False)) == ""
+    chosen = [tuple(of("random-sampling").chosen(Device("d", window=tuple(four), times=n))) for n in range(8)]
+    assert len(set(chosen)) > 1
+
+
+def test_an_adaptation_makes_what_was_wanted_likelier_and_what_was_rejected_less(lm: LanguageModel) -> None:
+    asls = Asls(lm, AslsConfig(steps=6, rate=5e-3, fresh=1), 0)
+    layout = lm.lora_layout(SHAPE)
+    rows = lm.adapters(layout, torch.stack([layout.start(0)] * 2))
+    devices = [
+        device_after(asls, met("which soup", "none at all", False, "lentil soup")),
+        device_after(asls, met("hm", "ah", True)),
+    ]
+    _, after, tokens = asls.adapt(devices, rows)
+    told = lm.format.dialogues([Dialogue("", "which soup", "lentil soup"), Dialogue("", "which soup", "none at all")])
+    bare, now = (lm.score(told, [0, 0], arm) for arm in ([], [after]))
+    gained = [b.nll - n.nll for b, n in zip(bare, now, strict=True)]
+    assert gained[0] > 0.5 and gained[0] > gained[1] and min(tokens) > 0
+    _, alone, _ = asls.adapt(devices[:1], rows.pick([0]))
+    torch.testing.assert_close(alone.rows[0], after.rows[0], atol=1e-4, rtol=1e-3)
+
+
+# -- people -------------------------------------------------------------------------------------------------------
+
+
+def test_a_user_accepts_what_is_near_enough_slips_and_corrects() -> None:
+    sure = UserConfig(accepts=0.5, slips=0, corrects=1)
+    assert feedback("lentil soup", "lentil soup", sure, 0) == (True, "")
+    assert feedback("no", "lentil soup", sure, 0) == (False, "lentil soup")
+    noisy = UserConfig(accepts=0.5, slips=0.2, corrects=0.5)
+    answers = [feedback("no", "lentil soup", noisy, seed) for seed in range(2000)]
+    rejected = [wanted for accepted, wanted in answers if not accepted]
+    assert 1 - len(rejected) / 2000 == pytest.approx(0.2, abs=0.03)
+    assert sum(map(bool, rejected)) / len(rejected) == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.parametrize("arm", get_args(ArmName))
+def test_a_stream_is_lived_through(lm: LanguageModel, people: list[User], arm: str) -> None:
+    streams = {f"d{k}": user.stream[:6] for k, user in enumerate(people)}
+    config = AslsConfig.model_validate({"arm": arm, "fresh": 2})
+    found = live(lm, config, UserConfig(corrects=1), SHAPE, GREEDY, streams, seed=0)
+    assert found.nll.shape == (2, 6) and np.isfinite(found.nll).all()
+    adapts = arm not in ("none", "profiling-only", "summary")
+    assert bool(found.tokens.sum()) == adapts == bool(found.seconds.sum())
+    if arm == "no-retuning":
+        assert ((found.tokens > 0).sum(1) == 1).all()
+    again = live(lm, config, UserConfig(corrects=1), SHAPE, GREEDY, {"d1": streams["d1"]}, seed=0)
+    np.testing.assert_allclose(again.nll[0], found.nll[1], atol=1e-3)  # alone as in company
+
+
+def test_learning_from_a_stream_helps_later_in_it(lm: LanguageModel, people: list[User]) -> None:
+    streams = {f"d{k}": user.stream[:24] for k, user in enumerate(people)}
+    asked = UserConfig(accepts=1, slips=0, corrects=1)
+    learned, none = (
+        live(lm, AslsConfig.model_validate({"arm": arm}), asked, SHAPE, GREEDY, streams, seed=0)
+        for arm in ("full", "none")
+    )
+    np.testing.assert_allclose(learned.nll[:, 0], none.nll[:, 0], atol=1e-4)  # tested before it learns
+    assert learned.nll[:, 12:].mean() < none.nll[:, 12:].mean()
+
+
+def test_reptile_moves_the_start_by_epsilon_of_the_mean_change(lm: LanguageModel, people: list[User]) -> None:
+    """One person in a round and ε = 1: the start is where the person's steps lead."""
+    layout, streams = lm.layout(SHAPE), [people[0].stream[:8]]
+    whole = reptile(lm, layout, ReptileConfig(rounds=1, people=1, outer=1.0), streams, 0)
+    half = reptile(lm, layout, ReptileConfig(rounds=1, people=1, outer=0.5), streams, 0)
+    first = reptile(lm, layout, ReptileConfig(rounds=1, people=1, outer=1e-9), streams, 0)
+    torch.testing.assert_close(half, (whole + first) / 2, atol=1e-6, rtol=1e-5)
+    assert (whole - first).norm() > 1e-2 and math.isfinite(float(whole.norm()))
+
+
+def test_from_when_one_is_better() -> None:
+    other = np.zeros((2, 8))
+    one = np.array([[1, 1, 1, -1, -1, -1, -1, -1]] * 2, dtype=float)
+    assert better_from(one, other, window=1) == 4 and better_from(-one, other, window=1) is None
+    assert better_from(one, other, window=2) == 5 and better_from(other - 1, other, window=3) == 3

@@ -1,0 +1,176 @@
+"""Studies of methods on tasks, and of lives, from their settings to their pages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+
+from client.lm.model import LanguageModel
+from client.personal.history import Asked
+from simulation.config import ConfigError
+from simulation.personal.config import HistoryConfig, MethodsConfig
+from simulation.personal.people import halved, person
+from simulation.personal.play import play
+from simulation.study.cells import run_study
+from simulation.study.config import Study, load_study
+from simulation.study.personal_report import STRANGER, render_study, tables
+from simulation.tasks.config import load_task
+from simulation.tasks.task import Item, Query, Task, TaskUser
+from simulation.world import load_classes
+
+MODEL = {"name": "nano", "dtype": "float32", "limits": {"prompt_tokens": 48, "reply_tokens": 12}}
+METHODS: dict[str, Any] = {
+    "model": MODEL,
+    "task": {"name": "chat-reply", "users": 3, "pool_users": 3, "max_history": 10, "queries_per_user": 2},
+    "task_stage": {"training": {"epochs": 1}},
+    "method": {"training": {"learning_rate": 5e-3, "batch_size": 4}},
+    "sampling": {"max_new_tokens": 6},
+    "study": {
+        "kind": "methods",
+        "seeds": 2,
+        "tables": {"t": {"rows": {"method.name & method.retrieve": [["base", 0], ["base", 1], ["oppu", 0]]}}},
+    },
+}
+LIVES: dict[str, Any] = {
+    "model": MODEL,
+    "data": {"users": 2, "min_pairs": 40, "max_pairs": 40},
+    "interactions": 6,
+    "others": 2,
+    "reptile": {"rounds": 1, "people": 2, "steps": 2},
+    "sampling": {"max_new_tokens": 6},
+    "asls": {"fresh": 2},
+    "user": {"corrects": 1},
+    "study": {
+        "kind": "lives",
+        "seeds": 1,
+        "tables": {
+            "starts": {"rows": {"start": ["new", "shared", "reptile"]}},
+            "shift": {"rows": {"asls.arm": ["full", "none"]}, "fixed": {"shift": "person"}},
+        },
+    },
+}
+
+
+def study_of(tree: dict[str, Any], folder: Path) -> Study:
+    path = folder / "study.toml"
+    path.write_text(tomli_w.dumps(tree), encoding="utf-8")
+    return load_study(path)
+
+
+@pytest.fixture(scope="module")
+def methods(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    folder = tmp_path_factory.mktemp("methods")
+    study = study_of(METHODS, folder)
+    run_study(study, folder, lambda phase: None)
+    return study, folder
+
+
+def test_methods_are_compared_on_the_same_people(methods: tuple[Study, Path]) -> None:
+    study, folder = methods
+    (shown,) = tables(study, folder)
+    names = [o.name for o in shown.outcomes]
+    assert names == ["base", "base + bm25 1", "oppu"] and list(shown.metrics) == ["nll", "rouge-1", "rouge-L"]
+    assert len({tuple(o.result["devices"]) for o in shown.outcomes}) == 1 and len(shown.outcomes[0].seeds) == 6
+    base, retrieved, own = shown.outcomes
+    assert own.costs["bytes kept"] and own.costs["tokens trained"] and not base.costs["tokens trained"]
+    assert retrieved.costs["tokens of a question"] > base.costs["tokens of a question"]  # type: ignore[operator]
+    phone = own.costs["seconds of a mid-phone"]
+    assert phone and phone == pytest.approx(own.costs["tokens trained"] * 2_557_632 / 135e6 / TOKENS_PER_S, rel=0.02)
+    assert base.measured() == base.measured(arm="shuffled") and own.measured() != own.measured(arm="shuffled")
+    assert shown.against(own) and shown.against(own, than=STRANGER) and not shown.against(base, than=STRANGER)
+    page = render_study(study, folder).read_text("utf-8")
+    assert "oppu" in page and "</html>" in page
+    told = json.loads((folder / "summary.json").read_text())["tables"]["t"]
+    assert len(told["cells"]) == 3 and {c["than"] for c in told["contrasts"]} == {"base", STRANGER}
+
+
+def test_a_study_of_methods_goes_on_where_it_was_killed(methods: tuple[Study, Path], tmp_path: Path) -> None:
+    study, folder = methods
+    key = list(study.cells)[-1]
+    kept = json.loads((folder / "cells" / key / "seed0.json").read_text())
+    (tmp_path / "cells" / key).mkdir(parents=True)
+    (tmp_path / "cells" / key / "seed0.json").write_text(json.dumps({**kept, "marked": True}))
+    run_study(study, tmp_path, lambda phase: None)
+    first, second = json.loads((tmp_path / "cells" / key / "result.json").read_text())["seeds"]
+    assert first["marked"] and first["arms"] == kept["arms"]
+    whole = json.loads((folder / "cells" / key / "result.json").read_text())["seeds"][1]
+    np.testing.assert_allclose(
+        second["arms"]["own"]["nll"]["by_user"], whole["arms"]["own"]["nll"]["by_user"], rtol=1e-4
+    )
+
+
+def test_lives_are_studied(tmp_path: Path) -> None:
+    study = study_of(LIVES, tmp_path)
+    run_study(study, tmp_path, lambda phase: None)
+    starts, shift = tables(study, tmp_path)
+    new, shared, reptile = starts.outcomes
+    assert {o.measured().mean_per_user for o in (new, shared, reptile)}.__len__() == 3  # type: ignore[union-attr]
+    assert new.costs["adaptations"] and new.costs["milliseconds an interaction"] and new.costs["bytes of the profile"]
+    full, none = shift.outcomes
+    assert full.costs["forgotten, nats"] != 0 == none.costs["forgotten, nats"]
+    assert render_study(study, tmp_path).exists()
+
+
+def test_a_dialogue_of_the_second_half_is_measured_before_it_is_learned_from(lm: LanguageModel, tmp_path: Path) -> None:
+    """With everything but the learning left out, the figures are those of the base."""
+    tree = {**LIVES, "asls": {"arm": "none"}}
+    tree["study"] = {**LIVES["study"], "tables": {"t": {"rows": {"asls.arm": ["none"]}}}}
+    study = study_of(tree, tmp_path)
+    run_study(study, tmp_path, lambda phase: None)
+    (shown,) = tables(study, tmp_path)
+    assert shown.outcomes[0].costs["tokens of an adaptation"] is None
+
+
+TOKENS_PER_S = next(c.train_tokens_per_s for c in load_classes("world/devices") if c.name == "mid-phone")
+TASK = Task("echo", ("accuracy",), asked="say {text}", shown_as='"{text}" is "{target}"')
+
+
+def user(name: str, *texts: str) -> TaskUser:
+    items = tuple(Item(f"{name}{i}", text, f"t{i}", float(i)) for i, text in enumerate(texts))
+    return TaskUser(name, items, (Query("q", "say red ship", "x", "red ship"),))
+
+
+def test_a_history_is_cut_halved_or_stripped_of_its_labels(lm: LanguageModel) -> None:
+    told = user("a", "green tea", "red ship", "blue rain", "a red boat")
+    whole = person(told, TASK, HistoryConfig(), "d")
+    assert whole.history[1].example.prompt == "say red ship" and whole.history[1].example.response == "t1"
+    assert whole.questions[0][0] == Asked("say red ship", "red ship")
+    assert [p.document for p in person(told, TASK, HistoryConfig(most=2), "d").history] == ["blue rain", "a red boat"]
+    near, far = (halved([whole], HistoryConfig.model_validate({"part": part}), lm)[0] for part in ("near", "far"))
+    assert [p.document for p in near.history] == ["red ship", "a red boat"]
+    assert [p.document for p in far.history] == ["green tea", "blue rain"]
+    plain = person(told, TASK, HistoryConfig(labels=False), "d").history[1]
+    assert (plain.example.prompt, plain.example.response, plain.shown) == ("", "red ship", '"red ship"')
+
+
+def test_the_task_is_learned_from_the_pool_alone(lm: LanguageModel) -> None:
+    """With another target for everything that the reported users have, the task's adapter is the same."""
+    config = MethodsConfig.model_validate({k: v for k, v in METHODS.items() if k != "study"})
+    task, pool, users = load_task(config.task, 0)
+    made = []
+
+    def remember(learn: Any) -> Any:
+        made.append(learn())
+        return made[-1]
+
+    changed = [TaskUser(u.id, tuple(Item(i.id, i.text, "x") for i in u.history), u.queries) for u in users]
+    for some in (users, changed):
+        play(lm, config, task, pool, some, 0, remember)
+    assert (made[0].rows == made[1].rows).all()
+
+
+def test_what_the_bundled_model_was_trained_on_is_refused() -> None:
+    with pytest.raises(ValueError, match="nano was trained"):
+        MethodsConfig.model_validate({"model": MODEL, "task": {"name": "help-reply"}})
+
+
+def test_unknown_settings_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="retreive"):
+        study_of({**METHODS, "method": {"retreive": 2}}, tmp_path)
+    with pytest.raises(ConfigError, match="chat-reply"):
+        study_of({**METHODS, "task": {"name": "chat-replay"}}, tmp_path)

@@ -1,0 +1,350 @@
+"""Methods of personalisation: each does what its paper's equation says, on cases small enough to check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from client.dialogue import Dialogue
+from client.lm.adapter import AdaptedLayer, Adapters
+from client.lm.adapter import layout as lora_layout
+from client.lm.config import AdapterConfig
+from client.lm.lessons import Lesson
+from client.lm.model import LanguageModel
+from client.personal import kgt, per_pcs
+from client.personal.config import MethodConfig, Name, TrainingConfig
+from client.personal.history import Asked, Past, Person, Wording
+from client.personal.kgt import KnowledgeGraph, Triple
+from client.personal.method import Desk, Method
+from client.personal.oppu import Oppu
+from client.personal.per_pcs import Assembled, Pieces, assembled, wide
+from client.personal.pplug import TEMPERATURE, Pplug
+from client.personal.preference import Preferences, prefer, value_and_weights
+from client.personal.prompting import Prompting
+from client.personal.retrieve import rankings
+from client.personal.rpo import Rpo, nearness
+from client.personal.table import METHODS, method
+from client.personal.task import learn_task
+
+TEXTS = (
+    ("what did you cook", "a lentil soup with cumin"),
+    ("how was work", "long, the train was late again"),
+    ("any plans tonight", "i will read about ships"),
+    ("do you like soup", "only lentil soup, with cumin"),
+)
+
+
+def past(number: int, prompt: str, reply: str) -> Past:
+    return Past(prompt, f'"{prompt}" "{reply}"', Dialogue(f"d{number}", prompt, reply, float(number)), prompt)
+
+
+def person(name: str, texts: Sequence[tuple[str, str]] = TEXTS) -> Person:
+    question, reply = "which soup do you like", "lentil soup"
+    return Person(
+        name,
+        tuple(past(i, *text) for i, text in enumerate(texts)),
+        ((Asked(question, question), Dialogue("q", question, reply)),),
+    )
+
+
+PEOPLE = [person("a"), person("b", TEXTS[::-1]), person("c", TEXTS[1:])]
+SMALL = {"adapter": {"rank": 2, "alpha": 4}, "training": {"epochs": 2, "batch_size": 2, "learning_rate": 5e-3}}
+
+
+def desk(lm: LanguageModel, **settings: Any) -> Desk:
+    return Desk(lm, MethodConfig.model_validate({**SMALL, **settings}), Wording(), seed=0)
+
+
+def loss(lm: LanguageModel, made: Method, people: Sequence[Person]) -> float:
+    """Of the questions' replies, nats a token, as the method answers them."""
+    asked = [(k, a) for k, p in enumerate(people) for a, _ in p.questions]
+    replies = [replace(r, prompt=made.prompt(k, a)) for k, p in enumerate(people) for a, r in p.questions]
+    served = made.serving(asked)
+    scores = lm.score(lm.format.dialogues(replies), served.slots, served.arm)
+    return sum(s.nll for s in scores) / sum(s.tokens for s in scores)
+
+
+@pytest.mark.parametrize("name", get_args(Name))
+def test_every_method_learns_prepares_prompts_adapts_and_answers(lm: LanguageModel, name: Name) -> None:
+    made = method(desk(lm, name=name, retrieve=1))
+    assert type(made) is METHODS[name] and set(METHODS) == set(get_args(Name))
+    made.learn(PEOPLE[1:])
+    made.prepare(PEOPLE)
+    examples = made.examples()
+    assert [len(own) for own in examples] == [len(p.history) for p in PEOPLE]
+    made.adapt(examples)
+    assert math.isfinite(loss(lm, made, PEOPLE))
+    made.prepare([Person("nobody", (), PEOPLE[0].questions)])  # without any history
+    made.adapt(made.examples())
+    assert math.isfinite(loss(lm, made, [Person("nobody", (), PEOPLE[0].questions)]))
+
+
+# -- prompts ------------------------------------------------------------------------------------------------------
+
+
+def test_bm25_by_hand(lm: LanguageModel) -> None:
+    """Three documents of two words each; "soup" is in one, "we" in all: idf ln(1 + 2.5/1.5) and ln(1 + 0.5/3.5).
+
+    With every document of mean length a word that occurs once scores idf / (1 + k1) · … the same factor for all, so
+    the order is that of the summed idf.
+    """
+    history = [past(0, "we sing", ""), past(1, "we soup", ""), past(2, "we walk", "")]
+    (ranking,) = rankings("bm25", [history], lm, ["a"], 0)
+    assert ranking(Asked("", "we like soup"), 3) == [1, 2, 0]  # the newer of two equals first
+    assert ranking(Asked("", "we like soup"), 1) == [0]
+    assert ranking(Asked("", "soup"), 1) == [0] and ranking(Asked("", "nothing known"), 3) == [2, 1, 0]
+    assert ranking(Asked("", "soup"), 0) == []
+
+
+def test_dense_is_the_cosine_of_mean_hidden_states(lm: LanguageModel) -> None:
+    history = PEOPLE[0].history
+    (ranking,) = rankings("dense", [history], lm, ["a"], 0)
+    found = lm.embed([p.document for p in history] + ["i want soup"])
+    *items, question = (torch.nn.functional.normalize(f.readings["mean"].vector, dim=0) for f in found)
+    cosines = [float(item @ question) for item in items]
+    assert ranking(Asked("", "i want soup"), 4) == sorted(range(4), key=lambda i: -cosines[i])
+
+
+def test_random_items_are_the_same_again_and_differ_by_question_and_person(lm: LanguageModel) -> None:
+    history = [past(i, str(i), "") for i in range(20)]
+    one, other = rankings("random", [history, history], lm, ["a", "b"], 0)
+    assert one(Asked("x", ""), 20) == one(Asked("x", ""), 20) != one(Asked("y", ""), 20)
+    assert one(Asked("x", ""), 20) != other(Asked("x", ""), 20)
+
+
+@pytest.mark.parametrize("retriever", ["bm25", "dense", "recent", "random"])
+def test_an_items_prompt_holds_earlier_items_only(lm: LanguageModel, retriever: str) -> None:
+    made = Prompting(desk(lm, retrieve=2, retriever=retriever))
+    made.prepare(PEOPLE)
+    for k, own in enumerate(made.examples()):
+        history = PEOPLE[k].history
+        for i, example in enumerate(own):
+            shown = {j for j, p in enumerate(history) if p.shown in example.prompt}
+            assert len(shown) == min(i, 2) and all(j < i for j in shown)
+            assert example.prompt.endswith(history[i].example.prompt)
+
+
+def test_the_nearest_item_stands_next_to_the_question_and_the_profile_first(lm: LanguageModel) -> None:
+    made = Prompting(desk(lm, retrieve=2, profile=True))
+    made.prepare(PEOPLE[:1])
+    text = made.prompt(0, Asked("which soup do you like", "which soup do you like"))
+    assert text.splitlines() == [
+        f"The user: {made.profiles[0]}", PEOPLE[0].history[0].shown, PEOPLE[0].history[3].shown,
+        "which soup do you like",
+    ]  # fmt: skip
+
+
+# -- one adapter a person -----------------------------------------------------------------------------------------
+
+
+def test_no_others_history_is_in_an_adapter(lm: LanguageModel) -> None:
+    """A marker as long as what it replaces leaves the others' passes what they were: bits tell of any leak."""
+    marked = person("a", (("what did you cook", "a lentil soup with pepper"), *TEXTS[1:]))
+    same = lm.format.dialogues([p.example for p in marked.history])
+    assert [e.length for e in same] == [e.length for e in lm.format.dialogues([p.example for p in PEOPLE[0].history])]
+    rows = []
+    for people in (PEOPLE, [marked, *PEOPLE[1:]]):
+        made = Oppu(desk(lm))
+        made.prepare(people)
+        made.adapt(made.examples())
+        assert made.adapters
+        rows.append(made.adapters.rows)
+    assert torch.equal(rows[0][1:], rows[1][1:]) and not torch.equal(rows[0][0], rows[1][0])
+
+
+def test_an_adapter_is_the_same_alone_and_in_company(lm: LanguageModel) -> None:
+    both = []
+    for people in (PEOPLE, PEOPLE[1:2]):
+        made = Oppu(desk(lm, retrieve=1))
+        made.prepare(people)
+        made.adapt(made.examples())
+        assert made.adapters
+        both.append(made.adapters.rows)
+    torch.testing.assert_close(both[0][1], both[1][0], atol=1e-4, rtol=1e-3)
+
+
+def test_a_task_adapter_beneath_is_one_merged_into_the_base(lm: LanguageModel) -> None:
+    base = desk(lm)
+    task = learn_task(base, Prompting(base), PEOPLE, AdapterConfig(rank=2, alpha=4), TrainingConfig(learning_rate=1e-2))
+    examples = lm.format.dialogues([p.example for p in PEOPLE[0].history])
+    bare = [s.nll for s in lm.score(examples, [0] * 4, [])]
+    beneath = [s.nll for s in lm.score(examples, [0] * 4, [task])]
+    with lm.engine.adaptable.merged([task]):
+        merged = [s.nll for s in lm.score(examples, [0] * 4, [])]
+    assert (
+        merged == pytest.approx(beneath, rel=1e-4) and max(abs(a - b) for a, b in zip(bare, merged, strict=True)) > 0.1
+    )
+    assert [s.nll for s in lm.score(examples, [0] * 4, [])] == bare
+    made = Prompting(base)
+    made.prepare(PEOPLE)
+    before, after = loss(lm, made, PEOPLE), loss(lm, prepared(replace(base, beneath=[task])), PEOPLE)
+    assert after < before - 0.05
+
+
+def prepared(at: Desk) -> Method:
+    made = Prompting(at)
+    made.prepare(PEOPLE)
+    return made
+
+
+# -- soft token, graph, pieces ------------------------------------------------------------------------------------
+
+
+def test_a_soft_token_is_the_mean_of_projected_items_by_softmax(lm: LanguageModel) -> None:
+    made = Pplug(desk(lm))
+    items, question = torch.randn(3, made.layout.hidden), torch.randn(made.layout.hidden)
+    cosines = torch.stack([torch.cosine_similarity(item, question, dim=0) for item in items])
+    weights = torch.exp(cosines / TEMPERATURE) / torch.exp(cosines / TEMPERATURE).sum()
+    expected = sum(w * made.projection(item) for w, item in zip(weights, items, strict=True))
+    torch.testing.assert_close(made.token(question, items), expected)
+
+
+def test_the_projection_learns_and_nothing_else_does(lm: LanguageModel) -> None:
+    made = Pplug(desk(lm, training={"epochs": 30, "batch_size": 3, "learning_rate": 3e-3}))
+    made.prepare(PEOPLE)
+    before = loss(lm, made, PEOPLE)
+    base = [p.clone() for p in lm.engine.model.parameters()]
+    made.learn(PEOPLE)
+    made.prepare(PEOPLE)
+    assert loss(lm, made, PEOPLE) < before - 0.1
+    assert all(torch.equal(a, b) for a, b in zip(base, lm.engine.model.parameters(), strict=True))
+
+
+def test_a_graph_keeps_what_makes_replies_likelier_and_drops_what_is_not_missed(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = KnowledgeGraph(desk(lm))
+    made.prepare(PEOPLE)
+    assert all(now <= bare for now, bare in zip(made.losses(made.graphs), made.losses([[], [], []]), strict=True))
+    useful, useless = Triple("likes", "lentil soup with cumin"), Triple("is", "zq zq zq zq zq zq")
+    made.graphs = [[], [], []]
+    made._try([useful] * 3)
+    kept = list(map(list, made.graphs))
+    made._try([useless] * 3)
+    assert [useful] in kept and all(useless not in g for g in made.graphs)
+    made.graphs = [[useful, useless]] * 3
+    monkeypatch.setattr(kgt, "PROPOSED", 2)
+    made._drop()
+    assert [g for g in made.graphs if useless in g] == []
+
+
+def test_triples_near_the_question_are_given() -> None:
+    graph = [Triple("likes", word) for word in ("tea", "lentil soup", "rain", "soup")]
+    assert [str(t) for t in kgt.nearest(graph, "hot soup in the rain")] == [
+        "The user likes lentil soup.", "The user likes rain.", "The user likes soup.",
+    ]  # fmt: skip
+
+
+def test_pieces_are_picked_by_their_gates_and_mixed_by_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sharers, two picked: the cosines of their gates with the input are 1, 0.6 and −1."""
+    monkeypatch.setattr(per_pcs, "PICKED", 2)
+    small = lora_layout((AdaptedLayer("q", 2, 3),), rank=1, alpha=2.0)
+    a, b = torch.randn(3, 1, 2), torch.randn(3, 3, 1)
+    gates = torch.tensor([[-2.0, 0.0], [3.0, 4.0], [0.5, 0.0]])
+    row = assembled(Pieces({"q": a}, {"q": b}, {"q": gates}), {"q": torch.tensor([7.0, 0.0])}, small)
+    ((_, made_a, made_b),) = wide(small).split(row[None])
+    first, second = torch.softmax(torch.tensor([1.0, 0.6]), 0)
+    torch.testing.assert_close(made_b[0] @ made_a[0], first * b[2] @ a[2] + second * b[1] @ a[1])
+    assert wide(small).scale == small.scale
+
+
+def test_gates_learn_while_the_adapters_stay(lm: LanguageModel) -> None:
+    made = Assembled(desk(lm))
+    made.learn(PEOPLE)
+    assert all(g.abs().max() > 0 for g in made.pieces.gates.values())
+    trained = Oppu(desk(lm))
+    trained.prepare(PEOPLE)
+    trained.adapt(trained.examples())
+    assert trained.adapters
+    for name, a, b in made.layout.split(trained.adapters.rows):
+        assert torch.equal(made.pieces.a[name], a) and torch.equal(made.pieces.b[name], b)
+
+
+def test_what_a_layer_reads_is_the_mean_over_tokens(lm: LanguageModel) -> None:
+    """Of the first layer: the normed embeddings, which can be had without a pass."""
+    at, small = desk(lm), lm.lora_layout(AdapterConfig(rank=1, targets=("layers.0.self_attn.q_proj",)))
+    examples = [p.example for p in PEOPLE[0].history]
+    (found,) = per_pcs.mean_inputs(at, small, examples).values()
+    ids = torch.tensor([i for e in lm.format.dialogues(examples) for i in (*e.prompt, *e.reply)])
+    block = lm.engine.model.base_model.layers[0]
+    with torch.inference_mode():
+        expected = block.input_layernorm(lm.engine.embedding(ids[None]))[0].mean(0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+# -- preferences --------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_pairs_and_its_slopes_are_those_of_autograd() -> None:
+    chosen, rejected = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
+    pairs, beta = torch.tensor([[0.7, 0.3], [0.0, 1.0], [0.2, 0.8]]), 0.4
+    margins = beta * pairs * (chosen[:, None] - rejected[None])
+    expected = -torch.nn.functional.logsigmoid(margins)[pairs > 0].mean()
+    by_chosen, by_rejected = torch.autograd.grad(expected, [chosen, rejected])
+    value, up, down = value_and_weights(chosen.detach(), rejected.detach(), pairs, beta)
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(up, -by_chosen)  # a reward is minus an NLL
+    torch.testing.assert_close(down, -by_rejected)
+
+
+def test_one_pair_is_dpo() -> None:
+    value, *_ = value_and_weights(torch.tensor([2.0]), torch.tensor([-1.0]), torch.eye(1), 0.1)
+    assert value == pytest.approx(math.log(1 + math.exp(-0.1 * 3)))
+
+
+def test_near_prompts_weigh_more_and_rows_sum_to_one() -> None:
+    found = nearness(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 5.0]]), 0.5)
+    by_hand = math.e**2 / (2 * math.e**2 + 1)
+    assert found[0].tolist() == pytest.approx([by_hand, by_hand, 1 - 2 * by_hand], rel=1e-5)
+    assert found.sum(1).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_preferring_moves_what_is_chosen_above_what_is_rejected(lm: LanguageModel) -> None:
+    layout = lm.lora_layout(AdapterConfig(rank=2, alpha=4))
+    start = lm.adapters(layout, torch.stack([layout.start(0)] * 2))
+    chosen = lm.format.dialogues([Dialogue("x", "which soup", "lentil soup")])
+    rejected = lm.format.dialogues([Dialogue("x", "which soup", "no idea at all")])
+    told = [[Preferences(chosen, rejected, torch.eye(1))] * 6, [Preferences(rejected, chosen, torch.eye(1))] * 6]
+    after, losses = prefer(lm.engine, start, [], told, rate=1e-2, beta=0.1)
+    assert losses[0][0] == pytest.approx(math.log(2), rel=1e-4) and losses[0][-1] < losses[0][0]
+
+    def reward(k: int, examples: Any) -> float:
+        return lm.score(examples, [0], [])[0].nll - lm.score(examples, [k], [after])[0].nll
+
+    assert reward(0, chosen) > reward(0, rejected) and reward(1, chosen) < reward(1, rejected)
+    alone, _ = prefer(lm.engine, Adapters(layout, start.rows[:1]), [], told[:1], rate=1e-2, beta=0.1)
+    torch.testing.assert_close(alone.rows[0], after.rows[0], atol=1e-4, rtol=1e-3)
+
+
+def test_rejected_is_what_the_model_says_and_chosen_what_the_person_did(lm: LanguageModel) -> None:
+    made = Rpo(desk(lm, name="rpo"))
+    made.prepare(PEOPLE[:1])
+    examples = made.examples()
+    (said,) = made._replies(examples)
+    told = made._preferences(examples[0], said, [0, 2])
+    assert [e.reply for e in told.chosen] == [e.reply for e in lm.format.dialogues([examples[0][0], examples[0][2]])]
+    assert {e.prompt for e in told.chosen} == {e.prompt for e in told.rejected}
+    assert [e.reply for e in told.rejected] != [e.reply for e in told.chosen]
+
+
+def test_a_weighted_gradient_is_that_of_the_weighted_losses(lm: LanguageModel) -> None:
+    """With the weights of the mean it is a step of finetune; a negative one turns an example's part around."""
+    layout = lm.lora_layout(AdapterConfig(rank=2, alpha=4))
+    stack = lm.adapters(layout, torch.stack([layout.start(0), layout.start(1)]) + 0.01)
+    examples = lm.format.dialogues([p.example for p in PEOPLE[0].history])
+    one, value = lm.engine.gradient(stack, [], [examples[:2], examples[2:]], [[1.0, -2.0], [0.5, 0.0]])
+    parts = {
+        i: gradient
+        for group, found, _ in lm.engine.row_gradients(stack, [], examples, [0, 0, 1, 1], [1.0] * 4)
+        for i, gradient in zip(group, found, strict=True)
+    }
+    torch.testing.assert_close(one[0], parts[0] - 2 * parts[1], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(one[1], 0.5 * parts[2], atol=1e-4, rtol=1e-3)
+    losses = [s.nll for s in lm.score(examples, [0, 0, 1, 1], [stack])]
+    assert value.tolist() == pytest.approx([losses[0] - 2 * losses[1], 0.5 * losses[2]], rel=1e-4)
+    assert Lesson(examples, [[0]]).tokens == examples[0].length

@@ -1,0 +1,177 @@
+"""The server's rounds over a grid of devices whose releases are known: what it makes of them, by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord
+
+from privacy.noise import ReleaseNoise
+from privacy.plan import RoundPlan
+from privacy.release import Array, Release, Schema
+from server.buffered import BufferedStrategy
+from server.config import ServerConfig
+from server.intake import Limits, signal_to_noise, to_arrays, to_numpy
+from server.strategy import NoReleaseError, ReleaseStrategy
+from simulation.config import ConfigError, config_folder, load_config
+from simulation.fleet import Cohort, Done, Job
+from simulation.grid import CohortGrid
+from simulation.runs import RunFolder
+
+SCHEMA = Schema((("q.lora_A", (4, 3)), ("q.lora_B", (2, 4))))
+WIDTH, HEAD = 20, "0" * 64
+Row = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass
+class Scripted:
+    """Devices that send what they are told to: a row, or None for no release; one without an entry breaks."""
+
+    rows: Mapping[str, Row | None]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    asked: list[tuple[str, int, Row]] = field(default_factory=list)  # device, version, what it received
+
+    @property
+    def schema(self) -> Schema:
+        return SCHEMA
+
+    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
+        self.asked += [(name, plan.version, received.numpy().copy()) for name in names]
+        return [self._release(name, plan) for name in names]
+
+    def _release(self, name: str, plan: RoundPlan) -> Release | None:
+        row, rank = self.rows[name], self.ranks.get(name, 0)
+        schema = SCHEMA.of_round(plan.round, rank)
+        if row is None:
+            return None
+        return Release.of(row[SCHEMA.places(plan.round, rank)], plan.version, HEAD, schema)
+
+    def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
+        pass
+
+
+def grid_of(devices: Scripted, names: Sequence[str], silent: Sequence[str] = ()) -> CohortGrid:
+    def spread(job: Job, asked: Sequence[str], question: Any) -> Iterator[Done]:
+        here = tuple(n for n in asked if n not in silent)
+        yield Cohort(here), job(devices, here, question) if here else []
+
+    return CohortGrid(spread, SCHEMA, names)
+
+
+def start(row: Row | None = None) -> ArrayRecord:
+    return to_arrays(SCHEMA.split(np.zeros(WIDTH, np.float32) if row is None else row))
+
+
+def row_of(arrays: ArrayRecord) -> Array:
+    return SCHEMA.join(to_numpy(arrays))
+
+
+def strategy(config: ServerConfig, noise: ReleaseNoise | None = None) -> ReleaseStrategy:
+    return ReleaseStrategy(config, SCHEMA, 0, noise or ReleaseNoise(), limits=Limits(1e3))
+
+
+def drawn(seed: int, count: int, std: float = 1.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, std, size=(count, WIDTH)).astype(np.float32)
+
+
+def test_a_stale_release_is_made_on_what_was_sent_then_and_counts_less() -> None:
+    """Buffers of two: b's second release begins from version 0 and ends in version 2, where it weighs 1 / √2."""
+    a, b, c = drawn(0, 3)
+    makers = {1: {"a": 0, "b": 0}, 2: {"c": 0, "a": 1}}
+    versions: dict[int, ArrayRecord] = {0: start()}
+    devices = Scripted({"a": a, "b": b, "c": c})
+    buffered = BufferedStrategy(
+        ServerConfig(buffer=2, concurrency=2), SCHEMA, 0, ReleaseNoise(), limits=Limits(1e3),
+        makers=makers.__getitem__, version=versions.__getitem__,
+    )  # fmt: skip
+    found = buffered.start(
+        grid_of(devices, ["a", "b", "c"]), start(), 2, evaluate_fn=lambda n, arrays: versions.update({n: arrays})
+    )
+    first = (a + b) / 2
+    np.testing.assert_allclose(row_of(versions[1]), first, atol=1e-6)
+    np.testing.assert_allclose(row_of(found.arrays), first + (a + c / np.sqrt(2)) / 2, atol=1e-6)
+    begun = [(name, version) for name, version, _ in devices.asked]
+    assert begun == [("a", 0), ("b", 0), ("c", 0), ("a", 1)]
+    assert not devices.asked[2][2].any() and np.allclose(devices.asked[3][2], first, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [{}, {"d3": 2}])
+def test_of_noise_alone_there_is_no_signal_whatever_the_ranks(ranks: dict[str, int]) -> None:
+    names, squares = [f"d{k}" for k in range(4)], []
+    senders = 3.0 + (SCHEMA.places(1, 2) if ranks else np.ones(WIDTH))
+    noise = ReleaseNoise(on_device=0.5)
+    for seed in range(200):
+        rows = drawn(seed, 4, std=0.5)
+        for name, rank in ranks.items():
+            rows[names.index(name)][~SCHEMA.places(1, rank)] = 0
+        server = strategy(ServerConfig(), noise)
+        server.start(grid_of(Scripted(dict(zip(names, rows, strict=True)), ranks), names), start(), 1)
+        norm = server.facts[1].change_norm_l2
+        squares.append(norm**2)
+        assert server.facts[1].signal_to_noise == pytest.approx(signal_to_noise(norm, noise.of_mean(senders), WIDTH))
+    assert np.mean(squares) == pytest.approx(WIDTH * noise.of_mean(senders) ** 2, rel=0.1)
+
+
+def test_a_round_in_which_one_fails_and_the_others_are_silent_changes_nothing() -> None:
+    devices = Scripted({"b": None})
+    server = strategy(ServerConfig())
+    found = server.start(grid_of(devices, ["a", "b"], silent=["b"]), start(drawn(0, 1)[0]), 1)
+    assert np.array_equal(row_of(found.arrays), drawn(0, 1)[0])
+    assert (server.facts[1].releases, server.facts[1].silent, server.facts[1].refused) == (0, 1, {"failed": 1})
+    with pytest.raises(NoReleaseError, match="failed"):
+        strategy(ServerConfig()).start(grid_of(devices, ["a"]), start(), 1)
+
+
+def test_a_release_whose_product_is_too_large_is_refused_whole() -> None:
+    large = np.full(WIDTH, 4e3, np.float32)
+    names = ["a", "b"]
+    server = ReleaseStrategy(ServerConfig(), SCHEMA, 0, ReleaseNoise(), limits=Limits(1e9))
+    found = server.start(grid_of(Scripted({"a": large, "b": drawn(0, 1)[0]}), names), start(), 1)
+    facts = server.facts[1]
+    assert (facts.releases, facts.refused) == (1, {"malformed": 1}) and set(server.heads) == {"b"}
+    np.testing.assert_allclose(row_of(found.arrays), drawn(0, 1)[0], atol=1e-6)
+
+
+def test_what_noise_on_the_sum_does_not_cover_is_not_made_of_releases() -> None:
+    rows = drawn(0, 2)
+    releases = Scripted({"a": rows[0], "b": rows[1]})
+    server = strategy(ServerConfig(), ReleaseNoise(on_sum=5.0, secret=1))
+    server.start(grid_of(releases, ["a", "b"]), start(), 1)
+    assert server.facts[1].averaging_error is None
+    for products in ("residual", "stack"):
+        overrides = [f"server.products={products}", "shared.adapter.factors=both", "privacy.mode=user-central"]
+        with pytest.raises(ConfigError, match="does not cover"):
+            load_config(config_folder() / "quickstart.toml", overrides)
+
+
+BUFFERED = ("world.classes=world/devices", "server.buffer=2", "server.concurrency=2")
+CORRELATED = ("privacy.mode=user-central", "server.noise_bands=3", "privacy.releases=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        ((*BUFFERED, "server.sampled_share=0.5"), "has no rounds"),
+        ((*BUFFERED, "world.deadline_s=9"), "has no rounds"),
+        ((*CORRELATED, "server.sampled_share=0.5"), "in its turn"),
+        (("server.rule=none", "world.classes=world/devices"), "has no server"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(overrides: tuple[str, ...], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        load_config(config_folder() / "quickstart.toml", overrides)
+
+
+def test_a_checkpoint_holds_the_heads_of_a_million_ledgers(tmp_path: Path) -> None:
+    heads = {f"device-{k:07d}": f"{k:064x}" for k in range(1_200_000)}
+    RunFolder(tmp_path).save_shared(1, {"a": np.zeros(3, np.float32)}, heads, {})
+    found = RunFolder(tmp_path).shared(1)
+    assert found.heads == heads and set(found.shared) == {"a"}
+    RunFolder(tmp_path).save_shared(2, {"a": np.zeros(3, np.float32)}, {}, {})
+    assert RunFolder(tmp_path).shared(2).heads == {}
