@@ -16,6 +16,7 @@ from client.lm.config import AdapterConfig, SamplingConfig
 from client.lm.model import LanguageModel
 from client.personal.asls import ArmName, Asls, AslsConfig, Device, Interaction
 from client.personal.profile import Interest, Profile, ProfileConfig, ProfileError, drift
+from privacy.seeds import derive_seed
 from simulation.data.population import User
 from simulation.personal.live import ReptileConfig, UserConfig, better_from, feedback, live, reptile
 
@@ -136,13 +137,27 @@ def test_arms_leave_out_what_they_are_named_after(lm: LanguageModel) -> None:
     assert of("full").prompt(device_after(of("full"), *four), "hello") == "hello"
     assert not of("no-retuning").wants_to_adapt(Device("d", window=tuple(four), fresh=4, times=1))
     accepted = Interaction("x", "said", True)
-    assert of("no-feedback")._lesson(met("x", "said", False, "wanted")) == "wanted"
+    assert of("no-feedback")._lesson(met("x", "said", False, "wanted")) == "said"
+    window = tuple(four)
+    four_new = Device("d", window=window, fresh=4)
+    assert of("no-feedback").rate(four_new) < of("full").rate(four_new) == of("adaptation-only").rate(four_new)
+    told = of("with-words")
+    assert "ships" in told.prompt(device_after(told, *four), "hello") and told.config.adapts
     assert (
         of("no-feedback")._lesson(Interaction("x", "said", False)) == "said" and of("full")._lesson(accepted) == "said"
     )
     assert of("full")._lesson(Interaction("x", "said", False)) == ""
     chosen = [tuple(of("random-sampling").chosen(Device("d", window=tuple(four), times=n))) for n in range(8)]
     assert len(set(chosen)) > 1
+
+
+def test_it_learns_what_is_nearest_to_the_profile(lm: LanguageModel) -> None:
+    asls = Asls(lm, AslsConfig(examples=1, window=8), 0)
+    four = [met(text) for text in ("i like big ships", "i like old ships", "what time is it", "i like red ships")]
+    device = device_after(asls, *four)
+    vectors = torch.nn.functional.normalize(asls.embed([i.prompt for i in four]), dim=1)
+    near = vectors @ device.profile.vector(asls.embed, asls.config.profile)
+    assert asls.chosen(device) == [four[int(near.argmax())]] and near.argmax() != near.argmin()
 
 
 def test_an_adaptation_makes_what_was_wanted_likelier_and_what_was_rejected_less(lm: LanguageModel) -> None:
@@ -183,7 +198,8 @@ def test_a_stream_is_lived_through(lm: LanguageModel, people: list[User], arm: s
     found = live(lm, config, UserConfig(corrects=1), SHAPE, GREEDY, streams, seed=0)
     assert found.nll.shape == (2, 6) and np.isfinite(found.nll).all()
     adapts = arm not in ("none", "profiling-only", "summary")
-    assert bool(found.tokens.sum()) == adapts == bool(found.seconds.sum())
+    assert bool(found.tokens.sum()) == adapts == bool(found.spent["trained"])
+    assert found.seconds > 0
     if arm == "no-retuning":
         assert ((found.tokens > 0).sum(1) == 1).all()
     again = live(lm, config, UserConfig(corrects=1), SHAPE, GREEDY, {"d1": streams["d1"]}, seed=0)
@@ -201,7 +217,37 @@ def test_learning_from_a_stream_helps_later_in_it(lm: LanguageModel, people: lis
     assert learned.nll[:, 12:].mean() < none.nll[:, 12:].mean()
 
 
-def test_reptile_moves_the_start_by_epsilon_of_the_mean_change(lm: LanguageModel, people: list[User]) -> None:
+def test_what_is_measured_is_what_the_device_could_do_before(lm: LanguageModel, people: list[User]) -> None:
+    """The second interaction's figure is that of the adapter after the first one."""
+    streams = {f"d{k}": user.stream[:2] for k, user in enumerate(people)}
+    config, asked = AslsConfig(fresh=1, steps=4, rate=5e-3), UserConfig(accepts=1, slips=0, corrects=1)
+    first = live(lm, config, asked, SHAPE, GREEDY, {n: s[:1] for n, s in streams.items()}, seed=0)
+    both = live(lm, config, asked, SHAPE, GREEDY, streams, seed=0)
+    assert (first.tokens > 0).all() and (both.tokens > 0).all()
+    second = lm.format.dialogues([s[1] for s in streams.values()])
+
+    def scored(rows: torch.Tensor) -> list[float]:
+        found = lm.score(second, [0, 1], [lm.adapters(lm.layout(SHAPE), rows)])
+        return [s.nll / s.tokens for s in found]
+
+    np.testing.assert_allclose(both.nll[:, 1], scored(first.rows), atol=1e-4)
+    assert np.abs(both.nll[:, 1] - scored(both.rows)).max() > 0.05
+
+
+def test_reptile_goes_where_people_lead_and_by_their_mean(lm: LanguageModel, people: list[User]) -> None:
+    layout, stream = lm.layout(SHAPE), people[0].stream[:8]
+    told = lm.format.dialogues(stream)
+
+    def loss(row: torch.Tensor) -> float:
+        return sum(s.nll for s in lm.score(told, [0] * 8, [lm.adapters(layout, row)]))
+
+    once = ReptileConfig(rounds=1, people=2, batch_size=8, outer=1.0)
+    one, two = reptile(lm, layout, once, [stream], 0), reptile(lm, layout, once, [stream, stream], 0)
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)  # two who lead alike lead as far as one
+    assert loss(one) < loss(layout.start(derive_seed(0, "live", "start"))) - 1
+
+
+def test_reptile_moves_the_start_by_epsilon_of_the_change(lm: LanguageModel, people: list[User]) -> None:
     """One person in a round and ε = 1: the start is where the person's steps lead."""
     layout, streams = lm.layout(SHAPE), [people[0].stream[:8]]
     whole = reptile(lm, layout, ReptileConfig(rounds=1, people=1, outer=1.0), streams, 0)

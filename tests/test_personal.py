@@ -13,7 +13,7 @@ import torch
 from client.dialogue import Dialogue
 from client.lm.adapter import AdaptedLayer, Adapters
 from client.lm.adapter import layout as lora_layout
-from client.lm.config import AdapterConfig
+from client.lm.config import AdapterConfig, ModelConfig, TextLimits
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel
 from client.personal import kgt, per_pcs
@@ -21,7 +21,7 @@ from client.personal.config import MethodConfig, Name, TrainingConfig
 from client.personal.history import Asked, Past, Person, Wording
 from client.personal.kgt import KnowledgeGraph, Triple
 from client.personal.method import Desk, Method
-from client.personal.oppu import Oppu
+from client.personal.oppu import Oppu, Pooled
 from client.personal.per_pcs import Assembled, Pieces, assembled, wide
 from client.personal.pplug import TEMPERATURE, Pplug
 from client.personal.preference import Preferences, prefer, value_and_weights
@@ -53,11 +53,21 @@ def person(name: str, texts: Sequence[tuple[str, str]] = TEXTS) -> Person:
 
 
 PEOPLE = [person("a"), person("b", TEXTS[::-1]), person("c", TEXTS[1:])]
+SHARERS = [person("s", TEXTS[:2]), person("t", TEXTS[2:])]
+OTHER = person(
+    "a", (("where is the boat", "in the harbour, with a red sail"), ("who rows", "my brother in law, badly"))
+)
 SMALL = {"adapter": {"rank": 2, "alpha": 4}, "training": {"epochs": 2, "batch_size": 2, "learning_rate": 5e-3}}
 
 
 def desk(lm: LanguageModel, **settings: Any) -> Desk:
     return Desk(lm, MethodConfig.model_validate({**SMALL, **settings}), Wording(), seed=0)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    """With room for items in its prompts."""
+    return LanguageModel.load(ModelConfig(dtype="float32", limits=TextLimits(prompt_tokens=160, reply_tokens=64)))
 
 
 def loss(lm: LanguageModel, made: Method, people: Sequence[Person]) -> float:
@@ -71,7 +81,7 @@ def loss(lm: LanguageModel, made: Method, people: Sequence[Person]) -> float:
 
 @pytest.mark.parametrize("name", get_args(Name))
 def test_every_method_learns_prepares_prompts_adapts_and_answers(lm: LanguageModel, name: Name) -> None:
-    made = method(desk(lm, name=name, retrieve=1))
+    made = method(desk(lm, name=name, retrieve=0 if name in ("pplug", "kgt") else 1))
     assert type(made) is METHODS[name] and set(METHODS) == set(get_args(Name))
     made.learn(PEOPLE[1:])
     made.prepare(PEOPLE)
@@ -137,6 +147,62 @@ def test_the_nearest_item_stands_next_to_the_question_and_the_profile_first(lm: 
         f"The user: {made.profiles[0]}", PEOPLE[0].history[0].shown, PEOPLE[0].history[3].shown,
         "which soup do you like",
     ]  # fmt: skip
+
+
+def test_a_question_stays_whole_and_every_item_is_seen_from_its_beginning(lm: LanguageModel) -> None:
+    made, long = desk(lm), " ".join(f"word{i}" for i in range(300))
+    items = [replace(past(0, "", ""), shown=f"first {long}"), replace(past(1, "", ""), shown="second is short")]
+    question = Asked("the question " + " ".join("why" for _ in range(40)), "")
+    text = made.prompt(question, items, profile=f"profile {long}")
+    (encoded,) = lm.format.prompts([text])
+    assert not encoded.truncated and text.endswith(question.prompt) and encoded.length > 150
+    assert "The user: profile word0" in text and "first word0" in text and "second is short" in text
+    longer = Asked(" ".join("why" for _ in range(150)), "")
+    assert made.prompt(longer, items) == longer.prompt  # no room but for scraps
+
+
+@pytest.mark.parametrize("name", [n for n in get_args(Name) if n != "pooled"])
+def test_a_person_gets_nothing_of_anybody_elses(lm: LanguageModel, name: Name) -> None:
+    """One person's history is another one: what all others are given and served stays bit by bit."""
+
+    def prompts_and_losses(people: Sequence[Person]) -> list[tuple[str, list[float]]]:
+        made = method(desk(lm, name=name, profile=name in ("base", "oppu"), retrieve=name in ("base", "oppu")))
+        made.learn(SHARERS)
+        made.prepare(people)
+        made.adapt(made.examples())
+        asked = [(k, p.questions[0][0]) for k, p in enumerate(people)]
+        replies = [
+            replace(p.questions[0][1], prompt=made.prompt(k, a)) for (k, a), p in zip(asked, people, strict=True)
+        ]
+        served = made.serving(asked)
+        scores = lm.score(lm.format.dialogues(replies), served.slots, served.arm)
+        return [(r.prompt, [round(s.nll, 3)]) for r, s in zip(replies, scores, strict=True)]
+
+    there = prompts_and_losses([PEOPLE[0], PEOPLE[1], PEOPLE[2]])
+    changed = prompts_and_losses([OTHER, PEOPLE[1], PEOPLE[2]])
+    moved = prompts_and_losses([PEOPLE[1], PEOPLE[0], PEOPLE[2]])
+    assert changed[1:] == there[1:] and changed[0] != there[0]
+    assert moved[1] == there[0] and moved[0] == there[1]  # nobody is served with the first one's
+
+
+def test_the_pooled_adapter_is_everybodys(lm: LanguageModel) -> None:
+    rows = []
+    for last in (PEOPLE[2], OTHER):
+        made = Pooled(desk(lm))
+        made.prepare([*PEOPLE[:2], last])
+        made.adapt(made.examples())
+        assert made.adapters
+        rows.append(made.adapters.rows)
+    assert rows[0].shape[0] == 1 and not torch.equal(*rows)
+
+
+def test_an_adapter_is_trained_on_what_the_base_is_for_the_task(lm: LanguageModel) -> None:
+    plain = desk(lm)
+    beneath = plain.train(plain.config.adapter, plain.config.training, [[p.example for p in OTHER.history]], ["task"])
+    own = [[p.example for p in PEOPLE[0].history]]
+    one, other = (d.train(d.config.adapter, d.config.training, own, ["a"]).rows for d in
+                  (plain, replace(plain, beneath=[beneath])))  # fmt: skip
+    assert (one - other).abs().max() > 1e-4
 
 
 # -- one adapter a person -----------------------------------------------------------------------------------------

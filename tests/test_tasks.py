@@ -259,19 +259,26 @@ def test_the_longest_histories_are_tested_on_and_everybody_else_is_the_pool() ->
 
 
 def test_a_config_of_lamp_keeps_development_test_and_pool_apart(tmp_path: Path) -> None:
-    sizes = {f"q{n}": [str(i) for i in range(1, n + 1)] for n in range(2, 10)}
+    sizes = {f"q{n}": [str(i) for i in range(1, n + 1)] for n in range(2, 22)}
     official(tmp_path, [movie(q, *items, user=f"user of {q}") for q, items in sizes.items()], gold(*sizes))
     config = TaskConfig(
         name="lamp:2M", folder=str(tmp_path), users=2, pool_users=3, min_history=3, max_history=4, queries_per_user=1
     )
     _, pool, test = load_task(config, 0)
-    _, _, development = load_task(config.model_copy(update={"split": "development"}), 0)
-    assert [user.id for user in test] == ["user of q9", "user of q8"]
-    assert [user.id for user in development] == ["user of q7", "user of q6"]
-    assert len(pool) == 3 and not {user.id for user in pool} & {user.id for user in test}
-    assert [item.id for item in test[0].history] == ["6", "7", "8", "9"]
-    with pytest.raises(DataError, match="users = 7, but of the 8 users of"):
-        load_task(config.model_copy(update={"users": 7}), 0)
+    _, others, development = load_task(config.model_copy(update={"split": "development"}), 0)
+    by_half = {
+        half: [f"user of q{n}" for n in range(21, 2, -1) if half_of(f"user of q{n}") == half]
+        for half in ("test", "development")
+    }
+    assert [user.id for user in test] == by_half["test"][:2]
+    assert [user.id for user in development] == by_half["development"][:2]
+    assert {user.id for user in pool} <= set(by_half["test"][2:]) and len(pool) == 3
+    assert {user.id for user in others} <= set(by_half["development"][2:])
+    assert [len(user.history) for user in test] == [4, 4] and test[0].history[-1].id == test[0].id.partition("q")[2]
+    _, _, whole = load_task(config.model_copy(update={"split": "all"}), 0)
+    assert [user.id for user in whole] == ["user of q21", "user of q20"]  # as OPPU tests
+    with pytest.raises(DataError, match="users = 20, but of the 20 users of"):
+        load_task(config.model_copy(update={"users": 20}), 0)
 
 
 # Settings

@@ -31,6 +31,15 @@ class ChatFormat:
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def length(self, text: str) -> int:
+        """Tokens of a text alone."""
+        return len(self._ids(text))
+
+    def beginning(self, text: str, tokens: int) -> str:
+        """At most so many tokens of a text."""
+        ids = self._ids(text)
+        return text if len(ids) <= tokens else str(self.tokenizer.decode(list(ids[:tokens])))
+
     def prompts(self, texts: Sequence[str]) -> list[Example]:
         """Examples without a reply, for generation and embedding."""
         return self._examples(texts, [()] * len(texts), [False] * len(texts))

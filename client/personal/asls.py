@@ -4,11 +4,13 @@ The paper describes two layers and no equations. Here the profile (`profile`) is
 Δθ(profile), by these rules. *When*: the profile has moved by `drift` since the last time, or `fresh` replies with
 feedback have come. *How fast*: the rate is `rate · (1 + boost · share of fresh feedback) / (1 + decay · times)`. *On
 what*: of the newest `window` interactions, those nearest to the profile; the loss is the NLL of accepted or corrected
-replies, weighed by their feedback, plus a preference term (DPO) on pairs of a corrected and a rejected reply.
+replies (a correction weighs 1, a reply that was accepted ½), plus a preference term (DPO) on pairs of a corrected and
+a rejected reply.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -28,18 +30,26 @@ from privacy.config import Config
 from privacy.seeds import derive_seed
 
 ArmName = Literal[
-    "full", "adaptation-only", "profiling-only", "summary", "no-retuning", "no-feedback", "random-sampling", "none"
-]
-SUMMARY_TOKENS = 24
+    "full", "with-words", "adaptation-only", "profiling-only", "summary", "no-retuning", "no-feedback",
+    "random-sampling", "none",
+]  # fmt: skip
+SUMMARY_TOKENS, SUMMARY_ITEMS, SUMMARY_ITEM_TOKENS = 24, 8, 12
 ASK_FOR_SUMMARY = "{interests}\nDescribe the user who wrote this in one sentence."
 
 
 class AslsConfig(Config):
-    """The two layers. `arm` leaves parts out, as the paper's ablation does; `summary` is profiling alone, in prose."""
+    """The two layers. `arm` leaves parts out, as the paper's ablation does.
+
+    A profile alone would change nothing: in `profiling-only` its words stand in front of prompts, in `summary` a
+    sentence that the model makes of them, in `with-words` the words beside all that `full` does. `no-feedback` takes
+    every reply that was said as it is, as if nobody had told what they thought of it.
+    """
 
     arm: ArmName = "full"
     profile: ProfileConfig = ProfileConfig()
-    drift: float = Field(0.15, ge=0, le=2, description="of the profile's vector since it last adapted")
+    drift: float = Field(
+        0.015, ge=0, le=2, description="of the profile's vector since it last adapted; with nano one in ten is beyond"
+    )
     fresh: int = Field(4, ge=1, description="interactions with feedback that have not been learned from")
     window: int = Field(16, ge=1, description="interactions that are kept")
     examples: int = Field(8, ge=1, description="of the window, that are adapted on")
@@ -98,16 +108,19 @@ class Asls:
     def __init__(self, lm: LanguageModel, config: AslsConfig, seed: int, beneath: Sequence[Adapters] = ()) -> None:
         """`beneath` are adapters of one row that are always on, such as a shared one."""
         self.lm, self.config, self.seed, self.beneath = lm, config, seed, beneath
+        self.spent = Counter[str]()  # tokens of all devices: "trained", "read" and "written"
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """(n, H) by the base model."""
+        self.spent["read"] += sum(e.length for e in self.lm.format.prompts(texts))
         return torch.stack([f.readings["mean"].vector for f in self.lm.embed(texts)])
 
     def prompt(self, device: Device, prompt: str) -> str:
         """With the profile's words in front, where it is all that there is of the person."""
         if self.config.arm == "summary":
             return f"(The user: {device.summary}) {prompt}" if device.summary else prompt
-        words = device.profile.words(self.config.profile) if self.config.arm == "profiling-only" else ""
+        told = self.config.arm in ("profiling-only", "with-words")
+        words = device.profile.words(self.config.profile) if told else ""
         return f"({words}) {prompt}" if words else prompt
 
     def observe(self, device: Device, met: Interaction) -> Device:
@@ -128,37 +141,43 @@ class Asls:
         due = [
             k for k, d in enumerate(devices) if d.told_at is None or drift(d.told_at, vectors[k]) > self.config.drift
         ]
-        prompts = [
-            ASK_FOR_SUMMARY.format(interests="\n".join(i.text for i in devices[k].profile.interests)) for k in due
-        ]
+        prompts = [self._summary_of(devices[k].profile) for k in due]
         seeds = [derive_seed(self.seed, devices[k].id, "summary") >> 1 for k in due]
         said = self.lm.generate(prompts, due, self.beneath, SamplingConfig(max_new_tokens=SUMMARY_TOKENS), seeds)
+        self.spent["read"] += sum(e.length for e in self.lm.format.prompts(prompts))
+        self.spent["written"] += SUMMARY_TOKENS * len(due)
         for k, text in zip(due, said, strict=True):
             after[k] = replace(devices[k], summary=text, told_at=vectors[k])
         return after
 
+    def _summary_of(self, profile: Profile) -> str:
+        """The question after what weighs most in a profile, cut so that a model sees all of it."""
+        weights = profile.weights(self.config.profile).tolist()
+        order = sorted(range(len(weights)), key=lambda i: (-round(weights[i], 6), i))[:SUMMARY_ITEMS]
+        texts = [self.lm.format.beginning(profile.interests[i].text, SUMMARY_ITEM_TOKENS) for i in order]
+        return ASK_FOR_SUMMARY.format(interests="\n".join(texts))
+
     def wants_to_adapt(self, device: Device) -> bool:
-        """Whether now is the time."""
+        """Whether now is the time: enough that is new, or the profile has moved since the last time."""
         config = self.config
         if not config.adapts or not any(self._lesson(i) for i in device.window):
             return False
         if config.arm == "no-retuning" and device.times:
             return False
-        if device.fresh >= config.fresh:
-            return True
-        moved = device.adapted_at is not None and config.profiles and device.fresh > 1
-        return moved and drift(self._before(device), device.profile.vector(self.embed, config.profile)) > config.drift
+        return device.fresh >= config.fresh or self.has_moved(device)
 
-    def _before(self, device: Device) -> torch.Tensor:
-        assert device.adapted_at is not None
-        return device.adapted_at
+    def has_moved(self, device: Device) -> bool:
+        """Whether the profile is elsewhere than when the device last adapted."""
+        config, before = self.config, device.adapted_at
+        if before is None or not config.profiles or not device.fresh:
+            return False
+        return drift(before, device.profile.vector(self.embed, config.profile)) > config.drift
 
     def rate(self, device: Device) -> float:
         """η of the next adaptation."""
         config = self.config
-        if config.arm == "adaptation-only":
-            return config.rate
-        share = min(1.0, device.fresh / max(1, len(device.window)))
+        told = 0 if config.arm == "no-feedback" else device.fresh
+        share = min(1.0, told / max(1, len(device.window)))
         return config.rate * (1 + config.boost * share) / (1 + config.decay * device.times)
 
     def chosen(self, device: Device) -> list[Interaction]:
@@ -200,6 +219,8 @@ class Asls:
         slots = [k for k, size in enumerate(sizes) for _ in range(size)]
         reference = torch.tensor(engine.score(both, slots, self.beneath)).split(sizes)
         found, moments = rows.rows.clone(), Moments.zeros(rows.rows)
+        self.spent["read"] += (1 + config.steps) * sum(e.length for e in both)
+        self.spent["trained"] += config.steps * sum(e.length for batch in batches for e in batch)
         for _ in range(config.steps):
             now = torch.tensor(engine.score(both, slots, [*self.beneath, Adapters(rows.layout, found)])).split(sizes)
             weights = [
@@ -212,7 +233,7 @@ class Asls:
 
     def _weights(self, lesson: Sequence[Interaction], examples: Sequence[object]) -> list[float]:
         """Of the NLL of each reply: a correction is worth a whole one, an accepted reply half of it."""
-        told = [1.0 if self.config.arm == "no-feedback" or not i.accepted else 0.5 for i in lesson]
+        told = [0.5 if self.config.arm == "no-feedback" or i.accepted else 1.0 for i in lesson]
         tokens = max(1, sum(e.targets for e in examples))  # type: ignore[attr-defined]
         return [w / tokens for w in told]
 
@@ -225,8 +246,8 @@ class Asls:
         return [self.config.preference * w for w in (*up.tolist(), *down.tolist())]
 
     def _lesson(self, met: Interaction) -> str:
-        """The reply to learn. Who does not look at feedback learns what was said last."""
-        return (met.wanted or met.said) if self.config.arm == "no-feedback" else met.good
+        """The reply to learn. Who does not look at feedback learns what was said."""
+        return met.said if self.config.arm == "no-feedback" else met.good
 
     def _pair(self, met: Interaction) -> bool:
         return self.config.arm != "no-feedback" and bool(met.wanted and met.said and not met.accepted)

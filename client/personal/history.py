@@ -13,7 +13,7 @@ class Asked:
     """Something that the model is asked."""
 
     prompt: str
-    search: str  # what a retriever is given
+    search: str  # what a retriever is given; empty where a question has nothing to look by
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Wording:
     with_items: WithItems = in_front
     of_profile: str = "The user: {profile}"
 
-    def prompt(self, asked: Asked, items: Sequence[Past] = (), profile: str = "") -> str:
+    def prompt(self, asked: Asked, shown: Sequence[str] = (), profile: str = "") -> str:
         """Profile, then items, then the question (OPPU's order)."""
-        text = self.with_items(asked.prompt, [item.shown for item in items]) if items else asked.prompt
+        text = self.with_items(asked.prompt, shown) if shown else asked.prompt
         return f"{self.of_profile.format(profile=profile)}\n{text}" if profile else text

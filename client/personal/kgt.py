@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from client.dialogue import Dialogue
 from client.lm.config import SamplingConfig
 from client.personal.history import Asked, Person
-from client.personal.method import Desk, Method
+from client.personal.method import SPARE, Desk, Method
 from client.personal.retrieve import words
 from privacy.seeds import derive_seed
 
@@ -64,11 +64,13 @@ class KnowledgeGraph(Method):
         histories = [person.history for person in self.people]
         items = [h[-1 - round_number * max(1, len(h) // PROPOSED) % len(h)].shown if h else "" for h in histories]
         relation = RELATIONS[round_number % len(RELATIONS)]
-        prompts = [ASK.format(item=item, relation=relation) for item in items]
+        lm = self.desk.lm
+        room = lm.config.limits.prompt_tokens - lm.format.length(ASK) - len(relation) - SPARE
+        prompts = [ASK.format(item=lm.format.beginning(item, room), relation=relation) for item in items]
         seeds = [derive_seed(self.desk.seed, p.id, "kgt", round_number) >> 1 for p in self.people]
         sampling = SamplingConfig(max_new_tokens=8)
         self.count(read=self.tokens([Dialogue("", p, "") for p in prompts]), written=8 * len(prompts))
-        said = self.desk.lm.generate(prompts, range(len(prompts)), [], sampling, seeds)
+        said = lm.generate(prompts, range(len(prompts)), [], sampling, seeds)
         found: list[Triple | None] = []
         for text, graph in zip(said, self.graphs, strict=True):
             triple = Triple(relation, " ".join(words(text)[:6]))

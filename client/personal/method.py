@@ -19,8 +19,15 @@ from client.lm.config import AdapterConfig
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
 from client.personal.config import MethodConfig, TrainingConfig
-from client.personal.history import Asked, Person, Wording
+from client.personal.history import Asked, Past, Person, Wording
 from privacy.seeds import derive_seed
+
+LEAST = 8  # tokens of a person's item below which it says nothing
+SPARE = 2  # tokens that a text may have more in company than alone
+
+
+class TrainingFailedError(RuntimeError):
+    """An adapter's loss is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,34 @@ class Desk:
             order = schedule(len(own), training.batch_size, training.epochs, derive_seed(self.seed, name, "personal"))
             lessons.append(Lesson(self.lm.format.dialogues(own), order))
         rates = [[training.learning_rate * (1 - s / len(x.batches)) for s in range(len(x.batches))] for x in lessons]
-        return self.lm.engine.finetune(self.lm.adapters(layout, start), self.beneath, lessons, rates).adapters
+        trained = self.lm.engine.finetune(self.lm.adapters(layout, start), self.beneath, lessons, rates)
+        if trained.failed:
+            raise TrainingFailedError(f"the training of {len(trained.failed)} of {len(names)} adapters diverged")
+        return trained.adapters
+
+    def prompt(self, asked: Asked, items: Sequence[Past] = (), profile: str = "") -> str:
+        """The question with what is told of the person, which is cut so that the question stays whole.
+
+        The profile gets at most half of the room, each item an equal share of what is left; where a share is below
+        `LEAST` tokens there are no items.
+        """
+        length = self.lm.format.length
+        words = self.wording.prompt(asked, [""] * len(items), "-" if profile else "")
+        room = self.lm.config.limits.prompt_tokens - length(words) - SPARE * (1 + len(items))
+        said = self.lm.format.beginning(profile, room // 2) if room // 2 >= LEAST else ""
+        return self.wording.prompt(asked, self.cut_all([item.shown for item in items], room - length(said)), said)
+
+    def cut_all(self, texts: Sequence[str], room: int) -> list[str]:
+        """Texts of at most `room` tokens together: short ones whole, long ones alike; none where all are scraps."""
+        if not texts or room // len(texts) < LEAST:
+            return []
+        lengths, found = [self.lm.format.length(t) for t in texts], list(texts)
+        left = room
+        for place, i in enumerate(sorted(range(len(texts)), key=lambda i: lengths[i])):
+            share = left // (len(texts) - place)
+            found[i] = self.lm.format.beginning(texts[i], share)
+            left -= min(share, lengths[i])
+        return found
 
 
 @dataclass(frozen=True)
@@ -75,7 +109,11 @@ class Method:
         self.people = people
 
     def prompt(self, device: int, asked: Asked, before: int | None = None) -> str:
-        """What the model is given for a question, or for item `before` of the history, of which only those before."""
+        """What the model is given for a question, or for item `before` of the history.
+
+        Of the history only the items before that one are put into it; a profile, or what else was prepared, may be made
+        of all of it.
+        """
         return asked.prompt
 
     def adapt(self, examples: Sequence[Sequence[Dialogue]]) -> None:
@@ -84,6 +122,11 @@ class Method:
     @property
     def kept_bytes(self) -> float:
         """What a device has to keep beside the history, on the mean."""
+        return 0.0
+
+    @property
+    def fetched_bytes(self) -> float:
+        """What a device has to get from others before it can begin, beside the model and the task's adapter."""
         return 0.0
 
     def serving(self, asked: Sequence[tuple[int, Asked]]) -> Served:
@@ -101,6 +144,10 @@ class Method:
     def tokens(self, dialogues: Sequence[Dialogue]) -> int:
         """Of prompts and replies, as the model is given them."""
         return sum(e.length for e in self.desk.lm.format.dialogues(dialogues))
+
+    def texts_tokens(self, texts: Sequence[str]) -> int:
+        """Of texts that are only read."""
+        return sum(e.length for e in self.desk.lm.format.prompts(texts))
 
     def examples(self) -> list[list[Dialogue]]:
         """Each person's history as examples, each with the prompt that this method would have written for it."""

@@ -68,6 +68,12 @@ class Assembled(Prompting):
     def kept_bytes(self) -> float:
         return super().kept_bytes + 4 * wide(self.layout).width
 
+    @property
+    def fetched_bytes(self) -> float:
+        """All sharers' pieces with their gates: which ones fit is for the newcomer to find out."""
+        given = (*self.pieces.a.values(), *self.pieces.b.values(), *self.pieces.gates.values())
+        return float(sum(4 * t.numel() for t in given))
+
     def _gates(self, trained: Adapters, examples: Sequence[Sequence[Dialogue]]) -> torch.Tensor:
         """Trains the gates (sharers, Σ in) of adapters that stay as they are."""
         assert isinstance(trained.layout, AdapterLayout)
@@ -119,26 +125,26 @@ def assembled(given: Pieces, inputs: dict[str, torch.Tensor], small: AdapterLayo
 
 
 def mean_inputs(desk: Desk, small: AdapterLayout, examples: Sequence[Dialogue]) -> dict[str, torch.Tensor]:
-    """What each adapted layer of the base is given, (in,), on the mean over the tokens of these examples."""
-    modules, sums, count = desk.lm.engine.modules, dict[str, torch.Tensor](), 0
-    names = [layer.name for layer in small.layers]
-    handles = []
+    """What each adapted layer is given, (in,), on the mean over the tokens of these examples.
 
-    def watch(name: str) -> None:
+    As for the sharers' gates, what is beneath is on.
+    """
+    encoded, engine = desk.lm.format.dialogues(examples), desk.lm.engine
+    sums = {layer.name: torch.zeros(layer.in_features) for layer in small.layers}
+    length = 0  # of the example that is being read; what follows in a pass fills it up
+
+    def watched(name: str) -> torch.utils.hooks.RemovableHandle:
         def hook(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-            total = given[0].flatten(0, -2).float().sum(0)
-            sums[name] = sums[name] + total if name in sums else total
+            sums[name] += given[0].flatten(0, -2)[:length].float().sum(0).cpu()
 
-        handles.append(modules[name].register_forward_pre_hook(hook))
+        return engine.modules[name].register_forward_pre_hook(hook)
 
-    for name in names:
-        watch(name)
+    handles = [watched(name) for name in sums]
     try:
-        encoded = desk.lm.format.dialogues(examples)
-        for _, hidden in desk.lm.engine.hidden(encoded):
-            count += len(hidden)
+        for example in encoded:
+            length = example.length
+            list(engine.hidden([example], desk.beneath))
     finally:
         for handle in handles:
             handle.remove()
-    zeros = {layer.name: torch.zeros(layer.in_features) for layer in small.layers}
-    return zeros | {name: total / max(1, count) for name, total in sums.items()}
+    return {name: total / max(1, sum(e.length for e in encoded)) for name, total in sums.items()}

@@ -61,7 +61,7 @@ class Pplug(Method):
 
     def prepare(self, people: Sequence[Person]) -> None:
         super().prepare(people)
-        self.count(read=self.tokens([past.example for person in people for past in person.history]))
+        self.count(read=self.texts_tokens([past.document for person in people for past in person.history]))
         every = self._embedded([past.document for person in people for past in person.history])
         bounds = torch.tensor([0, *(len(p.history) for p in people)]).cumsum(0).tolist()
         self.items = [every[a:b] for a, b in pairwise(bounds)]

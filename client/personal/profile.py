@@ -33,7 +33,9 @@ class ProfileConfig(Config):
     """How interests are kept."""
 
     interests: int = Field(12, ge=1, description="at most")
-    same: float = Field(0.9, gt=0, le=1, description="cosine from which a text belongs to an interest that is there")
+    same: float = Field(
+        0.8, gt=0, le=1, description="cosine from which a text belongs to an interest; with nano one in four does"
+    )
     half_life: float = Field(30, gt=0, description="interactions after which an interest that does not return is half")
     feedback_rate: float = Field(0.3, gt=0, le=1, description="of the moving average of feedback")
 
@@ -113,9 +115,12 @@ class Profile:
                 f"this is not a profile: {error}; its form is {{interests: […], interactions: n}}"
             ) from None
         for i in interests:
-            if type(i.text) is not str or len(i.text) > LONGEST or not 0 <= i.feedback <= 1 or i.count < 1:
+            numbers = type(i.count) is int and type(i.last) is int and type(i.feedback) in (int, float)
+            sound = type(i.text) is str and len(i.text) <= LONGEST and numbers
+            if not sound or not 0 <= i.feedback <= 1 or i.count < 1 or i.last < 0:
                 raise ProfileError(
-                    f"interest {str(i.text)[:20]!r}: at most {LONGEST} characters, count >= 1, feedback from 0 to 1"
+                    f"interest {str(i.text)[:20]!r}: a text of at most {LONGEST} characters, whole numbers count >= 1 "
+                    f"and last >= 0, feedback from 0 to 1"
                 )
         return profile
 

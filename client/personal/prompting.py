@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from client.dialogue import Dialogue
 from client.lm.config import SamplingConfig
 from client.personal.history import Asked, History, Past, Person
-from client.personal.method import Desk, Method
+from client.personal.method import SPARE, Desk, Method
 from client.personal.retrieve import Ranking, rankings
 from privacy.seeds import derive_seed
 
@@ -32,11 +32,11 @@ class Prompting(Method):
         config, lm, seed = self.desk.config, self.desk.lm, self.desk.seed
         self.rankings = rankings(config.retriever, histories, lm, names, seed) if config.retrieve else []
         self.profiles = self._summaries(histories, names) if config.profile else [""] * len(people)
-        if config.retriever == "dense":
-            self.count(read=self.tokens([p.example for h in histories for p in h]))
+        if config.retrieve and config.retriever == "dense":
+            self.count(read=self.texts_tokens([p.document for h in histories for p in h]))
 
     def prompt(self, device: int, asked: Asked, before: int | None = None) -> str:
-        return self.desk.wording.prompt(asked, self.retrieved(device, asked, before), self.profiles[device])
+        return self.desk.prompt(asked, self.retrieved(device, asked, before), self.profiles[device])
 
     def retrieved(self, device: int, asked: Asked, before: int | None = None) -> list[Past]:
         """The items that a prompt is given, the nearest last, next to the question."""
@@ -48,13 +48,19 @@ class Prompting(Method):
 
     @property
     def kept_bytes(self) -> float:
-        return sum(len(text.encode()) for text in self.profiles) / max(1, len(self.profiles))
+        said = sum(len(text.encode()) for text in self.profiles) / max(1, len(self.profiles))
+        items = sum(len(p.history) for p in self.people) / max(1, len(self.people))
+        dense = self.desk.config.retrieve and self.desk.config.retriever == "dense"
+        return said + (4 * items * self.desk.lm.engine.model.config.hidden_size if dense else 0)
 
     def _summaries(self, histories: Sequence[History], names: Sequence[str]) -> list[str]:
         """What the model says of each person, having read some items spread over the history; greedy."""
         spread = [h[:: max(1, len(h) // PROFILE_ITEMS)][:PROFILE_ITEMS] for h in histories]
-        prompts = [ASK_FOR_PROFILE.format(items="\n".join(p.shown for p in some)) for some in spread]
+        lm = self.desk.lm
+        room = lm.config.limits.prompt_tokens - lm.format.length(ASK_FOR_PROFILE)
+        told = [self.desk.cut_all([p.shown for p in some], room - SPARE * len(some)) for some in spread]
+        prompts = [ASK_FOR_PROFILE.format(items="\n".join(some)) for some in told]
         seeds = [derive_seed(self.desk.seed, name, "profile") >> 1 for name in names]
         sampling = SamplingConfig(max_new_tokens=PROFILE_TOKENS)
         self.count(read=self.tokens([Dialogue("", p, "") for p in prompts]), written=PROFILE_TOKENS * len(prompts))
-        return self.desk.lm.generate(prompts, range(len(names)), [], sampling, seeds)
+        return lm.generate(prompts, range(len(names)), [], sampling, seeds)

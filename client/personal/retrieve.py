@@ -1,7 +1,8 @@
 """Which of a person's past items a prompt is given: the nearest by words or by the model's own embeddings.
 
 `bm25` is Lucene's BM25 (k1 1.5, b 0.75) over lower-case words by the library `bm25s`; `dense` the cosine of mean hidden
-states of the base model. Of items that are equally near the newest comes first. Causal: for an item of the history only
+states of the base model. A question without anything to look by gets the newest. Of items that are equally near the
+newest comes first. Causal: for an item of the history only
 those before it are looked at, and counted for the inverse document frequencies.
 """
 
@@ -46,7 +47,7 @@ def _by_words(history: History) -> Ranking:
     indexes: dict[int, bm25s.BM25] = {}
 
     def ranking(asked: Asked, before: int) -> list[int]:
-        if not any(documents[:before]):
+        if not asked.search or not any(documents[:before]):
             return _newest(asked, before)
         if before not in indexes:
             indexes[before] = bm25s.BM25()
@@ -64,13 +65,18 @@ def _by_embeddings(histories: Sequence[History], lm: LanguageModel) -> list[Rank
         new = [t for t in dict.fromkeys(texts) if t not in known]
         for text, features in zip(new, lm.embed(new), strict=True):
             known[text] = torch.nn.functional.normalize(features.readings["mean"].vector, dim=0)
-        return torch.stack([known[t] for t in texts])
+        return torch.stack([known[t] for t in texts]) if texts else torch.zeros(0, 1)
 
     every = embedded([past.document for history in histories for past in history])
     parts = every.split([len(h) for h in histories])
 
     def ranking_of(vectors: torch.Tensor) -> Ranking:
-        return lambda asked, before: best_first((vectors[:before] @ embedded([asked.search])[0]).numpy())
+        def ranking(asked: Asked, before: int) -> list[int]:
+            if not asked.search:
+                return _newest(asked, before)
+            return best_first((vectors[:before] @ embedded([asked.search])[0]).numpy())
+
+        return ranking
 
     return [ranking_of(part) for part in parts]
 

@@ -61,6 +61,14 @@ class LivesConfig(Config):
         """What is read off the base's hidden states."""
         return "mean"
 
+    @model_validator(mode="after")
+    def _two_halves(self) -> Self:
+        if self.shift != "none" and self.interactions % 2:
+            raise ValueError(f"interactions = {self.interactions} must be even where the stream shifts half way")
+        if self.shift == "person" and self.data.users < 2:
+            raise ValueError("data.users = 1 must be >= 2 where another person goes on")
+        return self
+
 
 class MethodsConfig(Config):
     """A model, a task and a method."""
@@ -84,4 +92,11 @@ class MethodsConfig(Config):
         made = STAND_INS.get(self.task.name)
         if self.model.name == "nano" and made and made.seen_by_nano:
             raise ValueError(f"task.name = {made.task.name!r}: nano was trained on such texts; use smollm2-135m")
+        retrieving = self.method.retrieve or self.method.profile
+        if self.method.name in ("pplug", "kgt") and retrieving:
+            raise ValueError(f"method.name = {self.method.name!r} has its own prompts: retrieve = 0, profile = false")
+        kinds = {"method.adapter": self.method.adapter.kind, "task_stage.adapter": self.task_stage.adapter.kind}
+        for place, kind in kinds.items():
+            if self.method.name in ("pplug", "per-pcs") and kind != "lora":
+                raise ValueError(f"method.name = {self.method.name!r} needs {place}.kind = 'lora', not {kind!r}")
         return self

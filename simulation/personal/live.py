@@ -22,7 +22,7 @@ from client.lm.config import AdapterConfig, SamplingConfig
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
 from client.personal.asls import Asls, AslsConfig, Device, Interaction
-from client.personal.profile import drift
+from client.personal.profile import Profile, ProfileConfig, drift
 from client.synthesize import rouge1
 from privacy.config import Config
 from privacy.seeds import derive_seed
@@ -47,12 +47,13 @@ class Lived:
     rouge1: np.ndarray  # of what the device said
     accepted: np.ndarray
     tokens: np.ndarray  # that the device was trained on after the interaction
-    seconds: np.ndarray  # the device's share of the adaptation's time; zero where there was none
-    moved: np.ndarray  # 1 − cosine of the profile's vector and that `SPAN` interactions before; zero until then
+    moved: np.ndarray  # whether an adaptation came of the profile's movement, before enough was new
     said: np.ndarray  # tokens of the reply
     devices: Sequence[Device]
     rows: torch.Tensor  # (K, P)
     half_way: torch.Tensor  # (K, P)
+    seconds: float  # of a device and an interaction, for all but the reply itself: profile, summary, adaptation
+    spent: Mapping[str, float]  # tokens of a device and an interaction beside the reply's: trained, read, written
 
 
 def feedback(said: str, recorded: str, config: UserConfig, seed: int) -> tuple[bool, str]:
@@ -81,8 +82,8 @@ def live(
     first = layout.start(derive_seed(seed, "live", "start")) if start is None else start
     rows = lm.adapters(layout, first.repeat(len(devices), 1))
     steps = min(len(stream) for stream in streams.values())
-    nll, rouge, accepted, tokens, seconds, moved, said_tokens = (np.zeros((len(devices), steps)) for _ in range(7))
-    vectors: list[torch.Tensor] = []  # by interaction, (K, H)
+    nll, rouge, accepted, tokens, moved, said_tokens = (np.zeros((len(devices), steps)) for _ in range(6))
+    seconds = 0.0
     half_way = rows.rows
     for t in range(steps):
         listener(f"interaction {t + 1} of {steps}")
@@ -94,24 +95,43 @@ def live(
         nll[:, t] = [s.nll / max(1, s.tokens) for s in lm.score(told, slots, arm)]
         seeds = [derive_seed(seed, d.id, "reply", t) >> 1 for d in devices]
         said = lm.generate(asked, slots, arm, sampling, seeds)
+        began = time.perf_counter()
         for k, (device, m, text) in enumerate(zip(devices, met, said, strict=True)):
             good, wanted = feedback(text, m.response, user, derive_seed(seed, device.id, "feedback", t))
             rouge[k, t], accepted[k, t] = rouge1(m.response, text), good
             said_tokens[k, t] = len(lm.tokenizer(text)["input_ids"])
             devices[k] = asls.observe(device, Interaction(m.prompt, text, good, wanted))
         devices = asls.refresh(devices)
-        vectors.append(torch.stack([d.profile.vector(asls.embed, config.profile) for d in devices]))
-        if t >= SPAN:
-            moved[:, t] = [drift(a, b) for a, b in zip(vectors[t - SPAN], vectors[t], strict=True)]
         ready = [k for k, device in enumerate(devices) if asls.wants_to_adapt(device)]
+        moved[ready, t] = [devices[k].fresh < config.fresh for k in ready]
         if ready:
-            began = time.perf_counter()
-            after, trained, spent = asls.adapt([devices[k] for k in ready], rows.pick(ready))
+            after, trained, tokens[ready, t] = asls.adapt([devices[k] for k in ready], rows.pick(ready))
             rows.rows[ready] = trained.rows
-            tokens[ready, t], seconds[ready, t] = spent, (time.perf_counter() - began) / len(ready)
             for k, device in zip(ready, after, strict=True):
                 devices[k] = device
-    return Lived(nll, rouge, accepted, tokens, seconds, moved, said_tokens, devices, rows.rows.cpu(), half_way.cpu())
+        seconds += time.perf_counter() - began
+    times = len(devices) * steps
+    spent = {kind: asls.spent[kind] / times for kind in ("trained", "read", "written")}
+    rows_at = {"rows": rows.rows.cpu(), "half_way": half_way.cpu()}
+    return Lived(
+        nll, rouge, accepted, tokens, moved, said_tokens, devices, **rows_at, seconds=seconds / times, spent=spent
+    )
+
+
+def movements(lm: LanguageModel, config: ProfileConfig, streams: Sequence[Sequence[Dialogue]]) -> np.ndarray:
+    """How far each profile is from where it was `SPAN` interactions before, (K, T): 1 − cosine, zero until then.
+
+    Of what people say alone, whatever they think of the replies.
+    """
+    asls = Asls(lm, AslsConfig(profile=config), 0)
+    found = np.zeros((len(streams), min(map(len, streams))))
+    for k, stream in enumerate(streams):
+        profile, vectors = Profile(), list[torch.Tensor]()
+        for t in range(found.shape[1]):
+            profile = profile.after(stream[t].prompt, 0.5, asls.embed, config)
+            vectors.append(profile.vector(asls.embed, config))
+            found[k, t] = drift(vectors[t - SPAN], vectors[t]) if t >= SPAN else 0
+    return found
 
 
 class ReptileConfig(Config):

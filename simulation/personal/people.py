@@ -40,10 +40,10 @@ def halved(people: Sequence[Person], config: HistoryConfig, lm: LanguageModel) -
 
 
 def _past(item: Item, task: Task) -> Past:
-    return Past(task.document(item), task.shown(item), task.example(item), item.text)
+    return Past(task.document(item), task.shown(item), task.example(item), task.search(item))
 
 
 def _plain(item: Item, task: Task) -> Past:
-    """The text alone, to be read and to be continued."""
-    text = f"{item.title} {item.text}".strip()
-    return Past(task.document(item), f'"{text}"', Dialogue(item.id, "", text, item.time), item.text)
+    """What the user wrote and nothing else, to be read and to be continued."""
+    text = task.written(item)
+    return Past(text, f'"{text}"', Dialogue(item.id, "", text, item.time), "")

@@ -22,6 +22,7 @@ from privacy.seeds import derive_seed
 from simulation.evaluate import derangement
 from simulation.personal.config import MethodsConfig
 from simulation.personal.people import halved, person, wording
+from simulation.study.remember import RememberingModel
 from simulation.tasks.task import Task, TaskUser
 
 Listener = Callable[[str], None]
@@ -44,7 +45,9 @@ class Played:
     shuffled: Answers  # with what another person has
     kept_bytes: float  # beside the history, of a person on the mean
     spent: dict[str, float]  # tokens of a person on the mean, before the first question: trained, read and written
+    fetched_bytes: float  # from others, before anything
     question_tokens: float  # of one question: prompt and right reply
+    cut: float  # share of the questions whose prompts do not fit
     seconds: dict[str, float]
 
 
@@ -59,20 +62,20 @@ def play(
     listener: Listener = lambda phase: None,
 ) -> Played:
     """One method on these users, device k that of user k."""
-    clock = Clock(listener)
+    clock = Clock(listener, lm)
     named = [person(u, task, config.history, f"device-{k:04d}") for k, u in enumerate(users)]
     others = [person(u, task, config.history, f"pool-{k:04d}") for k, u in enumerate(pool)]
     people = halved(named, config.history, lm)
     desk = Desk(lm, config.method, wording(task), seed)
     if config.task_stage.enabled:
-        with clock.phase("task"):
-            stage = config.task_stage
-            learn = lambda: learn_task(desk, method(desk), others, stage.adapter, stage.training)  # noqa: E731
-            desk = replace(desk, beneath=[task_adapter(learn)])
+        listener("task")  # elsewhere, and once: its seconds are no device's
+        stage = config.task_stage
+        learn = lambda: learn_task(desk, method(desk), others, stage.adapter, stage.training)  # noqa: E731
+        desk = replace(desk, beneath=[task_adapter(learn)])
     made = method(desk)
-    with clock.phase("learn"):
-        made.learn(others)
-        made.spent.clear()  # elsewhere, and once
+    listener("learn")
+    made.learn(others)
+    made.spent.clear()
     with clock.phase("prepare"):
         made.prepare(people)
         examples = made.examples()
@@ -83,7 +86,9 @@ def play(
     shuffled = answers(made, people, derangement(len(people), derive_seed(seed, "shuffled")), config, seed)
     asked = [in_words(made, k, q) for k, p in enumerate(people) for q in p.questions]
     spent = {kind: made.spent[kind] / len(people) for kind in ("trained", "read", "written")}
-    return Played(own, shuffled, made.kept_bytes, spent, made.tokens(asked) / len(asked), clock.seconds)
+    cut = sum(e.truncated for e in lm.format.prompts([d.prompt for d in asked])) / len(asked)
+    question_tokens = made.tokens(asked) / len(asked)
+    return Played(own, shuffled, made.kept_bytes, spent, made.fetched_bytes, question_tokens, cut, clock.seconds)
 
 
 def in_words(made: Method, device: int, question: tuple[Asked, Dialogue]) -> Dialogue:
@@ -111,15 +116,19 @@ def answers(
 
 
 class Clock:
-    """The seconds of each phase."""
+    """The seconds of each phase, with those that were spared by what a study remembers."""
 
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
+    def __init__(self, listener: Listener, lm: LanguageModel) -> None:
+        self.listener, self.lm = listener, lm
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self.listener(name)
-        began = time.perf_counter()
+        began = self._now()
         yield
-        self.seconds[name] = round(time.perf_counter() - began, 3)
+        self.seconds[name] = round(self._now() - began, 3)
+
+    def _now(self) -> float:
+        spared = self.lm.spared_s if isinstance(self.lm, RememberingModel) else 0.0
+        return time.perf_counter() + spared

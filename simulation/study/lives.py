@@ -7,7 +7,7 @@ with the adapter as it was half way and as it is at the end.
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -21,12 +21,12 @@ from privacy.seeds import derive_seed
 from simulation.data.population import User, load_population
 from simulation.evaluate import score_arms
 from simulation.personal.config import LivesConfig
-from simulation.personal.live import SPAN, Lived, better_from, live, reptile
+from simulation.personal.live import SPAN, Lived, better_from, live, movements, reptile
 from simulation.runs import RunError
 from simulation.study.workbench import Result, SeededCell
 
 HELD_OUT = 8  # of each half, where the stream shifts
-ALARM = 0.9  # quantile of the first half's movements from which a movement is taken for a shift
+ALARM = 0.9  # quantile of other people's unshifted movements from which a movement is taken for a shift
 
 
 class LivesCell(SeededCell):
@@ -43,7 +43,7 @@ class LivesCell(SeededCell):
 
     def repetition(self, number: int) -> Result:
         """The people of one seed."""
-        config, lm = self.config, self.bench.model(self.config.model)
+        config, lm, self._number = self.config, self.bench.model(self.config.model), number
         names = [name for name in self.users if name.startswith(f"seed{number}-")]
         people = [(self.users[n], self.users[names[(k + 1) % len(names)]]) for k, n in enumerate(names)]
         streams = {n: self._stream(one, other) for n, (one, other) in zip(names, people, strict=True)}
@@ -59,11 +59,14 @@ class LivesCell(SeededCell):
             "arms": {"own": _measured(lived)},
             "history": [config.interactions] * len(names),
             "costs": {
-                "tokens of an adaptation": _mean(lived.tokens[lived.tokens > 0]),
                 "adaptations": float((lived.tokens > 0).sum(1).mean()),
-                "milliseconds an interaction": 1e3 * float(lived.seconds.mean()),
+                "of these for drift": float(lived.moved.sum(1).mean()),
+                "milliseconds an interaction": 1e3 * lived.seconds,
+                **{f"tokens {kind}": count for kind, count in lived.spent.items()},
                 "bytes of the profile": float(np.mean([len(d.profile.to_json().encode()) for d in lived.devices])),
-                "better than the others' from": self._better_from(lived, lm, streams, made),
+                f"better than the others' from ({config.interactions + 1}: never)": self._better_from(
+                    lived, lm, streams, made
+                ),
                 **self._shifted(lived, lm, streams, beneath),
             },
             "curve": lived.nll.mean(0).tolist(),
@@ -80,7 +83,8 @@ class LivesCell(SeededCell):
         if config.shift == "person":
             halves = list(one.stream), list(other.stream)
         else:
-            domains = sorted({d.domain for d in one.stream}, key=lambda x: -sum(d.domain == x for d in one.stream))[:2]
+            count = Counter(d.domain for d in one.stream)
+            domains = sorted(count, key=lambda x: (-count[x], x))[:2]
             halves = tuple([d for d in one.stream if d.domain == x] for x in domains)  # type: ignore[assignment]
         if len(halves) < 2 or min(map(len, halves)) < need:
             raise RunError(f"{one.id} has not {need} dialogues before and after a shift of the kind {config.shift!r}")
@@ -113,8 +117,7 @@ class LivesCell(SeededCell):
             return None
         queries = [s[: self.config.interactions] for s in streams.values()]
         nll = np.array(score_arms(lm, queries, {"made": [made]})["made"].by_query).reshape(lived.nll.shape)
-        found = better_from(lived.nll, nll)
-        return None if found is None else float(found)
+        return float(better_from(lived.nll, nll) or self.config.interactions + 1)
 
     def _shifted(
         self, lived: Lived, lm: LanguageModel, streams: dict[str, list[Dialogue]], beneath: Sequence[Adapters]
@@ -122,20 +125,48 @@ class LivesCell(SeededCell):
         """What was forgotten and won by the end, and whether the shift was noticed."""
         if self.config.shift == "none":
             return {}
-        many, half, layout = self.config.interactions, self.config.interactions // 2, lm.layout(self.config.adapter)
+        many, layout = self.config.interactions, lm.layout(self.config.adapter)
         old = [s[many : many + HELD_OUT] for s in streams.values()]
         new = [s[many + HELD_OUT :] for s in streams.values()]
         arms = {name: [*beneath, lm.adapters(layout, rows)] for name, rows in
                 (("half way", lived.half_way), ("end", lived.rows))}  # fmt: skip
         of_old, of_new = (score_arms(lm, queries, arms) for queries in (old, new))
-        usual = np.quantile(before, ALARM) if (before := lived.moved[:, SPAN:half]).size else math.nan
-        alarms = lived.moved > usual
         return {
             "forgotten, nats": of_old["end"].mean_per_user - of_old["half way"].mean_per_user,
             "won, nats": of_new["half way"].mean_per_user - of_new["end"].mean_per_user,
-            "alarms before, an interaction": float(alarms[:, SPAN:half].mean()) if before.size else None,
-            "alarms after, an interaction": float(alarms[:, half : half + SPAN].mean()) if before.size else None,
+            **self._alarms(lm, [s[:many] for s in streams.values()]),
         }
+
+    def _alarms(self, lm: LanguageModel, shifted: Sequence[Sequence[Dialogue]]) -> dict[str, float | None]:
+        """In the `SPAN` interactions after the shift, and at the same place of streams that go on as they began.
+
+        The usual movement is that of all others' unshifted streams.
+        """
+        half, after = self.config.interactions // 2, slice(self.config.interactions // 2, None)
+        if half <= SPAN:
+            return {}
+        whole = [self._unshifted(u)[: half + SPAN] for u in self.users.values()]
+        profile = self.config.asls.profile
+        usual = self.bench.remembered(
+            (self.config.model, self.config.data, self.config.interactions, self.config.shift, profile, "movements"),
+            lambda: movements(lm, profile, whole),
+        )[:, after]
+        names = list(self.users)
+        moved = movements(lm, profile, [s[: half + SPAN] for s in shifted])[:, after]
+        mine = [k for k, n in enumerate(names) if n.startswith(f"seed{self._number}-")]
+        limits = [np.quantile(np.delete(usual, k, 0), ALARM) for k in mine]
+        return {
+            "alarms after the shift": float(np.mean([m > limit for m, limit in zip(moved, limits, strict=True)])),
+            "alarms without one": float(np.mean([usual[k] > limit for k, limit in zip(mine, limits, strict=True)])),
+        }
+
+    def _unshifted(self, user: User) -> list[Dialogue]:
+        """The stream as it would have gone on."""
+        if self.config.shift == "person":
+            return list(user.stream)
+        count = Counter(d.domain for d in user.stream)
+        first = min(count, key=lambda x: (-count[x], x))
+        return [d for d in user.stream if d.domain == first]
 
 
 def _measured(lived: Lived) -> Result:
@@ -148,7 +179,3 @@ def _measured(lived: Lived) -> Result:
             "by_user": later.mean(1).tolist(), "by_query": later.ravel().tolist(), "pooled": float(later.mean()),
         }  # fmt: skip
     return {**found, "mean_length_tokens": float(lived.said[:, half:].mean())}
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None

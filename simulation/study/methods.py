@@ -63,8 +63,10 @@ class MethodsCell(Seeded):
             "history": [len(u.history) for u in users],
             "costs": {
                 "bytes kept": played.kept_bytes,
+                "bytes fetched": played.fetched_bytes,
                 **{f"tokens {kind}": count for kind, count in played.spent.items()},
                 "tokens of a question": played.question_tokens,
+                "share of questions cut": played.cut,
                 **{f"seconds to {phase}": seconds for phase, seconds in played.seconds.items()},
             },
         }

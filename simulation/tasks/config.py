@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from privacy.config import Config
 from privacy.seeds import derive_seed
 from simulation.data.errors import DataError
-from simulation.data.population import DataConfig, Half
+from simulation.data.population import DataConfig, Half, half_of
 from simulation.tasks.lamp import OFFICIAL, load_lamp, split_users
 from simulation.tasks.stand_ins import STAND_INS, load_stand_in
 from simulation.tasks.task import Task, TaskUser
@@ -31,7 +31,9 @@ class TaskConfig(Config):
     file: Literal["train", "dev", "test"] = Field("dev", description="which of LaMP's files; test needs its golds")
     users: int = Field(64, ge=1, description="who is reported on; of LaMP, those with the longest histories")
     pool_users: int = Field(64, ge=1, description="others, whom the task is learned from: at most, of LaMP")
-    split: Half = Field("test", description="tune on development users, report on test users")
+    split: Half | Literal["all"] = Field(
+        "test", description="tune on development users, report on test users; all: of LaMP, OPPU's own test users"
+    )
     min_history: int = Field(10, ge=1, description="users with fewer items are left out")
     max_history: int = Field(120, ge=1, description="items kept: the first ones in time, of LaMP the last")
     queries_per_user: int = Field(8, ge=1, description="at most: the first ones")
@@ -87,12 +89,11 @@ def _with_held_out(history: int, *, up: bool) -> int:
 
 
 def _official(config: TaskConfig, seed: int) -> tuple[Task, list[TaskUser], list[TaskUser]]:
-    """The longest histories are tested on, the next longest developed on; the pool is drawn from who is left."""
+    """Of each half of the users those with the longest histories; the pool is drawn from the rest of the half."""
     number = config.name.removeprefix(LAMP)
     found = load_lamp(Path(config.folder).expanduser(), number, config.file)
-    rest, users = split_users((u for u in found if len(u.history) >= config.min_history), config.users)
-    if config.split == "development":
-        rest, users = split_users(rest, config.users)
+    able = (u for u in found if len(u.history) >= config.min_history and config.split in (half_of(u.id), "all"))
+    rest, users = split_users(able, config.users)
     if len(users) < config.users or not rest:
         raise DataError(
             f"users = {config.users}, but of the {len(found)} users of {config.folder}, with "

@@ -42,10 +42,13 @@ def of_two(task: Task, pool: list[User], users: list[User], seed: int) -> Split:
     """Each query has the user's reply and one of somebody in the pool to a prompt of the same kind, in random order.
 
     Of the same kind are prompts with the same first word, and the same end in a question mark or not; where nobody
-    else met such a prompt, those with the same end. The history is the user's replies, without labels.
+    else met such a prompt, those with the same end. The history is the user's replies, without labels. A quarter of
+    the pool is in it no more: these give the others' replies, and nothing is learned from them.
     """
     others: Met = {}
-    for user in pool:
+    strangers = pool[::4]
+    pool = [user for k, user in enumerate(pool) if k % 4]
+    for user in strangers:
         for card in user.stream:
             for kind in _kinds(card):
                 others.setdefault(kind, []).append((user.id, card))

@@ -81,7 +81,8 @@ def _of_cards(cards: Callable[[], Iterable[Dialogue]], unique: str) -> Load:
 
 
 def _reply_task(name: str) -> Task:
-    return Task(name, ROUGE, asked="{text}", shown_as='"{target}" was the answer to "{text}" ', joined=by_a_person)
+    shown_as = '"{target}" was the answer to "{text}" '
+    return Task(name, ROUGE, asked="{text}", shown_as=shown_as, joined=by_a_person, own="{target}")
 
 
 def _name_one(what: str, labels: tuple[str, ...], of: str) -> str:
@@ -99,6 +100,7 @@ STAND_INS = {
                 asked='To "{title}", which reply did the user write? Just answer with [1] or [2]. {text}',
                 practice=("{title}", "{text}"),
                 joined=by_a_person,
+                searched_with="{title}",
             ),
             "1",
             "which of two replies to a prompt the user wrote; the other is somebody else's to a prompt of its kind",

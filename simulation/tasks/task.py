@@ -75,7 +75,8 @@ class Task:
     `asked` is the prompt of an item, empty where queries are not made of items. `labels` is the closed set of replies,
     or empty. `practice` is the prompt and the reply of a history item as a
     training example: by default that of a query. `shown_as` is an item that was retrieved, `joined` how such items
-    enter a prompt, `searched` what a retriever compares an item by.
+    enter a prompt, `searched` what a retriever compares an item by, `searched_with` what it is given where the item is
+    a training example (never the reply; empty: nothing to look by), `own` what of an item its user wrote.
     """
 
     name: str
@@ -86,6 +87,8 @@ class Task:
     shown_as: str = '"{text}" '
     joined: Join = before
     searched: str = "{text}"
+    searched_with: str = "{text}"
+    own: str = "{text}"
 
     def example(self, item: Item) -> Dialogue:
         """A history item as a training example."""
@@ -107,6 +110,14 @@ class Task:
     def with_items(self, prompt: str, shown: Sequence[str]) -> str:
         """The prompt with retrieved items; without any, the prompt itself."""
         return self.joined(", and ".join(shown), prompt) if shown else prompt
+
+    def search(self, item: Item) -> str:
+        """What a retriever is given where the item is a training example."""
+        return _fill(self.searched_with, item)
+
+    def written(self, item: Item) -> str:
+        """The user's own words, without the task's."""
+        return _fill(self.own, item)
 
     def document(self, item: Item) -> str:
         """What a retriever compares the item by."""
