@@ -18,8 +18,10 @@ from privacy.encoding import ENCODINGS, Encoded
 from privacy.gate import BAD_MESSAGE, NO_RELEASE, check_reply, is_count
 from privacy.plan import RoundPlan
 from privacy.release import WEIGHT, Release, ReleaseRefusedError, Schema
+from privacy.release import Array as Numbers
 
 NO_ARRAYS = Schema(())
+PLAN = {"round", "version", "head"}  # what a server may say beside the shared adapter
 
 
 class Devices(Protocol):
@@ -85,13 +87,32 @@ def read_question(messages: Sequence[Message], names: Sequence[str], schema: Sch
 
     Raises KeyError, ValueError or `ReleaseRefusedError` for what does not fit the devices' schema.
     """
-    kind = messages[0].metadata.message_type
+    kind, content = messages[0].metadata.message_type, messages[0].content
+    if kind == MessageType.QUERY:
+        return question(kind, [], {}, names, schema)
+    arrays = {name: array.numpy() for name, array in content.array_records["arrays"].items()}
+    return question(kind, [m.content.config_records["plan"] for m in messages], arrays, names, schema)
+
+
+def question(
+    kind: str,
+    plans: Sequence[Mapping[str, object]],
+    arrays: Mapping[str, Numbers],
+    names: Sequence[str],
+    schema: Schema,
+) -> Question:
+    """What was asked, of a plan for each of the devices `names` and the arrays of a shared adapter.
+
+    Raises KeyError, ValueError or `ReleaseRefusedError` for what does not fit the devices' schema.
+    """
+    if kind not in (MessageType.QUERY, MessageType.TRAIN, MessageType.EVALUATE):
+        raise ValueError("not a kind of message that a device answers")
     if kind == MessageType.QUERY:
         return Question(kind, RoundPlan(0, 0), torch.empty(0))
-    plans = [m.content.config_records["plan"] for m in messages]
+    if any(set(plan) != PLAN for plan in plans):
+        raise ValueError(f"a plan has {', '.join(sorted(PLAN))} and nothing else: all other settings are the device's")
     heads = {name: str(plan["head"]) for name, plan in zip(names, plans, strict=True)}
     plan = RoundPlan(_count(plans[0]["round"]), _count(plans[0]["version"]), heads)
-    arrays = {name: array.numpy() for name, array in messages[0].content.array_records["arrays"].items()}
     down = schema.with_weights() if any(name.endswith(WEIGHT) for name in arrays) else schema
     return Question(kind, plan, torch.from_numpy(down.join(arrays)))
 

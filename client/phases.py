@@ -45,7 +45,7 @@ def full_rank(device: str) -> int:
 
 States = list[DeviceState]
 Observation = dict[str, Any]  # what a simulation notes about a device; never sent
-User = Callable[[str, str], str]  # (device, dialogue id) → the reply that this user would have written
+User = Callable[[str, str], str]  # (device, dialogue id) → this user's reply; empty where there is no answer yet
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def observe(
 
 
 def annotate(states: States, site: Site) -> tuple[States, list[Observation]]:
-    """Asks each user once for the reply to what is kept, and forgets those of dropped dialogues.
+    """Asks each user for the reply to what is kept until there is one, and forgets those of dropped dialogues.
 
     Of the buffer at most `annotations_per_round` are asked, chosen by coins that do not look at the data; the others
     wait for a later round.
@@ -175,7 +175,7 @@ def annotate(states: States, site: Site) -> tuple[States, list[Observation]]:
         if limit and math.isfinite(state.buffer.capacity):
             waiting = sorted(waiting, key=lambda i: derive_seed(site.seed, state.id, i, "ask"))[:limit]
         kept = [k.id for k in state.buffer.bins if k.id in state.replies] + waiting + pool
-        replies = {i: state.replies.get(i) or site.user(state.id, i) for i in kept}
+        replies = {i: reply for i in kept if (reply := state.replies.get(i) or site.user(state.id, i))}
         asked = state.annotations + sum(i not in state.replies for i in replies)
         after.append(replace(state, replies=replies, annotations=asked))
         notes.append({"annotations": asked})
@@ -188,13 +188,18 @@ def descend(states: States, site: Site) -> tuple[States, list[Observation]]:
     Each is judged by its own original alone: no dialogue decides what becomes of another.
     """
     settings = site.config.synthesis.model_copy(update={"per_dialogue": site.config.shared.synthetic})
-    fresh = [(s, i, p) for s in states for i, p in s.pool.slots if i not in s.descendants]
+    fresh = [(s, i, p) for s in states for i, p in s.pool.slots if i in s.replies and i not in s.descendants]
     requests = [
         Request(f"{s.id}/{i}", (p, s.replies[i]), derive_seed(site.seed, s.id, i, "descendants")) for s, i, p in fresh
     ]
     made = {r.device: w.kept for r, w in zip(requests, write_similar(requests, [], site.lm, settings), strict=True)}
     after = [
-        replace(s, descendants={i: made.get(f"{s.id}/{i}", s.descendants.get(i, ())) for i, _ in s.pool.slots})
+        replace(
+            s,
+            descendants={
+                i: made.get(f"{s.id}/{i}", s.descendants.get(i, ())) for i, _ in s.pool.slots if i in s.replies
+            },
+        )
         for s in states
     ]
     return after, [{"descendants": sum(map(len, s.descendants.values()))} for s in after]

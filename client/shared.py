@@ -197,7 +197,7 @@ def noisy_steps(
     lessons = {s.id: [site.lm.format.dialogues(texts) for texts in source(s)] for s in states}
     for step in range(shared.steps_per_round):
         chosen = {s.id: drawn(s, len(lessons[s.id]), plan, step, site) for s in states}
-        batches = [[lessons[s.id][i] for i in chosen[s.id]] for s in states]
+        batches = [[example for i in chosen[s.id] if (example := lessons[s.id][i])] for s in states]
         for state, row in zip(states, whole, strict=True):
             row[places[state.id]] = rows[state.id].row
         now = site.lm.adapters(site.shared_layout, whole)
@@ -242,9 +242,14 @@ def _private_row(state: DeviceState, received: torch.Tensor, plan: RoundPlan, si
 
 
 def _pooled(state: DeviceState) -> Texts:
-    """Of each slot of the pool the original, with the user's reply, and its synthetic descendants."""
+    """Of each slot of the pool the original, with the user's reply, and its synthetic descendants.
+
+    A slot whose reply is not known has nothing to learn, and keeps its coin: its reply changes no other's.
+    """
     return [
         tuple(Dialogue(i, *pair) for pair in ((prompt, state.replies[i]), *state.descendants.get(i, ())))
+        if i in state.replies
+        else ()
         for i, prompt in state.pool.slots
     ]
 

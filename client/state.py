@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -95,18 +95,25 @@ class DeviceStore:
     kept at one time, not with the rounds.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises `StoreError` for a file that is not a store."""
-        self.path = path
+    def __init__(self, path: Path, key: str = "") -> None:
+        """Raises `StoreError` for a file that is not a store; `key` encrypts it."""
+        self.path, self._key = path, key
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._connected() as connection:
             connection.execute("PRAGMA page_size = 16384")  # of a new file
             connection.execute(_TABLE)
 
-    def save(self, states: Sequence[DeviceState], stage: str, pages: Sequence[Page] | None = None) -> list[str]:
+    def save(
+        self,
+        states: Sequence[DeviceState],
+        stage: str,
+        pages: Sequence[Page] | None = None,
+        also: Callable[[sqlite3.Connection], None] = lambda connection: None,
+    ) -> list[str]:
         """Keeps the states, each with the page that was noted of it, and of earlier stages only the newest.
 
         A device that has finished the stage keeps what it has: another process may have sent it. Returns these devices.
+        What `also` writes to the same file is there with the states, or not at all.
         """
         notes = pages or [{} for _ in states]
         rows = [
@@ -117,6 +124,7 @@ class DeviceStore:
             connection.execute("BEGIN IMMEDIATE")
             there = [row[0] for row in rows if not connection.execute(_INSERT, row).rowcount]
             connection.executemany(_FORGET, [(s.id, stage) for s in states])
+            also(connection)
             connection.execute("COMMIT")
         return there
 
@@ -148,7 +156,7 @@ class DeviceStore:
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         try:
-            with connected(self.path) as connection:
+            with connected(self.path, self._key) as connection:
                 yield connection
         except sqlite3.DatabaseError as error:
             raise StoreError(f"{self.path}: {error}; what was finished is kept: mend it and resume") from error

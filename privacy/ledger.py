@@ -148,9 +148,9 @@ class Accounts(Protocol):
 class Ledger:
     """The accounts of one host. A change is on the disk when the method returns."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises `LedgerError` for a file that is not a ledger."""
-        self.path = path
+    def __init__(self, path: Path, key: str = "") -> None:
+        """Raises `LedgerError` for a file that is not a ledger; `key` encrypts it."""
+        self.path, self._key = path, key
         path.parent.mkdir(parents=True, exist_ok=True)
         self._known: dict[str, Account] = {}  # read and found whole
         with self._connected() as connection:
@@ -215,7 +215,7 @@ class Ledger:
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         try:
-            with connected(self.path) as connection:
+            with connected(self.path, self._key) as connection:
                 yield connection
         except sqlite3.DatabaseError as error:
             raise LedgerError(f"{self.path} cannot be used as a ledger: {error}; nothing is released") from error

@@ -98,7 +98,7 @@ class ReleaseStrategy(Strategy):
         if self.nodes:
             return
         nothing = RecordDict({"arrays": ArrayRecord(), "plan": ConfigRecord()})
-        asked = (_message(nothing, node, MessageType.QUERY) for node in grid.get_node_ids())
+        asked = [_message(nothing, node, MessageType.QUERY) for node in grid.get_node_ids()]
         for reply in grid.send_and_receive(asked, timeout=self.config.reply_timeout_s):
             header = ConfigRecord() if reply.has_error() else reply.content.config_records.get("header", ConfigRecord())
             if "device" in header:

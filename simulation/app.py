@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from client.app import answer, refusal
+from client.records import on_a_wire
 from privacy.gate import FAILED, NO_DEVICE
 from simulation.config import find_config, load_config
 from simulation.crew import Crew
@@ -43,7 +44,9 @@ def _answer(message: Message, context: Context) -> Message:
     try:
         devices = devices_of_worker(run_path(context))
         name = device_name(int(str(context.node_config["partition-id"])))
-        return answer([message], [name], devices)[0] if name in devices.users else refusal(NO_DEVICE).to(message)
+        if name not in devices.users:
+            return refusal(NO_DEVICE).to(message)
+        return on_a_wire(answer([message], [name], devices)[0])
     except Exception:
         log.exception("the device could not answer")
         return refusal(FAILED).to(message)

@@ -11,6 +11,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from client.agent.cli import app as device
+from client.agent.cli import plain_errors
+
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads spin for each other: ruinous beside other work
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the same of numpy's, whose matrices here are small
@@ -26,6 +29,9 @@ app.add_typer(models, name="models")
 app.add_typer(data, name="data")
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine with what it is asked to do.")
 app.add_typer(bench, name="bench")
+app.add_typer(device, name="device")
+server = typer.Typer(no_args_is_help=True, help="A server for real devices: terms, certificates, rounds.")
+app.add_typer(server, name="server")
 console = Console()
 
 
@@ -65,6 +71,56 @@ def run(
         raise typer.Exit(130) from None
     console.print(render_summary(summary))
     console.print(f"report: {folder / 'report.html'}")
+
+
+@server.command()
+def init(
+    folder: Path,
+    name: Annotated[str, typer.Option(help="Of the federation.")],
+    host: Annotated[list[str], typer.Option(help="Names and addresses that devices know the server by.")],
+    model: str = "nano",
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    min_devices: Annotated[int, typer.Option(min=1, help="That must be there before the first round.")] = 1,
+    patience_s: Annotated[float, typer.Option(min=1, help="For the answers of a round.")] = 600.0,
+) -> None:
+    """Make FOLDER with the terms of a federation and the certificates of its server.
+
+    Devices' owners need FOLDER/terms.toml and FOLDER/ca.pem; their public keys go into FOLDER/nodes.
+    """
+    from secrets import randbits
+
+    from client.agent.agent import base_hash
+    from client.agent.terms import Terms, write_terms
+    from simulation.deployment import NODES, TERMS, make_certificates
+
+    with plain_errors():
+        make_certificates(folder, host)
+        terms = Terms(
+            name=name, model=model, base=base_hash(model), rounds=rounds, seed=randbits(48), min_devices=min_devices,
+            patience_s=patience_s,
+        )  # fmt: skip
+        write_terms(folder / TERMS, terms)
+        (folder / NODES).mkdir()
+    console.print(f"{folder}: give terms.toml and ca.pem to the devices' owners, put their node.pub into nodes/")
+
+
+@server.command()
+def start(
+    folder: Path,
+    host: Annotated[str, typer.Option(help="To listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
+) -> None:
+    """Run the rounds of FOLDER's terms with the devices whose keys are in FOLDER/nodes.
+
+    Goes on where it was stopped.
+    """
+    from simulation.deployment import register, run_rounds, superlink
+
+    with plain_errors(), superlink(folder, host, port):
+        address = f"127.0.0.1:{port}" if host == "0.0.0.0" else f"{host}:{port}"
+        console.print(f"{register(folder, address)} devices may connect to {address}")
+        run_rounds(folder, address)
+    console.print(f"all rounds are done: {folder / 'server'}")
 
 
 @app.command()

@@ -140,8 +140,8 @@ def _strategy(run: RunFolder, devices: SimulatedDevices, clock: Clock | None, fi
         "limits": Limits(*release_limits(config, devices.schema)),
         "over_sampling": config.world.over_sampling,
         "first_round": first_round,
-        "commit": partial(_commit, run),
-        "committed": _committed(run, first_round),
+        "commit": partial(commit, run),
+        "committed": committed(run, first_round),
     }
     if isinstance(clock, BufferedClock):
         named |= {"makers": clock.makers, "version": lambda number: to_arrays(run.shared(number).shared)}
@@ -168,11 +168,11 @@ def open_clock(devices: SimulatedDevices, names: Sequence[str]) -> Clock | None:
     return Clock(world, work, config.server.wanted(len(names)), needed_bytes)
 
 
-def _commit(run: RunFolder, made: Aggregate) -> None:
+def commit(run: RunFolder, made: Aggregate) -> None:
     run.save_shared(made.round, to_numpy(made.shared), made.heads, made.moments.arrays(), asdict(made.facts))
 
 
-def _committed(run: RunFolder, round_number: int) -> Aggregate | None:
+def committed(run: RunFolder, round_number: int) -> Aggregate | None:
     stored = run.aggregate(round_number)
     if stored is None:
         return None

@@ -28,6 +28,7 @@ WITH_FLOWER = {
     "simulation/bench/flower_arm.py",
     "simulation/bench/idle_client.py",
     "simulation/bench/scale_stock.py",
+    "client/agent/courier.py",
     "client/app.py",
     "client/records.py",
     "server/buffered.py",
@@ -40,6 +41,7 @@ WITH_FLOWER = {
     "simulation/session.py",
     "simulation/federation.py",
     "simulation/audit/inventory.py",
+    "simulation/deployment.py",
 }
 
 
@@ -81,7 +83,10 @@ def test_the_help_loads_no_model_library() -> None:
 def test_the_check_runs_what_the_readme_shows() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     check = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace("pip install -q", "pip install")
-    for command in ("pip install . && florilegium run configs/quickstart.toml", "pip install '.[test]' && pytest"):
+    for command in (
+        "pip install '.[simulation]' && florilegium run configs/quickstart.toml",
+        "pip install '.[test]' && pytest",
+    ):
         assert command in readme and command in check
 
 

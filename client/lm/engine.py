@@ -6,7 +6,7 @@ company by rounding only. Needs torch and transformers, nothing else. Not covere
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -123,15 +123,21 @@ class Engine:
         max_new_tokens: int,
         temperature: float,
         stop_id: int,
+        told: Callable[[list[int], list[list[int]]], None] | None = None,
     ) -> list[list[int]]:
-        """Ids that follow each prompt, without the stop token; row i draws from `seeds[i]` alone."""
+        """Ids that follow each prompt, without the stop token; row i draws from `seeds[i]` alone.
+
+        `told` hears after each token which prompts are being continued, and how far.
+        """
         examples = self.prompted([Example(tuple(p), (), (0, len(p)), False) for p in prompts], adapters)
         replies: dict[int, list[int]] = {}
 
         def continued(group: list[int]) -> list[list[int]]:
             decoding = Decoding([seeds[i] for i in group], max_new_tokens, temperature, stop_id, self.device)
             pack = self.pack([examples[i] for i in group], [slots[i] for i in group])
-            self._decode(pack, decoding, adapters)
+            for _ in self._decoded(pack, decoding, adapters):
+                if told:
+                    told(group, decoding.replies)
             return decoding.replies
 
         room = [(e.length + max_new_tokens) // CONTINUING for e in examples]
@@ -139,13 +145,15 @@ class Engine:
             replies.update(zip(group, ids, strict=True))
         return [replies[i] for i in range(len(prompts))]
 
-    def _decode(self, pack: Pack, decoding: Decoding, adapters: Sequence[Adapters]) -> None:
+    def _decoded(self, pack: Pack, decoding: Decoding, adapters: Sequence[Adapters]) -> Iterator[None]:
+        """Token by token."""
         texts = Texts(pack.texts.lengths, self.device, ordered=True)
         lengths = torch.tensor([e.length for e in pack.examples], device=self.device)  # (R,)
         cache = KeyValues(lengths, decoding.ids.shape[1])
         with self.active([a.pick(pack.owners) for a in adapters], pack.owned):
             hidden = self._forward(pack.ids, pack.positions, texts, cache)[lengths.cumsum(0) - 1]  # (R, H)
         decoding.take(self.logits(hidden))
+        yield
         while decoding.running:
             cache.drop_to(decoding.drop_finished())
             owners, owned = owned_by([pack.slots[i] for i in decoding.rows.tolist()], self.device)
@@ -154,6 +162,7 @@ class Engine:
                     cache.advance()
                     hidden = self._forward(decoding.last[None], cache.lengths[None], None, cache)
                     decoding.take(self.logits(hidden))
+                    yield
 
     # -- learning -----------------------------------------------------------------------------------------------
 

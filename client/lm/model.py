@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,8 +107,34 @@ class LanguageModel:
         seeds: Sequence[int],
     ) -> list[str]:
         """A reply to each prompt; row i draws from `seeds[i]` alone. Greedy at temperature 0."""
-        if not prompts:
-            return []
+        return self._continued(prompts, slots, adapters, sampling, seeds) if prompts else []
+
+    def reply(
+        self,
+        prompt: str,
+        adapters: Sequence[Adapters],
+        sampling: SamplingConfig,
+        seed: int,
+        told: Callable[[str], None],
+    ) -> str:
+        """A reply to one person, of which `told` hears as it grows: each time all of it so far."""
+
+        def grown(_: list[int], ids: list[list[int]]) -> None:
+            text = self._decoded(ids)[0]
+            if not text.endswith("\ufffd"):  # half a character
+                told(text)
+
+        return self._continued([prompt], [0], adapters, sampling, [seed], grown)[0]
+
+    def _continued(
+        self,
+        prompts: Sequence[str],
+        slots: Sequence[int],
+        adapters: Sequence[Adapters],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        told: Callable[[list[int], list[list[int]]], None] | None = None,
+    ) -> list[str]:
         ids = self.engine.generate(
             [e.prompt for e in self.format.prompts(prompts)],
             slots,
@@ -117,8 +143,12 @@ class LanguageModel:
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             stop_id=self.format.stop_id,
+            told=told,
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return self._decoded(ids)
+
+    def _decoded(self, replies: list[list[int]]) -> list[str]:
+        return [text.strip() for text in self.tokenizer.batch_decode(replies, skip_special_tokens=True)]
 
 
 def schedule(count: int, size: int, epochs: int, seed: int) -> list[list[int]]:

@@ -1,0 +1,573 @@
+"""A real device: a cohort of one that talks with its owner, learns when it may, and answers a server if it has one.
+
+What a simulation composes round after round happens here when it is time: dialogues arrive as they are had, their
+owner answers for them days later or never, learning is a night's work, a release is made when a server asks. All of it
+is the code of `client.round`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import psutil
+import torch
+
+from client.agent.config import AgentConfig, When
+from client.agent.home import DeviceError, Home, HomeError, replace_file
+from client.agent.journal import Journal, Sent, Turn, write_fact
+from client.agent.terms import Terms
+from client.buffer import Buffer
+from client.dialogue import Dialogue
+from client.lm.adapter import Adapters
+from client.lm.config import ModelConfig
+from client.lm.hub import ModelError, resolve
+from client.lm.layers import UnsupportedModelError
+from client.lm.model import LanguageModel
+from client.personal.profile import Profile, ProfileConfig
+from client.phases import Site, States, annotate, beneath, observe
+from client.round import contribute, live
+from client.shared import resend
+from client.state import DeviceState, DeviceStore
+from privacy.ledger import Account, Ledger
+from privacy.plan import RoundPlan
+from privacy.release import Release, Schema
+from privacy.seeds import fresh_secret
+
+Consent = Literal["learn", "federate"]
+CONSENTS: dict[Consent, str] = {
+    "learn": "Learn from your conversations, on this device alone. They are kept here, encrypted; you can erase them.",
+    "federate": "Join a federation: send noised changes of a shared adapter to its server, which also sees when this "
+    "device answers. What was sent cannot be taken back.",
+}
+Progress = Callable[[str], None]
+
+
+class AgentError(DeviceError):
+    """What was asked cannot be done; the message says why and what can."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A federation that this device has joined, and what its owner has agreed to spend there."""
+
+    name: str
+    server: str
+    rounds: int
+    public_seed: int  # of the shared adapter's start, the same on all its devices
+
+
+class Agent:
+    """One device while it runs. One thing at a time touches the model and the states: others wait."""
+
+    def __init__(self, home: Home, config: AgentConfig, lm: LanguageModel, key: str) -> None:
+        """Raises `HomeError`, `VaultError` or `AgentError` for files that do not fit."""
+        self.home, self.config, self.lm = home, config, lm
+        self.journal = Journal(home.vault, key)
+        self.store, self.ledger = DeviceStore(home.vault, key), Ledger(home.vault, key)
+        self._busy = threading.RLock()
+        self.doing = ""  # the phase that is being worked on
+        known = self.journal.fact("base")
+        if known is None:
+            self.journal.set_fact("base", base_hash(config.device.model.name))
+            self.journal.set_fact("seed", fresh_secret() >> 65)
+        elif known != base_hash(config.device.model.name):
+            raise AgentError(
+                f"what this device has learned belongs to another model than {config.device.model.name!r} is now: "
+                f"set the former one in {home.settings}, or begin anew on this one: florilegium device rebase"
+            )
+
+    @classmethod
+    def open(cls, home: Home) -> Agent:
+        """With the model loaded and the vault found whole; the caller holds the lock of the home."""
+        config = home.config()
+        key = home.read_key(config)
+        if not home.vault.exists():
+            raise HomeError(f"{home.vault} is missing: florilegium device restore, or erase and init")
+        Journal(home.vault, key).check()
+        return cls(home, config, loaded(config.device.model), key)
+
+    # -- what its owner allows ----------------------------------------------------------------------------------------
+
+    @property
+    def consents(self) -> dict[Consent, bool]:
+        told = self.journal.fact("consents", {})
+        return {item: bool(told.get(item)) for item in CONSENTS}
+
+    def consent(self, item: Consent, given: bool) -> None:
+        """Gives it, or takes it back; what was sent before cannot be."""
+        if item not in CONSENTS:
+            raise AgentError(f"{item!r} is not something to consent to: {', '.join(CONSENTS)}")
+        self.journal.set_fact("consents", {**self.consents, item: given})
+
+    @property
+    def learns(self) -> When:
+        """When the device learns by itself."""
+        found: When = self.journal.fact("learns", self.config.learn)
+        return found
+
+    def learn_when(self, when: When) -> None:
+        if when not in get_args(When):
+            raise AgentError(f"{when!r} is not one of {', '.join(get_args(When))}")
+        self.journal.set_fact("learns", when)
+
+    # -- talking ------------------------------------------------------------------------------------------------------
+
+    def chat(self, prompt: str, conversation: str = "", told: Progress = lambda text: None) -> Turn:
+        """A reply; `told` hears it grow. Kept only where its owner has consented to learning."""
+        self._check_length(prompt)
+        if not prompt.strip():
+            raise AgentError("there is nothing to reply to")
+        with self._busy:
+            state, site = self._state(), self.site
+            received, _ = self._used()
+            on = [*([] if received is None else beneath(received, [state.id], site)), self._personal(state)]
+            said = self.lm.reply(
+                self._with_context(prompt, conversation), on, self.config.chat, fresh_secret() >> 65, told
+            )
+            if not self.consents["learn"]:
+                return Turn(0, "", time.time(), conversation, prompt, said, None, "", None)
+            return self.journal.add(prompt, said, conversation)
+
+    def rate(self, identity: str, liked: bool | None, wanted: str = "") -> Turn:
+        """👍, 👎, and what the owner would have said. Raises KeyError for a dialogue that is not there."""
+        self._check_length(wanted)
+        self.journal.turn(identity)
+        return self.journal.rate(identity, liked, wanted.strip())
+
+    def _check_length(self, text: str) -> None:
+        if len(text) > self.config.longest:
+            raise AgentError(f"{len(text):,} characters are more than the {self.config.longest:,} of `longest`")
+
+    def _with_context(self, prompt: str, conversation: str, before: int | None = None) -> str:
+        """The prompt behind the last turns of its conversation, a line each."""
+        turns = self.config.context_turns
+        if not turns or not conversation:
+            return prompt
+        values: tuple[object, ...] = (conversation, before or math.inf)
+        past = self.journal.turns("WHERE conversation = ? AND number < ?", values)
+        lines = [line for turn in past for line in (turn.prompt, turn.wanted or turn.said)]
+        return "\n".join([*lines[-turns:], prompt])
+
+    # -- learning -----------------------------------------------------------------------------------------------------
+
+    @property
+    def site(self) -> Site:
+        """What the phases work with; the reply of a dialogue is what its owner has said of it so far."""
+        federation, seed = self.federation, self.journal.fact("seed")
+        found = Site.of(self.lm, self._settings, seed, self._reply, self._tell, self.ledger)
+        if federation is None:
+            return found
+        layout = self.lm.lora_layout(self._settings.shared.adapter, public_seed=federation.public_seed)
+        return replace(found, shared_layout=layout, experiment=federation.name)
+
+    @property
+    def _settings(self) -> Any:
+        federation, device = self.federation, self.config.device
+        return device.model_copy(update={"rounds": federation.rounds}) if federation else device
+
+    def learn(self, progress: Progress = lambda phase: None) -> dict[str, Any]:
+        """Takes up what is new, selects, synthesizes, and trains the personal adapter. Returns what came of it."""
+        if not self.consents["learn"]:
+            raise AgentError("learning is not consented to: florilegium device consent learn yes")
+        with self._busy, self._telling(progress):
+            cycle = self._cycle() + 1
+            turns = self.journal.take_up(cycle)
+            state, site = self._refreshed(self._state()), self.site
+            received, version = self._newest()
+            began = time.monotonic()
+            (state,), (page,) = live([state], [self._dialogues(turns)], received, RoundPlan(cycle, version), site)
+            profile = self._profile_after(self.profile, turns)
+            page["seconds of all"] = time.monotonic() - began
+
+            def also(connection: Any) -> None:
+                write_fact(connection, "cycle", cycle)
+                write_fact(connection, "profile", profile.to_json())
+                write_fact(connection, "learned", {"at": time.time(), "page": page})
+                write_fact(connection, "used", version, _bytes(received))
+
+            self._save(state, also)
+            self._retire(state)
+            self.journal.check()
+            self.journal.copy_to(self.home.good_copy)
+            return page
+
+    def due(self, now: time.struct_time, plugged: bool | None) -> bool:
+        """Whether the device would learn by itself at this local time, on this supply. Needs something new."""
+        if not self.consents["learn"] or not self.journal.turns("WHERE cycle IS NULL"):
+            return False
+        first, last = self.config.night
+        if self.learns == "night":
+            return first <= now.tm_hour < last if first <= last else now.tm_hour >= first or now.tm_hour < last
+        return self.learns == "charging" and plugged is True
+
+    def _gathered(self, state: DeviceState, site: Site) -> DeviceState:
+        """With all that has arrived, selected and asked for; trains nothing."""
+        cycle = self._cycle() + 1
+        turns = self.journal.take_up(cycle)
+        states, _ = observe([self._refreshed(state)], [self._dialogues(turns)], RoundPlan(cycle, 0), site)
+        states, _ = annotate(states, site)
+        profile = self._profile_after(self.profile, turns)
+
+        def also(connection: Any) -> None:
+            write_fact(connection, "cycle", cycle)
+            write_fact(connection, "profile", profile.to_json())
+
+        self._save(states[0], also)
+        return states[0]
+
+    def _dialogues(self, turns: Iterable[Turn]) -> list[Dialogue]:
+        return [Dialogue(t.id, self._with_context(t.prompt, t.conversation, t.number), t.reply, t.time) for t in turns]
+
+    def _reply(self, device: str, dialogue: str) -> str:
+        try:
+            return self.journal.turn(dialogue).reply
+        except KeyError:
+            return ""
+
+    def _refreshed(self, state: DeviceState) -> DeviceState:
+        """With the replies as the owner last wrote them; what was made from others goes."""
+        now = {i: reply for i in state.replies if (reply := self._reply(state.id, i))}
+        same = {i for i, reply in now.items() if reply == state.replies[i]}
+        return replace(
+            state,
+            replies=now,
+            synthetic={i: made for i, made in state.synthetic.items() if i in same},
+            descendants={i: made for i, made in state.descendants.items() if i in same},
+        )
+
+    def _retire(self, state: DeviceState) -> None:
+        """Drops the oldest dialogues beyond what is kept, but for those that the device learns from."""
+        over = self.journal.count() - self.config.keep
+        if over <= 0:
+            return
+        used = {k.id for k in state.buffer.bins} | {i for i, _ in state.pool.slots}
+        old = [t.id for t in self.journal.turns("WHERE cycle IS NOT NULL") if t.id not in used]
+        self.journal.forget(old[:over])
+
+    # -- the profile --------------------------------------------------------------------------------------------------
+
+    @property
+    def profile(self) -> Profile:
+        told = self.journal.fact("profile")
+        return Profile.from_json(told) if told else Profile()
+
+    def edit_profile(self, text: str) -> Profile:
+        """As its owner wants it; raises `ProfileError` for what is not one."""
+        self._check_length(text)
+        found = Profile.from_json(text)
+        self.journal.set_fact("profile", found.to_json())
+        return found
+
+    def _profile_after(self, profile: Profile, turns: Iterable[Turn]) -> Profile:
+        for turn in turns:
+            profile = profile.after(turn.prompt, turn.feedback, self._embed, ProfileConfig())
+        return profile
+
+    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.stack([f.readings["mean"].vector for f in self.lm.embed(texts)])
+
+    # -- what is kept -------------------------------------------------------------------------------------------------
+
+    def kept(self) -> list[dict[str, Any]]:
+        """What the device holds in its buffer and its pool, and why: scores, replies, what was made from it."""
+        state = self._state()
+        bins, pool = {k.id: k for k in state.buffer.bins}, dict(state.pool.slots)
+        return [
+            {
+                "id": i,
+                "prompt": bins[i].prompt if i in bins else pool[i],
+                "reply": state.replies.get(i, ""),
+                "in": [name for name, place in (("buffer", bins), ("pool", pool)) if i in place],
+                "scores": {n: getattr(bins[i], n) for n in ("eoe", "dss", "idd")} if i in bins else {},
+                "domain": bins[i].domain if i in bins else "",
+                "made": [list(pair) for pair in (*state.synthetic.get(i, ()), *state.descendants.get(i, ()))],
+            }
+            for i in dict.fromkeys([*bins, *pool])
+        ]  # fmt: skip
+
+    def erase(self, identities: Sequence[str], progress: Progress = lambda phase: None) -> dict[str, Any]:
+        """Removes dialogues, what was made from them, and what they did to the buffer, the profile and the adapter.
+
+        The buffer and the profile are made anew from what remains, as if the erased had never been said; but for older
+        dialogues that were dropped meanwhile, maybe in their favour. The personal adapter is trained anew from its
+        start. What was sent cannot be recalled. Raises KeyError for a dialogue that is not there.
+        """
+        for identity in identities:
+            self.journal.turn(identity)
+        with self._busy, self._telling(progress):
+            self._tell("forget")
+            self.journal.forget(identities)
+            state = self._relived(self._state())
+            trained = self.site.config.personal.epochs and state.annotated and self.consents["learn"]
+            received, version = self._used()
+            if trained:
+                (state,), _ = live([state], [[]], received, RoundPlan(self._cycle(), version), self.site)
+            profile = self._profile_after(Profile(), self.journal.turns("WHERE cycle IS NOT NULL"))
+            self._save(state, lambda connection: write_fact(connection, "profile", profile.to_json()), only=True)
+            self._tell("compact")
+            self.journal.compact()
+            self.journal.check()
+            self.journal.copy_to(self.home.good_copy)
+            return {
+                "retrained": bool(trained),
+                "dialogues": self.journal.count(),
+                "cannot be recalled": len(self.releases),
+            }
+
+    def _relived(self, state: DeviceState) -> DeviceState:
+        """The device if what is in the journal now were all that it ever met; its pool, secret and account stay."""
+        site, cycles = self.site, dict[int, list[Turn]]()
+        for turn in self.journal.turns("WHERE cycle IS NOT NULL"):
+            cycles.setdefault(turn.cycle or 0, []).append(turn)
+        states: States = [replace(site.new_state(state.id), secret=state.secret)]
+        for cycle, turns in sorted(cycles.items()):
+            states, _ = observe(states, [self._dialogues(turns)], RoundPlan(cycle, 0), site)
+        left = {d.id: d.prompt for turns in cycles.values() for d in self._dialogues(turns)}
+        slots = tuple((i, left[i]) for i, _ in state.pool.slots if i in left)
+        same = dict(state.pool.slots).items() & dict(slots).items()
+        same |= {(k.id, k.prompt) for k in state.buffer.bins} & left.items()
+        kept = {i for i, _ in same}
+        buffer: Buffer = states[0].buffer
+        return self._refreshed(
+            replace(
+                state,
+                buffer=buffer,
+                pool=replace(state.pool, slots=slots),
+                personal=states[0].personal,
+                arrived=states[0].arrived,
+                replies={i: reply for i, reply in state.replies.items() if i in left},
+                synthetic={i: made for i, made in state.synthetic.items() if i in kept},
+                descendants={i: made for i, made in state.descendants.items() if i in kept},
+                sent=None,
+                asked="",
+            )
+        )
+
+    # -- the federation -----------------------------------------------------------------------------------------------
+
+    @property
+    def federation(self) -> Federation | None:
+        told = self.journal.fact("federation")
+        return Federation(**told) if told else None
+
+    def check_terms(self, terms: Terms) -> None:
+        """Raises `AgentError` for terms that do not fit this device, or that its owner has not consented to."""
+        if not self.consents["federate"]:
+            raise AgentError("joining a federation is not consented to: florilegium device consent federate yes")
+        if self.config.device.privacy.mode == "none":
+            raise AgentError("privacy.mode = 'none' is for simulations: nothing would be protected")
+        if terms.base and terms.base != self.journal.fact("base"):
+            raise AgentError(f"the federation is for another model, {terms.model!r}; this device has {self.lm.name!r}")
+        there = self.federation
+        if there and there.name != terms.name:
+            raise AgentError(f"this device is in {there.name!r}; leave it first: florilegium device leave")
+
+    def join(self, terms: Terms, server: str) -> None:
+        """Agrees to a federation's terms: from now on its server is answered. Raises as `check_terms`."""
+        self.check_terms(terms)
+        device = self.config.device.model_copy(update={"shared": terms.shared})
+        config = self.config.model_copy(update={"device": device})
+        if terms.shared != self.config.device.shared:
+            self.home.write_config(config)
+            self.config = config
+            state = self._state()
+            self._save(replace(state, pool=replace(state.pool, capacity=terms.shared.pool_capacity)), _no_shared)
+        self.journal.set_fact("federation", asdict(Federation(terms.name, server, terms.rounds, terms.seed)))
+
+    def leave(self) -> None:
+        """Answers no server from now on, and learns anew without the shared adapter."""
+        self.journal.set_fact("federation", None)
+        with self._busy:
+            self._save(self._state(), _no_shared)
+
+    @property
+    def schema(self) -> Schema:
+        return self.site.schema
+
+    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
+        """The release of a round, stored before it is handed out; None where consent, budget or order forbid one."""
+        with self._busy:
+            federation, site = self.federation, self.site
+            if federation is None or not self.consents["federate"] or not 1 <= plan.round <= federation.rounds:
+                return [None]
+            state, answered = self._state(), self.journal.fact("answered", {"federation": "", "round": 0})
+            if answered["federation"] == federation.name and plan.round <= answered["round"]:
+                again = plan.round == answered["round"]
+                return [resend(state, received, plan, site) if again else None]
+            state = self._gathered(self._with_spent_head(state), site)
+            (state,), (release,), (page,) = contribute([state], [[]], received, plan, site)
+            if state.head:
+                replace_file(self.home.spent, state.head)
+            size = site.upload_bytes(state.id, plan) if release else 0
+            told = Sent(
+                time.time(), federation.name, plan.round, "release" if release else page.get("refusal", "no-release"),
+                size, page.get("epsilon"),
+            )  # fmt: skip
+
+            def also(connection: Any) -> None:
+                write_fact(connection, "answered", {"federation": federation.name, "round": plan.round})
+
+            self._save(state, also)
+            self.journal.note_sent(told)
+            return [release]
+
+    def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
+        """Keeps the aggregated adapter for the next learning."""
+        with self._busy:
+            if self.federation is None or not self.consents["federate"]:
+                return
+            with self.journal.open() as connection:
+                write_fact(connection, "newest", plan.version, _bytes(received))
+
+    def _with_spent_head(self, state: DeviceState) -> DeviceState:
+        """A vault that was put back from a copy lacks the head that was written beside it: it pays for nothing."""
+        try:
+            return replace(state, head=self.home.spent.read_text(encoding="utf-8").strip())
+        except FileNotFoundError:
+            return state
+
+    # -- what it tells its owner --------------------------------------------------------------------------------------
+
+    @property
+    def account(self) -> Account | None:
+        state = self._state()
+        return self.ledger.account(state.id, state.genesis)
+
+    @property
+    def releases(self) -> list[Sent]:
+        return [s for s in self.journal.sent() if s.kind == "release"]
+
+    def epsilon(self) -> float | None:
+        """Spent so far of the budget; None for an account that is broken."""
+        account = self.account
+        return account.spent(self.config.device.privacy.budget) if account else None
+
+    def status(self) -> dict[str, Any]:
+        """For its owner's eyes; nothing of it is sent."""
+        state, privacy, federation = self._state(), self.config.device.privacy, self.federation
+        waiting = [k for k in self.kept() if not k["reply"]]
+        return {
+            "device": self.config.name,
+            "model": self.lm.name,
+            "doing": self.doing,
+            "consents": self.consents,
+            "learns": self.learns,
+            "learned": self.journal.fact("learned"),
+            "dialogues": self.journal.count(),
+            "new": len(self.journal.turns("WHERE cycle IS NULL")),
+            "buffered": len(state.buffer),
+            "bins": self.config.device.selection.bins,
+            "pooled": len(state.pool.slots),
+            "unanswered": len(waiting),
+            "federation": asdict(federation) if federation else None,
+            "releases": len(self.releases),
+            "epsilon": self.epsilon(),
+            "epsilon_budget": privacy.epsilon,
+            "delta": privacy.delta,
+            "unit": privacy.promise.unit,
+            "vault_bytes": self.home.vault.stat().st_size,
+            "memory_bytes": psutil.Process().memory_info().rss,
+        }
+
+    # -- its files ----------------------------------------------------------------------------------------------------
+
+    def _state(self) -> DeviceState:
+        found = self.store.find([self.config.name])[self.config.name]
+        return found[1] if found else self._new_state()
+
+    def _new_state(self) -> DeviceState:
+        state = self.site.new_state(self.config.name)
+        self.store.save([state], _stage(0))  # its secret, before anything is paid for with it
+        return state
+
+    def _save(self, state: DeviceState, also: Callable[[Any], None], *, only: bool = False) -> None:
+        """The device as it is now; `only`: earlier ones go at once."""
+        serial = int(self.store.stages([state.id])[state.id] or 0) + 1
+        self.store.save([state], _stage(serial), also=also)
+        if only:
+            self.store.save([state], _stage(serial + 1))
+
+    def _cycle(self) -> int:
+        return int(self.journal.fact("cycle", 0))
+
+    @property
+    def personal_row(self) -> torch.Tensor:
+        """(P,) of the personal adapter."""
+        return self._state().personal
+
+    def _personal(self, state: DeviceState) -> Adapters:
+        return self.lm.adapters(self.site.personal_layout, state.personal)
+
+    def _used(self) -> tuple[torch.Tensor | None, int]:
+        """The shared adapter (P,) beneath the personal one, and its version."""
+        return _row(self.journal.fact_bytes("used")), int(self.journal.fact("used", 0))
+
+    def _newest(self) -> tuple[torch.Tensor | None, int]:
+        """The last that a server has sent."""
+        return _row(self.journal.fact_bytes("newest")), int(self.journal.fact("newest", 0))
+
+    def _tell(self, phase: str) -> None:
+        self.doing = phase
+        self._progress(phase)
+
+    _progress: Progress = staticmethod(lambda phase: None)
+
+    def _telling(self, progress: Progress) -> _Telling:
+        return _Telling(self, progress)
+
+
+class _Telling:
+    """While it lasts, `progress` hears of the phases."""
+
+    def __init__(self, agent: Agent, progress: Progress) -> None:
+        self.agent, self.progress = agent, progress
+
+    def __enter__(self) -> None:
+        self.agent._progress = self.progress
+
+    def __exit__(self, *_: object) -> None:
+        self.agent._progress, self.agent.doing = (lambda phase: None), ""
+
+
+def loaded(model: ModelConfig) -> LanguageModel:
+    """Raises `HomeError` with the way out."""
+    try:
+        return LanguageModel.load(model)
+    except (ModelError, UnsupportedModelError) as error:
+        raise HomeError(str(error)) from error
+
+
+def base_hash(name: str) -> str:
+    """SHA-256 of a model's weights: what an adapter was trained on."""
+    found = sha256()
+    for path in sorted(Path(resolve(name)).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()
+
+
+def _no_shared(connection: Any) -> None:
+    """Another federation's, or none."""
+    for name in ("used", "newest"):
+        write_fact(connection, name, 0)
+
+
+def _stage(serial: int) -> str:
+    return f"{serial:012d}"
+
+
+def _bytes(row: torch.Tensor | None) -> bytes:
+    return b"" if row is None else row.numpy().tobytes()
+
+
+def _row(stored: bytes) -> torch.Tensor | None:
+    return torch.from_numpy(np.frombuffer(stored, np.float32).copy()) if stored else None

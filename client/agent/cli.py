@@ -1,0 +1,278 @@
+"""`florilegium device`: a real device in its owner's hands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from client.agent.home import DeviceError, Home, HomeError
+
+app = typer.Typer(no_args_is_help=True, help="A real device: talk with it, let it learn, see what has left it.")
+console = Console(soft_wrap=True)
+HomeOption = Annotated[Path, typer.Option("--home", envvar="FLORILEGIUM_HOME", help="The device's folder.")]
+HOME = Path("~/.florilegium")
+SMALL_BOARD = 3 * 2**30  # bytes of memory below which the smaller model is taken
+
+
+@app.command()
+def init(
+    home: HomeOption = HOME,
+    model: Annotated[str, typer.Option(help="A model's name; empty: what fits this machine's memory.")] = "",
+    key: Annotated[str, typer.Option(help="Where the key lies: file (mode 600) or keyring.")] = "file",
+    learn: Annotated[bool | None, typer.Option(help="Consent to learning from conversations.")] = None,
+    federate: Annotated[bool | None, typer.Option(help="Consent to joining a federation.")] = None,
+) -> None:
+    """Make a device: its folder, its key, its encrypted file. Asks for consent, item by item."""
+    from client.agent.agent import CONSENTS, Agent, loaded
+    from client.agent.config import new_config
+
+    if key not in ("file", "keyring"):
+        raise typer.BadParameter("--key takes file or keyring")
+    with plain_errors():
+        place, config = Home(home), new_config(model or _fitting(), "keyring" if key == "keyring" else "file")
+        lm = loaded(config.device.model)
+        secret = place.make(config)
+        with place.locked():
+            agent = Agent(place, config, lm, secret)
+            for item, given in (("learn", learn), ("federate", federate)):
+                agent.consent(item, typer.confirm(CONSENTS[item], default=False) if given is None else given)  # type: ignore[arg-type, index]
+            agent.status()
+            agent.journal.copy_to(place.good_copy)
+        console.print(f"{config.name} with {lm.name} is in {place.folder}. Next: florilegium device serve")
+
+
+def _fitting() -> str:
+    """The largest of the models that are here that this machine's memory holds while it learns."""
+    import psutil
+
+    from client.lm.hub import cache_folder, has_weights
+
+    roomy = psutil.virtual_memory().total >= SMALL_BOARD
+    return "smollm2-135m" if roomy and has_weights(cache_folder() / "smollm2-135m") else "nano"
+
+
+@app.command()
+def serve(
+    home: HomeOption = HOME,
+    port: Annotated[int | None, typer.Option(help="Of the page on 127.0.0.1; 0: any that is free.")] = None,
+) -> None:
+    """Run the agent: the model in memory, the page, learning by itself when that is allowed."""
+    from client.agent.courier import connected
+    from client.agent.serve import learning, opened, showing
+
+    over = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
+    with plain_errors(), opened(Home(home)) as agent:
+        wanted = agent.config.port if port is None else port
+        with learning(agent), connected(agent), showing(agent, wanted) as address:
+            print(f"{agent.config.name}: {address}", flush=True)
+            over.wait()
+
+
+@app.command()
+def chat(
+    text: Annotated[str, typer.Argument(help="Empty: talk on, until an empty line.")] = "", home: HomeOption = HOME
+) -> None:
+    """Talk with the device."""
+    with _remote(home) as agent:
+        conversation = os.urandom(8).hex()
+        while prompt := text or _asked():
+            turn: dict[str, Any] = {}
+            shown = ""
+            for told in agent.stream("chat", prompt=prompt, conversation=conversation):
+                grown = told.get("text", told.get("done", {}).get("said", ""))
+                if grown.startswith(shown):
+                    sys.stdout.write(grown[len(shown) :])
+                    sys.stdout.flush()
+                    shown = grown
+                turn = told.get("done", turn)
+            print(f"\n[{turn['id']}]" if turn["id"] else "")
+            if text:
+                return
+
+
+def _asked() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+@app.command()
+def rate(
+    dialogue: str,
+    liked: Annotated[bool | None, typer.Option("--up/--down", help="Whether the reply was good.")] = None,
+    wanted: Annotated[str, typer.Option(help="What you would have said.")] = "",
+    home: HomeOption = HOME,
+) -> None:
+    """Say what a reply was worth. DIALOGUE is the number in brackets behind it."""
+    with _remote(home) as agent:
+        agent.write("rate", id=dialogue, liked=liked, wanted=wanted)
+
+
+@app.command()
+def learn(
+    when: Annotated[str, typer.Argument(help="now; or by itself: asked, night, charging.")] = "now",
+    home: HomeOption = HOME,
+) -> None:
+    """Learn now, or say when the device may by itself."""
+    with _remote(home) as agent:
+        if when != "now":
+            agent.write("learns", when=when)
+            return
+        for told in agent.stream("learn"):
+            if "phase" in told:
+                console.print(told["phase"])
+            else:
+                page = told["done"]
+                console.print(f"{page['personal_examples']} examples, {page['seconds of all']:.1f} s")
+
+
+@app.command()
+def status(home: HomeOption = HOME) -> None:
+    """What the device is, holds and has spent."""
+    with _remote(home) as agent:
+        table = Table(show_header=False)
+        for name, value in agent.read("status").items():
+            table.add_row(name.replace("_", " "), str(value))
+        console.print(table)
+
+
+@app.command()
+def consent(item: str, given: Annotated[bool, typer.Argument(help="yes or no")], home: HomeOption = HOME) -> None:
+    """Give or take back a consent: learn, or federate."""
+    with _remote(home) as agent:
+        agent.write("consent", item=item, given=given)
+
+
+@app.command()
+def join(
+    terms: Path,
+    server: Annotated[str, typer.Option(help="host:port of the SuperLink.")],
+    certificates: Annotated[Path, typer.Option(help="The server's CA, as its operator gave it to you.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: HomeOption = HOME,
+) -> None:
+    """Join a federation on the TERMS that its server gives out. `serve` then keeps in touch with it."""
+    from client.agent.agent import Agent
+    from client.agent.courier import prepare
+    from client.agent.terms import read_terms
+
+    with plain_errors():
+        place, asked = Home(home), read_terms(terms)
+        with place.locked():
+            agent = Agent.open(place)
+            agent.check_terms(asked)
+            privacy = agent.config.device.privacy
+            console.print(
+                f"{asked.name} at {server}: {asked.rounds} rounds. Each answer is the change of a shared adapter of "
+                f"{agent.lm.name}, with noise for {privacy.promise.unit}: at most ε = {privacy.epsilon:g} at "
+                f"δ = {privacy.delta:g} over all rounds. Not covered: {privacy.promise.not_covered}."
+            )
+            if not yes and not typer.confirm("Join?", default=False):
+                raise typer.Exit(1)
+            public = prepare(place.courier, certificates)
+            agent.join(asked, server)
+        console.print(f"joined; give {public} to the server's operator, then: florilegium device serve")
+
+
+@app.command()
+def leave(home: HomeOption = HOME) -> None:
+    """Leave the federation; what was sent cannot be taken back."""
+    with _remote(home) as agent:
+        agent.write("leave")
+
+
+@app.command()
+def ledger(home: HomeOption = HOME) -> None:
+    """What was spent of the privacy budget, and what has left the device."""
+    with _remote(home) as agent:
+        told, sent = agent.read("ledger"), agent.read("sent")
+        spent = "the account is broken: nothing is released" if told["spent"] is None else f"{told['spent']:.3f}"
+        console.print(f"ε {spent} of {told['budget']:g} at δ = {told['delta']:g}, for {told['unit']}")
+        console.print(f"trust: {told['trust']}; not covered: {told['not covered']}")
+        table = Table("federation", "round", "what", "bytes", "ε then")
+        for row in sent:
+            table.add_row(
+                *(str(row[n]) for n in ("federation", "round", "kind", "bytes")), f"{row['epsilon'] or 0:.3f}"
+            )
+        console.print(table)
+
+
+@app.command()
+def export(file: Path, home: HomeOption = HOME) -> None:
+    """Write everything that is yours to FILE, a zip. It is readable by whoever has it."""
+    if file.exists():
+        raise typer.BadParameter(f"{file} exists")
+    with _remote(home) as agent:
+        packed = agent.export()
+        with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as written:
+            written.write(packed)
+        console.print(f"{file}: {len(packed):,} bytes")
+
+
+@app.command()
+def erase(
+    dialogues: Annotated[list[str] | None, typer.Argument(help="Dialogues to erase; none: the whole device.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: HomeOption = HOME,
+) -> None:
+    """Erase dialogues and what they left in the device, or the whole device."""
+    if dialogues:
+        with _remote(home) as agent:
+            for told in agent.stream("erase", ids=dialogues):
+                console.print(told.get("phase") or told["done"])
+        return
+    if not yes and not typer.confirm("Erase the whole device: dialogues, adapter, accounts, key?", default=False):
+        raise typer.Exit(1)
+    with plain_errors():
+        place = Home(home)
+        with place.locked():
+            place.erase(place.config())
+        console.print(f"{place.folder} is empty")
+
+
+@app.command()
+def restore(home: HomeOption = HOME) -> None:
+    """Go back to the last good copy, for a file that is damaged. What came after is gone; nothing is spent twice."""
+    from client.agent.journal import Journal
+
+    with plain_errors():
+        place = Home(home)
+        with place.locked():
+            key = place.read_key(place.config())
+            if not place.good_copy.exists():
+                raise HomeError(f"there is no copy: {place.good_copy} is missing")
+            Journal(place.good_copy, key).check()
+            place.vault.replace(place.vault.with_name("device.damaged.db")) if place.vault.exists() else None
+            Journal(place.good_copy, key).copy_to(place.vault)
+        console.print("restored; where the copy lacks a payment, this device releases nothing any more")
+
+
+@contextmanager
+def _remote(home: Path) -> Iterator[Any]:
+    from client.agent.remote import reached
+
+    with plain_errors(), reached(Home(home)) as agent:
+        yield agent
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors of the device's own as a line, the others as they are."""
+    try:
+        yield
+    except DeviceError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from None

@@ -1,0 +1,41 @@
+"""The settings of a real device, by its owner."""
+
+from __future__ import annotations
+
+from secrets import token_hex
+from typing import Literal
+
+from pydantic import Field
+
+from client.config import DeviceConfig, PersonalConfig, SharedConfig
+from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, TextLimits
+from privacy.config import Config
+from privacy.policy import PrivacyConfig
+
+When = Literal["asked", "night", "charging"]
+
+
+class AgentConfig(Config):
+    """What the device's owner has set. Of what a person says nothing is in it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="a random one; the only name that a server sees")
+    key: Literal["file", "keyring"] = "file"
+    device: DeviceConfig = DeviceConfig()
+    chat: SamplingConfig = SamplingConfig(max_new_tokens=64)
+    context_turns: int = Field(2, ge=0, description="earlier turns of a conversation that a reply looks at")
+    longest: int = Field(4000, ge=1, description="characters of a prompt or a correction")
+    keep: int = Field(5000, ge=1, description="dialogues; older ones that are not in the buffer or the pool go")
+    learn: When = Field("asked", description="when the device learns by itself: never, at night, or when it charges")
+    night: tuple[int, int] = Field((1, 5), description="hours of local time")
+    port: int = Field(7070, ge=0, lt=65536, description="of the page on 127.0.0.1; 0: any that is free")
+
+
+def new_config(model: str, key: Literal["file", "keyring"] = "file") -> AgentConfig:
+    """Settings of a new device: a shared adapter as in the quickstart, secrets from the operating system."""
+    device = DeviceConfig(
+        model=ModelConfig(name=model, limits=TextLimits(prompt_tokens=192, reply_tokens=96)),
+        shared=SharedConfig(adapter=AdapterConfig(rank=4, alpha=64, factors="b", targets=("v_proj",))),
+        personal=PersonalConfig(epochs=3),
+        privacy=PrivacyConfig(secret="os"),
+    )
+    return AgentConfig(name=f"device-{token_hex(8)}", key=key, device=device)

@@ -1,0 +1,203 @@
+"""Carries a server's messages to the agent and its answers back, beside Flower's own SuperNode.
+
+`flower-supernode` holds the connection (TLS, the node's key) and offers each message as a task. Stock Flower would then
+start a process, install the bundle that the server sent and run its code. Here nothing of the bundle is unpacked or
+run, whatever is in it: the agent, which has the model in its memory, answers by its owner's settings. What goes wrong
+is answered with a code. Written for Flower 1.41, whose private parts it uses.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509 import load_pem_x509_certificates
+from flwr.app import ArrayRecord, Message
+from flwr.common.constant import SubStatus
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from client.agent.agent import Agent
+from client.agent.home import DeviceError, replace_file
+from client.app import answer, refusal
+from client.records import on_a_wire
+from privacy.gate import BAD_MESSAGE, FAILED
+
+log = logging.getLogger(__name__)
+ROOM = 65_536  # bytes of a message beside its numbers
+LOOK_S = 0.2  # between two looks for a task
+AGAIN_S = 10.0  # before a SuperNode that ended is started again: its server holds a dead one's place for a minute
+CERTIFICATES, KEY, PUBLIC_KEY = "server-ca.pem", "node.key", "node.pub"  # in the courier's folder
+_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+
+
+def answered(message: Message, agent: Agent) -> Message:
+    """The agent's answer; a code where there is none. No exception leaves: its text would go to the server."""
+    try:
+        arrays = message.content.array_records.get("arrays", ArrayRecord())
+        if sum(len(array.data) for array in arrays.values()) > largest_question(agent):
+            log.warning("a server's message was too large")
+            return refusal(BAD_MESSAGE).to(message)
+        return answer([message], [agent.config.name], agent)[0]
+    except Exception as error:
+        log.error("a server's message could not be answered: %s", type(error).__name__)
+        return refusal(FAILED).to(message)
+
+
+def largest_question(agent: Agent) -> int:
+    """Bytes of the most that can be meant: a shared adapter and changes of the weights beside it."""
+    site = agent.site
+    weights = sum(4 * layer.in_features * layer.out_features for layer in site.shared_layout.layers)
+    return site.whole.size_bytes + weights + ROOM
+
+
+@contextmanager
+def connected(agent: Agent) -> Iterator[None]:
+    """In touch with the server that the device has joined, if it has, while this lasts."""
+    federation = agent.federation
+    if federation is None:
+        yield
+        return
+    over, folder = threading.Event(), agent.home.courier
+    with _supernode(federation.server, folder, over) as (address, secret):
+        thread = threading.Thread(target=_carry, args=(address, secret, agent, over), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+@contextmanager
+def _supernode(server: str, folder: Path, over: threading.Event) -> Iterator[tuple[str, bytes]]:
+    """A SuperNode that is started again whenever it ends; yields the address and the secret of its tasks."""
+    secret, address = folder / "secret", f"127.0.0.1:{_free_port()}"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    secret.touch(0o600)
+    replace_file(secret, os.urandom(32).hex())
+    secret.chmod(0o600)
+    host, _, port = address.partition(":")
+    command = [
+        str(Path(sys.executable).parent / "flower-supernode"), "--superlink", server,
+        "--root-certificates", str(folder / CERTIFICATES), "--auth-supernode-private-key", str(folder / KEY),
+        "--isolation", "process", "--superexec-auth-secret-file", str(secret), "--host", host, "--port", port,
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(folder / "flower"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+    running: list[subprocess.Popen[bytes]] = []
+
+    def keep_up() -> None:
+        while not over.is_set():
+            with open(folder / "supernode.log", "ab") as written:
+                running[:] = [subprocess.Popen(command, env=environment, stdout=written, stderr=written)]
+            code = running[0].wait()
+            if not over.is_set():
+                log.warning("the SuperNode ended with %d; the next try is in %d s", code, AGAIN_S)
+                over.wait(AGAIN_S)
+
+    thread = threading.Thread(target=keep_up, daemon=True)
+    thread.start()
+    try:
+        yield address, secret.read_bytes()
+    finally:
+        over.set()
+        if running:
+            running[0].terminate()
+        thread.join()
+
+
+def _carry(address: str, secret: bytes, agent: Agent, over: threading.Event) -> None:
+    """Every task of the SuperNode at this address, until it is over."""
+    acquirer = _client(
+        address,
+        RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+        SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({_ACQUIRE})),
+    )
+    while not over.is_set():
+        try:
+            got = acquirer.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+        except Exception:  # the SuperNode is being started
+            over.wait(1.0)
+            continue
+        if not got.HasField("task") or not got.token:
+            over.wait(LOOK_S)
+            continue
+        client = _client(
+            address,
+            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
+            RuntimeTokenHttpInterceptor(got.token),
+        )
+        beat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        beat.start()
+        try:
+            _carry_one(client, agent)
+        except Exception as error:
+            log.error("a message was not carried: %s", type(error).__name__)
+        finally:
+            beat.stop()
+            client.close()
+
+
+def _carry_one(client: RuntimeHttpClient, agent: Agent) -> None:
+    message, context, _, _ = pull_task_input(client)  # the bundle, the last of them, is let go
+    push_message(client, on_a_wire(answered(message, agent)), context)
+    push_task_output(client=client, context=context, sub_status=SubStatus.COMPLETED, details="")
+
+
+def _client(address: str, *interceptors: ProtobufClientInterceptor) -> RuntimeHttpClient:
+    """Without a retry invoker: on a refusal it would end this process."""
+    return RuntimeHttpClient.from_server_address(
+        server_address=address, insecure=True, root_certificates=None, interceptors=list(interceptors)
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def prepare(folder: Path, certificates: Path) -> Path:
+    """Keeps the server's certificates and makes this node a key, if it has none; returns the public key's file.
+
+    Raises `DeviceError` for certificates that are not any.
+    """
+    try:
+        given = certificates.read_bytes()
+        load_pem_x509_certificates(given)
+    except (OSError, ValueError):
+        raise DeviceError(f"{certificates} holds no certificate; ask the server's operator for its CA's") from None
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (folder / CERTIFICATES).write_bytes(given)
+    if not (folder / KEY).exists():
+        key = ec.generate_private_key(ec.SECP384R1())
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+        with open(os.open(folder / KEY, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(private)
+        public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        (folder / PUBLIC_KEY).write_bytes(public + b"\n")
+    return folder / PUBLIC_KEY

@@ -1,0 +1,191 @@
+"""The folder of a real device: its settings, its encrypted file, the key to it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from secrets import token_hex
+from shutil import rmtree
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+from filelock import FileLock, Timeout
+
+from privacy.database import KEY_HEX
+
+if TYPE_CHECKING:
+    from client.agent.config import AgentConfig
+
+LONGEST_SOCKET = 100  # bytes of a Unix socket's path that every system takes
+KEYRING = "florilegium"
+
+
+class DeviceError(RuntimeError):
+    """Something that a device's owner can do something about; the message says what."""
+
+
+class HomeError(DeviceError):
+    """The folder of a device is not there, not whole, or not one's own; the message names the way out."""
+
+
+class Home:
+    """The files of one device, for its owner alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.expanduser().absolute()
+
+    @property
+    def vault(self) -> Path:
+        """Everything that the device knows, encrypted."""
+        return self.folder / "device.db"
+
+    @property
+    def good_copy(self) -> Path:
+        """The vault as it was when it was last found whole."""
+        return self.folder / "device.good.db"
+
+    @property
+    def spent(self) -> Path:
+        """The ledger's newest head: what a vault from before lacks."""
+        return self.folder / "ledger.head"
+
+    @property
+    def socket(self) -> Path:
+        """Where the agent listens; raises `HomeError` for a path that is too long for one."""
+        path = self.folder / "agent.sock"
+        if len(os.fsencode(path)) > LONGEST_SOCKET:
+            raise HomeError(f"{path} is longer than the {LONGEST_SOCKET} bytes of a socket's path; take another --home")
+        return path
+
+    @property
+    def courier(self) -> Path:
+        """What the connection to a server needs."""
+        return self.folder / "courier"
+
+    @property
+    def settings(self) -> Path:
+        return self.folder / "device.toml"
+
+    @property
+    def _key_file(self) -> Path:
+        return self.folder / "key"
+
+    @property
+    def exists(self) -> bool:
+        return self.settings.exists()
+
+    def config(self) -> AgentConfig:
+        """Raises `HomeError` for settings that are missing or wrong."""
+        from client.agent.config import AgentConfig  # with it the model's libraries
+
+        self._check_owner()
+        try:
+            return AgentConfig.model_validate(tomllib.loads(self.settings.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise HomeError(f"there is no device in {self.folder}: florilegium device init") from None
+        except ValueError as error:
+            raise HomeError(f"{self.settings}: {error}") from None
+
+    def write_config(self, config: AgentConfig) -> None:
+        """Replaces the settings, whole or not at all."""
+        written = tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+        replace_file(self.settings, f"# Settings of this device. Its dialogues are in {self.vault.name}.\n{written}")
+
+    def make(self, config: AgentConfig) -> str:
+        """A new folder for its owner alone, with a new key, which is returned. Raises `HomeError` if there is one."""
+        if self.exists:
+            raise HomeError(f"{self.folder} holds a device already; take another --home, or erase it")
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folder.chmod(0o700)
+        key = token_hex(KEY_HEX // 2)
+        if config.key == "keyring":
+            _keyring().set_password(KEYRING, config.name, key)
+        else:
+            with open(os.open(self._key_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+                file.write(key)
+                file.flush()
+                os.fsync(file.fileno())
+        self.write_config(config)
+        return key
+
+    def read_key(self, config: AgentConfig) -> str:
+        """The key of the vault. Raises `HomeError` where it is missing or others may read it."""
+        if config.key == "keyring":
+            key = _keyring().get_password(KEYRING, config.name)
+            if not key:
+                raise HomeError(f"the keyring has no key for {config.name}: unlock it, or restore the entry")
+            return str(key)
+        try:
+            mode = self._key_file.stat().st_mode
+        except FileNotFoundError:
+            raise HomeError(
+                f"{self._key_file} is missing: put it back from your backup; without it nothing is readable"
+            ) from None
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise HomeError(f"others may read {self._key_file}: chmod 600 {self._key_file}")
+        return self._key_file.read_text(encoding="utf-8").strip()
+
+    def erase(self, config: AgentConfig) -> None:
+        """Destroys the key first: what a disk still holds of the vault cannot be read any more."""
+        if config.key == "keyring":
+            _keyring().delete_password(KEYRING, config.name)
+        elif self._key_file.exists():
+            with open(self._key_file, "r+b") as file:
+                file.write(b"0" * KEY_HEX)
+                file.flush()
+                os.fsync(file.fileno())
+        rmtree(self.courier, ignore_errors=True)
+        for path in sorted(self.folder.iterdir()):
+            if path.is_file() or path.is_socket():
+                path.unlink()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """For one agent at a time; raises `HomeError` while another has it."""
+        self._check_owner()
+        try:
+            with FileLock(self.folder / "agent.lock", timeout=0):
+                yield
+        except Timeout:
+            raise HomeError(f"an agent is running on {self.folder} already") from None
+
+    def _check_owner(self) -> None:
+        try:
+            found = self.folder.stat()
+        except FileNotFoundError:
+            raise HomeError(f"there is no device in {self.folder}: florilegium device init") from None
+        if found.st_uid != os.getuid():
+            raise HomeError(f"{self.folder} belongs to somebody else")
+        if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise HomeError(f"others may look into {self.folder}: chmod 700 {self.folder}")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """The file with this text, or as it was, whenever the power fails."""
+    beside = path.with_name(f"{path.name}.new")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _keyring() -> Any:
+    try:
+        import keyring
+    except ImportError:
+        raise HomeError("the keyring needs the extra `device`; or take --key file") from None
+    return keyring
+
+
+def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in tree.items() if v is not None}

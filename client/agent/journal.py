@@ -1,0 +1,204 @@
+"""What a device writes down of its days: dialogues, what their owner thought of them, consents, what has left.
+
+All in the vault, the encrypted file that the states and the ledger are in too.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+from client.agent.home import DeviceError
+from privacy.database import connected
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS dialogue (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, time REAL, conversation TEXT, prompt TEXT, said TEXT,
+    liked INTEGER, wanted TEXT NOT NULL DEFAULT '', cycle INTEGER
+);
+CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value TEXT, bytes BLOB);
+CREATE TABLE IF NOT EXISTS sent (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, federation TEXT, round INTEGER, kind TEXT, bytes INTEGER,
+    epsilon REAL
+);
+"""
+_COLUMNS = "number, id, time, conversation, prompt, said, liked, wanted, cycle"
+
+
+class VaultError(DeviceError):
+    """The vault cannot be read or written; the message names the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A prompt and the model's reply, and what the owner made of it."""
+
+    number: int
+    id: str
+    time: float  # seconds since the epoch
+    conversation: str
+    prompt: str
+    said: str
+    liked: int | None  # 1, 0, or None where nothing was said of it
+    wanted: str  # what the owner would have said
+    cycle: int | None  # in which the device took it up
+
+    @property
+    def reply(self) -> str:
+        """What to learn; empty where there is none."""
+        return self.wanted or (self.said if self.liked else "")
+
+    @property
+    def feedback(self) -> float:
+        """1: the reply was liked, 0: it was not, 0.5: nothing is known."""
+        if self.liked is not None:
+            return float(self.liked)
+        return 0.0 if self.wanted else 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Something that has left the device."""
+
+    time: float
+    federation: str
+    round: int
+    kind: str  # release, adopted, greeting, or the code of a refusal
+    bytes: int
+    epsilon: float | None
+
+
+class Journal:
+    """The tables of the vault that are not states or accounts. What a method has written is on the disk."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        """Raises `VaultError` for a file that is not one, or a key that does not fit."""
+        self.path, self._key = path, key
+        with self.open() as connection:
+            connection.executescript(_TABLES)
+
+    @contextmanager
+    def open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with connected(self.path, self._key) as connection:
+                yield connection
+        except sqlite3.DatabaseError as error:
+            raise VaultError(f"{self.path}: {error}; {_way_out(str(error))}") from error
+
+    # -- dialogues ----------------------------------------------------------------------------------------------------
+
+    def add(self, prompt: str, said: str, conversation: str) -> Turn:
+        """A dialogue that has just been had."""
+        identity = token_hex(8)
+        with self.open() as connection:
+            connection.execute(
+                "INSERT INTO dialogue (id, time, conversation, prompt, said) VALUES (?, ?, ?, ?, ?)",
+                (identity, time.time(), conversation, prompt, said),
+            )
+        return self.turn(identity)
+
+    def rate(self, identity: str, liked: bool | None, wanted: str) -> Turn:
+        """What the owner thinks of a reply. Raises KeyError for a dialogue that is not there."""
+        with self.open() as connection:
+            connection.execute("UPDATE dialogue SET liked = ?, wanted = ? WHERE id = ?", (liked, wanted, identity))
+        return self.turn(identity)
+
+    def turn(self, identity: str) -> Turn:
+        """Raises KeyError for a dialogue that is not there."""
+        found = self.turns("WHERE id = ?", (identity,))
+        if not found:
+            raise KeyError(identity)
+        return found[0]
+
+    def turns(self, where: str = "", values: Sequence[object] = ()) -> list[Turn]:
+        """In the order in which they were had."""
+        with self.open() as connection:
+            rows = connection.execute(f"SELECT {_COLUMNS} FROM dialogue {where} ORDER BY number", values).fetchall()
+        return [Turn(*row) for row in rows]
+
+    def count(self) -> int:
+        with self.open() as connection:
+            return int(connection.execute("SELECT count(*) FROM dialogue").fetchone()[0])
+
+    def take_up(self, cycle: int) -> list[Turn]:
+        """Those that are new, now of this cycle; asked again, the same ones."""
+        with self.open() as connection:
+            connection.execute("UPDATE dialogue SET cycle = ? WHERE cycle IS NULL", (cycle,))
+        return self.turns("WHERE cycle = ?", (cycle,))
+
+    def forget(self, identities: Sequence[str]) -> None:
+        """Overwritten, not only unlinked."""
+        with self.open() as connection:
+            connection.executemany("DELETE FROM dialogue WHERE id = ?", [(i,) for i in identities])
+
+    def compact(self) -> None:
+        """Gives back the room of what was deleted."""
+        with self.open() as connection:
+            connection.execute("VACUUM")
+
+    # -- facts --------------------------------------------------------------------------------------------------------
+
+    def fact(self, name: str, default: Any = None) -> Any:
+        with self.open() as connection:
+            row = connection.execute("SELECT value FROM fact WHERE name = ?", (name,)).fetchone()
+        return json.loads(row[0]) if row else default
+
+    def set_fact(self, name: str, value: Any, data: bytes = b"") -> None:
+        with self.open() as connection:
+            write_fact(connection, name, value, data)
+
+    def fact_bytes(self, name: str) -> bytes:
+        with self.open() as connection:
+            row = connection.execute("SELECT bytes FROM fact WHERE name = ?", (name,)).fetchone()
+        return bytes(row[0]) if row else b""
+
+    # -- what has left ------------------------------------------------------------------------------------------------
+
+    def note_sent(self, sent: Sent) -> None:
+        with self.open() as connection:
+            connection.execute(
+                "INSERT INTO sent (time, federation, round, kind, bytes, epsilon) VALUES (?, ?, ?, ?, ?, ?)",
+                (sent.time, sent.federation, sent.round, sent.kind, sent.bytes, sent.epsilon),
+            )
+
+    def sent(self) -> list[Sent]:
+        with self.open() as connection:
+            found = connection.execute(
+                "SELECT time, federation, round, kind, bytes, epsilon FROM sent ORDER BY number"
+            ).fetchall()
+        return [Sent(*row) for row in found]
+
+    # -- wholeness ----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises `VaultError` where a page of the file was changed or is missing."""
+        with self.open() as connection:
+            broken = connection.execute("PRAGMA cipher_integrity_check").fetchall()
+            if broken or connection.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("the file is damaged")
+
+    def copy_to(self, path: Path) -> None:
+        """A whole copy under the same key, in the place of an older one."""
+        beside = path.with_name(f"{path.name}.new")
+        beside.unlink(missing_ok=True)
+        with self.open() as connection, connected(beside, self._key) as copy:
+            connection.backup(copy)
+        beside.replace(path)
+
+
+def write_fact(connection: sqlite3.Connection, name: str, value: Any, data: bytes = b"") -> None:
+    """Within a transaction of its caller's."""
+    connection.execute("INSERT OR REPLACE INTO fact VALUES (?, ?, ?)", (name, json.dumps(value), data))
+
+
+def _way_out(error: str) -> str:
+    if "full" in error or "disk I/O" in error:
+        return "make room on the disk; what was written before is kept"
+    return "if the key is right, the file is damaged: florilegium device restore goes back to the last good copy"

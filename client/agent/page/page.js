@@ -1,0 +1,211 @@
+"use strict";
+const at = (id) => document.getElementById(id);
+let conversation = fresh();
+
+function fresh() {
+  return Array.from(crypto.getRandomValues(new Uint8Array(8)), (b) => b.toString(16).padStart(2, "0")).join("");
+}
+
+function made(tag, text = "", attributes = {}) {
+  const element = Object.assign(document.createElement(tag), attributes);
+  element.textContent = text;
+  return element;
+}
+
+function complain(text) {
+  at("error").textContent = text;
+  at("error").hidden = !text;
+  if (text) at("error").scrollIntoView({ block: "center" });
+}
+
+async function ask(path, body) {
+  const told = body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" } };
+  const response = await fetch(`/api/${path}`, told).catch(() => { throw new Error("the agent does not answer"); });
+  const answer = await response.json();
+  if (!response.ok) throw new Error(answer.error);
+  return answer;
+}
+
+async function follow(path, body, tell) {
+  const response = await fetch(`/api/${path}`, { method: "POST", body: JSON.stringify(body) });
+  if (!response.ok) throw new Error((await response.json()).error);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", part = await reader.read(); !part.done; part = await reader.read()) {
+    const lines = (rest + part.value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const told = JSON.parse(line);
+      if (told.error) throw new Error(told.error);
+      if ("done" in told) return told.done;
+      tell(told);
+    }
+  }
+  throw new Error("the agent stopped in the middle");
+}
+
+function on(element, event, work) {
+  element.addEventListener(event, async (happened) => {
+    happened.preventDefault();
+    complain("");
+    if (element.tagName === "BUTTON") element.disabled = true;
+    try { await work(happened); } catch (error) { complain(error.message); } finally { element.disabled = false; }
+  });
+}
+
+// -- talking ---------------------------------------------------------------------------------------------------------
+
+function shownTurn(prompt) {
+  const box = made("div", "", { className: "turn" });
+  const said = made("p", "…", { className: "said" });
+  box.append(made("p", prompt, { className: "you" }), said);
+  at("turns").append(box);
+  return { box, said };
+}
+
+function judged(box, turn) {
+  const up = made("button", "👍", { type: "button", title: "a good reply" });
+  const down = made("button", "👎", { type: "button", title: "not a good reply" });
+  up.setAttribute("aria-label", "a good reply");
+  down.setAttribute("aria-label", "not a good reply");
+  const wanted = made("textarea", "", { rows: 2, value: turn.wanted });
+  wanted.setAttribute("aria-label", "what you would have said");
+  const keep = made("button", "This is what I would have said", { type: "button" });
+  const show = () => {
+    up.setAttribute("aria-pressed", turn.liked === 1 || turn.liked === true);
+    down.setAttribute("aria-pressed", turn.liked === 0 || turn.liked === false);
+  };
+  const rate = async (liked, text) => { Object.assign(turn, await ask("rate", { id: turn.id, liked, wanted: text })); show(); await refresh(); };
+  on(up, "click", () => rate(true, turn.wanted));
+  on(down, "click", () => rate(false, turn.wanted));
+  on(keep, "click", () => rate(turn.liked === null ? null : Boolean(turn.liked), wanted.value));
+  show();
+  box.append(up, down, wanted, keep);
+}
+
+on(at("chat"), "submit", async () => {
+  const prompt = at("prompt").value;
+  const { box, said } = shownTurn(prompt);
+  at("prompt").value = "";
+  try {
+    const turn = await follow("chat", { prompt, conversation }, (told) => { said.textContent = told.text; });
+    said.textContent = turn.said || "(nothing)";
+    if (turn.id) judged(box, turn);
+  } catch (error) { box.remove(); at("prompt").value = prompt; throw error; }
+  await refresh();
+});
+at("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); at("chat").requestSubmit(); }
+});
+on(at("anew"), "click", async () => { conversation = fresh(); at("turns").replaceChildren(); at("prompt").focus(); });
+
+// -- what is kept ----------------------------------------------------------------------------------------------------
+
+async function showKept() {
+  const items = await ask("kept");
+  at("items").replaceChildren(...items.map((item) => {
+    const entry = made("li");
+    const scores = Object.entries(item.scores).map(([name, value]) => `${name.toUpperCase()} ${value.toFixed(2)}`).join(" · ");
+    const drop = made("button", "Erase", { type: "button", className: "grave" });
+    drop.setAttribute("aria-label", `Erase: ${item.prompt.slice(0, 60)}`);
+    on(drop, "click", () => erase([item.id]));
+    entry.append(
+      made("p", item.prompt, { className: "you" }),
+      made("p", item.reply ? `→ ${item.reply}` : "→ no reply of yours yet", { className: "said" }),
+      made("p", `in the ${item.in.join(" and the ")}${item.domain ? ` · ${item.domain}` : ""}${scores ? ` · ${scores}` : ""} · ${item.made.length} made from it`, { className: "scores" }),
+      drop,
+    );
+    return entry;
+  }));
+  if (!items.length) at("items").append(made("li", "nothing yet"));
+}
+
+async function erase(ids) {
+  const done = await follow("erase", { ids }, (told) => { at("progress").textContent = `erasing: ${told.phase}`; });
+  const sent = done["cannot be recalled"];
+  at("progress").textContent = `erased; ${done.dialogues} dialogues left${done.retrained ? ", the adapter is trained anew" : ""}${sent ? `; ${sent} releases were sent before and cannot be recalled` : ""}`;
+  await refresh();
+}
+
+// -- profile ---------------------------------------------------------------------------------------------------------
+
+let profile = { interests: [], interactions: 0 };
+
+async function showProfile() {
+  profile = await ask("profile");
+  at("interests").replaceChildren(...profile.interests.map((interest, i) => {
+    const entry = made("li");
+    const text = made("input", "", { type: "text", value: interest.text, maxLength: 80 });
+    text.setAttribute("aria-label", `interest ${i + 1}`);
+    text.dataset.place = i;
+    const drop = made("button", "Remove", { type: "button" });
+    on(drop, "click", async () => { entry.remove(); });
+    entry.append(text, made("p", `came up ${interest.count} times · liked ${(100 * interest.feedback).toFixed(0)} %`, { className: "scores" }), drop);
+    return entry;
+  }));
+  if (!profile.interests.length) at("interests").append(made("li", "nothing yet"));
+}
+
+on(at("profile-form"), "submit", async () => {
+  const texts = [...at("interests").querySelectorAll("input")];
+  const interests = texts.map((text) => ({ ...profile.interests[text.dataset.place], text: text.value }));
+  await ask("profile", { ...profile, interests });
+  await showProfile();
+});
+
+// -- learning --------------------------------------------------------------------------------------------------------
+
+on(at("learn"), "click", async () => {
+  const page = await follow("learn", {}, (told) => { at("progress").textContent = `learning: ${told.phase}`; });
+  at("progress").textContent = `learned from ${page.personal_examples} examples in ${page["seconds of all"].toFixed(1)} s`;
+  await refresh();
+});
+for (const choice of document.querySelectorAll("input[name=when]")) {
+  on(choice, "change", async () => { await ask("learns", { when: choice.value }); });
+}
+
+async function showConsents() {
+  const consents = await ask("consents");
+  const legend = at("consents").querySelector("legend");
+  at("consents").replaceChildren(legend, ...Object.entries(consents).map(([item, { text, given }]) => {
+    const label = made("label");
+    const box = made("input", "", { type: "checkbox", checked: given });
+    on(box, "change", async () => { await ask("consent", { item, given: box.checked }); await refresh(); });
+    label.append(box, ` ${text}`);
+    return label;
+  }));
+}
+
+// -- what has left ---------------------------------------------------------------------------------------------------
+
+async function showLeft(status) {
+  const [ledger, sent] = await Promise.all([ask("ledger"), ask("sent")]);
+  const spent = ledger.spent === null ? "the account is broken; nothing is released" : `ε ${ledger.spent.toFixed(3)} of ${ledger.budget} is spent`;
+  at("budget").textContent = `${spent} (δ = ${ledger.delta}, for ${ledger.unit}; ${ledger.trust}).`;
+  at("spent").max = ledger.budget;
+  at("spent").value = ledger.spent ?? ledger.budget;
+  at("sent").replaceChildren(...sent.map((row) => {
+    const line = made("tr");
+    const cells = [new Date(1000 * row.time).toLocaleString(), row.federation, row.round, row.kind, row.bytes, row.epsilon?.toFixed(3) ?? ""];
+    line.append(...cells.map((cell) => made("td", String(cell))));
+    return line;
+  }));
+  at("federation").textContent = status.federation ? `Joined ${status.federation.name} at ${status.federation.server}.` : "This device is in no federation.";
+  at("leave").hidden = !status.federation;
+}
+on(at("leave"), "click", async () => {
+  if (confirm("Leave the federation? What was sent cannot be taken back.")) { await ask("leave", {}); await refresh(); }
+});
+
+on(at("erase-all"), "click", async () => {
+  if (!confirm("Erase all dialogues, and what was learned from them?")) return;
+  await erase((await ask("dialogues")).map((turn) => turn.id));
+  at("turns").replaceChildren();
+});
+
+async function refresh() {
+  const status = await ask("status");
+  at("about").textContent = `${status.device} · ${status.model} · ${status.dialogues} dialogues, ${status.new} new · ${status.unanswered} without a reply of yours`;
+  for (const choice of document.querySelectorAll("input[name=when]")) choice.checked = choice.value === status.learns;
+  await Promise.all([showKept(), showProfile(), showConsents(), showLeft(status)]);
+}
+refresh().catch((error) => complain(error.message));

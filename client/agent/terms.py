@@ -1,0 +1,40 @@
+"""What a federation asks of a device, in a file that its server gives out and a device's owner reads before joining."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import tomli_w
+from pydantic import Field
+
+from client.agent.home import DeviceError
+from client.config import SharedConfig
+from client.lm.config import AdapterConfig
+from privacy.config import Config
+
+
+class Terms(Config):
+    """All public. A device's budget, its noise and its clipping are not among them: they are its owner's."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    model: str = Field("nano", description="whose layers the shared adapter is for")
+    base: str = Field("", description="SHA-256 of the model's weights")
+    rounds: int = Field(3, ge=1, le=10_000)
+    seed: int = Field(0, ge=0, description="of the shared adapter's start, and of who is asked in a round")
+    shared: SharedConfig = SharedConfig(adapter=AdapterConfig(rank=4, alpha=64, factors="b", targets=("v_proj",)))
+    fraction: float = Field(1.0, gt=0, le=1, description="of the devices, asked in each round")
+    min_devices: int = Field(1, ge=1, description="that must be there before the first round")
+    patience_s: float = Field(600.0, gt=0, description="for the answers of a round")
+
+
+def read_terms(path: Path) -> Terms:
+    """Raises `DeviceError` for a file that is not one."""
+    try:
+        return Terms.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DeviceError(f"{path} is not the terms of a federation: {error}") from None
+
+
+def write_terms(path: Path, terms: Terms) -> None:
+    path.write_text(tomli_w.dumps(terms.model_dump(mode="json")), encoding="utf-8")

@@ -1,0 +1,272 @@
+"""A server for real devices: certificates, Flower's SuperLink, and the app that asks, aggregates and stores.
+
+The SuperLink knows devices by keys that its operator registers. Whoever reaches its port could register keys and start
+runs as well, as Flower 1.41 gives its control interface no accounts: let only `/v1/fleet/` through to the world.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+
+import tomli_w
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from flwr.app import ArrayRecord, Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from client.agent.home import DeviceError
+from client.agent.terms import Terms, read_terms
+from client.app import refusal
+from client.lm.config import ModelConfig
+from client.lm.model import LanguageModel
+from client.phases import release_schema
+from privacy.gate import NO_DEVICE
+from privacy.noise import ReleaseNoise
+from privacy.seeds import derive_seed
+from server.config import ServerConfig
+from server.intake import to_arrays, to_numpy
+from server.optimizers import Moments
+from server.strategy import ReleaseStrategy
+from simulation.experiment import commit, committed
+from simulation.runs import RunFolder
+
+log = logging.getLogger(__name__)
+BIN = Path(sys.executable).parent
+CONNECTION = "florilegium"
+APP = """[project]
+name = "florilegium-server"
+version = "1"
+description = "The rounds of a federation"
+license = "Apache-2.0"
+dependencies = ["flwr"]
+
+[tool.flwr.app]
+publisher = "florilegium"
+fab-include = ["florilegium_server.py"]
+
+[tool.flwr.app.components]
+serverapp = "florilegium_server:server_app"
+clientapp = "florilegium_server:client_app"
+"""
+MODULE = """from simulation import deployment
+
+server_app = deployment.server_app
+client_app = deployment.client_app
+"""
+FOLDER_VARIABLE = "FLORILEGIUM_SERVER"
+TERMS, CA, CERTIFICATE, KEY, NODES = "terms.toml", "ca.pem", "server.pem", "server.key", "nodes"
+YEAR = timedelta(days=365)
+READY_S = 60.0
+server_app, client_app = ServerApp(), ClientApp()
+
+
+# -- certificates -----------------------------------------------------------------------------------------------------
+
+
+def make_certificates(folder: Path, hosts: Sequence[str]) -> Path:
+    """An authority and, signed by it, a server's certificate for these names and addresses; returns the authority's.
+
+    Raises `DeviceError` where there are certificates already.
+    """
+    if (folder / KEY).exists():
+        raise DeviceError(f"{folder} has certificates already: devices that trust them would refuse others")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    authority_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    authority, server = (_named(text) for text in ("florilegium authority", hosts[0]))
+    own = _certificate(authority, authority_key, authority, authority_key, [])
+    theirs = _certificate(server, key, authority, authority_key, hosts)
+    (folder / CA).write_bytes(own.public_bytes(Encoding.PEM))
+    (folder / CERTIFICATE).write_bytes(theirs.public_bytes(Encoding.PEM))
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    with open(os.open(folder / KEY, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        file.write(private)
+    return folder / CA
+
+
+def _named(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
+
+
+def _certificate(
+    subject: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    issuer: x509.Name,
+    issuer_key: ec.EllipticCurvePrivateKey,
+    hosts: Sequence[str],
+) -> x509.Certificate:
+    """Of a server at these hosts; without any, of an authority. The authority's key is not kept."""
+    now, authority = datetime.now(UTC), not hosts
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(subject).issuer_name(issuer).public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5)).not_valid_after(now + 10 * YEAR)
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=0 if authority else None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
+        .add_extension(x509.KeyUsage(
+            digital_signature=not authority, key_cert_sign=authority, crl_sign=authority, content_commitment=False,
+            key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
+            decipher_only=False), critical=True)
+    )  # fmt: skip
+    if hosts:
+        made = made.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        made = made.add_extension(x509.SubjectAlternativeName([_alternative(h) for h in hosts]), critical=False)
+    return made.sign(issuer_key, hashes.SHA256())
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+# -- the app ----------------------------------------------------------------------------------------------------------
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """All rounds of the terms; what a round came to is stored before any device gets it."""
+    folder = Path(os.environ[FOLDER_VARIABLE])
+    terms, run = read_terms(folder / TERMS), RunFolder(folder)
+    strategy, arrays = strategy_of(terms, run)
+    while len(list(grid.get_node_ids())) < terms.min_devices:
+        time.sleep(1)
+
+    def over(number: int, shared: ArrayRecord) -> None:
+        run.save_shared(number, to_numpy(shared), strategy.heads, strategy.moments.arrays())
+        if number:
+            run.record("round", round=number, **asdict(strategy.facts[number]))
+
+    strategy.start(grid, arrays, terms.rounds, terms.patience_s, evaluate_fn=over)
+
+
+@client_app.train()
+def unknown(message: Message, context: Context) -> Message:
+    """Devices run their own code, never this: it answers where somebody runs the bundle as it is."""
+    return refusal(NO_DEVICE).to(message)
+
+
+def strategy_of(terms: Terms, run: RunFolder) -> tuple[ReleaseStrategy, ArrayRecord]:
+    """Where the last process left off: a round that was aggregated is not asked for again."""
+    lm = LanguageModel.load(ModelConfig(name=terms.model, dtype="float32"))
+    layout = lm.lora_layout(terms.shared.adapter, public_seed=terms.seed)
+    schema = release_schema(layout, terms.shared.upload)
+    last = run.last_shared()
+    number = last.round + 1 if last else 1
+    strategy = ReleaseStrategy(
+        ServerConfig(sampled_share=terms.fraction, reply_timeout_s=terms.patience_s),
+        schema,
+        terms.seed,
+        ReleaseNoise(),  # how much devices add is theirs to know
+        first_round=number,
+        commit=partial(commit, run),
+        committed=committed(run, number),
+    )
+    arrays = strategy.first(layout.start(derive_seed(terms.seed, "shared")).numpy())
+    if last:
+        arrays, strategy.heads, strategy.moments = to_arrays(last.shared), last.heads, Moments.of(last.moments)
+    return strategy, arrays
+
+
+# -- the processes ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def superlink(folder: Path, host: str, port: int) -> Iterator[None]:
+    """Flower's SuperLink with this folder's certificates; devices' public keys lie in its folder `nodes`."""
+    for name in (TERMS, CA, CERTIFICATE, KEY):
+        if not (folder / name).exists():
+            raise DeviceError(f"{folder / name} is missing: florilegium server init, then certs")
+    command = [
+        str(BIN / "flower-superlink"), "--host", host, "--port", str(port),
+        "--ssl-ca-certfile", str(folder / CA), "--ssl-certfile", str(folder / CERTIFICATE),
+        "--ssl-keyfile", str(folder / KEY), "--enable-supernode-auth", "--disable-runtime-dependency-installation",
+    ]  # fmt: skip
+    with open(folder / "superlink.log", "ab") as written:
+        process = subprocess.Popen(command, env=_environment(folder), stdout=written, stderr=written)
+    try:
+        _wait_for_port(host, port, process)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def register(folder: Path, address: str) -> int:
+    """Lets the devices in whose public keys lie in `nodes`; returns how many there are."""
+    _write_connection(folder, address)
+    keys = sorted((folder / NODES).glob("*.pub"))
+    for key in keys:
+        _flwr(folder, "supernode", "register", str(key), CONNECTION)
+    return len(keys)
+
+
+def run_rounds(folder: Path, address: str) -> None:
+    """All rounds of the terms; raises `DeviceError` where the app ended otherwise."""
+    _write_connection(folder, address)
+    app = folder / "app"
+    app.mkdir(exist_ok=True)
+    (app / "pyproject.toml").write_text(APP, encoding="utf-8")
+    (app / "florilegium_server.py").write_text(MODULE, encoding="utf-8")
+    said = _flwr(folder, "run", str(app), CONNECTION, "--stream")
+    terms, last = read_terms(folder / TERMS), RunFolder(folder).last_shared()
+    if not last or last.round < terms.rounds:
+        raise DeviceError(f"the server's app ended early; {folder / 'superlink.log'} may tell more:\n{said[-2000:]}")
+
+
+def _write_connection(folder: Path, address: str) -> None:
+    home = folder / "flower"
+    home.mkdir(exist_ok=True, mode=0o700)
+    tree = {"superlink": {"default": CONNECTION, CONNECTION: {
+        "address": address, "root-certificates": str((folder / CA).absolute())}}}  # fmt: skip
+    (home / "config.toml").write_text(tomli_w.dumps(tree), encoding="utf-8")
+
+
+def _flwr(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [str(BIN / "flwr"), *arguments], env=_environment(folder), capture_output=True, text=True, cwd=folder
+    )
+    said = done.stdout + done.stderr
+    if done.returncode and "already" not in said:
+        raise DeviceError(f"flwr {arguments[0]} failed: {said[-1000:]}")
+    return said
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
+        FOLDER_VARIABLE: str(folder.absolute()),
+        "FLWR_HOME": str((folder / "flower").absolute()),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+
+
+def _wait_for_port(host: str, port: int, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + READY_S
+    while time.monotonic() < until and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1" if host == "0.0.0.0" else host, port)) == 0:
+                return
+        time.sleep(0.2)
+    raise DeviceError(f"the SuperLink did not come up on {host}:{port}; see superlink.log")

@@ -1,0 +1,666 @@
+"""A real device: its files, its agent, its door."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from typer.testing import CliRunner
+
+from client.agent.agent import Agent, AgentError
+from client.agent.cli import app
+from client.agent.config import new_config
+from client.agent.courier import answered
+from client.agent.home import Home, HomeError
+from client.agent.journal import Journal, VaultError
+from client.agent.remote import Remote
+from client.agent.serve import listening, showing
+from client.agent.terms import Terms
+from client.lm.model import LanguageModel
+from client.personal.profile import ProfileError
+from client.records import to_record
+from client.state import StoreError
+from privacy import database
+from privacy.plan import RoundPlan
+
+SAID = (
+    ("Do you like apples?", "Only the green ones from my aunt's orchard."),
+    ("What shall we cook tonight?", "Pumpkin soup with ginger, as always."),
+    ("How was the concert?", "Loud, but the drummer was a marvel."),
+    ("Tell me about your dog.", "Bruno sleeps all day and snores."),
+    ("Where do you want to travel?", "To the sea, in a slow train."),
+    ("Any plans for the weekend?", "Repairing my old bicycle."),
+)
+TERMS, SERVER = Terms(name="orchard", rounds=3, seed=1), "127.0.0.1:9092"
+PAGE = 4096  # bytes
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "device")
+
+
+def made(home: Home, lm: LanguageModel, **changes: Any) -> Agent:
+    """A new device with both consents."""
+    config = new_config("nano").model_copy(update={"port": 0, **changes})
+    agent = Agent(home, config, lm, home.make(config))
+    agent.consent("learn", True)
+    agent.consent("federate", True)
+    return agent
+
+
+def reopened(agent: Agent) -> Agent:
+    return Agent(agent.home, agent.config, agent.lm, agent.home.read_key(agent.config))
+
+
+def talked(agent: Agent, said: tuple[tuple[str, str], ...] = SAID) -> list[str]:
+    """Dialogues whose owner said what they would have said; their ids."""
+    turns = [agent.journal.add(prompt, "hm", "") for prompt, _ in said]
+    for turn, (_, wanted) in zip(turns, said, strict=True):
+        agent.rate(turn.id, False, wanted)
+    return [t.id for t in turns]
+
+
+def decrypted(path: Path, key: str) -> bytes:
+    """All pages of a vault, the free ones too, by its key."""
+    raw, pages = path.read_bytes(), []
+    for start in range(0, len(raw), PAGE):
+        page = raw[start : start + PAGE]
+        content = page[16 if start == 0 else 0 : PAGE - 80]
+        iv = page[PAGE - 80 : PAGE - 64]
+        pages.append(Cipher(algorithms.AES(bytes.fromhex(key)), modes.CBC(iv)).decryptor().update(content))
+    return b"".join(pages)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_home_is_for_its_owner_alone(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    assert home.folder.stat().st_mode & 0o777 == 0o700 and (home.folder / "key").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(HomeError, match="holds a device already"):
+        home.make(agent.config)
+    (home.folder / "key").chmod(0o644)
+    with pytest.raises(HomeError, match="chmod 600"):
+        home.read_key(agent.config)
+    (home.folder / "key").unlink()
+    with pytest.raises(HomeError, match="put it back"):
+        home.read_key(agent.config)
+    home.folder.chmod(0o755)
+    with pytest.raises(HomeError, match="chmod 700"), home.locked():
+        pass
+
+
+def test_one_agent_at_a_time(home: Home, lm: LanguageModel) -> None:
+    made(home, lm)
+    code = "import sys, pathlib, client.agent.home as h\nwith h.Home(pathlib.Path(sys.argv[1])).locked(): pass"
+    command = [sys.executable, "-c", code, str(home.folder)]
+    with home.locked():
+        other = subprocess.run(command, capture_output=True, text=True)
+    assert other.returncode and "an agent is running" in other.stderr
+    assert subprocess.run(command).returncode == 0
+
+
+def test_settings_that_are_wrong_are_told(home: Home, lm: LanguageModel) -> None:
+    made(home, lm)
+    assert home.config().device.privacy.secret == "os"
+    home.settings.write_text(home.settings.read_text().replace("context_turns", "context_turn"))
+    with pytest.raises(HomeError, match="did you mean 'context_turns'"):
+        home.config()
+    with pytest.raises(HomeError, match="florilegium device init"):
+        Home(home.folder / "nowhere").config()
+
+
+def test_a_vault_is_encrypted_and_wants_its_key(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    talked(agent)
+    agent.learn()
+    key = home.read_key(agent.config)
+    raw, plain = home.vault.read_bytes(), decrypted(home.vault, key)
+    assert b"orchard" in plain and b"orchard" not in raw and b"orchard" not in home.good_copy.read_bytes()
+    with pytest.raises(VaultError, match="if the key is right"):
+        Journal(home.vault, "0" * 64)
+    with pytest.raises(sqlite3.DatabaseError):
+        sqlite3.connect(home.vault).execute("SELECT * FROM dialogue")
+
+
+def test_a_damaged_vault_is_refused_and_restored(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    talked(agent)
+    agent.learn()
+    whole = agent.journal.turns()
+    raw = bytearray(home.vault.read_bytes())
+    raw[5 * PAGE + 100] ^= 1
+    home.vault.write_bytes(raw)
+    with pytest.raises(VaultError, match="device restore"):
+        Journal(home.vault, home.read_key(agent.config)).check()
+    home.write_config(agent.config)
+    done = CliRunner().invoke(app, ["restore", "--home", str(home.folder)])
+    assert done.exit_code == 0, done.output
+    assert reopened(agent).journal.turns() == whole
+
+
+# -- talking and learning ---------------------------------------------------------------------------------------------
+
+
+def test_a_reply_grows_and_is_kept_with_consent_alone(home: Home, lm: LanguageModel) -> None:
+    agent, heard = made(home, lm), list[str]()
+    turn = agent.chat("Do you like music?", "c", heard.append)
+    assert len(heard) > 1 and heard[-1].strip() == turn.said
+    assert all(later.startswith(sooner) for sooner, later in pairwise(heard))
+    assert agent.journal.turns() == [turn]
+    agent.consent("learn", False)
+    assert agent.chat("And films?").id == "" and agent.journal.count() == 1
+    with pytest.raises(AgentError, match="not consented"):
+        agent.learn()
+    with pytest.raises(AgentError, match="nothing to reply to"):
+        agent.chat("  ")
+    with pytest.raises(AgentError, match="100,000 characters"):
+        agent.chat("x" * 100_000)
+
+
+def test_a_conversation_is_seen_as_far_as_its_context_goes(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm, context_turns=2)
+    for prompt, said in (("a", "b"), ("c", "d")):
+        agent.journal.add(prompt, said, "talk")
+    agent.journal.add("other", "talk", "elsewhere")
+    assert agent._with_context("e", "talk") == "c\nd\ne" and agent._with_context("e", "") == "e"
+    agent.learn()
+    assert {k["prompt"] for k in agent.kept()} == {"a", "a\nb\nc", "other"}
+
+
+def test_learning_is_what_the_owner_said(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    ids = talked(agent)
+    silent = agent.journal.add("What is the time?", "I do not know.", "").id
+    liked = agent.journal.add("Good night!", "Sleep well, dear.", "").id
+    agent.rate(liked, True)
+    phases: list[str] = []
+    page = agent.learn(phases.append)
+    assert phases == ["observe", "annotate", "synthesize", "learn_personal"] and agent.doing == ""
+    kept = {k["id"]: k for k in agent.kept()}
+    assert kept[ids[1]]["reply"] == SAID[1][1] and kept[liked]["reply"] == "Sleep well, dear."
+    assert kept[silent]["reply"] == "" and kept[ids[0]]["scores"]["eoe"] > 0
+    assert page["personal_examples"] >= 7 and page["personal_loss_last"] < page["personal_loss_first"]
+    before = agent.personal_row.clone()
+    agent.rate(silent, None, "Ten past four.")
+    agent.learn()
+    assert {k["id"]: k["reply"] for k in agent.kept()}[silent] == "Ten past four."
+    assert not torch.equal(before, agent.personal_row)
+    agent.rate(ids[0], False, "None at all.")
+    agent.learn()
+    assert {k["id"]: k["reply"] for k in agent.kept()}[ids[0]] == "None at all."
+
+
+class PowerCut(BaseException):
+    """Nothing after it is done."""
+
+
+class Cut:
+    """A connection that ends the process before one of its writes."""
+
+    def __init__(self, connection: Any, writes: list[str], limit: int) -> None:
+        self.connection, self.writes, self.limit = connection, writes, limit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+    def execute(self, sql: str, *values: Any) -> Any:
+        if sql.split()[0] in ("INSERT", "UPDATE", "DELETE", "BEGIN", "COMMIT", "VACUUM"):
+            if len(self.writes) == self.limit:
+                raise PowerCut
+            self.writes.append(sql)
+        return self.connection.execute(sql, *values)
+
+
+def with_connections(monkeypatch: pytest.MonkeyPatch, changed: Callable[[Any], Any]) -> None:
+    """Every connection of the vault that is opened from now on is changed."""
+    true = database._encrypted
+
+    @contextmanager
+    def opened(path: Path, key: str) -> Iterator[Any]:
+        with true(path, key) as connection:
+            yield changed(connection) if path.name == "device.db" else connection
+
+    monkeypatch.setattr(database, "_encrypted", opened)
+
+
+def all_after_each_cut(agent: Agent, work: Callable[[Agent], Any], monkeypatch: pytest.MonkeyPatch) -> Agent:
+    """Does the work with a power cut before each of its writes in turn, the agent opened anew after each."""
+    for limit in range(200):
+        writes: list[str] = []
+        with monkeypatch.context() as patch:
+            with_connections(patch, lambda connection: Cut(connection, writes, limit))  # noqa: B023
+            patch.setattr(Journal, "copy_to", lambda self, path: None)  # which needs a real connection
+            try:
+                work(agent)
+            except PowerCut:
+                agent = reopened(agent)
+                agent.journal.check()
+                continue
+        assert limit > 3
+        return agent
+    raise AssertionError("it never ends")
+
+
+def test_a_power_cut_leaves_what_was_before_or_after(
+    home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process dies before each write of a cycle; the next one goes on, with nothing lost or taken up twice."""
+    agent = made(home, lm)
+    ids = talked(agent)
+    agent = all_after_each_cut(agent, lambda a: a.learn(), monkeypatch)
+    assert agent.journal.fact("cycle") == 1 and agent._state().arrived == 6
+    assert {k["id"] for k in agent.kept()} == set(ids) and all(k["reply"] for k in agent.kept())
+
+
+def test_a_power_cut_in_a_round_sends_nothing_twice(
+    home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = made(home, lm)
+    agent.join(TERMS, SERVER)
+    talked(agent)
+    row, answers = agent.site.shared_layout.start(0), list[Any]()
+    agent = all_after_each_cut(agent, lambda a: answers.append(asked(a, 1, row)), monkeypatch)
+    (header, arrays), again = answers[0], asked(agent, 1, row)
+    assert len(answers) == 1 and again[0] == header
+    assert all(np.array_equal(arrays[name], again[1][name]) for name in arrays)
+    assert agent.account and len(agent.account.entries) == 1
+
+
+def test_a_full_disk_is_told_and_loses_nothing(home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = made(home, lm)
+    talked(agent)
+
+    def full(connection: Any) -> Any:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages + 1}")
+        return connection
+
+    with monkeypatch.context() as patch:
+        with_connections(patch, full)
+        with pytest.raises(VaultError, match="make room"):
+            agent.journal.add("x" * 30_000, "y" * 30_000, "")
+        with pytest.raises((VaultError, StoreError), match="full"):
+            for _ in range(20):
+                agent.learn()
+                agent.journal.add("x" * 3000, "y" * 3000, "")
+    there = agent.journal.count()
+    agent.learn()
+    assert there >= 6 and agent._state().arrived == there
+
+
+def test_dialogues_beyond_what_is_kept_go_unless_they_are_learned_from(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm, keep=8)
+    device = agent.config.device.model_copy(
+        update={
+            "selection": agent.config.device.selection.model_copy(update={"bins": 2}),
+            "shared": agent.config.device.shared.model_copy(update={"pool_capacity": 2}),
+        }
+    )
+    agent.config = agent.config.model_copy(update={"device": device})
+    for k in range(20):
+        agent.journal.add(f"What is {k} and {k}?", "hm", "")
+    agent.learn()
+    assert agent.journal.count() == 8
+    assert {k["id"] for k in agent.kept()} <= {t.id for t in agent.journal.turns()}
+    assert len(agent.kept()) <= 4
+
+
+def test_when_it_learns_by_itself(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    night, day = (time.struct_time((2026, 1, 1, hour, *[0] * 5)) for hour in (2, 12))
+    assert not agent.due(night, True)  # nothing new
+    talked(agent)
+    assert not agent.due(night, True)
+    agent.learn_when("night")
+    assert agent.due(night, None) and not agent.due(day, True)
+    agent.config = agent.config.model_copy(update={"night": (22, 3)})
+    assert agent.due(night, None) and not agent.due(day, True)
+    agent.learn_when("charging")
+    assert agent.due(day, True) and not agent.due(day, False) and not agent.due(day, None)
+    agent.consent("learn", False)
+    assert not agent.due(day, True)
+    with pytest.raises(AgentError, match="asked, night, charging"):
+        agent.learn_when("always")  # type: ignore[arg-type]
+
+
+def test_an_adapter_is_bound_to_its_base(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    agent.journal.set_fact("base", "0" * 64)
+    with pytest.raises(AgentError, match="another model"):
+        reopened(agent)
+
+
+def test_a_profile_is_read_and_edited(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    talked(agent)
+    agent.learn()
+    told = json.loads(agent.profile.to_json())
+    assert SAID[1][0] in [i["text"] for i in told["interests"]] and told["interactions"] == 6
+    told["interests"] = told["interests"][:1]
+    assert len(agent.edit_profile(json.dumps(told)).interests) == 1 == len(agent.profile.interests)
+    with pytest.raises(ProfileError):
+        agent.edit_profile("{}")
+
+
+# -- erasure ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_erased_was_never_said(home: Home, lm: LanguageModel, tmp_path: Path) -> None:
+    """Text, descendants, buffer, profile and adapter are those of a device that never had the dialogue."""
+    agent = made(home, lm)
+    marker = "xylophone-7731"
+    talked(agent, SAID[:3])
+    planted = talked(agent, ((f"Remember {marker} please", f"My secret is {marker}"),))[0]
+    talked(agent, SAID[3:])
+    agent.learn()
+    agent.learn()
+    assert marker.encode() in decrypted(home.vault, home.read_key(agent.config))
+    erased = agent.erase([planted])
+    assert erased == {"retrained": True, "dialogues": 6, "cannot be recalled": 0}
+    for path in home.folder.iterdir():
+        if path.is_file():
+            assert marker.encode() not in path.read_bytes()
+            if path.suffix == ".db":
+                assert marker.encode() not in decrypted(path, home.read_key(agent.config)), path
+    other = made(Home(tmp_path / "other"), lm)
+    other.journal.set_fact("seed", agent.journal.fact("seed"))
+    other.config = other.config.model_copy(update={"name": agent.config.name})
+    for turn in agent.journal.turns():
+        with other.journal.open() as connection:
+            connection.execute(
+                "INSERT INTO dialogue (id, time, conversation, prompt, said, liked, wanted) "
+                f"VALUES ({', '.join('?' * 7)})",
+                (turn.id, turn.time, turn.conversation, turn.prompt, turn.said, turn.liked, turn.wanted),
+            )
+    other.learn()
+    assert agent.profile == other.profile
+    mine, never = agent._state(), other._state()
+    assert [k.id for k in mine.buffer.bins] == [k.id for k in never.buffer.bins]
+    assert mine.synthetic.keys() == never.synthetic.keys() and mine.arrived == never.arrived
+    assert mine.synthetic != {} and marker not in str(mine)
+
+
+def test_erasing_reaches_what_quoted_it(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    first = agent.journal.add("My pin is 4711-zebra", "ok", "talk")
+    agent.journal.add("And now?", "what?", "talk")
+    agent.learn()
+    assert "4711-zebra" in str(agent.kept())
+    agent.erase([first.id])
+    assert "4711-zebra" not in str(agent.kept()) and [k["prompt"] for k in agent.kept()] == ["And now?"]
+    assert b"4711-zebra" not in decrypted(home.vault, home.read_key(agent.config))
+    with pytest.raises(KeyError):
+        agent.erase([first.id])
+
+
+def test_erasing_all_leaves_a_device_that_knows_nothing(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    ids = talked(agent)
+    agent.learn()
+    agent.erase(ids)
+    start = agent.site.new_state(agent.config.name).personal
+    assert torch.equal(agent.personal_row, start) and not agent.kept() and not agent.profile.interests
+    assert agent.chat("Hello").said is not None
+    home.erase(agent.config)
+    assert not [p for p in home.folder.iterdir() if p.name != "agent.lock"]
+
+
+# -- the federation ---------------------------------------------------------------------------------------------------
+
+
+def sent(agent: Agent, kind: str, content: RecordDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Header and arrays of what the agent answers to a message of a server's."""
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    message = Message(content, dst_node_id=1, message_type=kind)
+    reply = answered(message, agent).content
+    arrays = reply.array_records.get("arrays", {})
+    return dict(reply.config_records["header"]), {name: array.numpy() for name, array in arrays.items()}
+
+
+def asked(agent: Agent, number: int, row: torch.Tensor, kind: str = "train", **more: Any) -> tuple[dict[str, Any], Any]:
+    plan = ConfigRecord({"round": number, "version": number - 1, "head": "", **more})
+    return sent(agent, kind, RecordDict({"plan": plan, "arrays": to_record(agent.schema.split(row.numpy()))}))
+
+
+@pytest.fixture
+def joined(home: Home, lm: LanguageModel) -> tuple[Agent, torch.Tensor]:
+    agent = made(home, lm)
+    agent.join(TERMS, SERVER)
+    talked(agent)
+    return agent, agent.site.shared_layout.start(0)
+
+
+def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, torch.Tensor]) -> None:
+    agent, row = joined
+    assert asked(agent, 1, row, "query")[0] == {"device": agent.config.name}
+    header, arrays = asked(agent, 1, row)
+    assert set(header) == {"protocol", "version", "head"} and set(arrays) == {n for n, _ in agent.schema.shapes}
+    again_header, again = asked(reopened(agent), 1, row)
+    assert again_header == header and all(np.array_equal(arrays[n], again[n]) for n in arrays)
+    spent = agent.epsilon()
+    assert spent and len(agent.account.entries) == 1  # type: ignore[union-attr]
+    assert asked(agent, 1, row + 1)[0] == {"error": "no-release"}  # the same round with something else
+    assert asked(agent, 2, row, "evaluate")[0] == {"adopted": 1}
+    header, other = asked(agent, 2, row)
+    assert "error" not in header and not np.array_equal(other[next(iter(other))], arrays[next(iter(arrays))])
+    assert asked(agent, 1, row)[0] == {"error": "no-release"}  # out of order
+    assert asked(agent, 4, row)[0] == {"error": "no-release"}  # more rounds than agreed to
+    assert [s.kind for s in agent.journal.sent()] == ["release", "release"]
+    assert agent.learn()["personal_examples"] and agent._used()[1] == 1
+
+
+def test_nothing_leaves_without_consent_budget_or_ledger(joined: tuple[Agent, torch.Tensor]) -> None:
+    agent, row = joined
+    agent.consent("federate", False)
+    assert asked(agent, 1, row)[0] == {"error": "no-release"}
+    with pytest.raises(AgentError, match="not consented"):
+        agent.join(TERMS, SERVER)
+    agent.consent("federate", True)
+    agent.leave()
+    assert asked(agent, 1, row)[0] == {"error": "no-release"} and agent.federation is None
+    agent.join(TERMS, SERVER)
+    agent.journal.copy_to(agent.home.good_copy)  # before anything is paid for
+    assert "error" not in asked(agent, 1, row)[0]
+    agent.home.good_copy.replace(agent.home.vault)
+    old = reopened(agent)
+    assert asked(old, 1, row)[0] == {"error": "no-release"} and asked(old, 2, row)[0] == {"error": "no-release"}
+    assert old.journal.sent()[-1].kind == "ledger-missing"
+
+
+def test_a_budget_that_is_spent_stays_spent(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    device = agent.config.device.model_copy(
+        update={"privacy": agent.config.device.privacy.model_copy(update={"mode": "user-local", "releases": 1})}
+    )
+    agent.config = agent.config.model_copy(update={"device": device})
+    agent.join(TERMS, SERVER)
+    talked(agent)
+    row = agent.site.shared_layout.start(0)
+    assert "error" not in asked(agent, 1, row)[0]
+    before = agent._state().personal
+    assert asked(agent, 2, row)[0] == {"error": "no-release"} and agent.journal.sent()[-1].kind == "budget-spent"
+    agent.leave()
+    agent.join(Terms(name="another"), "x:1")
+    assert asked(agent, 1, row)[0] == {"error": "no-release"}
+    assert torch.equal(before, agent._state().personal)
+
+
+GARBAGE = Array("float32", (3,), "numpy.ndarray", b"garbage")
+PLAN = {"round": 1, "version": 0, "head": ""}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"plan": ConfigRecord(PLAN)}),
+        RecordDict({"plan": ConfigRecord(), "arrays": ArrayRecord()}),
+        RecordDict({"plan": ConfigRecord(PLAN), "arrays": ArrayRecord()}),
+        RecordDict({"plan": ConfigRecord(PLAN), "arrays": to_record({"x": np.zeros(3, np.float32)})}),
+        RecordDict({"plan": ConfigRecord({**PLAN, "round": b"1"}), "arrays": to_record({})}),
+        RecordDict(
+            {
+                "plan": ConfigRecord(PLAN),
+                "arrays": ArrayRecord({"x": Array("float32", (3,), "numpy.ndarray", b"garbage")}),
+            }
+        ),
+        RecordDict({"plan": ConfigRecord(PLAN), "arrays": to_record({"x": np.zeros(40_000_000, np.float32)})}),
+    ],
+)
+def test_what_is_no_question_is_refused(joined: tuple[Agent, torch.Tensor], content: RecordDict) -> None:
+    assert sent(joined[0], "train", content)[0]["error"] in ("bad-message", "failed")
+    assert joined[0].account and not joined[0].account.entries
+
+
+def test_a_server_cannot_ask_for_more(joined: tuple[Agent, torch.Tensor]) -> None:
+    agent, row = joined
+    for more in ({"epsilon": 100.0}, {"noise_multiplier": 0.0}, {"round": -1}, {"round": "1e9"}, {"version": 2**40}):
+        assert asked(agent, 1, row, **more)[0] == {"error": "bad-message"}
+    assert asked(agent, 1, torch.full_like(row, float("nan")))[0] == {"error": "bad-message"}
+    assert agent.account and not agent.account.entries
+
+
+def test_a_release_is_noise_on_what_was_learned(joined: tuple[Agent, torch.Tensor]) -> None:
+    """The payload less the change without noise, over the noise's scale: a standard normal."""
+    from scipy.stats import kstest
+
+    from client.shared import noisy_steps, planned_event, release_noise
+    from privacy.dpsgd import PrivateRow
+
+    agent, row = joined
+    before = agent._gathered(agent._state(), agent.site)
+    _, arrays = asked(agent, 1, row)
+    after, site = agent._state(), agent.site
+    scale = release_noise(site.config, 1, 0).on_device
+    lessons = {"seen": 0}
+    original = PrivateRow.__init__
+
+    def silent(self: PrivateRow, *args: Any, **settings: Any) -> None:
+        lessons["seen"] += 1
+        original(self, *args, **{**settings, "noise_multiplier": 0.0})
+
+    assert before.pool.slots == after.pool.slots and planned_event(site.config).noise_multiplier > 0
+    # coins are drawn anew from the operating system: without a sample nothing is learned, with all of it at most C / q
+    payload = np.concatenate([arrays[name].ravel() for name, _ in agent.schema.shapes])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PrivateRow, "__init__", silent)
+        replay = noisy_steps([after], row, RoundPlan(1, 0), site)[after.id].numpy()
+    assert lessons["seen"] == 1
+    rest = (payload - replay) / scale
+    assert abs(rest.std() - 1) < 0.02 and kstest(rest, "norm").pvalue > 1e-3
+
+
+# -- the door ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def door(home: Home, lm: LanguageModel) -> Iterator[SimpleNamespace]:
+    """An agent behind its socket and its page."""
+    agent = made(home, lm)
+    with home.locked(), listening(agent), showing(agent, 0) as address:
+        url, _, token = address.partition("/?token=")
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(home.socket)), timeout=60) as client:
+            yield SimpleNamespace(agent=agent, remote=Remote(client), client=client, url=url, token=token)
+
+
+def test_the_socket_is_its_owners(door: SimpleNamespace) -> None:
+    assert door.agent.home.socket.stat().st_mode & 0o077 == 0
+    *grown, last = door.remote.stream("chat", prompt="Do you like music?", conversation="c")
+    assert grown and last["done"]["said"] == grown[-1]["text"].strip()
+    assert door.remote.write("rate", id=last["done"]["id"], liked=True, wanted="")["liked"] == 1
+    assert [t for t in door.remote.stream("learn")][-1]["done"]["personal_examples"] >= 1
+    assert door.remote.read("status")["dialogues"] == 1 and door.remote.read("kept")[0]["reply"]
+    packed = zipfile.ZipFile(io.BytesIO(door.remote.export()))
+    assert {"dialogues.jsonl", "profile.json", "ledger.json", "personal/adapter_model.safetensors"} <= set(
+        packed.namelist()
+    )
+    assert all(not Path(name).is_absolute() and ".." not in name for name in packed.namelist())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "told"),
+    [
+        ("chat", b'{"prompt": "' + b"x" * 100_000 + b'"}', 200, "100,000 characters"),
+        ("chat", os.urandom(300), 400, "not JSON"),
+        ("chat", b"[1]", 400, "object"),
+        ("chat", b"x" * 300_000, 413, "at most"),
+        ("chat", b"{}", 200, "expected form"),
+        ("rate", b'{"id": "nobody", "liked": true}', 404, "no such dialogue"),
+        ("rate", b'{"id": "nobody", "liked": "yes"}', 400, "expected form"),
+        ("erase", b'{"ids": "all"}', 200, "expected form"),
+        ("consent", b'{"item": "everything", "given": true}', 400, "not something to consent to"),
+        ("learns", b'{"when": "always"}', 400, "not one of"),
+        ("profile", b'{"interests": 3}', 400, "not a profile"),
+    ],
+)
+def test_bad_input_is_told_and_changes_nothing(
+    door: SimpleNamespace, path: str, body: bytes, status: int, told: str
+) -> None:
+    before = door.remote.read("status")
+    reply = door.client.post(f"http://agent/api/{path}", content=body)
+    assert reply.status_code == status and told in reply.json()["error"]
+    after = door.remote.read("status")
+    assert {**after, "memory_bytes": 0} == {**before, "memory_bytes": 0}
+
+
+def test_the_page_is_for_its_owner_alone(door: SimpleNamespace) -> None:
+    page = httpx.Client(base_url=door.url)
+    assert page.get("/").status_code == 401 and page.get("/api/status").status_code == 401
+    assert page.get("/?token=guess").status_code == 401
+    opened = page.get(f"/?token={door.token}")
+    assert opened.status_code == 303 and "HttpOnly" in opened.headers["set-cookie"]
+    assert "SameSite=strict" in opened.headers["set-cookie"]
+    assert page.get("/").status_code == 200 and page.get("/api/status").json()["consents"]["learn"]
+    assert page.get("/api/../../key").status_code == 404 and page.get("/page.py").status_code == 404
+    evil = {"origin": "http://evil.example"}
+    assert page.post("/api/consent", json={"item": "learn", "given": False}, headers=evil).status_code == 403
+    cross = {"sec-fetch-site": "cross-site"}
+    assert page.post("/api/consent", json={"item": "learn", "given": False}, headers=cross).status_code == 403
+    rebound = {"host": "evil.example"}
+    assert page.get("/api/status", headers=rebound).status_code == 403
+    assert door.agent.consents["learn"]
+
+
+def test_the_commands_reach_an_agent_that_runs(home: Home) -> None:
+    """The whole of it as its owner does it: a process that serves, killed and started again."""
+    told = CliRunner()
+    there = ["--home", str(home.folder)]
+    done = told.invoke(app, ["init", *there, "--model", "nano", "--learn", "--no-federate"])
+    assert done.exit_code == 0, done.output
+    assert told.invoke(app, ["init", *there]).exit_code == 1
+    for _ in range(2):
+        command = [sys.executable, "-m", "simulation", "device", "serve", *there, "--port", "0"]
+        serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert serving.stdout and "http://127.0.0.1:" in serving.stdout.readline()
+        assert told.invoke(app, ["chat", "Hello", *there]).exit_code == 0
+        assert told.invoke(app, ["learn", *there]).exit_code == 0
+        assert "ε 0.000 of 8" in told.invoke(app, ["ledger", *there]).output
+        serving.send_signal(signal.SIGKILL)
+        serving.wait()
+    status = told.invoke(app, ["status", *there])  # an agent for this command alone
+    assert status.exit_code == 0 and "│ dialogues" in status.output
+    file = home.folder.parent / "mine.zip"
+    assert told.invoke(app, ["export", str(file), *there]).exit_code == 0 and zipfile.is_zipfile(file)
+    assert told.invoke(app, ["erase", "--yes", *there]).exit_code == 0 and not home.exists

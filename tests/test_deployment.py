@@ -1,0 +1,156 @@
+"""Real devices and a real server on one machine: TLS, keys, rounds, a kill, a refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.x509 import load_pem_x509_certificate
+
+from client.agent.agent import Agent
+from client.agent.config import new_config
+from client.agent.courier import PUBLIC_KEY, prepare
+from client.agent.home import DeviceError, Home
+from client.agent.terms import Terms, read_terms, write_terms
+from client.lm.model import LanguageModel
+from simulation.deployment import CA, CERTIFICATE, KEY, make_certificates
+from simulation.runs import RunFolder
+
+FLORILEGIUM = (sys.executable, "-m", "simulation")
+SAID = (("Do you like apples?", "Only green ones."), ("What now?", "Soup with ginger."), ("And then?", "A long walk."))
+
+
+def told(*arguments: str | Path | int) -> None:
+    """What its owner would type."""
+    done = subprocess.run([*FLORILEGIUM, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_certificates_are_of_the_hosts_and_made_once(tmp_path: Path) -> None:
+    make_certificates(tmp_path, ["localhost", "127.0.0.1"])
+    server = load_pem_x509_certificate((tmp_path / CERTIFICATE).read_bytes())
+    authority = load_pem_x509_certificate((tmp_path / CA).read_bytes())
+    server.verify_directly_issued_by(authority)
+    assert (tmp_path / KEY).stat().st_mode & 0o777 == 0o600
+    with pytest.raises(DeviceError, match="certificates already"):
+        make_certificates(tmp_path, ["localhost"])
+
+
+def test_terms_are_public_and_say_nothing_of_a_budget(tmp_path: Path) -> None:
+    write_terms(tmp_path / "terms.toml", Terms(name="orchard", rounds=5))
+    assert read_terms(tmp_path / "terms.toml") == Terms(name="orchard", rounds=5)
+    (tmp_path / "terms.toml").write_text('name = "orchard"\n[privacy]\nepsilon = 100\n')
+    with pytest.raises(DeviceError, match="unknown key 'privacy'"):
+        read_terms(tmp_path / "terms.toml")
+
+
+def new_device(home: Home, lm: LanguageModel, **privacy: float) -> Agent:
+    """With a few dialogues that its owner has answered."""
+    config = new_config("nano")
+    limits = config.device.privacy.model_copy(update=privacy)
+    config = config.model_copy(update={"device": config.device.model_copy(update={"privacy": limits})})
+    agent = Agent(home, config, lm, home.make(config))
+    agent.consent("learn", True)
+    agent.consent("federate", True)
+    for prompt, wanted in SAID:
+        agent.rate(agent.journal.add(prompt, "hm", "").id, False, wanted)
+    return agent
+
+
+class Serving:
+    """An agent's process."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "simulation",
+            "device",
+            "serve",
+            "--home",
+            str(self.home.folder),
+            "--port",
+            "0",
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
+        assert self.process.stdout and "http://127.0.0.1" in self.process.stdout.readline()
+
+    def kill(self) -> None:
+        """The whole group at once, as when the power fails."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.mark.slow
+def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: LanguageModel) -> None:
+    """Three rounds; one device is killed and started again, one has its budget spent, one takes its consent back."""
+    folder, port = tmp_path / "server", free_port()
+    told("server", "init", folder, "--name", "orchard", "--host", "127.0.0.1", "--host", "localhost", "--rounds", 3,
+         "--min-devices", 3, "--patience-s", 75)  # fmt: skip
+    homes = [Home(tmp_path / name) for name in ("steady", "spent", "silent")]
+    steady, spent, silent = (
+        new_device(home, lm, **({"epsilon": 1.0, "releases": 1} if home is homes[1] else {})) for home in homes
+    )
+    told("device", "join", folder / "terms.toml", "--server", f"127.0.0.1:{port}", "--certificates", folder / CA,
+         "--yes", "--home", homes[0].folder)  # fmt: skip
+    for agent in (spent, silent):
+        prepare(agent.home.courier, folder / CA)
+        agent.join(read_terms(folder / "terms.toml"), f"127.0.0.1:{port}")
+    silent.consent("federate", False)
+    for number, home in enumerate(homes):
+        (folder / "nodes" / f"{number}.pub").write_bytes((home.courier / PUBLIC_KEY).read_bytes())
+    assert steady.federation == silent.federation and steady.federation
+    agents = [Serving(home) for home in homes]
+    command = [sys.executable, "-m", "simulation", "server", "start", str(folder), "--port", str(port)]
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        run = RunFolder(folder)
+        until = time.monotonic() + 240
+        while not (run.aggregate(1) or (run.last_shared() and run.last_shared().round >= 1)):  # type: ignore[union-attr]
+            assert time.monotonic() < until and server.poll() is None, (folder / "superlink.log").read_text()[-3000:]
+            time.sleep(0.2)
+        agents[0].kill()
+        agents[0].start()
+        said, _ = server.communicate(timeout=400)
+        assert server.returncode == 0, said
+    finally:
+        for serving in agents:
+            serving.kill()
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+    last = run.last_shared()
+    assert last and last.round == 3
+    opened = [Agent(h, h.config(), lm, h.read_key(h.config())) for h in homes]
+    sent = [[s.round for s in agent.releases] for agent in opened]
+    assert 1 in sent[0] and 3 in sent[0] and sent[1] == [1] and sent[2] == []
+    before, after = (run.shared(n).shared for n in (2, 3))
+    payload = opened[0].schema.split(opened[0]._state().sent.numpy())  # type: ignore[union-attr]
+    for name, array in payload.items():
+        np.testing.assert_allclose(after[name] - before[name], array, atol=1e-6)
+    facts = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [f["releases"] for f in facts if f["event"] == "round"][-1] == 1
+    text = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+    assert not any(reply.encode() in text for _, reply in SAID)
