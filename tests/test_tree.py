@@ -107,6 +107,17 @@ def test_a_flower_bundle_is_small_and_holds_no_weights(tmp_path: Path) -> None:
     assert not [name for name in names if name.endswith(".safetensors")]
 
 
+def test_a_board_needs_nothing_that_only_a_simulation_needs() -> None:
+    """The agent, its page and its courier load without the packages of the extra [simulation]."""
+    probe = """
+import sys
+sys.modules |= dict.fromkeys(["ray", "plotly", "chitchat_dataset"])  # None: an import fails
+import client.agent.agent, client.agent.courier, client.agent.serve, client.agent.cli, simulation.cli
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_flwr_run_works_from_the_repository(tmp_path: Path) -> None:
     """Four SuperNodes of Flower's own local deployment; the weights come from the installed distribution."""

@@ -63,8 +63,8 @@ function shownTurn(prompt) {
 }
 
 function judged(box, turn) {
-  const up = made("button", "👍", { type: "button", title: "a good reply" });
-  const down = made("button", "👎", { type: "button", title: "not a good reply" });
+  const up = made("button", "👍 Good", { type: "button", title: "a good reply" });
+  const down = made("button", "👎 Not good", { type: "button", title: "not a good reply" });
   up.setAttribute("aria-label", "a good reply");
   down.setAttribute("aria-label", "not a good reply");
   const wanted = made("textarea", "", { rows: 2, value: turn.wanted });

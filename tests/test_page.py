@@ -1,0 +1,137 @@
+"""The agent's page in a real browser: every control, by mouse and by keyboard, at a phone's width."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from client.agent.agent import Agent
+from client.agent.config import new_config
+from client.agent.home import Home
+from client.agent.serve import showing
+from client.agent.terms import Terms
+from client.lm.model import LanguageModel
+from privacy.plan import RoundPlan
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium")
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Iterator[tuple[Agent, str]]:
+    """An agent with a few dialogues and a release behind it, and its page's address."""
+    home, config = Home(tmp_path_factory.mktemp("page") / "device"), new_config("nano")
+    agent = Agent(home, config, lm, home.make(config))
+    agent.consent("learn", True)
+    agent.consent("federate", True)
+    for prompt, wanted in (("Do you like apples?", "Only green ones."), ("What shall we cook?", "Soup with ginger.")):
+        agent.rate(agent.journal.add(prompt, "hm", "").id, False, wanted)
+    agent.journal.add("<b>Is this bold?</b><script>alert(1)</script>", "no", "")
+    agent.learn()
+    agent.join(Terms(name="orchard"), "127.0.0.1:9092")
+    agent.contribute([config.name], agent.site.shared_layout.start(0), RoundPlan(1, 0))
+    with showing(agent, 0) as address:
+        yield agent, address
+
+
+@pytest.fixture
+def page(shown: tuple[Agent, str]) -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        opened = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
+        opened.on("dialog", lambda dialog: dialog.accept())
+        problems: list[str] = []
+        opened.on("pageerror", lambda error: problems.append(str(error)))
+        opened.on("request", lambda request: problems.append(request.url) if "127.0.0.1" not in request.url else None)
+        opened.goto(shown[1])
+        expect(opened.locator("#about")).to_contain_text(shown[0].config.name)
+        yield opened
+        assert not problems
+        browser.close()
+
+
+def test_a_talk_is_streamed_judged_and_learned_from(page: Page, shown: tuple[Agent, str]) -> None:
+    agent, before = shown[0], shown[0].journal.count()
+    page.get_by_label("You say").fill("Do you like music?")
+    page.keyboard.press("Enter")
+    turn = page.locator(".turn").last
+    up = turn.get_by_role("button", name="a good reply", exact=True)
+    up.click()
+    expect(up).to_have_attribute("aria-pressed", "true")
+    turn.get_by_label("what you would have said").fill("Only loud music.")
+    turn.get_by_role("button", name="This is what I would have said").click()
+    expect(page.locator("#about")).to_contain_text("1 new")
+    page.get_by_role("button", name="Learn now").click()
+    expect(page.locator("#progress")).to_contain_text("learned from", timeout=60_000)
+    expect(page.locator("#items")).to_contain_text("Only loud music.")
+    assert agent.journal.count() == before + 1 and agent.journal.turns()[-1].wanted == "Only loud music."
+
+
+def test_what_is_kept_is_text_with_its_scores_and_can_be_erased(page: Page, shown: tuple[Agent, str]) -> None:
+    items = page.locator("#items > li")
+    expect(items.filter(has_text="Do you like apples?")).to_contain_text("EOE")
+    expect(items.filter(has_text="<b>Is this bold?</b>")).to_have_count(1)  # as it was said, not as markup
+    count = items.count()
+    items.filter(has_text="<b>Is this bold?</b>").get_by_role("button", name="Erase").click()
+    expect(page.locator("#progress")).to_contain_text("erased", timeout=60_000)
+    expect(items).to_have_count(count - 1)
+    expect(page.locator("#progress")).to_contain_text("1 releases were sent before and cannot be recalled")
+
+
+def test_the_profile_is_edited_and_settings_are_kept(page: Page, shown: tuple[Agent, str]) -> None:
+    agent = shown[0]
+    page.get_by_label("interest 1", exact=True).fill("green apples")
+    page.get_by_role("button", name="Save the profile").click()
+    expect(page.get_by_label("interest 1", exact=True)).to_have_value("green apples")
+    page.get_by_label("at night").check()
+    page.wait_for_function("document.querySelector('input[value=night]').checked")
+    page.reload()
+    expect(page.get_by_label("at night")).to_be_checked()
+    assert agent.profile.interests[0].text == "green apples" and agent.learns == "night"
+
+
+def test_what_has_left_is_shown_and_a_federation_is_left(page: Page, shown: tuple[Agent, str]) -> None:
+    expect(page.locator("#sent")).to_contain_text("orchard")
+    expect(page.locator("#budget")).to_contain_text("of 8 is spent")
+    page.get_by_role("button", name="Leave the federation").click()
+    expect(page.locator("#federation")).to_contain_text("in no federation")
+    assert shown[0].federation is None
+
+
+def test_it_works_by_keyboard_and_fits_a_phone(page: Page) -> None:
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator("body").press("Tab")
+    reached = set()
+    for _ in range(60):
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.textContent.slice(0, 20)"))
+        page.keyboard.press("Tab")
+    assert {"prompt", "learn", "export", "erase-all"} <= reached
+
+
+def test_the_export_is_downloaded(page: Page, tmp_path: Path) -> None:
+    with page.expect_download() as started:
+        page.locator("#export").click()
+    started.value.save_as(tmp_path / "mine.zip")
+    assert (tmp_path / "mine.zip").stat().st_size > 1000
+
+
+def test_another_page_cannot_speak_for_its_owner(page: Page, shown: tuple[Agent, str]) -> None:
+    """With the owner's cookie in the same browser: a form of another origin, and a fetch."""
+    address = shown[1].partition("/?")[0]
+    other = page.context.new_page()
+    other.goto("data:text/html,<p>evil")
+    told = {"method": "POST", "mode": "no-cors", "credentials": "include", "body": '{"item": "learn", "given": false}'}
+    url = f"{address}/api/consent"
+    other.evaluate("([url, told]) => fetch(url, told).catch(() => null)", [url, told])
+    field = """<input name='{"item": "learn", "given": false, "x": "' value='"}'>"""
+    other.set_content(f"<form method=post enctype=text/plain action={url}>{field}<button>win</button></form>")
+    other.get_by_text("win").click()
+    other.wait_for_load_state()
+    assert "error" in other.content() or "403" in other.content() or "401" in other.content()
+    assert shown[0].consents["learn"]
