@@ -643,6 +643,7 @@ def test_the_page_is_for_its_owner_alone(door: SimpleNamespace) -> None:
     assert door.agent.consents["learn"]
 
 
+@pytest.mark.slow
 def test_the_commands_reach_an_agent_that_runs(home: Home) -> None:
     """The whole of it as its owner does it: a process that serves, killed and started again."""
     told = CliRunner()

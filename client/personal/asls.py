@@ -54,7 +54,7 @@ class AslsConfig(Config):
     window: int = Field(16, ge=1, description="interactions that are kept")
     examples: int = Field(8, ge=1, description="of the window, that are adapted on")
     steps: int = Field(2, ge=1)
-    rate: float = Field(2e-3, gt=0)
+    rate: float = Field(1e-3, gt=0)
     boost: float = Field(1.0, ge=0)
     decay: float = Field(0.05, ge=0)
     beta: float = Field(0.1, gt=0, description="of the preference term")
