@@ -25,8 +25,10 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from scipy.stats import kstest
 from typer.testing import CliRunner
 
+from client import shared
 from client.agent.agent import Agent, AgentError
 from client.agent.cli import app
 from client.agent.config import new_config
@@ -39,8 +41,10 @@ from client.agent.terms import Terms
 from client.lm.model import LanguageModel
 from client.personal.profile import ProfileError
 from client.records import to_record
+from client.shared import noisy_steps, release_noise
 from client.state import StoreError
 from privacy import database
+from privacy.dpsgd import PrivateRow
 from privacy.plan import RoundPlan
 
 SAID = (
@@ -542,34 +546,34 @@ def test_a_server_cannot_ask_for_more(joined: tuple[Agent, torch.Tensor]) -> Non
     assert agent.account and not agent.account.entries
 
 
-def test_a_release_is_noise_on_what_was_learned(joined: tuple[Agent, torch.Tensor]) -> None:
-    """The payload less the change without noise, over the noise's scale: a standard normal."""
-    from scipy.stats import kstest
-
-    from client.shared import noisy_steps, planned_event, release_noise
-    from privacy.dpsgd import PrivateRow
-
+def test_a_release_is_noise_on_what_was_learned(
+    joined: tuple[Agent, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The payload less its replay without noise, over the noise's scale: a standard normal."""
     agent, row = joined
-    before = agent._gathered(agent._state(), agent.site)
-    _, arrays = asked(agent, 1, row)
-    after, site = agent._state(), agent.site
-    scale = release_noise(site.config, 1, 0).on_device
-    lessons = {"seen": 0}
     original = PrivateRow.__init__
 
     def silent(self: PrivateRow, *args: Any, **settings: Any) -> None:
-        lessons["seen"] += 1
         original(self, *args, **{**settings, "noise_multiplier": 0.0})
 
-    assert before.pool.slots == after.pool.slots and planned_event(site.config).noise_multiplier > 0
-    # coins are drawn anew from the operating system: without a sample nothing is learned, with all of it at most C / q
+    def replayed(secret: int, number: int, *, quiet: bool) -> np.ndarray:
+        with monkeypatch.context() as patch:
+            patch.setattr(shared, "fresh_secret", lambda: secret)  # else drawn by the system, anew each time
+            if quiet:
+                patch.setattr(PrivateRow, "__init__", silent)
+            found = noisy_steps([agent._state()], row, RoundPlan(number, 0), agent.site)
+            return found[agent.config.name].numpy()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "fresh_secret", lambda: 7)
+        _, arrays = asked(agent, 1, row)
+    scale = release_noise(agent.site.config, 1, 0).on_device
     payload = np.concatenate([arrays[name].ravel() for name, _ in agent.schema.shapes])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PrivateRow, "__init__", silent)
-        replay = noisy_steps([after], row, RoundPlan(1, 0), site)[after.id].numpy()
-    assert lessons["seen"] == 1
-    rest = (payload - replay) / scale
-    assert abs(rest.std() - 1) < 0.02 and kstest(rest, "norm").pvalue > 1e-3
+    rest = [(payload - replayed(7, 1, quiet=True)) / scale]
+    rest += [(replayed(k, 1, quiet=False) - replayed(k, 1, quiet=True)) / scale for k in range(30)]
+    drawn = np.concatenate(rest)
+    assert abs(rest[0].std() - 1) < 0.04 and abs(drawn.std() - 1) < 0.01 and kstest(drawn, "norm").pvalue > 1e-3
+    assert not np.array_equal(replayed(1, 1, quiet=True), np.zeros_like(payload))  # there was something to hide
 
 
 # -- the door ---------------------------------------------------------------------------------------------------------
