@@ -26,11 +26,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from scipy.stats import kstest
-from typer.testing import CliRunner
 
 from client import shared
 from client.agent.agent import Agent, AgentError
-from client.agent.cli import app
 from client.agent.config import new_config
 from client.agent.courier import answered
 from client.agent.home import Home, HomeError
@@ -75,6 +73,12 @@ def made(home: Home, lm: LanguageModel, **changes: Any) -> Agent:
 
 def reopened(agent: Agent) -> Agent:
     return Agent(agent.home, agent.config, agent.lm, agent.home.read_key(agent.config))
+
+
+def told(home: Home, *command: str) -> subprocess.CompletedProcess[str]:
+    """What `florilegium device` prints, in a process of its own as its owner starts it."""
+    line = [sys.executable, "-m", "simulation", "device", *command, "--home", str(home.folder)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300)
 
 
 def talked(agent: Agent, said: tuple[tuple[str, str], ...] = SAID) -> list[str]:
@@ -159,8 +163,8 @@ def test_a_damaged_vault_is_refused_and_restored(home: Home, lm: LanguageModel) 
     with pytest.raises(VaultError, match="device restore"):
         Journal(home.vault, home.read_key(agent.config)).check()
     home.write_config(agent.config)
-    done = CliRunner().invoke(app, ["restore", "--home", str(home.folder)])
-    assert done.exit_code == 0, done.output
+    done = told(home, "restore")
+    assert done.returncode == 0, done.stdout + done.stderr
     assert reopened(agent).journal.turns() == whole
 
 
@@ -650,22 +654,21 @@ def test_the_page_is_for_its_owner_alone(door: SimpleNamespace) -> None:
 @pytest.mark.slow
 def test_the_commands_reach_an_agent_that_runs(home: Home) -> None:
     """The whole of it as its owner does it: a process that serves, killed and started again."""
-    told = CliRunner()
-    there = ["--home", str(home.folder)]
-    done = told.invoke(app, ["init", *there, "--model", "nano", "--learn", "--no-federate"])
-    assert done.exit_code == 0, done.output
-    assert told.invoke(app, ["init", *there]).exit_code == 1
+    done = told(home, "init", "--model", "nano", "--learn", "--no-federate")
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = told(home, "init")
+    assert again.returncode == 1 and "holds a device already" in again.stdout
     for _ in range(2):
-        command = [sys.executable, "-m", "simulation", "device", "serve", *there, "--port", "0"]
+        command = [sys.executable, "-m", "simulation", "device", "serve", "--home", str(home.folder), "--port", "0"]
         serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert serving.stdout and "http://127.0.0.1:" in serving.stdout.readline()
-        assert told.invoke(app, ["chat", "Hello", *there]).exit_code == 0
-        assert told.invoke(app, ["learn", *there]).exit_code == 0
-        assert "ε 0.000 of 8" in told.invoke(app, ["ledger", *there]).output
+        assert told(home, "chat", "Hello").returncode == 0
+        assert told(home, "learn").returncode == 0
+        assert "ε 0.000 of 8" in told(home, "ledger").stdout
         serving.send_signal(signal.SIGKILL)
         serving.wait()
-    status = told.invoke(app, ["status", *there])  # an agent for this command alone
-    assert status.exit_code == 0 and "│ dialogues" in status.output
+    status = told(home, "status")  # an agent for this command alone
+    assert status.returncode == 0 and "│ dialogues" in status.stdout
     file = home.folder.parent / "mine.zip"
-    assert told.invoke(app, ["export", str(file), *there]).exit_code == 0 and zipfile.is_zipfile(file)
-    assert told.invoke(app, ["erase", "--yes", *there]).exit_code == 0 and not home.exists
+    assert told(home, "export", str(file)).returncode == 0 and zipfile.is_zipfile(file)
+    assert told(home, "erase", "--yes").returncode == 0 and not home.exists
