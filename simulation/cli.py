@@ -409,6 +409,32 @@ def bench_scale(
         Console(width=max(console.width, 100)).print(as_table(rows))
 
 
+@bench.command("board")
+def bench_board(
+    models: Annotated[str, typer.Option(help="With commas.")] = "nano,smollm2-135m",
+    threads: Annotated[str, typer.Option(help="With commas.")] = "1,2",
+    limits: Annotated[str, typer.Option(help="GiB of memory, with commas.")] = "1,2,4",
+    as_json: Annotated[bool, typer.Option("--json", help="One list instead of the table.")] = False,
+) -> None:
+    """What a device's learning takes of a small board: seconds and memory under limits that the kernel enforces.
+
+    florilegium bench board --models nano --threads 1 --limits 0.75,1
+    """
+    import json
+
+    from simulation.bench.board import as_json as to_json
+    from simulation.bench.board import as_table, measure
+    from simulation.bench.engine import numbers
+
+    sizes = [float(x) for x in limits.split(",")]
+    with Console(stderr=True).status("measuring") as status:
+        rows = measure(models.split(","), numbers(threads), sizes, status.update)
+    if as_json:
+        print(json.dumps(to_json(rows), indent=1))
+    else:
+        Console(width=max(console.width, 100)).print(as_table(rows))
+
+
 def main() -> None:
     """Runs the command; a user's mistake is told in words, not in a traceback."""
     try:

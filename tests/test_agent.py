@@ -36,6 +36,7 @@ from client.agent.journal import Journal, VaultError
 from client.agent.remote import Remote
 from client.agent.serve import listening, showing
 from client.agent.terms import Terms
+from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
 from client.personal.profile import ProfileError
 from client.records import to_record
@@ -64,7 +65,7 @@ def home(tmp_path: Path) -> Home:
 
 def made(home: Home, lm: LanguageModel, **changes: Any) -> Agent:
     """A new device with both consents."""
-    config = new_config("nano").model_copy(update={"port": 0, **changes})
+    config = new_config(ModelConfig(name="nano")).model_copy(update={"port": 0, **changes})
     agent = Agent(home, config, lm, home.make(config))
     agent.consent("learn", True)
     agent.consent("federate", True)

@@ -20,6 +20,7 @@ from client.agent.config import new_config
 from client.agent.courier import PUBLIC_KEY, prepare
 from client.agent.home import DeviceError, Home
 from client.agent.terms import Terms, read_terms, write_terms
+from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
 from simulation.deployment import CA, CERTIFICATE, KEY, make_certificates
 from simulation.runs import RunFolder
@@ -60,7 +61,7 @@ def test_terms_are_public_and_say_nothing_of_a_budget(tmp_path: Path) -> None:
 
 def new_device(home: Home, lm: LanguageModel, **privacy: float) -> Agent:
     """With a few dialogues that its owner has answered."""
-    config = new_config("nano")
+    config = new_config(ModelConfig(name="nano"))
     limits = config.device.privacy.model_copy(update=privacy)
     config = config.model_copy(update={"device": config.device.model_copy(update={"privacy": limits})})
     agent = Agent(home, config, lm, home.make(config))

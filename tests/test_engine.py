@@ -245,6 +245,30 @@ def test_private_gradients_are_those_of_single_backward_passes(counts: list[int]
         assert means[k] == pytest.approx(sum(singles) / max(1, len(singles)), abs=1e-5)
 
 
+def test_forgotten_activations_come_again_bit_by_bit(engine: Engine) -> None:
+    """And are indeed not kept: what the pass holds for its derivative is a fraction."""
+    model = AutoModelForCausalLM.from_pretrained(str(nano_folder()), dtype=torch.float32)
+    forgetful, held = Engine(model, max_batch_tokens=256, checkpointing=True), []
+    adapters = layout_of(engine)
+    stack = Adapters(adapters, rows_of(adapters, 3) + 0.01)
+    batches = [[example(20 + i, 6, 10 * k + i) for i in range(3)] for k in range(3)]
+    found = []
+    for one in (engine, forgetful):
+        kept = [0]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: _counted(t, kept), lambda t: t):
+            private, _ = one.dp_gradients(stack, [], batches)
+            together, _ = one.gradient(stack, [], batches, [[0.1] * 3] * 3)
+        held.append(kept[0])
+        found.append(torch.cat([*private, together]))
+    assert torch.equal(*found)
+    assert held[1] < held[0] / 4
+
+
+def _counted(tensor: torch.Tensor, kept: list[int]) -> torch.Tensor:
+    kept[0] += tensor.nbytes
+    return tensor
+
+
 def test_each_device_has_its_own_clipping_norm(engine: Engine) -> None:
     adapters = layout_of(engine)
     stack = Adapters(adapters, rows_of(adapters, 2) + 0.02)

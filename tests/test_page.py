@@ -14,6 +14,7 @@ from client.agent.config import new_config
 from client.agent.home import Home
 from client.agent.serve import showing
 from client.agent.terms import Terms
+from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
 from privacy.plan import RoundPlan
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this ma
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Iterator[tuple[Agent, str]]:
     """An agent with a few dialogues and a release behind it, and its page's address."""
-    home, config = Home(tmp_path_factory.mktemp("page") / "device"), new_config("nano")
+    home, config = Home(tmp_path_factory.mktemp("page") / "device"), new_config(ModelConfig(name="nano"))
     agent = Agent(home, config, lm, home.make(config))
     agent.consent("learn", True)
     agent.consent("federate", True)

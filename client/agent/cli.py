@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -21,25 +22,32 @@ app = typer.Typer(no_args_is_help=True, help="A real device: talk with it, let i
 console = Console(soft_wrap=True)
 HomeOption = Annotated[Path, typer.Option("--home", envvar="FLORILEGIUM_HOME", help="The device's folder.")]
 HOME = Path("~/.florilegium")
-SMALL_BOARD = 3 * 2**30  # bytes of memory below which the smaller model is taken
 
 
 @app.command()
 def init(
     home: HomeOption = HOME,
     model: Annotated[str, typer.Option(help="A model's name; empty: what fits this machine's memory.")] = "",
+    memory_limit: Annotated[str, typer.Option(help="Of the agent's process, as 1GiB; what it does has to fit.")] = "",
     key: Annotated[str, typer.Option(help="Where the key lies: file (mode 600) or keyring.")] = "file",
     learn: Annotated[bool | None, typer.Option(help="Consent to learning from conversations.")] = None,
     federate: Annotated[bool | None, typer.Option(help="Consent to joining a federation.")] = None,
 ) -> None:
     """Make a device: its folder, its key, its encrypted file. Asks for consent, item by item."""
     from client.agent.agent import CONSENTS, Agent, loaded
+    from client.agent.board import fitting, limit_memory, thrifty
     from client.agent.config import new_config
+    from client.lm.config import ModelConfig
 
     if key not in ("file", "keyring"):
         raise typer.BadParameter("--key takes file or keyring")
+    limit = _bytes_of(memory_limit)
+    chosen = fitting(limit or psutil.virtual_memory().total)
+    if model:
+        chosen = thrifty(model, chosen.dtype) if limit else ModelConfig(name=model)
     with plain_errors():
-        place, config = Home(home), new_config(model or _fitting(), "keyring" if key == "keyring" else "file")
+        place, config = Home(home), new_config(chosen, "keyring" if key == "keyring" else "file", limit)
+        limit_memory(limit)
         lm = loaded(config.device.model)
         secret = place.make(config)
         with place.locked():
@@ -51,14 +59,13 @@ def init(
         console.print(f"{config.name} with {lm.name} is in {place.folder}. Next: florilegium device serve")
 
 
-def _fitting() -> str:
-    """The largest of the models that are here that this machine's memory holds while it learns."""
-    import psutil
+def _bytes_of(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
 
-    from client.lm.hub import cache_folder, has_weights
-
-    roomy = psutil.virtual_memory().total >= SMALL_BOARD
-    return "smollm2-135m" if roomy and has_weights(cache_folder() / "smollm2-135m") else "nano"
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text or 0))
+    except ValidationError:
+        raise typer.BadParameter(f"{text!r} is no size, such as 1GiB or 800MB") from None
 
 
 @app.command()

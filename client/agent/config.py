@@ -5,7 +5,7 @@ from __future__ import annotations
 from secrets import token_hex
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from client.config import DeviceConfig, PersonalConfig, SharedConfig
 from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, TextLimits
@@ -24,18 +24,20 @@ class AgentConfig(Config):
     chat: SamplingConfig = SamplingConfig(max_new_tokens=64)
     context_turns: int = Field(2, ge=0, description="earlier turns of a conversation that a reply looks at")
     longest: int = Field(4000, ge=1, description="characters of a prompt or a correction")
+    memory_limit: ByteSize = Field(ByteSize(0), ge=0, description="of the agent's process, as in '1GiB'; 0: none")
     keep: int = Field(5000, ge=1, description="dialogues; older ones that are not in the buffer or the pool go")
     learn: When = Field("asked", description="when the device learns by itself: never, at night, or when it charges")
     night: tuple[int, int] = Field((1, 5), description="hours of local time")
     port: int = Field(7070, ge=0, lt=65536, description="of the page on 127.0.0.1; 0: any that is free")
 
 
-def new_config(model: str, key: Literal["file", "keyring"] = "file") -> AgentConfig:
+def new_config(model: ModelConfig, key: Literal["file", "keyring"] = "file", memory_limit: int = 0) -> AgentConfig:
     """Settings of a new device: a shared adapter as in the quickstart, secrets from the operating system."""
     device = DeviceConfig(
-        model=ModelConfig(name=model, limits=TextLimits(prompt_tokens=192, reply_tokens=96)),
+        model=model.model_copy(update={"limits": TextLimits(prompt_tokens=192, reply_tokens=96)}),
         shared=SharedConfig(adapter=AdapterConfig(rank=4, alpha=64, factors="b", targets=("v_proj",))),
         personal=PersonalConfig(epochs=3),
         privacy=PrivacyConfig(secret="os"),
     )
-    return AgentConfig(name=f"device-{token_hex(8)}", key=key, device=device)
+    name = f"device-{token_hex(8)}"
+    return AgentConfig(name=name, key=key, device=device, memory_limit=ByteSize(memory_limit))

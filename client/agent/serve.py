@@ -16,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from client.agent.agent import Agent
+from client.agent.board import limit_memory
 from client.agent.home import Home, HomeError
 from client.agent.service import application, page_application
 
@@ -106,6 +107,7 @@ def _served(app: ASGIApp, opened: socket.socket) -> Iterator[None]:
 def opened(home: Home) -> Iterator[Agent]:
     """The agent of a home, alone with it, its socket open."""
     with home.locked():
+        limit_memory(home.config().memory_limit)
         agent = Agent.open(home)
         with listening(agent):
             yield agent

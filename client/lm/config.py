@@ -27,6 +27,7 @@ class ModelConfig(Config):
     targets: tuple[str, ...] = Field((), description="endings of the linear layers to adapt; empty: all but the head")
     limits: TextLimits = TextLimits()
     max_batch_tokens: int = Field(0, ge=0, description="tokens in one pass; 0: what suits the device")
+    checkpointing: bool = Field(False, description="compute activations twice instead of keeping them for learning")
 
 
 class AdapterConfig(Config):

@@ -39,12 +39,18 @@ EVEN = 8  # numbers of owners in a pass are multiples of it, so that there are f
 class Engine:
     """The frozen base, held once, and the operations on stacked adapters."""
 
-    def __init__(self, model: PreTrainedModel, targets: Sequence[str] = (), max_batch_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        targets: Sequence[str] = (),
+        max_batch_tokens: int = 0,
+        checkpointing: bool = False,
+    ) -> None:
         """Adapts the model in place; raises `UnsupportedModelError` for one that it cannot reproduce."""
         model.train(False)
         self.model = model.requires_grad_(False)
         self.device, self.dtype = model.device, model.dtype
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and not checkpointing:
             keep_freed_memory()
         layers.refuse_coupling(model)
         self.head = layers.head_of(model)
@@ -53,6 +59,8 @@ class Engine:
         self.modules, self.embedding = layers.adapt(model, targets), layers.adapt_embedding(model)
         self.adaptable = layers.Adaptable(self.modules, self.embedding)
         replace_norms(model)
+        if checkpointing:
+            layers.forget_activations(model)
         model.set_attn_implementation(attention.NAME)
         self.allowance = Allowance(max_batch_tokens or TOKENS.get((self.device.type, self.dtype), 2048))
         self._check(expected)
@@ -188,9 +196,9 @@ class Engine:
             devices = [slots[i] for i in group]
             rows = trained.rows[devices if len(trained.rows) > 1 else [0] * len(group)].detach().requires_grad_(True)
             weight = torch.tensor([weights[i] for i in group], device=self.device)
-            with torch.enable_grad():
-                with self.active([*(a.pick(devices) for a in frozen), Adapters(trained.layout, rows)], pack.owned):
-                    losses = self.losses(pack)
+            own = Adapters(trained.layout, rows)
+            with torch.enable_grad(), self.active([*(a.pick(devices) for a in frozen), own], pack.owned):
+                losses = self.losses(pack)
                 (gradient,) = torch.autograd.grad((losses * weight).sum(), rows)
             return gradient, losses.detach()
 
@@ -320,7 +328,7 @@ class Engine:
                 own = Adapters(trained.layout, rows).pick(pack.owners)
                 with self.active([*(a.pick(pack.owners) for a in frozen), own], pack.owned):
                     losses = self.losses(pack) * weight[group]
-                (part,) = torch.autograd.grad(losses.sum(), rows)
+                    (part,) = torch.autograd.grad(losses.sum(), rows)
             value.index_add_(0, torch.tensor(list(pack.slots), device=self.device), losses.detach())
             gradient = part if gradient is None else gradient.add_(part)
         return torch.zeros_like(trained.rows) if gradient is None else gradient, value

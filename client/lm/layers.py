@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from client.lm.adapter import AdaptedLayer, AdapterLayout, Adapters
@@ -138,7 +140,8 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         count = len(grads)
-        weights, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        tensors = ctx.saved_tensors  # read once: they may have to be computed again
+        weights, saved = tensors[:count], tensors[count:]
         dx = _products(grads, weights) if ctx.needs_input_grad[0] else None
         by_adapter: list[list[torch.Tensor | None]] = []  # of each adapter dA, dBᵀ of each layer
         for i, (scale, owned) in enumerate(ctx.adapters):
@@ -266,6 +269,25 @@ def adapt_embedding(model: PreTrainedModel) -> AdaptedEmbedding:
     adapted = AdaptedEmbedding(table)
     setattr(model.get_submodule(parent), child, adapted)
     return adapted
+
+
+def forget_activations(model: PreTrainedModel) -> None:
+    """Has every block of the model compute its activations again when the derivative wants them (arXiv 1604.06174).
+
+    What is kept of a block is its input. The adapters must still be active when the derivative is taken.
+    """
+    names = getattr(model, "_no_split_modules", None) or ()
+    blocks = [m for m in model.modules() if type(m).__name__ in names]
+    if not blocks:
+        raise UnsupportedModelError(f"{type(model).__name__} does not say what its blocks are; unset checkpointing")
+    for block in blocks:
+        block.forward = partial(_forgetting, block.forward)
+
+
+def _forgetting(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **named)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **named)
 
 
 @dataclass(frozen=True)

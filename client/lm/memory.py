@@ -81,6 +81,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)
         or "can't allocate memory" in text
-        or "could not create a memory" in text
+        or "could not create a memory" in text  # of oneDNN, as the next one
+        or "could not create a primitive" in text
         or "bad_alloc" in text
     )

@@ -43,7 +43,7 @@ class LanguageModel:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.engine = Engine(model, config.targets, config.max_batch_tokens)
+        self.engine = Engine(model, config.targets, config.max_batch_tokens, config.checkpointing)
         self.format = ChatFormat(tokenizer, config.limits)
 
     @classmethod

@@ -1,0 +1,44 @@
+"""What a small board holds, and keeping to it."""
+
+from __future__ import annotations
+
+import sys
+
+from client.lm.config import ModelConfig
+from client.lm.hub import cache_folder, has_weights
+
+GIB = 2**30
+SMALL_PASSES = 512  # tokens at once where memory is scarce: slower, but no more than a long example needs anyway
+
+
+def fitting(memory: int) -> ModelConfig:
+    """The largest of the models that are here, in the form in which so many bytes of memory hold it while it learns.
+
+    From the measurements of `florilegium bench board`.
+    """
+    larger = has_weights(cache_folder() / "smollm2-135m")
+    if larger and memory >= 3 * GIB:
+        return ModelConfig(name="smollm2-135m")
+    if larger and memory >= 2 * GIB:
+        return thrifty("smollm2-135m", "auto")
+    if larger and memory >= GIB:
+        return thrifty("smollm2-135m", "bfloat16")
+    return ModelConfig(name="nano") if memory >= GIB else thrifty("nano", "auto")
+
+
+def thrifty(name: str, dtype: str) -> ModelConfig:
+    """The model so that it learns in little memory, and slower."""
+    return ModelConfig(name=name, dtype=dtype, checkpointing=True, max_batch_tokens=SMALL_PASSES)
+
+
+def limit_memory(limit: int) -> None:
+    """Has this process get no more memory of its own than `limit` bytes; 0: as much as there is.
+
+    Where a pass through the model does not fit, smaller ones are made; what cannot be done at all is told, and the
+    process goes on. Linux alone; shared libraries and files that are mapped do not count.
+    """
+    if limit and sys.platform == "linux":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if most < 0 else min(limit, most), most))
