@@ -80,7 +80,7 @@ def init(
     host: Annotated[list[str], typer.Option(help="Names and addresses that devices know the server by.")],
     model: str = "nano",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    min_devices: Annotated[int, typer.Option(min=1, help="That must be there before the first round.")] = 1,
+    min_devices: Annotated[int, typer.Option(min=1, help="That must be there before a round begins.")] = 1,
     patience_s: Annotated[float, typer.Option(min=1, help="For the answers of a round.")] = 600.0,
 ) -> None:
     """Make FOLDER with the terms of a federation and the certificates of its server.

@@ -147,14 +147,20 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(os.environ[FOLDER_VARIABLE])
     terms, run = read_terms(folder / TERMS), RunFolder(folder)
     strategy, arrays = strategy_of(terms, run)
-    while len(list(grid.get_node_ids())) < terms.min_devices:
-        time.sleep(1)
 
     def over(number: int, shared: ArrayRecord) -> None:
         run.save_shared(number, to_numpy(shared), strategy.heads, strategy.moments.arrays())
         if number:
             run.record("round", round=number, **asdict(strategy.facts[number]))
+        if number < terms.rounds:
+            enough()
 
+    def enough() -> None:
+        """Waits for so many devices as a round is to have."""
+        while len(list(grid.get_node_ids())) < terms.min_devices:
+            time.sleep(1)
+
+    enough()
     strategy.start(grid, arrays, terms.rounds, terms.patience_s, evaluate_fn=over)
 
 

@@ -283,6 +283,24 @@ def test_a_power_cut_leaves_what_was_before_or_after(
     assert {k["id"] for k in agent.kept()} == set(ids) and all(k["reply"] for k in agent.kept())
 
 
+def test_a_power_cut_while_erasing_leaves_nothing_behind(
+    home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = made(home, lm)
+    ids = talked(agent)
+    agent.learn()
+
+    def erase(again: Agent) -> None:
+        again.finish()
+        if again.journal.count() == len(ids):
+            again.erase(ids[:2])
+
+    agent = all_after_each_cut(agent, erase, monkeypatch)
+    assert {k["id"] for k in agent.kept()} == set(ids[2:]) and agent.journal.count() == 4
+    assert agent._state().arrived == 4 and agent.profile.interactions == 4
+    assert SAID[0][1].encode() not in decrypted(home.vault, home.read_key(agent.config))
+
+
 def test_a_power_cut_in_a_round_sends_nothing_twice(
     home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,9 +374,18 @@ def test_when_it_learns_by_itself(home: Home, lm: LanguageModel) -> None:
 
 def test_an_adapter_is_bound_to_its_base(home: Home, lm: LanguageModel) -> None:
     agent = made(home, lm)
+    agent.join(TERMS, SERVER)
+    ids = talked(agent)
+    agent.learn()
+    learned = agent.kept()
     agent.journal.set_fact("base", "0" * 64)
-    with pytest.raises(AgentError, match="another model"):
+    with pytest.raises(AgentError, match="device rebase"):
         reopened(agent)
+    agent = Agent(home, agent.config, lm, home.read_key(agent.config), rebasing=True)
+    assert agent.rebase()["retrained"]
+    agent = reopened(agent)
+    assert agent.federation is None and {k["id"] for k in agent.kept()} == {k["id"] for k in learned} == set(ids)
+    assert not torch.equal(agent.personal_row, agent.site.new_state(agent.config.name).personal)
 
 
 def test_a_profile_is_read_and_edited(home: Home, lm: LanguageModel) -> None:

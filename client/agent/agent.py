@@ -67,8 +67,11 @@ class Federation:
 class Agent:
     """One device while it runs. One thing at a time touches the model and the states: others wait."""
 
-    def __init__(self, home: Home, config: AgentConfig, lm: LanguageModel, key: str) -> None:
-        """Raises `HomeError`, `VaultError` or `AgentError` for files that do not fit."""
+    def __init__(self, home: Home, config: AgentConfig, lm: LanguageModel, key: str, *, rebasing: bool = False) -> None:
+        """Raises `HomeError`, `VaultError` or `AgentError` for files that do not fit.
+
+        `rebasing`: what was learned may belong to another model; `rebase` comes next.
+        """
         self.home, self.config, self.lm = home, config, lm
         self.journal = Journal(home.vault, key)
         self.store, self.ledger = DeviceStore(home.vault, key), Ledger(home.vault, key)
@@ -78,21 +81,29 @@ class Agent:
         if known is None:
             self.journal.set_fact("base", base_hash(config.device.model.name))
             self.journal.set_fact("seed", fresh_secret() >> 65)
-        elif known != base_hash(config.device.model.name):
+        elif known != base_hash(config.device.model.name) and not rebasing:
             raise AgentError(
                 f"what this device has learned belongs to another model than {config.device.model.name!r} is now: "
                 f"set the former one in {home.settings}, or begin anew on this one: florilegium device rebase"
             )
 
     @classmethod
-    def open(cls, home: Home) -> Agent:
+    def open(cls, home: Home, *, rebasing: bool = False) -> Agent:
         """With the model loaded and the vault found whole; the caller holds the lock of the home."""
         config = home.config()
         key = home.read_key(config)
         if not home.vault.exists():
             raise HomeError(f"{home.vault} is missing: florilegium device restore, or erase and init")
         Journal(home.vault, key).check()
-        return cls(home, config, loaded(config.device.model), key)
+        agent = cls(home, config, loaded(config.device.model), key, rebasing=rebasing)
+        agent.finish()
+        return agent
+
+    def finish(self) -> None:
+        """Ends an erasure that was stopped, by a power cut say."""
+        if self.journal.fact("erasing"):
+            with self._busy:
+                self._erased()
 
     # -- what its owner allows ----------------------------------------------------------------------------------------
 
@@ -304,23 +315,55 @@ class Agent:
             self.journal.turn(identity)
         with self._busy, self._telling(progress):
             self._tell("forget")
-            self.journal.forget(identities)
-            state = self._relived(self._state())
-            trained = self.site.config.personal.epochs and state.annotated and self.consents["learn"]
-            received, version = self._used()
-            if trained:
-                (state,), _ = live([state], [[]], received, RoundPlan(self._cycle(), version), self.site)
-            profile = self._profile_after(Profile(), self.journal.turns("WHERE cycle IS NOT NULL"))
-            self._save(state, lambda connection: write_fact(connection, "profile", profile.to_json()), only=True)
-            self._tell("compact")
-            self.journal.compact()
-            self.journal.check()
-            self.journal.copy_to(self.home.good_copy)
-            return {
-                "retrained": bool(trained),
-                "dialogues": self.journal.count(),
-                "cannot be recalled": len(self.releases),
-            }
+            self.journal.forget(identities, lambda connection: write_fact(connection, "erasing", True))
+            return self._erased()
+
+    def _erased(self) -> dict[str, Any]:
+        """What comes after the dialogues are gone; begun anew where it was stopped."""
+        done = self._made_anew(*self._used())
+        self.home.damaged.unlink(missing_ok=True)
+        self.journal.set_fact("erasing", False)
+        return done
+
+    def rebase(self, progress: Progress = lambda phase: None) -> dict[str, Any]:
+        """Makes buffer, profile and adapter anew, from the dialogues, on the model that the settings name now.
+
+        The device leaves its federation, whose shared adapter is the other model's; what it has spent stays spent.
+        """
+        base = base_hash(self.config.device.model.name)
+
+        def also(connection: Any) -> None:
+            write_fact(connection, "base", base)
+            write_fact(connection, "federation", None)
+            _no_shared(connection)
+
+        with self._busy, self._telling(progress):
+            return self._made_anew(None, 0, also)
+
+    def _made_anew(
+        self, received: torch.Tensor | None, version: int, also: Callable[[Any], None] = lambda connection: None
+    ) -> dict[str, Any]:
+        """Saves the device as it would be, had it only met what is in the journal now; earlier ones go at once."""
+        state = self._relived(self._state())
+        trained = self.site.config.personal.epochs and state.annotated and self.consents["learn"]
+        if trained:
+            (state,), _ = live([state], [[]], received, RoundPlan(self._cycle(), version), self.site)
+        profile = self._profile_after(Profile(), self.journal.turns("WHERE cycle IS NOT NULL"))
+
+        def all_of_it(connection: Any) -> None:
+            write_fact(connection, "profile", profile.to_json())
+            also(connection)
+
+        self._save(state, all_of_it, only=True)
+        self._tell("compact")
+        self.journal.compact()
+        self.journal.check()
+        self.journal.copy_to(self.home.good_copy)
+        return {
+            "retrained": bool(trained),
+            "dialogues": self.journal.count(),
+            "cannot be recalled": len(self.releases),
+        }
 
     def _relived(self, state: DeviceState) -> DeviceState:
         """The device if what is in the journal now were all that it ever met; its pool, secret and account stay."""

@@ -262,9 +262,20 @@ def restore(home: HomeOption = HOME) -> None:
             if not place.good_copy.exists():
                 raise HomeError(f"there is no copy: {place.good_copy} is missing")
             Journal(place.good_copy, key).check()
-            place.vault.replace(place.vault.with_name("device.damaged.db")) if place.vault.exists() else None
+            place.vault.replace(place.damaged) if place.vault.exists() else None
             Journal(place.good_copy, key).copy_to(place.vault)
         console.print("restored; where the copy lacks a payment, this device releases nothing any more")
+
+
+@app.command()
+def rebase(home: HomeOption = HOME) -> None:
+    """Begin anew on the model that the settings name now: from the dialogues, which stay. Leaves the federation."""
+    from client.agent.agent import Agent
+
+    with plain_errors():
+        place = Home(home)
+        with place.locked():
+            console.print(Agent.open(place, rebasing=True).rebase(console.print))
 
 
 @contextmanager

@@ -49,6 +49,11 @@ class Home:
         return self.folder / "device.good.db"
 
     @property
+    def damaged(self) -> Path:
+        """A vault in whose place the good copy was put; it may still hold what is erased later."""
+        return self.folder / "device.damaged.db"
+
+    @property
     def spent(self) -> Path:
         """The ledger's newest head: what a vault from before lacks."""
         return self.folder / "ledger.head"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,10 +133,14 @@ class Journal:
             connection.execute("UPDATE dialogue SET cycle = ? WHERE cycle IS NULL", (cycle,))
         return self.turns("WHERE cycle = ?", (cycle,))
 
-    def forget(self, identities: Sequence[str]) -> None:
-        """Overwritten, not only unlinked."""
+    def forget(self, identities: Sequence[str], also: Callable[[sqlite3.Connection], None] | None = None) -> None:
+        """All of them at once, overwritten, not only unlinked; `also` writes in the same transaction."""
         with self.open() as connection:
+            connection.execute("BEGIN IMMEDIATE")
             connection.executemany("DELETE FROM dialogue WHERE id = ?", [(i,) for i in identities])
+            if also:
+                also(connection)
+            connection.execute("COMMIT")
 
     def compact(self) -> None:
         """Gives back the room of what was deleted."""
