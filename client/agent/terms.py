@@ -24,7 +24,7 @@ class Terms(Config):
     seed: int = Field(0, ge=0, description="of the shared adapter's start, and of who is asked in a round")
     shared: SharedConfig = SharedConfig(adapter=AdapterConfig(rank=4, alpha=64, factors="b", targets=("v_proj",)))
     fraction: float = Field(1.0, gt=0, le=1, description="of the devices, asked in each round")
-    min_devices: int = Field(1, ge=1, description="that must be there before the first round")
+    min_devices: int = Field(1, ge=1, description="that must be there before a round begins")
     patience_s: float = Field(600.0, gt=0, description="for the answers of a round")
 
 
