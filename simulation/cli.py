@@ -94,11 +94,11 @@ def init(
     from simulation.deployment import NODES, TERMS, make_certificates
 
     with plain_errors():
-        make_certificates(folder, host)
         terms = Terms(
             name=name, model=model, base=base_hash(model), rounds=rounds, seed=randbits(48), min_devices=min_devices,
             patience_s=patience_s,
         )  # fmt: skip
+        make_certificates(folder, host)
         write_terms(folder / TERMS, terms)
         (folder / NODES).mkdir()
     console.print(f"{folder}: give terms.toml and ca.pem to the devices' owners, put their node.pub into nodes/")
@@ -116,11 +116,28 @@ def start(
     """
     from simulation.deployment import register, run_rounds, superlink
 
+    address = _own_address(host, port)
     with plain_errors(), superlink(folder, host, port):
-        address = f"127.0.0.1:{port}" if host == "0.0.0.0" else f"{host}:{port}"
         console.print(f"{register(folder, address)} devices may connect to {address}")
         run_rounds(folder, address)
     console.print(f"all rounds are done: {folder / 'server'}")
+
+
+@server.command("register")
+def register_devices(
+    folder: Path,
+    host: Annotated[str, typer.Option(help="That it listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
+) -> None:
+    """Let those in whose keys were put into FOLDER/nodes after the server's start."""
+    from simulation.deployment import register
+
+    with plain_errors():
+        console.print(f"{register(folder, _own_address(host, port))} devices may connect")
+
+
+def _own_address(host: str, port: int) -> str:
+    return f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
 @app.command()

@@ -200,7 +200,7 @@ def superlink(folder: Path, host: str, port: int) -> Iterator[None]:
     """Flower's SuperLink with this folder's certificates; devices' public keys lie in its folder `nodes`."""
     for name in (TERMS, CA, CERTIFICATE, KEY):
         if not (folder / name).exists():
-            raise DeviceError(f"{folder / name} is missing: florilegium server init, then certs")
+            raise DeviceError(f"{folder / name} is missing: florilegium server init")
     command = [
         str(BIN / "flower-superlink"), "--host", host, "--port", str(port),
         "--ssl-ca-certfile", str(folder / CA), "--ssl-certfile", str(folder / CERTIFICATE),

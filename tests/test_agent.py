@@ -19,12 +19,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import keyring
 import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from keyring.backend import KeyringBackend
+from keyring.errors import KeyringLocked
 from scipy.stats import kstest
 
 from client import shared
@@ -118,6 +121,68 @@ def test_a_home_is_for_its_owner_alone(home: Home, lm: LanguageModel) -> None:
     home.folder.chmod(0o755)
     with pytest.raises(HomeError, match="chmod 700"), home.locked():
         pass
+
+
+class Ring(KeyringBackend):
+    """A keyring as a desktop has one, in this process' memory; locked, it gives nothing away."""
+
+    priority = 1  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[tuple[str, str], str] = {}
+        self.locked = False
+
+    def get_password(self, service: str, username: str) -> str | None:
+        if self.locked:
+            raise KeyringLocked("the collection is locked")
+        return self.kept.get((service, username))
+
+    def set_password(self, service: str, username: str, password: str) -> None:
+        self.kept[service, username] = password
+
+    def delete_password(self, service: str, username: str) -> None:
+        del self.kept[service, username]
+
+
+def test_a_key_may_lie_in_the_keyring(home: Home, lm: LanguageModel) -> None:
+    before, ring = keyring.get_keyring(), Ring()
+    keyring.set_keyring(ring)
+    try:
+        agent = made(home, lm, key="keyring")
+        talked(agent)
+        assert not (home.folder / "key").exists() and len(reopened(agent).journal.turns()) == 6
+        ring.locked = True
+        with pytest.raises(HomeError, match="unlock it"):
+            home.read_key(agent.config)
+        ring.locked = False
+        home.erase(agent.config)
+        assert ring.kept == {}
+        with pytest.raises(HomeError, match="has no key"):
+            home.read_key(agent.config)
+    finally:
+        keyring.set_keyring(before)
+
+
+def test_a_clock_that_jumps_changes_no_order(home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dialogues are taken up as they were had, rounds answered in their order, whatever year the clock shows."""
+    agent, now = made(home, lm), [1.8e9]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    agent.join(TERMS, SERVER)
+    first = talked(agent, SAID[:3])
+    row = agent.site.shared_layout.start(0)
+    before = asked(agent, 1, row)
+    now[0] = 0.0  # a battery that was empty
+    later = talked(agent, SAID[3:])
+    agent.learn()
+    assert [t.id for t in agent.journal.turns()] == [*first, *later] and len(agent.kept()) == 6
+    assert asked(agent, 1, row)[0] == before[0]
+    now[0] = 4e9
+    asked(agent, 2, row, version=1)
+    assert [s.round for s in agent.releases] == [1, 2] and [s.time for s in agent.releases] == [1.8e9, 4e9]
+    assert agent.account and [e.round for e in agent.account.entries] == [1, 2]
+    agent.erase(first[:1])
+    assert agent._state().arrived == 5
 
 
 def test_one_agent_at_a_time(home: Home, lm: LanguageModel) -> None:
@@ -677,6 +742,20 @@ def test_the_page_is_for_its_owner_alone(door: SimpleNamespace) -> None:
     rebound = {"host": "evil.example"}
     assert page.get("/api/status", headers=rebound).status_code == 403
     assert door.agent.consents["learn"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux'")
+def test_a_limit_of_memory_is_kept_to_and_told(home: Home) -> None:
+    """Too little for the model is told; with enough the settings are thrifty, and the agent learns."""
+    done = told(home, "init", "--model", "nano", "--memory-limit", "200MiB", "--learn", "--no-federate")
+    assert done.returncode == 1 and "memory" in done.stdout + done.stderr and not home.exists
+    assert told(home, "init", "--memory-limit", "much").returncode == 2
+    done = told(home, "init", "--model", "nano", "--memory-limit", "1GiB", "--learn", "--no-federate")
+    assert done.returncode == 0, done.stdout + done.stderr
+    model = home.config().device.model
+    assert model.checkpointing and model.max_batch_tokens == 512 and home.config().memory_limit == 2**30
+    assert told(home, "learn").returncode == 0
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,12 @@ from cryptography.x509 import load_pem_x509_certificate
 
 from client.agent.agent import Agent
 from client.agent.config import new_config
-from client.agent.courier import PUBLIC_KEY, prepare
+from client.agent.courier import PUBLIC_KEY, connected, prepare
 from client.agent.home import DeviceError, Home
 from client.agent.terms import Terms, read_terms, write_terms
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
-from simulation.deployment import CA, CERTIFICATE, KEY, make_certificates
+from simulation.deployment import CA, CERTIFICATE, KEY, make_certificates, register, superlink
 from simulation.runs import RunFolder
 
 FLORILEGIUM = (sys.executable, "-m", "simulation")
@@ -155,3 +156,40 @@ def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: Language
     assert [f["releases"] for f in facts if f["event"] == "round"][-1] == 1
     text = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
     assert not any(reply.encode() in text for _, reply in SAID)
+
+
+@pytest.mark.slow
+def test_who_does_not_know_the_other_stays_apart(tmp_path: Path, lm: LanguageModel) -> None:
+    """Of three devices one has the certificate of another server, one a key that the server does not know."""
+    folder, port = tmp_path / "server", free_port()
+    told("server", "init", folder, "--name", "orchard", "--host", "127.0.0.1", "--rounds", 3)
+    address = f"127.0.0.1:{port}"
+    agents = {}
+    for name in ("known", "misled", "stranger"):
+        home = Home(tmp_path / name)
+        authority = make_certificates(tmp_path / "another", ["127.0.0.1"]) if name == "misled" else folder / CA
+        public = prepare(home.courier, authority)
+        if name != "stranger":
+            (folder / "nodes" / f"{name}.pub").write_bytes(public.read_bytes())
+        agents[name] = new_device(home, lm)
+        agents[name].join(read_terms(folder / "terms.toml"), address)
+    with ExitStack() as running:
+        running.enter_context(superlink(folder, "127.0.0.1", port))
+        assert register(folder, address) == 2
+        for agent in agents.values():
+            running.enter_context(connected(agent))
+        logs = {name: agent.home.courier / "supernode.log" for name, agent in agents.items()}
+        wanted = {"misled": "CERTIFICATE_VERIFY_FAILED", "stranger": "not registered"}
+        until = time.monotonic() + 90
+        while not all(text in logs[name].read_text() for name, text in wanted.items()) or online(folder) != 1:
+            assert time.monotonic() < until, {name: log.read_text()[-2000:] for name, log in logs.items()}
+            time.sleep(1)
+
+
+def online(folder: Path) -> int:
+    """How many devices the server sees."""
+    environment = {**os.environ, "FLWR_HOME": str(folder / "flower"), "FLWR_TELEMETRY_ENABLED": "0"}
+    command = [str(Path(sys.executable).parent / "flwr"), "supernode", "list", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return sum(node["status"] == "online" for node in json.loads(done.stdout)["nodes"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from client.agent.home import HomeError
 from client.lm.config import ModelConfig
 from client.lm.hub import cache_folder, has_weights
 
 GIB = 2**30
+LEAST = 768 * 2**20  # bytes with which nano learns; most of them are the libraries'
 SMALL_PASSES = 512  # tokens at once where memory is scarce: slower, but no more than a long example needs anyway
 
 
@@ -19,15 +21,12 @@ def fitting(memory: int) -> ModelConfig:
     larger = has_weights(cache_folder() / "smollm2-135m")
     if larger and memory >= 3 * GIB:
         return ModelConfig(name="smollm2-135m")
-    if larger and memory >= 2 * GIB:
-        return thrifty("smollm2-135m", "auto")
-    if larger and memory >= GIB:
-        return thrifty("smollm2-135m", "bfloat16")
-    return ModelConfig(name="nano") if memory >= GIB else thrifty("nano", "auto")
+    return thrifty("smollm2-135m" if larger and memory >= GIB else "nano", memory)
 
 
-def thrifty(name: str, dtype: str) -> ModelConfig:
-    """The model so that it learns in little memory, and slower."""
+def thrifty(name: str, memory: int) -> ModelConfig:
+    """The model so that it learns in little memory, slower; with half the bytes for its weights where they are many."""
+    dtype = "bfloat16" if memory < 2 * GIB and name != "nano" else "auto"
     return ModelConfig(name=name, dtype=dtype, checkpointing=True, max_batch_tokens=SMALL_PASSES)
 
 
@@ -35,8 +34,11 @@ def limit_memory(limit: int) -> None:
     """Has this process get no more memory of its own than `limit` bytes; 0: as much as there is.
 
     Where a pass through the model does not fit, smaller ones are made; what cannot be done at all is told, and the
-    process goes on. Linux alone; shared libraries and files that are mapped do not count.
+    process goes on. Linux alone; shared libraries and files that are mapped do not count. Raises `HomeError` for less
+    than anything can be done with.
     """
+    if 0 < limit < LEAST:
+        raise HomeError(f"memory_limit = {limit / 2**20:.0f} MiB: an agent needs {LEAST / 2**20:.0f} MiB of memory")
     if limit and sys.platform == "linux":
         import resource
 

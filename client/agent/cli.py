@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,21 +43,29 @@ def init(
     if key not in ("file", "keyring"):
         raise typer.BadParameter("--key takes file or keyring")
     limit = _bytes_of(memory_limit)
-    chosen = fitting(limit or psutil.virtual_memory().total)
+    memory = limit or psutil.virtual_memory().total
+    chosen = fitting(memory)
     if model:
-        chosen = thrifty(model, chosen.dtype) if limit else ModelConfig(name=model)
+        chosen = thrifty(model, memory) if limit else ModelConfig(name=model)
+    place = Home(home)
     with plain_errors():
-        place, config = Home(home), new_config(chosen, "keyring" if key == "keyring" else "file", limit)
+        place.check_empty()
+        given = {"learn": learn, "federate": federate}
+        consents = {
+            item: typer.confirm(text, default=False) if given[item] is None else given[item]
+            for item, text in CONSENTS.items()
+        }
+        config = new_config(chosen, "keyring" if key == "keyring" else "file", limit)
         limit_memory(limit)
         lm = loaded(config.device.model)
         secret = place.make(config)
         with place.locked():
             agent = Agent(place, config, lm, secret)
-            for item, given in (("learn", learn), ("federate", federate)):
-                agent.consent(item, typer.confirm(CONSENTS[item], default=False) if given is None else given)  # type: ignore[arg-type, index]
+            for item, agreed in consents.items():
+                agent.consent(item, bool(agreed))
             agent.status()
             agent.journal.copy_to(place.good_copy)
-        console.print(f"{config.name} with {lm.name} is in {place.folder}. Next: florilegium device serve")
+    console.print(f"{config.name} with {lm.name} is in {place.folder}. Next: florilegium device serve")
 
 
 def _bytes_of(text: str) -> int:
@@ -150,9 +159,25 @@ def learn(
 def status(home: HomeOption = HOME) -> None:
     """What the device is, holds and has spent."""
     with _remote(home) as agent:
+        told = agent.read("status")
+        learned, there = told["learned"], told["federation"]
+        spent = "its account is broken" if told["epsilon"] is None else f"{told['epsilon']:.3f}"
+        rows = {
+            "device": f"{told['device']}, {told['model']}",
+            "doing": told["doing"] or "nothing",
+            "consents": ", ".join(f"{item}: {'yes' if given else 'no'}" for item, given in told["consents"].items()),
+            "learns": f"when {told['learns']}" if told["learns"] == "asked" else f"by itself, {told['learns']}",
+            "learned last": f"{datetime.fromtimestamp(learned['at']):%Y-%m-%d %H:%M}" if learned else "never",
+            "dialogues": f"{told['dialogues']}, {told['new']} of them new",
+            "kept": f"{told['buffered']} of {told['bins']} in the buffer, {told['pooled']} in the pool; "
+            f"{told['unanswered']} wait for a reply of yours",
+            "federation": f"{there['name']} at {there['server']}, {there['rounds']} rounds" if there else "none",
+            "sent": f"{told['releases']} releases; ε {spent} of {told['epsilon_budget']:g} for {told['unit']}",
+            "disk, memory": f"{told['vault_bytes'] / 1e6:.1f} MB, {told['memory_bytes'] / 1e6:.0f} MB",
+        }
         table = Table(show_header=False)
-        for name, value in agent.read("status").items():
-            table.add_row(name.replace("_", " "), str(value))
+        for name, value in rows.items():
+            table.add_row(name, value)
         console.print(table)
 
 
@@ -288,9 +313,12 @@ def _remote(home: Path) -> Iterator[Any]:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Errors of the device's own as a line, the others as they are."""
+    """Errors of the device's own as a line, and want of memory; the others as they are."""
     try:
         yield
+    except MemoryError:
+        console.print("[bold red]error:[/] the memory does not suffice: raise memory_limit, or take a smaller model")
+        raise typer.Exit(1) from None
     except DeviceError as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False)
         raise typer.Exit(1) from None

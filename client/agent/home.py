@@ -100,15 +100,20 @@ class Home:
         written = tomli_w.dumps(_without_none(config.model_dump(mode="json")))
         replace_file(self.settings, f"# Settings of this device. Its dialogues are in {self.vault.name}.\n{written}")
 
-    def make(self, config: AgentConfig) -> str:
-        """A new folder for its owner alone, with a new key, which is returned. Raises `HomeError` if there is one."""
+    def check_empty(self) -> None:
+        """Raises `HomeError` where there is a device already."""
         if self.exists:
             raise HomeError(f"{self.folder} holds a device already; take another --home, or erase it")
+
+    def make(self, config: AgentConfig) -> str:
+        """A new folder for its owner alone, with a new key, which is returned. Raises `HomeError` if there is one."""
+        self.check_empty()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.folder.chmod(0o700)
         key = token_hex(KEY_HEX // 2)
         if config.key == "keyring":
-            _keyring().set_password(KEYRING, config.name, key)
+            with _keyring() as ring:
+                ring.set_password(KEYRING, config.name, key)
         else:
             with open(os.open(self._key_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
                 file.write(key)
@@ -120,7 +125,8 @@ class Home:
     def read_key(self, config: AgentConfig) -> str:
         """The key of the vault. Raises `HomeError` where it is missing or others may read it."""
         if config.key == "keyring":
-            key = _keyring().get_password(KEYRING, config.name)
+            with _keyring() as ring:
+                key = ring.get_password(KEYRING, config.name)
             if not key:
                 raise HomeError(f"the keyring has no key for {config.name}: unlock it, or restore the entry")
             return str(key)
@@ -137,7 +143,8 @@ class Home:
     def erase(self, config: AgentConfig) -> None:
         """Destroys the key first: what a disk still holds of the vault cannot be read any more."""
         if config.key == "keyring":
-            _keyring().delete_password(KEYRING, config.name)
+            with _keyring() as ring:
+                ring.delete_password(KEYRING, config.name)
         elif self._key_file.exists():
             with open(self._key_file, "r+b") as file:
                 file.write(b"0" * KEY_HEX)
@@ -184,12 +191,18 @@ def replace_file(path: Path, text: str) -> None:
         os.close(folder)
 
 
-def _keyring() -> Any:
+@contextmanager
+def _keyring() -> Iterator[Any]:
+    """The system's keyring; raises `HomeError` where there is none, or where it fails."""
     try:
         import keyring
     except ImportError:
         raise HomeError("the keyring needs the extra `device`; or take --key file") from None
-    return keyring
+    try:
+        yield keyring
+    except keyring.errors.KeyringError as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HomeError(f"the system's keyring failed ({told}); unlock it, or take --key file") from None
 
 
 def _without_none(tree: dict[str, Any]) -> dict[str, Any]:

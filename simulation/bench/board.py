@@ -51,7 +51,7 @@ def measure(
     rows = []
     for name in models:
         for dtype in ("float32", "bfloat16"):
-            for model in (ModelConfig(name=name, dtype=dtype), thrifty(name, dtype)):
+            for model in (ModelConfig(name=name, dtype=dtype), thrifty(name, 0).model_copy(update={"dtype": dtype})):
                 for count in threads:
                     for limit in limits_gib:
                         tell(f"{name} {dtype} thrifty={model.checkpointing}, {count} threads, {limit:g} GiB")
