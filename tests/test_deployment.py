@@ -179,7 +179,7 @@ def test_who_does_not_know_the_other_stays_apart(tmp_path: Path, lm: LanguageMod
         for agent in agents.values():
             running.enter_context(connected(agent))
         logs = {name: agent.home.courier / "supernode.log" for name, agent in agents.items()}
-        wanted = {"misled": "CERTIFICATE_VERIFY_FAILED", "stranger": "not registered"}
+        wanted = {"misled": "CERTIFICATE_VERIFY_FAILED", "stranger": "Failed to activate SuperNode"}
         until = time.monotonic() + 90
         while not all(text in logs[name].read_text() for name, text in wanted.items()) or online(folder) != 1:
             assert time.monotonic() < until, {name: log.read_text()[-2000:] for name, log in logs.items()}

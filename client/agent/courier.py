@@ -112,11 +112,11 @@ def _supernode(server: str, folder: Path, over: threading.Event) -> Iterator[tup
 
     def keep_up() -> None:
         while not over.is_set():
-            with open(folder / "supernode.log", "ab") as written:
+            with open(folder / "supernode.log", "wb") as written:
                 running[:] = [subprocess.Popen(command, env=environment, stdout=written, stderr=written)]
-            code = running[0].wait()
+            running[0].wait()
             if not over.is_set():
-                log.warning("the SuperNode ended with %d; the next try is in %d s", code, AGAIN_S)
+                log.warning("the SuperNode ended: %s; the next try is in %d s", _reason(folder), AGAIN_S)
                 over.wait(AGAIN_S)
 
     thread = threading.Thread(target=keep_up, daemon=True)
@@ -128,6 +128,13 @@ def _supernode(server: str, folder: Path, over: threading.Event) -> Iterator[tup
         if running:
             running[0].terminate()
         thread.join()
+
+
+def _reason(folder: Path) -> str:
+    """Flower's, in brackets on a line of its log."""
+    lines = (folder / "supernode.log").read_text(encoding="utf-8", errors="replace").splitlines()
+    told = [line for line in lines if line.startswith("[")]
+    return told[-1] if told else f"see {folder / 'supernode.log'}"
 
 
 def _carry(address: str, secret: bytes, agent: Agent, over: threading.Event) -> None:
