@@ -264,6 +264,7 @@ def test_a_run_stopped_in_round_two_ends_like_one_that_was_not(finished: Path, t
     }
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes(finished: Path, tmp_path: Path) -> None:
     """kill -9 after the first round, by the command line, from a folder with a foreign client.py."""
     (tmp_path / "client.py").write_text("raise SystemExit('a foreign client.py was imported')")
