@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -67,8 +68,7 @@ def run(
                 settings, folder, resuming=resume, overwrite=overwrite, pulse=pulse, tensorboard=tensorboard
             )
     except KeyboardInterrupt:
-        console.print(f"stopped; what was finished is kept in {folder}: go on with --resume")
-        raise typer.Exit(130) from None
+        _end(f"stopped; what was finished is kept in {folder}: go on with --resume")
     console.print(render_summary(summary))
     console.print(f"report: {folder / 'report.html'}")
 
@@ -212,8 +212,7 @@ def study(
         with told.status("loading") as status:
             run_study(planned, folder, lambda phase: status.update(f"{planned.name}: {phase}"))
     except KeyboardInterrupt:
-        console.print(f"stopped; what was finished is kept in {folder}: the same command goes on")
-        raise typer.Exit(130) from None
+        _end(f"stopped; what was finished is kept in {folder}: the same command goes on")
     Console(width=max(console.width, 120)).print(as_text(planned, folder))
     console.print(f"report: {render_study(planned, folder)}")
 
@@ -450,6 +449,13 @@ def bench_board(
         print(json.dumps(to_json(rows), indent=1))
     else:
         Console(width=max(console.width, 100)).print(as_table(rows))
+
+
+def _end(text: str) -> NoReturn:
+    """After Ctrl-C; another one changes nothing any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    console.print(text)
+    raise typer.Exit(130)
 
 
 def main() -> None:
