@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,7 +11,8 @@ class Dialogue:
 
     `response` is the user's own annotation: a device may read it only after it has asked for it
     (see `client.annotate`). `time` is seconds since the epoch, or a running number where a data set
-    has no clock. `parent` names the dialogue that a synthetic one was made from.
+    has no clock. `parent` names the dialogue that a synthetic one was made from. `context` is what was said before, a
+    line each: part of other dialogues, and so not of what one dialogue may change in a release.
     """
 
     id: str
@@ -20,3 +21,9 @@ class Dialogue:
     time: float = 0.0
     domain: str = ""
     parent: str = ""
+    context: str = ""
+
+    @property
+    def in_context(self) -> Dialogue:
+        """The same with its context in front of the prompt."""
+        return replace(self, prompt=f"{self.context}\n{self.prompt}", context="") if self.context else self

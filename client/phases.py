@@ -135,10 +135,14 @@ def release_schema(layout: AdapterLayout, encoding: str = "fp32") -> Schema:
 def observe(
     states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, site: Site
 ) -> tuple[States, list[Observation]]:
-    """Takes what came in: into the buffer by the policy, into the pool by coins. The replies are not looked at."""
+    """Takes what came in: into the buffer by the policy, into the pool by coins. The replies are not looked at.
+
+    What was said before a dialogue is in the buffer with it, and not in the pool, where one's words are one dialogue's.
+    """
     selection = site.config.selection
     lexicons = load_lexicons(selection.lexicons)
-    features = iter(site.lm.embed([d.prompt for dialogues in arrived for d in dialogues], [selection.reading]))
+    texts = [d.in_context.prompt for dialogues in arrived for d in dialogues]
+    features = iter(site.lm.embed(texts, [selection.reading]))
     after, notes = [], []
     for state, dialogues in zip(states, arrived, strict=True):
         if state.buffer.config != selection:
@@ -147,7 +151,7 @@ def observe(
         buffer, pool, accepted, truncated = state.buffer, state.pool, 0, 0
         for dialogue in dialogues:
             feature = next(features)
-            buffer, taken = buffer.offer(candidate(dialogue, feature, lexicons, selection), rng)
+            buffer, taken = buffer.offer(candidate(dialogue.in_context, feature, lexicons, selection), rng)
             pool = pool.offer(dialogue.id, dialogue.prompt, state.secret)
             accepted, truncated = accepted + taken, truncated + feature.truncated
         after.append(replace(state, buffer=buffer, pool=pool, arrived=state.arrived + len(dialogues)))

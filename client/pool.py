@@ -33,6 +33,14 @@ class Pool:
         slots = (*self.slots[:slot], (identity, prompt), *self.slots[slot + 1 :])
         return replace(self, slots=slots, seen=seen)
 
+    def resized(self, capacity: int, secret: int) -> Pool:
+        """With so many slots; of more than that, coins choose those that stay."""
+        order = np.random.Generator(np.random.Philox(key=derive_key(secret, "resized", self.seen))).permutation(
+            len(self.slots)
+        )
+        kept = sorted(order[:capacity].tolist())
+        return replace(self, capacity=capacity, slots=tuple(self.slots[i] for i in kept))
+
     def only(self, identities: frozenset[str]) -> Pool:
         """Without the dialogues that are retired: which ones depends on how often each was paid for, not on texts."""
         return replace(self, slots=tuple(s for s in self.slots if s[0] in identities))

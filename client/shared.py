@@ -148,6 +148,7 @@ def reserve(states: Sequence[DeviceState], received: torch.Tensor, plan: RoundPl
             event=event,
             dialogues=tuple(i for i, _ in s.pool.slots),
             heads=tuple(head for head in (s.head, plan.heads.get(s.id, "")) if head),
+            repeatable=site.config.privacy.secret != "os",
         )
         for s in states
     ]

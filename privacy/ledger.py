@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from privacy.accounting import Adjacency, Event, epsilon
@@ -59,7 +60,8 @@ class Budget:
 class Request:
     """A device's wish to train for a release. `(experiment, round)` is paid for once.
 
-    `received` names what the server sent; `heads` are those that the account must hold; `genesis` is secret.
+    `received` names what the server sent; `heads` are those that the account must hold; `genesis` is secret. Only what
+    would be drawn as before is granted again: `repeatable`.
     """
 
     device: str
@@ -70,6 +72,7 @@ class Request:
     event: Event
     dialogues: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    repeatable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,7 @@ class Ledger:
         self.path, self._key = path, key
         path.parent.mkdir(parents=True, exist_ok=True)
         self._known: dict[str, Account] = {}  # read and found whole
+        self._lock = Lock()  # of `_known`, which is to follow what is in the file
         with self._connected() as connection:
             connection.execute(_TABLE)
 
@@ -160,18 +164,19 @@ class Ledger:
         """Pays for what is affordable, all in one write; one answer a request.
 
         Asked again for the same, a round is granted and not paid for twice; asked for a round with something else
-        received, or for an earlier one, it is refused: the same noise on two adapters would cancel.
+        received, or for an earlier one, it is refused: the same noise on two adapters would cancel. Where noise is
+        drawn anew each time a round is never granted again: what was paid for and not sent is lost.
         """
-        with self._connected() as connection:
+        with self._lock, self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
             judged = [_judged(r, budget, self._read(r.device, r.genesis, connection)) for r in requests]
             new = [(r.device, entry, answer.head) for r, (answer, entry) in zip(requests, judged, strict=True) if entry]
             rows = [self._row(device, entry, head) for device, entry, head in new]
             connection.executemany(f"INSERT INTO entry VALUES ({', '.join('?' * 11)})", rows)
             connection.execute("COMMIT")
-        for device, entry, head in new:
-            self._known[device].add(entry, head)
-        self._forget()
+            for device, entry, head in new:
+                self._known[device].add(entry, head)
+            self._forget()
         return [answer for answer, _ in judged]
 
     def account(self, device: str, genesis: str) -> Account | None:
@@ -180,9 +185,9 @@ class Ledger:
 
     def accounts(self, devices: Sequence[tuple[str, str]]) -> list[Account | None]:
         """Those of many devices with their secrets, read at once."""
-        with self._connected() as connection:
+        with self._lock, self._connected() as connection:
             found = [self._read(device, genesis, connection) for device, genesis in devices]
-        self._forget()
+            self._forget()
         return found
 
     def _forget(self) -> None:
@@ -270,6 +275,11 @@ def _objection(request: Request, budget: Budget, account: Account) -> str:
         return BEHIND if account.entries else MISSING
     own = [e for e in account.entries if e.experiment == request.experiment]
     again = [e for e in own if e.round == request.round]
-    if again and (again[0].received, again[0].event) == (request.received, request.event) and again[0] is own[-1]:
+    if (
+        again
+        and request.repeatable
+        and (again[0].received, again[0].event) == (request.received, request.event)
+        and again[0] is own[-1]
+    ):
         return ""
     return ANSWERED if any(e.round >= request.round for e in own) else ""

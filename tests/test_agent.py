@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -31,9 +32,9 @@ from keyring.errors import KeyringLocked
 from scipy.stats import kstest
 
 from client import shared
-from client.agent.agent import Agent, AgentError
+from client.agent.agent import Agent, AgentError, base_hash, restore
 from client.agent.config import new_config
-from client.agent.courier import answered
+from client.agent.courier import SuperNode, answered
 from client.agent.home import Home, HomeError
 from client.agent.journal import Journal, VaultError
 from client.agent.remote import Remote
@@ -57,7 +58,7 @@ SAID = (
     ("Where do you want to travel?", "To the sea, in a slow train."),
     ("Any plans for the weekend?", "Repairing my old bicycle."),
 )
-TERMS, SERVER = Terms(name="orchard", rounds=3, seed=1), "127.0.0.1:9092"
+TERMS, SERVER = Terms(name="orchard", rounds=3, seed=1, base=base_hash("nano")), "127.0.0.1:9092"
 PAGE = 4096  # bytes
 
 
@@ -156,7 +157,7 @@ def test_a_key_may_lie_in_the_keyring(home: Home, lm: LanguageModel) -> None:
         with pytest.raises(HomeError, match="unlock it"):
             home.read_key(agent.config)
         ring.locked = False
-        home.erase(agent.config)
+        home.erase()
         assert ring.kept == {}
         with pytest.raises(HomeError, match="has no key"):
             home.read_key(agent.config)
@@ -234,6 +235,45 @@ def test_a_damaged_vault_is_refused_and_restored(home: Home, lm: LanguageModel) 
     assert reopened(agent).journal.turns() == whole
 
 
+def test_a_vault_that_is_empty_is_damaged(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    talked(agent)
+    agent.learn()
+    home.vault.write_bytes(b"")
+    with pytest.raises(VaultError, match="device restore"):
+        Agent.open(home)
+    restore(home)
+    assert len(reopened(agent).journal.turns()) == 6
+
+
+def test_restoring_is_of_the_copy_alone_and_brings_no_consent_back(home: Home, lm: LanguageModel) -> None:
+    """What SQLite left beside the damaged file is not played into the copy; what was set aside stays."""
+    agent = made(home, lm)
+    agent.join(TERMS, SERVER)
+    talked(agent)
+    agent.learn()
+    before = agent.journal.turns()
+    for number in (1, 2):
+        home.vault.write_bytes(home.vault.read_bytes()[:-PAGE] + b"x" * PAGE)
+        home.vault.with_name("device.db-journal").write_bytes(b"left behind" * 1000)
+        restore(home)
+        assert (home.folder / f"device.damaged-{number}.db").exists()
+    agent = reopened(agent)
+    agent.journal.check()
+    assert agent.journal.turns() == before and not any(agent.consents.values()) and agent.federation is None
+
+
+def test_what_is_not_the_devices_is_left_alone(home: Home, lm: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "thesis.odt").write_text("years")
+    with pytest.raises(HomeError, match="is not empty"):
+        Home(tmp_path).make(new_config(ModelConfig(name="nano")))
+    made(home, lm)
+    (home.folder / "thesis.odt").write_text("years")
+    home.settings.write_text("nonsense")
+    home.erase()
+    assert {p.name for p in home.folder.iterdir()} <= {"thesis.odt", "agent.lock"}
+
+
 # -- talking and learning ---------------------------------------------------------------------------------------------
 
 
@@ -258,9 +298,10 @@ def test_a_conversation_is_seen_as_far_as_its_context_goes(home: Home, lm: Langu
     for prompt, said in (("a", "b"), ("c", "d")):
         agent.journal.add(prompt, said, "talk")
     agent.journal.add("other", "talk", "elsewhere")
-    assert agent._with_context("e", "talk") == "c\nd\ne" and agent._with_context("e", "") == "e"
+    assert agent._context("talk") == "c\nd" and agent._context("") == ""
     agent.learn()
     assert {k["prompt"] for k in agent.kept()} == {"a", "a\nb\nc", "other"}
+    assert [prompt for _, prompt in agent._state().pool.slots] == ["a", "c", "other"]  # each in one slot alone
 
 
 def test_learning_is_what_the_owner_said(home: Home, lm: LanguageModel) -> None:
@@ -374,10 +415,10 @@ def test_a_power_cut_in_a_round_sends_nothing_twice(
     talked(agent)
     row, answers = agent.site.shared_layout.start(0), list[Any]()
     agent = all_after_each_cut(agent, lambda a: answers.append(asked(a, 1, row)), monkeypatch)
-    (header, arrays), again = answers[0], asked(agent, 1, row)
-    assert len(answers) == 1 and again[0] == header
-    assert all(np.array_equal(arrays[name], again[1][name]) for name in arrays)
-    assert agent.account and len(agent.account.entries) == 1
+    assert [header for header, _ in answers] == [{"error": "no-release"}]  # paid for, and cut before it was kept
+    assert agent.account and len(agent.account.entries) == 1 and not agent.releases
+    header, _ = asked(agent, 2, row)
+    assert "error" not in header and len(agent.account.entries) == 2
 
 
 def test_a_full_disk_is_told_and_loses_nothing(home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,6 +557,39 @@ def test_erasing_reaches_what_quoted_it(home: Home, lm: LanguageModel) -> None:
         agent.erase([first.id])
 
 
+def test_an_erasure_that_cannot_end_is_tried_again(
+    home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk without room for the good copy: the device lives on, and nothing holds what was to go."""
+    agent = made(home, lm)
+    ids = talked(agent)
+    agent.learn()
+
+    def full(journal: Journal, path: Path) -> None:
+        raise VaultError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "copy_to", full)
+        with pytest.raises(VaultError):
+            agent.erase(ids[:1])
+        agent = reopened(agent)
+        agent.finish()
+        assert agent.chat("Hello") and not home.good_copy.exists()
+    agent.finish()
+    assert home.good_copy.exists() and SAID[0][1].encode() not in decrypted(home.vault, home.read_key(agent.config))
+
+
+def test_an_interest_that_its_owner_removed_stays_away(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    ids = talked(agent)
+    agent.learn()
+    told = json.loads(agent.profile.to_json())
+    gone = told["interests"].pop(0)["text"]
+    agent.edit_profile(json.dumps(told))
+    agent.erase([ids[-1]])
+    assert gone not in [i.text for i in agent.profile.interests] and agent.profile.interests
+
+
 def test_erasing_all_leaves_a_device_that_knows_nothing(home: Home, lm: LanguageModel) -> None:
     agent = made(home, lm)
     ids = talked(agent)
@@ -524,7 +598,7 @@ def test_erasing_all_leaves_a_device_that_knows_nothing(home: Home, lm: Language
     start = agent.site.new_state(agent.config.name).personal
     assert torch.equal(agent.personal_row, start) and not agent.kept() and not agent.profile.interests
     assert agent.chat("Hello").said is not None
-    home.erase(agent.config)
+    home.erase()
     assert not [p for p in home.folder.iterdir() if p.name != "agent.lock"]
 
 
@@ -575,13 +649,17 @@ def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, t
 def test_nothing_leaves_without_consent_budget_or_ledger(joined: tuple[Agent, torch.Tensor]) -> None:
     agent, row = joined
     agent.consent("federate", False)
-    assert asked(agent, 1, row)[0] == {"error": "no-release"}
+    assert asked(agent, 1, row)[0] == {"error": "no-device"}
     with pytest.raises(AgentError, match="not consented"):
         agent.join(TERMS, SERVER)
     agent.consent("federate", True)
     agent.leave()
-    assert asked(agent, 1, row)[0] == {"error": "no-release"} and agent.federation is None
+    for kind in ("train", "evaluate", "query"):
+        assert asked(agent, 1, row, kind)[0] == {"error": "no-device"} and agent.federation is None
     agent.join(TERMS, SERVER)
+    agent.consent("learn", False)
+    assert asked(agent, 1, row)[0] == {"error": "no-device"} and not agent.kept()
+    agent.consent("learn", True)
     agent.journal.copy_to(agent.home.good_copy)  # before anything is paid for
     assert "error" not in asked(agent, 1, row)[0]
     agent.home.good_copy.replace(agent.home.vault)
@@ -603,9 +681,79 @@ def test_a_budget_that_is_spent_stays_spent(home: Home, lm: LanguageModel) -> No
     before = agent._state().personal
     assert asked(agent, 2, row)[0] == {"error": "no-release"} and agent.journal.sent()[-1].kind == "budget-spent"
     agent.leave()
-    agent.join(Terms(name="another"), "x:1")
+    agent.join(TERMS.model_copy(update={"name": "another"}), "x:1")
     assert asked(agent, 1, row)[0] == {"error": "no-release"}
     assert torch.equal(before, agent._state().personal)
+
+
+def test_a_round_is_released_once_whatever_was_joined_between(joined: tuple[Agent, torch.Tensor]) -> None:
+    agent, row = joined
+    assert "error" not in asked(agent, 1, row)[0]
+    agent.leave()
+    agent.join(TERMS.model_copy(update={"name": "another"}), SERVER)
+    assert "error" not in asked(agent, 1, row)[0]
+    agent.leave()
+    agent.join(TERMS, SERVER)
+    assert asked(agent, 1, row)[0] == {"error": "no-release"}
+    assert "error" not in asked(agent, 2, row)[0]
+    assert [(e.experiment, e.round) for e in agent.account.entries] == [("orchard", 1), ("another", 1), ("orchard", 2)]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("item", ["federate", "learn", "leave"])
+def test_a_round_that_is_being_worked_on_is_not_sent_after_a_no(joined: tuple[Agent, torch.Tensor], item: Any) -> None:
+    agent, row = joined
+
+    def no(phase: str) -> None:
+        if phase == "learn_shared":
+            agent.journal.set_fact("federation", None) if item == "leave" else agent.consent(item, False)
+
+    with agent._telling(no):
+        assert asked(agent, 1, row)[0] == {"error": "no-device"}
+    assert not agent.journal.sent() and agent._state().sent is None
+
+
+@pytest.mark.parametrize(
+    ("shared", "told"),
+    [
+        ({"source": "buffer"}, "use 'pool'"),
+        ({"proximal": 5.0}, "shared.proximal"),
+        ({"pool_capacity": 0}, "pool_capacity"),
+        ({"adapter": {"rank": 4, "targets": ("nonsense",), "factors": "b"}}, "match no adapted layer"),
+        ({"adapter": {"rank": 100_000, "factors": "b"}}, "above 256"),
+    ],
+)
+def test_terms_that_do_not_fit_are_told_and_change_nothing(
+    home: Home, lm: LanguageModel, shared: dict[str, Any], told: str
+) -> None:
+    agent = made(home, lm)
+    before = home.settings.read_text()
+    terms = Terms.model_validate({**TERMS.model_dump(), "shared": {**TERMS.shared.model_dump(), **shared}})
+    with pytest.raises(AgentError, match=told):
+        agent.join(terms, SERVER)
+    with pytest.raises(AgentError, match="other"):
+        agent.join(TERMS.model_copy(update={"base": ""}), SERVER)
+    assert agent.federation is None and home.settings.read_text() == before and agent.chat("Hello")
+
+
+def test_a_pool_has_the_slots_that_a_federation_wants(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    talked(agent)
+    agent.learn()
+    small = TERMS.shared.model_copy(update={"pool_capacity": 2})
+    agent.join(TERMS.model_copy(update={"shared": small}), SERVER)
+    assert len(agent._state().pool.slots) == 2 == agent._state().pool.capacity
+    assert "error" not in asked(agent, 1, agent.site.shared_layout.start(0))[0] and len(agent._state().pool.slots) == 2
+    agent.leave()
+    assert agent._state().pool.capacity == agent.config.device.shared.pool_capacity
+
+
+def test_only_the_supernode_that_was_started_is_listened_to(tmp_path: Path) -> None:
+    with socket.socket() as foreign, subprocess.Popen(["sleep", "60"]) as sleeping:
+        foreign.bind(("127.0.0.1", 0))
+        foreign.listen()
+        node = SuperNode(sleeping, foreign.getsockname()[1], b"", tmp_path / "log")
+        assert not node.listens
+        sleeping.terminate()
 
 
 GARBAGE = Array("float32", (3,), "numpy.ndarray", b"garbage")
@@ -628,6 +776,7 @@ PLAN = {"round": 1, "version": 0, "head": ""}
             }
         ),
         RecordDict({"plan": ConfigRecord(PLAN), "arrays": to_record({"x": np.zeros(40_000_000, np.float32)})}),
+        RecordDict({"plan": ConfigRecord(PLAN), "more": to_record({"x": np.zeros(40_000_000, np.float32)})}),
     ],
 )
 def test_what_is_no_question_is_refused(joined: tuple[Agent, torch.Tensor], content: RecordDict) -> None:
@@ -681,7 +830,7 @@ def door(home: Home, lm: LanguageModel) -> Iterator[SimpleNamespace]:
     """An agent behind its socket and its page."""
     agent = made(home, lm)
     with home.locked(), listening(agent), showing(agent, 0) as address:
-        url, _, token = address.partition("/?token=")
+        url, token = address.rstrip("/"), agent.page_token
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(home.socket)), timeout=60) as client:
             yield SimpleNamespace(agent=agent, remote=Remote(client), client=client, url=url, token=token)
 

@@ -98,9 +98,9 @@ class Serving:
         )
         assert self.process.stdout and "http://127.0.0.1" in self.process.stdout.readline()
 
-    def kill(self) -> None:
-        """The whole group at once, as when the power fails."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+    def kill(self, alone: bool = False) -> None:
+        """The whole group at once, as when the power fails; or the agent alone, as when the memory is full."""
+        (os.kill if alone else os.killpg)(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -134,7 +134,7 @@ def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: Language
         while not (run.aggregate(1) or (run.last_shared() and run.last_shared().round >= 1)):  # type: ignore[union-attr]
             assert time.monotonic() < until and server.poll() is None, (folder / "superlink.log").read_text()[-3000:]
             time.sleep(0.2)
-        agents[0].kill()
+        agents[0].kill(alone=True)
         agents[0].start()
         said, _ = server.communicate(timeout=400)
         assert server.returncode == 0, said

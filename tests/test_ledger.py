@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,6 +55,35 @@ def test_a_round_is_paid_for_once(tmp_path: Path) -> None:
     assert refusals(ledger, request(), request()) == [GRANTED, GRANTED]
     assert entries(ledger) == 1
     assert entries(Ledger(tmp_path / "ledger.db")) == 1  # as another process finds it
+
+
+def test_what_would_be_drawn_anew_is_not_granted_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    assert refusals(ledger, *[request(repeatable=False)] * 2, request(2, repeatable=False)) == [
+        GRANTED,
+        ANSWERED,
+        GRANTED,
+    ]
+
+
+def test_who_looks_meanwhile_breaks_nothing(tmp_path: Path) -> None:
+    """A page that asks for the account while a round is paid for, in another thread."""
+    ledger, over = Ledger(tmp_path / "ledger.db"), threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            ledger.accounts([("d", GENESIS)])
+
+    threads = [threading.Thread(target=look) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert refusals(ledger, *(request(n) for n in range(1, 61))) == [GRANTED] * 60
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert entries(ledger) == 60 == entries(Ledger(tmp_path / "ledger.db"))
 
 
 def test_another_adapter_or_an_earlier_round_gets_nothing(tmp_path: Path) -> None:

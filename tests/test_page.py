@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from client.agent.agent import Agent
+from client.agent.agent import Agent, base_hash
 from client.agent.config import new_config
 from client.agent.home import Home
 from client.agent.serve import showing
@@ -35,10 +35,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Iterat
         agent.rate(agent.journal.add(prompt, "hm", "").id, False, wanted)
     agent.journal.add("<b>Is this bold?</b><script>alert(1)</script>", "no", "")
     agent.learn()
-    agent.join(Terms(name="orchard"), "127.0.0.1:9092")
+    agent.join(Terms(name="orchard", base=base_hash("nano")), "127.0.0.1:9092")
     agent.contribute([config.name], agent.site.shared_layout.start(0), RoundPlan(1, 0))
-    with showing(agent, 0) as address:
-        yield agent, address
+    with showing(agent, 0):
+        yield agent, agent.page_address
 
 
 @pytest.fixture

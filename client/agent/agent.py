@@ -7,6 +7,7 @@ is the code of `client.round`.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from secrets import token_urlsafe
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,9 +24,10 @@ import torch
 
 from client.agent.config import AgentConfig, When
 from client.agent.home import DeviceError, Home, HomeError, replace_file
-from client.agent.journal import Journal, Sent, Turn, write_fact
+from client.agent.journal import Journal, Sent, Turn, write_fact, write_sent
 from client.agent.terms import Terms
 from client.buffer import Buffer
+from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lm.adapter import Adapters
 from client.lm.config import ModelConfig
@@ -34,8 +37,8 @@ from client.lm.model import LanguageModel
 from client.personal.profile import Profile, ProfileConfig
 from client.phases import Site, States, annotate, beneath, observe
 from client.round import contribute, live
-from client.shared import resend
-from client.state import DeviceState, DeviceStore
+from client.shared import planned_event, resend
+from client.state import DeviceState, DeviceStore, StoreError
 from privacy.ledger import Account, Ledger
 from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
@@ -47,6 +50,9 @@ CONSENTS: dict[Consent, str] = {
     "federate": "Join a federation: send noised changes of a shared adapter to its server, which also sees when this "
     "device answers. What was sent cannot be taken back.",
 }
+log = logging.getLogger(__name__)
+LARGEST_RANK = 256  # of a shared adapter
+LOST = "lost"  # in place of a head that should be there
 Progress = Callable[[str], None]
 
 
@@ -62,6 +68,12 @@ class Federation:
     server: str
     rounds: int
     public_seed: int  # of the shared adapter's start, the same on all its devices
+    shared: dict[str, Any]  # a `SharedConfig`, in place of the device's own while it is in
+
+    def settings(self, device: DeviceConfig) -> DeviceConfig:
+        """The device's own, where the federation's terms do not say otherwise. Raises ValueError."""
+        told = device.model_dump(mode="json") | {"rounds": self.rounds, "shared": self.shared}
+        return DeviceConfig.model_validate(told)
 
 
 class Agent:
@@ -73,6 +85,8 @@ class Agent:
         `rebasing`: what was learned may belong to another model; `rebase` comes next.
         """
         self.home, self.config, self.lm = home, config, lm
+        self.page_token = token_urlsafe(32)  # of this process: whoever saw an older one cannot open the page
+        self.page_address = ""  # with it, while there is a page
         self.journal = Journal(home.vault, key)
         self.store, self.ledger = DeviceStore(home.vault, key), Ledger(home.vault, key)
         self._busy = threading.RLock()
@@ -102,21 +116,23 @@ class Agent:
     def finish(self) -> None:
         """Ends an erasure that was stopped, by a power cut say."""
         if self.journal.fact("erasing"):
-            with self._busy:
-                self._erased()
+            try:
+                with self._busy:
+                    self._erased()
+            except (DeviceError, StoreError, OSError) as error:
+                log.error("an erasure could not be ended, and is tried again at the next start: %s", error)
 
     # -- what its owner allows ----------------------------------------------------------------------------------------
 
     @property
     def consents(self) -> dict[Consent, bool]:
-        told = self.journal.fact("consents", {})
-        return {item: bool(told.get(item)) for item in CONSENTS}
+        return {item: bool(self.journal.fact(f"consent to {item}")) for item in CONSENTS}
 
     def consent(self, item: Consent, given: bool) -> None:
         """Gives it, or takes it back; what was sent before cannot be."""
         if item not in CONSENTS:
             raise AgentError(f"{item!r} is not something to consent to: {', '.join(CONSENTS)}")
-        self.journal.set_fact("consents", {**self.consents, item: given})
+        self.journal.set_fact(f"consent to {item}", given)
 
     @property
     def learns(self) -> When:
@@ -140,9 +156,8 @@ class Agent:
             state, site = self._state(), self.site
             received, _ = self._used()
             on = [*([] if received is None else beneath(received, [state.id], site)), self._personal(state)]
-            said = self.lm.reply(
-                self._with_context(prompt, conversation), on, self.config.chat, fresh_secret() >> 65, told
-            )
+            asked = Dialogue("", prompt, "", context=self._context(conversation)).in_context.prompt
+            said = self.lm.reply(asked, on, self.config.chat, fresh_secret() >> 65, told)
             if not self.consents["learn"]:
                 return Turn(0, "", time.time(), conversation, prompt, said, None, "", None)
             return self.journal.add(prompt, said, conversation)
@@ -150,6 +165,8 @@ class Agent:
     def rate(self, identity: str, liked: bool | None, wanted: str = "") -> Turn:
         """👍, 👎, and what the owner would have said. Raises KeyError for a dialogue that is not there."""
         self._check_length(wanted)
+        if not self.consents["learn"]:
+            raise AgentError("what you say of it is kept to learn from, which is not consented to")
         self.journal.turn(identity)
         return self.journal.rate(identity, liked, wanted.strip())
 
@@ -157,32 +174,30 @@ class Agent:
         if len(text) > self.config.longest:
             raise AgentError(f"{len(text):,} characters are more than the {self.config.longest:,} of `longest`")
 
-    def _with_context(self, prompt: str, conversation: str, before: int | None = None) -> str:
-        """The prompt behind the last turns of its conversation, a line each."""
+    def _context(self, conversation: str, before: int | None = None) -> str:
+        """The last turns of a conversation, a line each."""
         turns = self.config.context_turns
         if not turns or not conversation:
-            return prompt
+            return ""
         values: tuple[object, ...] = (conversation, before or math.inf)
         past = self.journal.turns("WHERE conversation = ? AND number < ?", values)
         lines = [line for turn in past for line in (turn.prompt, turn.wanted or turn.said)]
-        return "\n".join([*lines[-turns:], prompt])
+        return "\n".join(lines[-turns:])
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
     @property
     def site(self) -> Site:
         """What the phases work with; the reply of a dialogue is what its owner has said of it so far."""
-        federation, seed = self.federation, self.journal.fact("seed")
-        found = Site.of(self.lm, self._settings, seed, self._reply, self._tell, self.ledger)
-        if federation is None:
-            return found
-        layout = self.lm.lora_layout(self._settings.shared.adapter, public_seed=federation.public_seed)
-        return replace(found, shared_layout=layout, experiment=federation.name)
+        return self._site_in(self.federation)
 
-    @property
-    def _settings(self) -> Any:
-        federation, device = self.federation, self.config.device
-        return device.model_copy(update={"rounds": federation.rounds}) if federation else device
+    def _site_in(self, federation: Federation | None) -> Site:
+        device, seed = self.config.device, self.journal.fact("seed")
+        if federation is None:
+            return Site.of(self.lm, device, seed, self._reply, self._tell, self.ledger)
+        found = Site.of(self.lm, federation.settings(device), seed, self._reply, self._tell, self.ledger)
+        layout = self.lm.lora_layout(found.config.shared.adapter, public_seed=federation.public_seed)
+        return replace(found, shared_layout=layout, experiment=federation.name)
 
     def learn(self, progress: Progress = lambda phase: None) -> dict[str, Any]:
         """Takes up what is new, selects, synthesizes, and trains the personal adapter. Returns what came of it."""
@@ -235,7 +250,9 @@ class Agent:
         return states[0]
 
     def _dialogues(self, turns: Iterable[Turn]) -> list[Dialogue]:
-        return [Dialogue(t.id, self._with_context(t.prompt, t.conversation, t.number), t.reply, t.time) for t in turns]
+        return [
+            Dialogue(t.id, t.prompt, t.reply, t.time, context=self._context(t.conversation, t.number)) for t in turns
+        ]
 
     def _reply(self, device: str, dialogue: str) -> str:
         try:
@@ -274,7 +291,11 @@ class Agent:
         """As its owner wants it; raises `ProfileError` for what is not one."""
         self._check_length(text)
         found = Profile.from_json(text)
-        self.journal.set_fact("profile", found.to_json())
+        with self._busy:
+            gone = {i.text for i in self.profile.interests} - {i.text for i in found.interests}
+            removed = {*self.journal.fact("removed interests", []), *map(_hashed, gone)}
+            self.journal.set_fact("removed interests", sorted(removed))
+            self.journal.set_fact("profile", found.to_json())
         return found
 
     def _profile_after(self, profile: Profile, turns: Iterable[Turn]) -> Profile:
@@ -320,8 +341,8 @@ class Agent:
 
     def _erased(self) -> dict[str, Any]:
         """What comes after the dialogues are gone; begun anew where it was stopped."""
+        self.home.drop_copies()
         done = self._made_anew(*self._used())
-        self.home.damaged.unlink(missing_ok=True)
         self.journal.set_fact("erasing", False)
         return done
 
@@ -349,6 +370,8 @@ class Agent:
         if trained:
             (state,), _ = live([state], [[]], received, RoundPlan(self._cycle(), version), self.site)
         profile = self._profile_after(Profile(), self.journal.turns("WHERE cycle IS NOT NULL"))
+        removed = self.journal.fact("removed interests", [])
+        profile = replace(profile, interests=tuple(i for i in profile.interests if _hashed(i.text) not in removed))
 
         def all_of_it(connection: Any) -> None:
             write_fact(connection, "profile", profile.to_json())
@@ -373,11 +396,9 @@ class Agent:
         states: States = [replace(site.new_state(state.id), secret=state.secret)]
         for cycle, turns in sorted(cycles.items()):
             states, _ = observe(states, [self._dialogues(turns)], RoundPlan(cycle, 0), site)
-        left = {d.id: d.prompt for turns in cycles.values() for d in self._dialogues(turns)}
-        slots = tuple((i, left[i]) for i, _ in state.pool.slots if i in left)
-        same = dict(state.pool.slots).items() & dict(slots).items()
-        same |= {(k.id, k.prompt) for k in state.buffer.bins} & left.items()
-        kept = {i for i, _ in same}
+        left = {d.id: d for turns in cycles.values() for d in self._dialogues(turns)}
+        slots = tuple((i, prompt) for i, prompt in state.pool.slots if i in left)
+        same = {(k.id, k.prompt) for k in state.buffer.bins} & {(i, d.in_context.prompt) for i, d in left.items()}
         buffer: Buffer = states[0].buffer
         return self._refreshed(
             replace(
@@ -387,8 +408,8 @@ class Agent:
                 personal=states[0].personal,
                 arrived=states[0].arrived,
                 replies={i: reply for i, reply in state.replies.items() if i in left},
-                synthetic={i: made for i, made in state.synthetic.items() if i in kept},
-                descendants={i: made for i, made in state.descendants.items() if i in kept},
+                synthetic={i: made for i, made in state.synthetic.items() if i in dict(same)},
+                descendants={i: made for i, made in state.descendants.items() if i in dict(slots)},
                 sent=None,
                 asked="",
             )
@@ -401,35 +422,56 @@ class Agent:
         told = self.journal.fact("federation")
         return Federation(**told) if told else None
 
+    @property
+    def federating(self) -> bool:
+        """Whether a server is answered."""
+        return self.federation is not None and all(self.consents.values())
+
     def check_terms(self, terms: Terms) -> None:
         """Raises `AgentError` for terms that do not fit this device, or that its owner has not consented to."""
-        if not self.consents["federate"]:
-            raise AgentError("joining a federation is not consented to: florilegium device consent federate yes")
+        missing = [item for item, given in self.consents.items() if not given]
+        if missing:
+            raise AgentError(f"not consented to: {' and '.join(missing)}; florilegium device consent {missing[0]} yes")
         if self.config.device.privacy.mode == "none":
             raise AgentError("privacy.mode = 'none' is for simulations: nothing would be protected")
-        if terms.base and terms.base != self.journal.fact("base"):
-            raise AgentError(f"the federation is for another model, {terms.model!r}; this device has {self.lm.name!r}")
+        if terms.base != self.journal.fact("base"):
+            raise AgentError(
+                f"the federation is for the weights {terms.base[:12]!r} of {terms.model!r}; this device has "
+                f"{self.lm.name!r} with others: ask the server's operator, or florilegium device rebase"
+            )
         there = self.federation
         if there and there.name != terms.name:
             raise AgentError(f"this device is in {there.name!r}; leave it first: florilegium device leave")
+        if terms.shared.adapter.rank > LARGEST_RANK:
+            raise AgentError(f"the terms want an adapter of rank {terms.shared.adapter.rank}, above {LARGEST_RANK}")
+        try:
+            planned_event(self._site_in(_federation(terms, "")).config)
+        except ValueError as error:
+            raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
 
     def join(self, terms: Terms, server: str) -> None:
         """Agrees to a federation's terms: from now on its server is answered. Raises as `check_terms`."""
         self.check_terms(terms)
-        device = self.config.device.model_copy(update={"shared": terms.shared})
-        config = self.config.model_copy(update={"device": device})
-        if terms.shared != self.config.device.shared:
-            self.home.write_config(config)
-            self.config = config
-            state = self._state()
-            self._save(replace(state, pool=replace(state.pool, capacity=terms.shared.pool_capacity)), _no_shared)
-        self.journal.set_fact("federation", asdict(Federation(terms.name, server, terms.rounds, terms.seed)))
+        joined = _federation(terms, server)
+        with self._busy:
+            self._resize(terms.shared.pool_capacity, joined)
 
     def leave(self) -> None:
         """Answers no server from now on, and learns anew without the shared adapter."""
-        self.journal.set_fact("federation", None)
+        self.journal.set_fact("federation", None)  # at once: a round that is being worked on is not sent
         with self._busy:
-            self._save(self._state(), _no_shared)
+            self._resize(self.config.device.shared.pool_capacity, None)
+
+    def _resize(self, capacity: int, federation: Federation | None) -> None:
+        """Goes over to another federation, or to none, with as many slots in the pool as it wants."""
+        state = self._state()
+
+        def also(connection: Any) -> None:
+            write_fact(connection, "federation", asdict(federation) if federation else None)
+            _no_shared(connection)
+
+        pool = state.pool if state.pool.capacity == capacity else state.pool.resized(capacity, state.secret)
+        self._save(replace(state, pool=pool, sent=None, asked=""), also)
 
     @property
     def schema(self) -> Schema:
@@ -438,17 +480,19 @@ class Agent:
     def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
         """The release of a round, stored before it is handed out; None where consent, budget or order forbid one."""
         with self._busy:
-            federation, site = self.federation, self.site
-            if federation is None or not self.consents["federate"] or not 1 <= plan.round <= federation.rounds:
+            federation = self.federation
+            if federation is None or not self.federating or not 1 <= plan.round <= federation.rounds:
                 return [None]
-            state, answered = self._state(), self.journal.fact("answered", {"federation": "", "round": 0})
-            if answered["federation"] == federation.name and plan.round <= answered["round"]:
-                again = plan.round == answered["round"]
+            state, site, answered = self._state(), self._site_in(federation), self.journal.fact("answered", {})
+            if plan.round <= answered.get(federation.name, 0):
+                again = plan.round == answered[federation.name]
                 return [resend(state, received, plan, site) if again else None]
             state = self._gathered(self._with_spent_head(state), site)
             (state,), (release,), (page,) = contribute([state], [[]], received, plan, site)
             if state.head:
                 replace_file(self.home.spent, state.head)
+            if not self.federating:  # any more
+                return [None]
             size = site.upload_bytes(state.id, plan) if release else 0
             told = Sent(
                 time.time(), federation.name, plan.round, "release" if release else page.get("refusal", "no-release"),
@@ -456,16 +500,18 @@ class Agent:
             )  # fmt: skip
 
             def also(connection: Any) -> None:
-                write_fact(connection, "answered", {"federation": federation.name, "round": plan.round})
+                write_fact(connection, "answered", {**answered, federation.name: plan.round})
+                write_sent(connection, told)
 
             self._save(state, also)
-            self.journal.note_sent(told)
+            self._retire(state)
             return [release]
 
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
-        """Keeps the aggregated adapter for the next learning."""
+        """Keeps the aggregated adapter for the next learning, if it is newer than the last."""
         with self._busy:
-            if self.federation is None or not self.consents["federate"]:
+            federation = self.federation
+            if federation is None or not self.federating or not self._newest()[1] < plan.version <= federation.rounds:
                 return
             with self.journal.open() as connection:
                 write_fact(connection, "newest", plan.version, _bytes(received))
@@ -473,9 +519,9 @@ class Agent:
     def _with_spent_head(self, state: DeviceState) -> DeviceState:
         """A vault that was put back from a copy lacks the head that was written beside it: it pays for nothing."""
         try:
-            return replace(state, head=self.home.spent.read_text(encoding="utf-8").strip())
+            return replace(state, head=self.home.spent.read_text(encoding="utf-8").strip() or LOST)
         except FileNotFoundError:
-            return state
+            return replace(state, head=LOST) if state.head else state
 
     # -- what it tells its owner --------------------------------------------------------------------------------------
 
@@ -596,6 +642,35 @@ def base_hash(name: str) -> str:
             while block := file.read(1 << 20):
                 found.update(block)
     return found.hexdigest()
+
+
+def restore(home: Home) -> None:
+    """Goes back to the last good copy. Consents and the federation are not taken from it: they may be withdrawn ones.
+
+    Raises `HomeError` and `VaultError`; the damaged file is kept beside.
+    """
+    key = home.read_key(home.config())
+    if not home.good_copy.exists():
+        raise HomeError(f"there is no copy: {home.good_copy} is missing")
+    copy = Journal(home.good_copy, key)
+    copy.check()
+    home.set_aside()
+    copy.copy_to(home.vault)
+    journal = Journal(home.vault, key)
+    journal.check()
+    with journal.open() as connection:
+        for item in CONSENTS:
+            write_fact(connection, f"consent to {item}", False)
+        write_fact(connection, "federation", None)
+        _no_shared(connection)
+
+
+def _federation(terms: Terms, server: str) -> Federation:
+    return Federation(terms.name, server, terms.rounds, terms.seed, terms.shared.model_dump(mode="json"))
+
+
+def _hashed(text: str) -> str:
+    return sha256(text.encode()).hexdigest()
 
 
 def _no_shared(connection: Any) -> None:

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.agent.home import DeviceError, Home, HomeError
+from client.agent.home import DeviceError, Home
 
 app = typer.Typer(no_args_is_help=True, help="A real device: talk with it, let it learn, see what has left it.")
 console = Console(soft_wrap=True)
@@ -92,8 +92,16 @@ def serve(
     with plain_errors(), opened(Home(home)) as agent:
         wanted = agent.config.port if port is None else port
         with learning(agent), connected(agent), showing(agent, wanted) as address:
-            print(f"{agent.config.name}: {address}", flush=True)
+            seen = agent.page_address if sys.stdout.isatty() else f"{address} (florilegium device page opens it)"
+            print(f"{agent.config.name}: {seen}", flush=True)  # a log may be read by others
             over.wait()
+
+
+@app.command()
+def page(home: HomeOption = HOME) -> None:
+    """The address of the page, with the token that opens it until the agent is started again."""
+    with _remote(home) as agent:
+        print(agent.read("page") or "there is no page: florilegium device serve")
 
 
 @app.command()
@@ -271,25 +279,23 @@ def erase(
     with plain_errors():
         place = Home(home)
         with place.locked():
-            place.erase(place.config())
+            place.erase()
         console.print(f"{place.folder} is empty")
 
 
 @app.command()
 def restore(home: HomeOption = HOME) -> None:
     """Go back to the last good copy, for a file that is damaged. What came after is gone; nothing is spent twice."""
-    from client.agent.journal import Journal
+    from client.agent import agent
 
     with plain_errors():
         place = Home(home)
         with place.locked():
-            key = place.read_key(place.config())
-            if not place.good_copy.exists():
-                raise HomeError(f"there is no copy: {place.good_copy} is missing")
-            Journal(place.good_copy, key).check()
-            place.vault.replace(place.damaged) if place.vault.exists() else None
-            Journal(place.good_copy, key).copy_to(place.vault)
-        console.print("restored; where the copy lacks a payment, this device releases nothing any more")
+            agent.restore(place)
+        console.print(
+            "restored, without consents and federation: give them again (florilegium device consent, join). "
+            "Where the copy lacks a payment, this device releases nothing any more"
+        )
 
 
 @app.command()

@@ -15,17 +15,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+import psutil
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509 import load_pem_x509_certificates
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 from flwr.common.constant import SubStatus
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -39,11 +42,13 @@ from client.agent.agent import Agent
 from client.agent.home import DeviceError, replace_file
 from client.app import answer, refusal
 from client.records import on_a_wire
-from privacy.gate import BAD_MESSAGE, FAILED
+from privacy.gate import BAD_MESSAGE, FAILED, NO_DEVICE
 
 log = logging.getLogger(__name__)
 ROOM = 65_536  # bytes of a message beside its numbers
-LOOK_S = 0.2  # between two looks for a task
+LOOK_S = 0.5  # between two looks for a task
+PATIENCE_S = 10.0  # with a SuperNode that is to end
+LOOPBACK = "127.0.0.1"
 AGAIN_S = 10.0  # before a SuperNode that ended is started again: its server holds a dead one's place for a minute
 CERTIFICATES, KEY, PUBLIC_KEY = "server-ca.pem", "node.key", "node.pub"  # in the courier's folder
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -52,11 +57,14 @@ _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 def answered(message: Message, agent: Agent) -> Message:
     """The agent's answer; a code where there is none. No exception leaves: its text would go to the server."""
     try:
-        arrays = message.content.array_records.get("arrays", ArrayRecord())
-        if sum(len(array.data) for array in arrays.values()) > largest_question(agent):
+        arrays = [a for record in message.content.array_records.values() for a in record.values()]
+        if sum(len(array.data) for array in arrays) > largest_question(agent):
             log.warning("a server's message was too large")
             return refusal(BAD_MESSAGE).to(message)
-        return answer([message], [agent.config.name], agent)[0]
+        found = answer([message], [agent.config.name], agent)[0] if agent.federating else None
+        if found is None or not agent.federating:  # which its owner may have ended meanwhile
+            return refusal(NO_DEVICE).to(message)
+        return found
     except Exception as error:
         log.error("a server's message could not be answered: %s", type(error).__name__)
         return refusal(FAILED).to(message)
@@ -71,35 +79,77 @@ def largest_question(agent: Agent) -> int:
 
 @contextmanager
 def connected(agent: Agent) -> Iterator[None]:
-    """In touch with the server that the device has joined, if it has, while this lasts."""
-    federation = agent.federation
-    if federation is None:
+    """In touch with the server that the device has joined, whenever it has and may, while this lasts."""
+    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), LOOPBACK]))
+    over = threading.Event()
+    thread = threading.Thread(target=_keep_in_touch, args=(agent, over), daemon=True)
+    thread.start()
+    try:
         yield
-        return
-    over, folder = threading.Event(), agent.home.courier
-    with _supernode(federation.server, folder, over) as (address, secret):
-        thread = threading.Thread(target=_carry, args=(address, secret, agent, over), daemon=True)
-        thread.start()
+    finally:
+        over.set()
+        thread.join()
+
+
+def _keep_in_touch(agent: Agent, over: threading.Event) -> None:
+    while not over.wait(LOOK_S):
         try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+            federation = agent.federation
+            if federation is None or not agent.federating:
+                continue
+            with _supernode(federation.server, agent.home.courier) as node:
+                _carry(node, agent, over)
+            if node.process.returncode > 0:  # by itself
+                log.warning("the SuperNode ended: %s; the next try is in %d s", node.reason, AGAIN_S)
+                over.wait(AGAIN_S)
+        except Exception as error:
+            log.error("no touch with the server: %s; the next try is in %d s", type(error).__name__, AGAIN_S)
+            over.wait(AGAIN_S)
+
+
+@dataclass(frozen=True)
+class SuperNode:
+    """Flower's process, which holds the connection, and how its tasks are asked for."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    secret: bytes
+    log: Path
+
+    @property
+    def address(self) -> str:
+        return f"{LOOPBACK}:{self.port}"
+
+    @property
+    def listens(self) -> bool:
+        """Whether it is this process that listens there, and not somebody else's."""
+        try:
+            found = psutil.Process(self.process.pid).net_connections("tcp")
+        except psutil.Error:
+            return False
+        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == self.port for c in found)
+
+    @property
+    def reason(self) -> str:
+        """Why it ended: in brackets on a line of Flower's log."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        told = [line for line in lines if line.startswith("[")]
+        return told[-1] if told else f"see {self.log}"
 
 
 @contextmanager
-def _supernode(server: str, folder: Path, over: threading.Event) -> Iterator[tuple[str, bytes]]:
-    """A SuperNode that is started again whenever it ends; yields the address and the secret of its tasks."""
-    secret, address = folder / "secret", f"127.0.0.1:{_free_port()}"
+def _supernode(server: str, folder: Path) -> Iterator[SuperNode]:
+    """Runs while this lasts, unless it ends by itself."""
+    _end_orphans(folder)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    secret, port = folder / "secret", _free_port()
     secret.touch(0o600)
     replace_file(secret, os.urandom(32).hex())
     secret.chmod(0o600)
-    host, _, port = address.partition(":")
     command = [
         str(Path(sys.executable).parent / "flower-supernode"), "--superlink", server,
         "--root-certificates", str(folder / CERTIFICATES), "--auth-supernode-private-key", str(folder / KEY),
-        "--isolation", "process", "--superexec-auth-secret-file", str(secret), "--host", host, "--port", port,
+        "--isolation", "process", "--superexec-auth-secret-file", str(secret), "--host", LOOPBACK, "--port", str(port),
     ]  # fmt: skip
     environment = {
         **os.environ,
@@ -108,57 +158,53 @@ def _supernode(server: str, folder: Path, over: threading.Event) -> Iterator[tup
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     }
-    running: list[subprocess.Popen[bytes]] = []
-
-    def keep_up() -> None:
-        while not over.is_set():
-            with open(folder / "supernode.log", "wb") as written:
-                running[:] = [subprocess.Popen(command, env=environment, stdout=written, stderr=written)]
-            running[0].wait()
-            if not over.is_set():
-                log.warning("the SuperNode ended: %s; the next try is in %d s", _reason(folder), AGAIN_S)
-                over.wait(AGAIN_S)
-
-    thread = threading.Thread(target=keep_up, daemon=True)
-    thread.start()
+    with open(folder / "supernode.log", "wb") as written:
+        process = subprocess.Popen(command, env=environment, stdout=written, stderr=written)
     try:
-        yield address, secret.read_bytes()
+        yield SuperNode(process, port, secret.read_bytes(), folder / "supernode.log")
     finally:
-        over.set()
-        if running:
-            running[0].terminate()
-        thread.join()
+        process.terminate()
+        try:
+            process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-def _reason(folder: Path) -> str:
-    """Flower's, in brackets on a line of its log."""
-    lines = (folder / "supernode.log").read_text(encoding="utf-8", errors="replace").splitlines()
-    told = [line for line in lines if line.startswith("[")]
-    return told[-1] if told else f"see {folder / 'supernode.log'}"
+def _end_orphans(folder: Path) -> None:
+    """Of an agent that was killed: the server would let no other node in with its key."""
+    for process in psutil.process_iter(["cmdline"]):
+        if str(folder / KEY) in (process.info["cmdline"] or ()):
+            with suppress(psutil.Error):
+                process.terminate()
+                process.wait(PATIENCE_S)
 
 
-def _carry(address: str, secret: bytes, agent: Agent, over: threading.Event) -> None:
-    """Every task of the SuperNode at this address, until it is over."""
+def _carry(node: SuperNode, agent: Agent, over: threading.Event) -> None:
+    """Every task of the SuperNode, until it ends, or its owner's will to take part does."""
+    while not node.listens:
+        if node.process.poll() is not None or over.wait(LOOK_S):
+            return
     acquirer = _client(
-        address,
+        node.address,
         RuntimeVersionHttpInterceptor(component_name="SuperExec"),
-        SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({_ACQUIRE})),
+        SuperExecAuthHttpInterceptor(master_secret=node.secret, protected_methods=frozenset({_ACQUIRE})),
     )
-    while not over.is_set():
+    while node.process.poll() is None and agent.federating and not over.is_set():
         try:
             got = acquirer.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-        except Exception:  # the SuperNode is being started
-            over.wait(1.0)
+        except Exception:  # it is starting, or ending
+            over.wait(LOOK_S)
             continue
         if not got.HasField("task") or not got.token:
             over.wait(LOOK_S)
             continue
         client = _client(
-            address,
+            node.address,
             RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
             RuntimeTokenHttpInterceptor(got.token),
         )
-        beat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        beat = HeartbeatSender(lambda: _beats(client))  # noqa: B023
         beat.start()
         try:
             _carry_one(client, agent)
@@ -167,6 +213,15 @@ def _carry(address: str, secret: bytes, agent: Agent, over: threading.Event) -> 
         finally:
             beat.stop()
             client.close()
+
+
+def _beats(client: RuntimeHttpClient) -> bool:
+    """Tells that a task is being worked on. Flower's own function ends this process where it is not wanted any more."""
+    try:
+        client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+    except httpx.HTTPError:
+        return False
+    return True
 
 
 def _carry_one(client: RuntimeHttpClient, agent: Agent) -> None:
@@ -184,7 +239,7 @@ def _client(address: str, *interceptors: ProtobufClientInterceptor) -> RuntimeHt
 
 def _free_port() -> int:
     with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
+        found.bind((LOOPBACK, 0))
         return int(found.getsockname()[1])
 
 

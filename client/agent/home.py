@@ -7,6 +7,7 @@ import stat
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from secrets import token_hex
 from shutil import rmtree
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 LONGEST_SOCKET = 100  # bytes of a Unix socket's path that every system takes
 KEYRING = "florilegium"
+LOCK = "agent.lock"
+OWN = ("device.*", "key", "ledger.head*", "agent.sock")  # files that a device makes in its folder
 
 
 class DeviceError(RuntimeError):
@@ -48,10 +51,20 @@ class Home:
         """The vault as it was when it was last found whole."""
         return self.folder / "device.good.db"
 
-    @property
-    def damaged(self) -> Path:
-        """A vault in whose place the good copy was put; it may still hold what is erased later."""
-        return self.folder / "device.damaged.db"
+    def set_aside(self) -> None:
+        """Moves a vault that is damaged away, with what SQLite left beside it; never over an older one."""
+        number = next(n for n in count(1) if not (self.folder / f"device.damaged-{n}.db").exists())
+        aside = self.folder / f"device.damaged-{number}.db"
+        for old, new in ((with_journal(self.vault), with_journal(aside)), (self.vault, aside)):
+            if old.exists():
+                old.replace(new)
+        sync_folder(self.folder)
+
+    def drop_copies(self) -> None:
+        """Deletes the good copy and vaults that were set aside: they may hold what is being erased."""
+        for path in (self.good_copy, *self.folder.glob("device.damaged-*")):
+            path.unlink(missing_ok=True)
+        sync_folder(self.folder)
 
     @property
     def spent(self) -> Path:
@@ -101,9 +114,11 @@ class Home:
         replace_file(self.settings, f"# Settings of this device. Its dialogues are in {self.vault.name}.\n{written}")
 
     def check_empty(self) -> None:
-        """Raises `HomeError` where there is a device already."""
+        """Raises `HomeError` where there is a device already, or anything else."""
         if self.exists:
             raise HomeError(f"{self.folder} holds a device already; take another --home, or erase it")
+        if self.folder.exists() and {path.name for path in self.folder.iterdir()} - {LOCK}:
+            raise HomeError(f"{self.folder} is not empty; take another --home")
 
     def make(self, config: AgentConfig) -> str:
         """A new folder for its owner alone, with a new key, which is returned. Raises `HomeError` if there is one."""
@@ -140,19 +155,19 @@ class Home:
             raise HomeError(f"others may read {self._key_file}: chmod 600 {self._key_file}")
         return self._key_file.read_text(encoding="utf-8").strip()
 
-    def erase(self, config: AgentConfig) -> None:
+    def erase(self) -> None:
         """Destroys the key first: what a disk still holds of the vault cannot be read any more."""
-        if config.key == "keyring":
-            with _keyring() as ring:
-                ring.delete_password(KEYRING, config.name)
-        elif self._key_file.exists():
+        if self._key_file.exists():
             with open(self._key_file, "r+b") as file:
                 file.write(b"0" * KEY_HEX)
                 file.flush()
                 os.fsync(file.fileno())
+        elif (config := self.config()).key == "keyring":
+            with _keyring() as ring:
+                ring.delete_password(KEYRING, config.name)
         rmtree(self.courier, ignore_errors=True)
-        for path in sorted(self.folder.iterdir()):
-            if path.is_file() or path.is_socket():
+        for pattern in OWN:
+            for path in self.folder.glob(pattern):
                 path.unlink()
 
     @contextmanager
@@ -160,7 +175,7 @@ class Home:
         """For one agent at a time; raises `HomeError` while another has it."""
         self._check_owner()
         try:
-            with FileLock(self.folder / "agent.lock", timeout=0):
+            with FileLock(self.folder / LOCK, timeout=0):
                 yield
         except Timeout:
             raise HomeError(f"an agent is running on {self.folder} already") from None
@@ -184,11 +199,21 @@ def replace_file(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """What was renamed or deleted in it stays so, whenever the power fails."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def with_journal(path: Path) -> Path:
+    """Where SQLite keeps what a transaction has overwritten."""
+    return path.with_name(f"{path.name}-journal")
 
 
 @contextmanager

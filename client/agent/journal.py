@@ -15,7 +15,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from client.agent.home import DeviceError
+from client.agent.home import DeviceError, sync_folder, with_journal
 from privacy.database import connected
 
 _TABLES = """
@@ -70,7 +70,7 @@ class Sent:
     time: float
     federation: str
     round: int
-    kind: str  # release, adopted, greeting, or the code of a refusal
+    kind: str  # release, or the code of a refusal
     bytes: int
     epsilon: float | None
 
@@ -165,13 +165,6 @@ class Journal:
 
     # -- what has left ------------------------------------------------------------------------------------------------
 
-    def note_sent(self, sent: Sent) -> None:
-        with self.open() as connection:
-            connection.execute(
-                "INSERT INTO sent (time, federation, round, kind, bytes, epsilon) VALUES (?, ?, ?, ?, ?, ?)",
-                (sent.time, sent.federation, sent.round, sent.kind, sent.bytes, sent.epsilon),
-            )
-
     def sent(self) -> list[Sent]:
         with self.open() as connection:
             found = connection.execute(
@@ -187,14 +180,29 @@ class Journal:
             broken = connection.execute("PRAGMA cipher_integrity_check").fetchall()
             if broken or connection.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("the file is damaged")
+            if not connection.execute("SELECT count(*) FROM fact WHERE name = 'base'").fetchone()[0]:
+                raise sqlite3.DatabaseError("the file is empty")
 
     def copy_to(self, path: Path) -> None:
-        """A whole copy under the same key, in the place of an older one."""
+        """A whole copy under the same key, in the place of an older one; or no other, whenever the power fails."""
         beside = path.with_name(f"{path.name}.new")
-        beside.unlink(missing_ok=True)
-        with self.open() as connection, connected(beside, self._key) as copy:
-            connection.backup(copy)
-        beside.replace(path)
+        try:
+            beside.unlink(missing_ok=True)
+            with self.open() as connection, connected(beside, self._key) as copy:
+                connection.backup(copy)
+            beside.replace(path)
+            sync_folder(path.parent)
+        finally:
+            for left in (beside, with_journal(beside)):
+                left.unlink(missing_ok=True)
+
+
+def write_sent(connection: sqlite3.Connection, sent: Sent) -> None:
+    """Within a transaction of its caller's."""
+    connection.execute(
+        "INSERT INTO sent (time, federation, round, kind, bytes, epsilon) VALUES (?, ?, ?, ?, ?, ?)",
+        (sent.time, sent.federation, sent.round, sent.kind, sent.bytes, sent.epsilon),
+    )
 
 
 def write_fact(connection: sqlite3.Connection, name: str, value: Any, data: bytes = b"") -> None:

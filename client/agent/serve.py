@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from secrets import token_urlsafe
 
 import psutil
 import uvicorn
@@ -43,7 +42,7 @@ def listening(agent: Agent) -> Iterator[None]:
 
 @contextmanager
 def showing(agent: Agent, port: int) -> Iterator[str]:
-    """The page is there while this lasts; yields its address with the token that opens it. Raises `HomeError`."""
+    """The page is there while this lasts; yields its address without the token that opens it. Raises `HomeError`."""
     opened = socket.socket()
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -52,10 +51,11 @@ def showing(agent: Agent, port: int) -> Iterator[str]:
         raise HomeError(
             f"port {port} of 127.0.0.1 is taken: florilegium device serve --port 0 takes a free one"
         ) from None
-    token = agent.journal.fact("token") or token_urlsafe(32)
-    agent.journal.set_fact("token", token)
-    with _served(page_application(agent, token), opened):
-        yield f"http://127.0.0.1:{opened.getsockname()[1]}/?token={token}"
+    address = f"http://127.0.0.1:{opened.getsockname()[1]}/"
+    with _served(page_application(agent), opened):
+        agent.page_address = f"{address}?token={agent.page_token}"
+        yield address
+    agent.page_address = ""
 
 
 @contextmanager

@@ -16,9 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from hmac import compare_digest
 from importlib import resources
-from pathlib import Path
 from queue import SimpleQueue
-from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
@@ -32,12 +30,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from client.agent.agent import CONSENTS, Agent, AgentError
 from client.agent.journal import Turn, VaultError
-from client.lm.peft_format import write_peft
+from client.lm.layers import UnsupportedModelError
+from client.lm.peft_format import peft_files
 from client.personal.profile import ProfileError
+from client.state import StateError, StoreError
 from privacy.ledger import LedgerError
 
 log = logging.getLogger(__name__)
-COOKIE = "florilegium"
 PAGE = {"/": "text/html", "/page.js": "text/javascript", "/page.css": "text/css"}
 LARGEST = 200_000  # bytes of a request of the owner's
 HEADERS = {
@@ -59,9 +58,9 @@ def application(agent: Agent) -> Starlette:
     return Starlette(routes=Service(agent).routes)
 
 
-def page_application(agent: Agent, token: str) -> ASGIApp:
+def page_application(agent: Agent) -> ASGIApp:
     """The same for the page, behind its guard."""
-    return Guard(Starlette(routes=Service(agent).routes), token)
+    return Guard(Starlette(routes=Service(agent).routes), agent.page_token)
 
 
 class Guard:
@@ -77,7 +76,7 @@ class Guard:
         response = self._refusal(request)
         if response is None and "token" in request.query_params:
             response = RedirectResponse("/", status_code=303)
-            response.set_cookie(COOKIE, self.token, httponly=True, samesite="strict", max_age=400 * 24 * 3600)
+            response.set_cookie(_cookie(request), self.token, httponly=True, samesite="strict")
         await (response or self.app)(scope, receive, send)
 
     def _refusal(self, request: Request) -> Response | None:
@@ -88,10 +87,15 @@ class Guard:
             return _error(403, "this page belongs to 127.0.0.1")
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             return _error(403, "asked by another page")
-        shown = request.query_params.get("token") or request.cookies.get(COOKIE, "")
+        shown = request.query_params.get("token") or request.cookies.get(_cookie(request), "")
         if not compare_digest(shown.encode(), self.token.encode()):
-            return _error(401, "open the address that `florilegium device serve` prints")
+            return _error(401, "open the address that `florilegium device page` prints")
         return None
+
+
+def _cookie(request: Request) -> str:
+    """A name with the port: cookies are not kept apart by ports."""
+    return f"florilegium-{(request.scope.get('server') or ('', 0))[1]}"
 
 
 class Service:
@@ -109,6 +113,7 @@ class Service:
             "/api/profile": lambda: json.loads(self.agent.profile.to_json()),
             "/api/sent": lambda: [asdict(s) for s in self.agent.journal.sent()],
             "/api/ledger": self._ledger,
+            "/api/page": lambda: self.agent.page_address,
             "/api/consents": lambda: {item: {"text": CONSENTS[item], "given": given}
                                       for item, given in self.agent.consents.items()},
         }  # fmt: skip
@@ -215,15 +220,14 @@ class Service:
             "kept": agent.kept(),
             "sent": [asdict(s) for s in agent.journal.sent()],
         }
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive, TemporaryDirectory() as folder:
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, rows in lists.items():
                 archive.writestr(f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
             archive.writestr("profile.json", agent.profile.to_json())
             archive.writestr("ledger.json", json.dumps(self._ledger(), indent=1))
             archive.write(agent.home.settings, "device.toml")
-            write_peft(Path(folder), agent.site.personal_layout, agent.personal_row, agent.lm.name)
-            for path in sorted(Path(folder).iterdir()):
-                archive.write(path, f"personal/{path.name}")
+            for name, content in peft_files(agent.site.personal_layout, agent.personal_row, agent.lm.name).items():
+                archive.writestr(f"personal/{name}", content)
         return packed.getvalue()
 
 
@@ -238,7 +242,7 @@ def _said(error: Exception) -> tuple[int, str]:
         return 404, "there is no such dialogue"
     if isinstance(error, AgentError | ProfileError):
         return 400, str(error)
-    if isinstance(error, VaultError | LedgerError | MemoryError):
+    if isinstance(error, VaultError | LedgerError | StoreError | StateError | UnsupportedModelError | MemoryError):
         log.error("%s", type(error).__name__)
         return 503, str(error)
     if isinstance(error, TypeError | ValueError):

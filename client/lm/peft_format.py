@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from client.lm.adapter import AdapterLayout, Layout
 from client.lm.ia3 import ScalingLayout
@@ -23,15 +23,22 @@ class AdapterFormatError(ValueError):
 
 
 def write_peft(folder: Path, layout: Layout, row: torch.Tensor, base_model: str) -> None:
-    """Writes one row (P,) as `adapter_config.json` and `adapter_model.safetensors`.
+    """Writes the files of `peft_files`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in peft_files(layout, row, base_model).items():
+        (folder / name).write_bytes(content)
+
+
+def peft_files(layout: Layout, row: torch.Tensor, base_model: str) -> dict[str, bytes]:
+    """One row (P,) as `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises `AdapterFormatError` for an adapter that PEFT does not know, such as a gated one.
     """
     tensors, config = _described(layout, row.detach().cpu().reshape(1, -1))
     config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base_model, True
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+    told = {name: sorted(x) if isinstance(x, set) else x for name, x in config.to_dict().items()}
+    weights = save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
+    return {"adapter_config.json": json.dumps(told, indent=2, sort_keys=True).encode(), WEIGHTS: weights}
 
 
 def _described(layout: Layout, row: torch.Tensor) -> tuple[Tensors, PeftConfig]:
