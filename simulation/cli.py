@@ -93,6 +93,7 @@ def init(
     from client.agent.terms import Terms, write_terms
     from simulation.deployment import NODES, TERMS, make_certificates
 
+    folder = folder.resolve()
     with plain_errors():
         terms = Terms(
             name=name, model=model, base=base_hash(model), rounds=rounds, seed=randbits(48), min_devices=min_devices,
@@ -114,12 +115,19 @@ def start(
 
     Goes on where it was stopped.
     """
-    from simulation.deployment import register, run_rounds, superlink
+    from client.agent.terms import read_terms
+    from simulation.deployment import TERMS, all_done, register, run_rounds, superlink
 
-    address = _own_address(host, port)
-    with plain_errors(), superlink(folder, host, port):
-        console.print(f"{register(folder, address)} devices may connect to {address}")
-        run_rounds(folder, address)
+    folder, address = folder.resolve(), _own_address(host, port)
+    with plain_errors():
+        terms = read_terms(folder / TERMS)
+        if not all_done(folder):
+            with superlink(folder, host, port):
+                console.print(
+                    f"{register(folder, address)} devices may connect to {host}:{port}; a round begins when "
+                    f"{terms.min_devices} are there"
+                )
+                run_rounds(folder, address, console.print)
     console.print(f"all rounds are done: {folder / 'server'}")
 
 
@@ -133,7 +141,7 @@ def register_devices(
     from simulation.deployment import register
 
     with plain_errors():
-        console.print(f"{register(folder, _own_address(host, port))} devices may connect")
+        console.print(f"{register(folder.resolve(), _own_address(host, port))} devices may connect")
 
 
 def _own_address(host: str, port: int) -> str:

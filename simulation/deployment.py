@@ -7,13 +7,15 @@ runs as well, as Flower 1.41 gives its control interface no accounts: let only `
 from __future__ import annotations
 
 import ipaddress
+import json
 import logging
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -71,6 +73,7 @@ client_app = deployment.client_app
 """
 FOLDER_VARIABLE = "FLORILEGIUM_SERVER"
 TERMS, CA, CERTIFICATE, KEY, NODES = "terms.toml", "ca.pem", "server.pem", "server.key", "nodes"
+OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
 YEAR = timedelta(days=365)
 READY_S = 60.0
 server_app, client_app = ServerApp(), ClientApp()
@@ -82,15 +85,18 @@ server_app, client_app = ServerApp(), ClientApp()
 def make_certificates(folder: Path, hosts: Sequence[str]) -> Path:
     """An authority and, signed by it, a server's certificate for these names and addresses; returns the authority's.
 
-    Raises `DeviceError` where there are certificates already.
+    The machine's own names are added, by which its operator's commands reach it. Raises `DeviceError` where there are
+    certificates already.
     """
     if (folder / KEY).exists():
-        raise DeviceError(f"{folder} has certificates already: devices that trust them would refuse others")
+        raise DeviceError(
+            f"{folder} has certificates already: devices that trust them would refuse others; take another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     authority_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     authority, server = (_named(text) for text in ("florilegium authority", hosts[0]))
     own = _certificate(authority, authority_key, authority, authority_key, [])
-    theirs = _certificate(server, key, authority, authority_key, hosts)
+    theirs = _certificate(server, key, authority, authority_key, list(dict.fromkeys([*hosts, *OWN_HOSTS])))
     (folder / CA).write_bytes(own.public_bytes(Encoding.PEM))
     (folder / CERTIFICATE).write_bytes(theirs.public_bytes(Encoding.PEM))
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -198,9 +204,7 @@ def strategy_of(terms: Terms, run: RunFolder) -> tuple[ReleaseStrategy, ArrayRec
 @contextmanager
 def superlink(folder: Path, host: str, port: int) -> Iterator[None]:
     """Flower's SuperLink with this folder's certificates; devices' public keys lie in its folder `nodes`."""
-    for name in (TERMS, CA, CERTIFICATE, KEY):
-        if not (folder / name).exists():
-            raise DeviceError(f"{folder / name} is missing: florilegium server init")
+    _check(folder)
     command = [
         str(BIN / "flower-superlink"), "--host", host, "--port", str(port),
         "--ssl-ca-certfile", str(folder / CA), "--ssl-certfile", str(folder / CERTIFICATE),
@@ -216,8 +220,21 @@ def superlink(folder: Path, host: str, port: int) -> Iterator[None]:
         process.wait()
 
 
+def _check(folder: Path) -> None:
+    for name in (TERMS, CA, CERTIFICATE, KEY):
+        if not (folder / name).exists():
+            raise DeviceError(f"{folder / name} is missing: florilegium server init")
+
+
+def all_done(folder: Path) -> bool:
+    """Whether the last round of the terms is stored."""
+    last = RunFolder(folder).last_shared()
+    return last is not None and last.round >= read_terms(folder / TERMS).rounds
+
+
 def register(folder: Path, address: str) -> int:
     """Lets the devices in whose public keys lie in `nodes`; returns how many there are."""
+    _check(folder)
     _write_connection(folder, address)
     keys = sorted((folder / NODES).glob("*.pub"))
     for key in keys:
@@ -225,17 +242,35 @@ def register(folder: Path, address: str) -> int:
     return len(keys)
 
 
-def run_rounds(folder: Path, address: str) -> None:
-    """All rounds of the terms; raises `DeviceError` where the app ended otherwise."""
+def run_rounds(folder: Path, address: str, tell: Callable[[str], None]) -> None:
+    """All rounds of the terms, each told when it is over; raises `DeviceError` where the app ended otherwise."""
     _write_connection(folder, address)
     app = folder / "app"
     app.mkdir(exist_ok=True)
     (app / "pyproject.toml").write_text(APP, encoding="utf-8")
     (app / "florilegium_server.py").write_text(MODULE, encoding="utf-8")
-    said = _flwr(folder, "run", str(app), CONNECTION, "--stream")
-    terms, last = read_terms(folder / TERMS), RunFolder(folder).last_shared()
-    if not last or last.round < terms.rounds:
+    over = threading.Event()
+    watching = threading.Thread(target=_tell_rounds, args=(RunFolder(folder), over, tell), daemon=True)
+    watching.start()
+    try:
+        said = _flwr(folder, "run", str(app), CONNECTION, "--stream")
+    finally:
+        over.set()
+        watching.join()
+    if not all_done(folder):
         raise DeviceError(f"the server's app ended early; {folder / 'superlink.log'} may tell more:\n{said[-2000:]}")
+
+
+def _tell_rounds(run: RunFolder, over: threading.Event, tell: Callable[[str], None]) -> None:
+    """Each round's numbers, as they are recorded."""
+    told = len(run.metrics.read_text(encoding="utf-8").splitlines()) if run.metrics.exists() else 0
+    ending = False
+    while not ending:
+        ending = over.wait(1.0)  # and once more after the end
+        lines = run.metrics.read_text(encoding="utf-8").splitlines() if run.metrics.exists() else []
+        for fact in map(json.loads, lines[told:]):
+            tell(f"round {fact['round']}: {fact['releases']} releases")
+        told = len(lines)
 
 
 def _write_connection(folder: Path, address: str) -> None:

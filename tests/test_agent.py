@@ -230,7 +230,7 @@ def test_a_damaged_vault_is_refused_and_restored(home: Home, lm: LanguageModel) 
     with pytest.raises(VaultError, match="device restore"):
         Journal(home.vault, home.read_key(agent.config)).check()
     home.write_config(agent.config)
-    done = told(home, "restore")
+    done = told(home, "restore", "--yes")
     assert done.returncode == 0, done.stdout + done.stderr
     assert reopened(agent).journal.turns() == whole
 

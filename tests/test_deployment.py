@@ -106,10 +106,13 @@ class Serving:
 
 @pytest.mark.slow
 def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: LanguageModel) -> None:
-    """Three rounds; one device is killed and started again, one has its budget spent, one takes its consent back."""
+    """Three rounds; one device is killed and started again, one has its budget spent, one takes its consent back.
+
+    The last one is not even seen: the two others are those that the server waits for.
+    """
     folder, port = tmp_path / "server", free_port()
     told("server", "init", folder, "--name", "orchard", "--host", "127.0.0.1", "--host", "localhost", "--rounds", 3,
-         "--min-devices", 3, "--patience-s", 75)  # fmt: skip
+         "--min-devices", 2, "--patience-s", 75)  # fmt: skip
     homes = [Home(tmp_path / name) for name in ("steady", "spent", "silent")]
     steady, spent, silent = (
         new_device(home, lm, **({"epsilon": 1.0, "releases": 1} if home is homes[1] else {})) for home in homes
@@ -167,11 +170,11 @@ def test_who_does_not_know_the_other_stays_apart(tmp_path: Path, lm: LanguageMod
     agents = {}
     for name in ("known", "misled", "stranger"):
         home = Home(tmp_path / name)
+        agents[name] = new_device(home, lm)
         authority = make_certificates(tmp_path / "another", ["127.0.0.1"]) if name == "misled" else folder / CA
         public = prepare(home.courier, authority)
         if name != "stranger":
             (folder / "nodes" / f"{name}.pub").write_bytes(public.read_bytes())
-        agents[name] = new_device(home, lm)
         agents[name].join(read_terms(folder / "terms.toml"), address)
     with ExitStack() as running:
         running.enter_context(superlink(folder, "127.0.0.1", port))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from client.agent.home import HomeError
@@ -10,6 +11,7 @@ from client.lm.hub import cache_folder, has_weights
 
 GIB = 2**30
 LEAST = 768 * 2**20  # bytes with which nano learns; most of them are the libraries'
+KERNELS = 16  # compiled for shapes of matrices, kept by oneDNN; its own 1,024 take hundreds of megabytes
 SMALL_PASSES = 512  # tokens at once where memory is scarce: slower, but no more than a long example needs anyway
 
 
@@ -21,7 +23,7 @@ def fitting(memory: int) -> ModelConfig:
     larger = has_weights(cache_folder() / "smollm2-135m")
     if larger and memory >= 3 * GIB:
         return ModelConfig(name="smollm2-135m")
-    return thrifty("smollm2-135m" if larger and memory >= GIB else "nano", memory)
+    return thrifty("smollm2-135m" if larger and memory >= 1.5 * GIB else "nano", memory)
 
 
 def thrifty(name: str, memory: int) -> ModelConfig:
@@ -39,6 +41,8 @@ def limit_memory(limit: int) -> None:
     """
     if 0 < limit < LEAST:
         raise HomeError(f"memory_limit = {limit / 2**20:.0f} MiB: an agent needs {LEAST / 2**20:.0f} MiB of memory")
+    if limit:
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
     if limit and sys.platform == "linux":
         import resource
 

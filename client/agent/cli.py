@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -16,20 +17,23 @@ import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from client.agent.home import DeviceError, Home
+from client.agent.home import USUAL, DeviceError, Home
 
 app = typer.Typer(no_args_is_help=True, help="A real device: talk with it, let it learn, see what has left it.")
 console = Console(soft_wrap=True)
 HomeOption = Annotated[Path, typer.Option("--home", envvar="FLORILEGIUM_HOME", help="The device's folder.")]
-HOME = Path("~/.florilegium")
+HOME = USUAL
+SHOWN = 50  # characters of a text in a table
+INTERRUPTED = 130
 
 
 @app.command()
 def init(
     home: HomeOption = HOME,
     model: Annotated[str, typer.Option(help="A model's name; empty: what fits this machine's memory.")] = "",
-    memory_limit: Annotated[str, typer.Option(help="Of the agent's process, as 1GiB; what it does has to fit.")] = "",
+    memory_limit: Annotated[str, typer.Option(help="Of the agent's process, as 1GiB; 768MiB at least.")] = "",
     key: Annotated[str, typer.Option(help="Where the key lies: file (mode 600) or keyring.")] = "file",
     learn: Annotated[bool | None, typer.Option(help="Consent to learning from conversations.")] = None,
     federate: Annotated[bool | None, typer.Option(help="Consent to joining a federation.")] = None,
@@ -65,7 +69,7 @@ def init(
                 agent.consent(item, bool(agreed))
             agent.status()
             agent.journal.copy_to(place.good_copy)
-    console.print(f"{config.name} with {lm.name} is in {place.folder}. Next: florilegium device serve")
+    console.print(f"{config.name} with {lm.name} is in {place.folder}. Next: {place.command('serve')}")
 
 
 def _bytes_of(text: str) -> int:
@@ -74,7 +78,7 @@ def _bytes_of(text: str) -> int:
     try:
         return int(TypeAdapter(ByteSize).validate_python(text or 0))
     except ValidationError:
-        raise typer.BadParameter(f"{text!r} is no size, such as 1GiB or 800MB") from None
+        raise typer.BadParameter(f"{text!r} is no size, such as 1GiB") from None
 
 
 @app.command()
@@ -86,6 +90,7 @@ def serve(
     from client.agent.courier import connected
     from client.agent.serve import learning, opened, showing
 
+    logging.getLogger("client.agent").setLevel(logging.INFO)
     over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())
@@ -140,9 +145,12 @@ def rate(
     wanted: Annotated[str, typer.Option(help="What you would have said.")] = "",
     home: HomeOption = HOME,
 ) -> None:
-    """Say what a reply was worth. DIALOGUE is the number in brackets behind it."""
+    """Say what a reply was worth. DIALOGUE is the ID in brackets behind it; `dialogues` shows it again."""
+    if liked is None and not wanted:
+        raise typer.BadParameter("say --up, --down, or --wanted and what you would have said")
     with _remote(home) as agent:
         agent.write("rate", id=dialogue, liked=liked, wanted=wanted)
+        console.print("noted; it is learned from with the next learning")
 
 
 @app.command()
@@ -154,13 +162,39 @@ def learn(
     with _remote(home) as agent:
         if when != "now":
             agent.write("learns", when=when)
+            console.print("learns when it is asked" if when == "asked" else f"learns by itself: {when}")
             return
+        page: dict[str, Any] = {}
         for told in agent.stream("learn"):
             if "phase" in told:
                 console.print(told["phase"])
             else:
                 page = told["done"]
                 console.print(f"{page['personal_examples']} examples, {page['seconds of all']:.1f} s")
+        if not page["personal_examples"]:
+            console.print(
+                "nothing to learn from yet: say what you would have said (florilegium device rate ID --wanted …, "
+                "florilegium device dialogues has the IDs), or that a reply was good (--up)"
+            )
+
+
+@app.command()
+def dialogues(home: HomeOption = HOME) -> None:
+    """What was said, with the IDs that `rate` and `erase` take; ○ waits for a reply of yours."""
+    with _remote(home) as agent:
+        table = Table("ID", "", "when", "you", "the device, or what you would have said")
+        for turn in agent.read("dialogues"):
+            answered = turn["wanted"] or turn["liked"] is not None
+            when = f"{datetime.fromtimestamp(turn['time']):%Y-%m-%d %H:%M}"
+            said = turn["wanted"] or turn["said"]
+            table.add_row(turn["id"], "" if answered else "○", when, _short(turn["prompt"]), _short(said))
+        console.print(table)
+
+
+def _short(text: str) -> Text:
+    """A line of it, as it is: what was said is no markup."""
+    line = " ".join(text.split())
+    return Text(line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…")
 
 
 @app.command()
@@ -190,10 +224,15 @@ def status(home: HomeOption = HOME) -> None:
 
 
 @app.command()
-def consent(item: str, given: Annotated[bool, typer.Argument(help="yes or no")], home: HomeOption = HOME) -> None:
+def consent(
+    item: Annotated[str, typer.Argument(help="learn, or federate")],
+    given: Annotated[bool, typer.Argument(help="yes or no")],
+    home: HomeOption = HOME,
+) -> None:
     """Give or take back a consent: learn, or federate."""
     with _remote(home) as agent:
         agent.write("consent", item=item, given=given)
+        console.print(f"{item}: {'yes' if given else 'no'}")
 
 
 @app.command()
@@ -209,29 +248,41 @@ def join(
     from client.agent.courier import prepare
     from client.agent.terms import read_terms
 
+    host, _, port = server.rpartition(":")
+    if not host or "/" in server or not port.isdigit():
+        raise typer.BadParameter(f"--server {server}: host:port, as server.example:9092")
     with plain_errors():
         place, asked = Home(home), read_terms(terms)
         with place.locked():
             agent = Agent.open(place)
             agent.check_terms(asked)
-            privacy = agent.config.device.privacy
+            privacy, spent = agent.config.device.privacy, agent.epsilon()
             console.print(
                 f"{asked.name} at {server}: {asked.rounds} rounds. Each answer is the change of a shared adapter of "
                 f"{agent.lm.name}, with noise for {privacy.promise.unit}: at most ε = {privacy.epsilon:g} at "
                 f"δ = {privacy.delta:g} over all rounds. Not covered: {privacy.promise.not_covered}."
             )
+            if spent is None or spent > 0:
+                told = "The account is broken" if spent is None else f"ε = {spent:.3f} of it is spent already"
+                console.print(
+                    f"[bold]{told}:[/] what cannot be paid for is not sent, and spent budget does not return."
+                )
             if not yes and not typer.confirm("Join?", default=False):
                 raise typer.Exit(1)
             public = prepare(place.courier, certificates)
             agent.join(asked, server)
-        console.print(f"joined; give {public} to the server's operator, then: florilegium device serve")
+        console.print(f"joined; give {public} to the server's operator, then: {place.command('serve')}")
 
 
 @app.command()
 def leave(home: HomeOption = HOME) -> None:
     """Leave the federation; what was sent cannot be taken back."""
     with _remote(home) as agent:
+        there = agent.read("status")["federation"]
         agent.write("leave")
+        console.print(
+            f"left {there['name']}; what was spent stays spent" if there else "this device is in no federation"
+        )
 
 
 @app.command()
@@ -253,8 +304,8 @@ def ledger(home: HomeOption = HOME) -> None:
 @app.command()
 def export(file: Path, home: HomeOption = HOME) -> None:
     """Write everything that is yours to FILE, a zip. It is readable by whoever has it."""
-    if file.exists():
-        raise typer.BadParameter(f"{file} exists")
+    if file.exists() or not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{file} exists" if file.exists() else f"there is no folder {file.absolute().parent}")
     with _remote(home) as agent:
         packed = agent.export()
         with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as written:
@@ -272,8 +323,10 @@ def erase(
     if dialogues:
         with _remote(home) as agent:
             for told in agent.stream("erase", ids=dialogues):
-                console.print(told.get("phase") or told["done"])
+                console.print(told.get("phase") or _anew(told["done"]))
         return
+    if not Home(home).exists:
+        raise typer.BadParameter(f"there is no device in {Home(home).folder}")
     if not yes and not typer.confirm("Erase the whole device: dialogues, adapter, accounts, key?", default=False):
         raise typer.Exit(1)
     with plain_errors():
@@ -283,11 +336,19 @@ def erase(
         console.print(f"{place.folder} is empty")
 
 
+def _anew(done: dict[str, Any]) -> str:
+    learned = "the adapter was trained anew" if done["retrained"] else "there was nothing to train on"
+    sent = f"; {done['cannot be recalled']} releases were sent before and cannot be recalled"
+    return f"{done['dialogues']} dialogues are left; {learned}{sent if done['cannot be recalled'] else ''}"
+
+
 @app.command()
-def restore(home: HomeOption = HOME) -> None:
+def restore(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False, home: HomeOption = HOME) -> None:
     """Go back to the last good copy, for a file that is damaged. What came after is gone; nothing is spent twice."""
     from client.agent import agent
 
+    if not yes and not typer.confirm("Go back to the last good copy? What came after it is set aside.", default=False):
+        raise typer.Exit(1)
     with plain_errors():
         place = Home(home)
         with place.locked():
@@ -306,7 +367,7 @@ def rebase(home: HomeOption = HOME) -> None:
     with plain_errors():
         place = Home(home)
         with place.locked():
-            console.print(Agent.open(place, rebasing=True).rebase(console.print))
+            console.print(_anew(Agent.open(place, rebasing=True).rebase(console.print)))
 
 
 @contextmanager
@@ -322,6 +383,8 @@ def plain_errors() -> Iterator[None]:
     """Errors of the device's own as a line, and want of memory; the others as they are."""
     try:
         yield
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)  # a thread may still be at work in the model; what was written is whole
     except MemoryError:
         console.print("[bold red]error:[/] the memory does not suffice: raise memory_limit, or take a smaller model")
         raise typer.Exit(1) from None

@@ -23,7 +23,7 @@ import httpx
 import psutil
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from cryptography.x509 import load_pem_x509_certificates
+from cryptography.x509 import BasicConstraints, ExtensionNotFound, load_pem_x509_certificates
 from flwr.app import Message
 from flwr.common.constant import SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
@@ -51,6 +51,11 @@ PATIENCE_S = 10.0  # with a SuperNode that is to end
 LOOPBACK = "127.0.0.1"
 AGAIN_S = 10.0  # before a SuperNode that ended is started again: its server holds a dead one's place for a minute
 CERTIFICATES, KEY, PUBLIC_KEY = "server-ca.pem", "node.key", "node.pub"  # in the courier's folder
+REASONS = {
+    "Failed to activate": "the server does not know this device's key: its operator needs courier/node.pub of its home",
+    "CERTIFICATE_VERIFY_FAILED": "the server is not the one whose certificate was given to join",
+    "Connection refused": "there is no server at its address",
+}
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -131,10 +136,11 @@ class SuperNode:
 
     @property
     def reason(self) -> str:
-        """Why it ended: in brackets on a line of Flower's log."""
+        """Why it ended: in brackets on a line of Flower's log; with the way out where that is known."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         told = [line for line in lines if line.startswith("[")]
-        return told[-1] if told else f"see {self.log}"
+        known = (text for sign, text in REASONS.items() if told and sign in told[-1])
+        return next(known, told[-1] if told else f"see {self.log}")
 
 
 @contextmanager
@@ -185,6 +191,7 @@ def _carry(node: SuperNode, agent: Agent, over: threading.Event) -> None:
     while not node.listens:
         if node.process.poll() is not None or over.wait(LOOK_S):
             return
+    log.info("a SuperNode is up, to reach the server")
     acquirer = _client(
         node.address,
         RuntimeVersionHttpInterceptor(component_name="SuperExec"),
@@ -228,6 +235,7 @@ def _carry_one(client: RuntimeHttpClient, agent: Agent) -> None:
     message, context, _, _ = pull_task_input(client)  # the bundle, the last of them, is let go
     push_message(client, on_a_wire(answered(message, agent)), context)
     push_task_output(client=client, context=context, sub_status=SubStatus.COMPLETED, details="")
+    log.info("a message of the server's was answered (%s)", message.metadata.message_type)
 
 
 def _client(address: str, *interceptors: ProtobufClientInterceptor) -> RuntimeHttpClient:
@@ -250,9 +258,15 @@ def prepare(folder: Path, certificates: Path) -> Path:
     """
     try:
         given = certificates.read_bytes()
-        load_pem_x509_certificates(given)
-    except (OSError, ValueError):
-        raise DeviceError(f"{certificates} holds no certificate; ask the server's operator for its CA's") from None
+        authorities = [
+            c.extensions.get_extension_for_class(BasicConstraints) for c in load_pem_x509_certificates(given)
+        ]
+    except FileNotFoundError:
+        raise DeviceError(f"there is no file {certificates}") from None
+    except (OSError, ValueError, ExtensionNotFound):
+        authorities = []
+    if not authorities or not all(a.value.ca for a in authorities):
+        raise DeviceError(f"{certificates} holds no CA's certificate; the server's operator has one: ca.pem") from None
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     (folder / CERTIFICATES).write_bytes(given)
     if not (folder / KEY).exists():

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from client.agent.config import AgentConfig
 
 LONGEST_SOCKET = 100  # bytes of a Unix socket's path that every system takes
+USUAL = Path("~/.florilegium")
 KEYRING = "florilegium"
 LOCK = "agent.lock"
 OWN = ("device.*", "key", "ledger.head*", "agent.sock")  # files that a device makes in its folder
@@ -40,6 +41,10 @@ class Home:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser().absolute()
+
+    def command(self, name: str) -> str:
+        """How its owner calls a command of this home."""
+        return f"florilegium device {name}" + ("" if self.folder == USUAL.expanduser() else f" --home {self.folder}")
 
     @property
     def vault(self) -> Path:
@@ -104,7 +109,7 @@ class Home:
         try:
             return AgentConfig.model_validate(tomllib.loads(self.settings.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            raise HomeError(f"there is no device in {self.folder}: florilegium device init") from None
+            raise HomeError(f"there is no device in {self.folder}: {self.command('init')}") from None
         except ValueError as error:
             raise HomeError(f"{self.settings}: {error}") from None
 
@@ -117,14 +122,19 @@ class Home:
         """Raises `HomeError` where there is a device already, or anything else."""
         if self.exists:
             raise HomeError(f"{self.folder} holds a device already; take another --home, or erase it")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise HomeError(f"{self.folder} is not a folder; take another --home")
         if self.folder.exists() and {path.name for path in self.folder.iterdir()} - {LOCK}:
             raise HomeError(f"{self.folder} is not empty; take another --home")
 
     def make(self, config: AgentConfig) -> str:
         """A new folder for its owner alone, with a new key, which is returned. Raises `HomeError` if there is one."""
         self.check_empty()
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.folder.chmod(0o700)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.folder.chmod(0o700)
+        except OSError as error:
+            raise HomeError(f"{self.folder} cannot be made: {error.strerror}; take another --home") from None
         key = token_hex(KEY_HEX // 2)
         if config.key == "keyring":
             with _keyring() as ring:
@@ -178,13 +188,15 @@ class Home:
             with FileLock(self.folder / LOCK, timeout=0):
                 yield
         except Timeout:
-            raise HomeError(f"an agent is running on {self.folder} already") from None
+            raise HomeError(
+                f"an agent is running on {self.folder} already: stop `florilegium device serve` first"
+            ) from None
 
     def _check_owner(self) -> None:
         try:
             found = self.folder.stat()
         except FileNotFoundError:
-            raise HomeError(f"there is no device in {self.folder}: florilegium device init") from None
+            raise HomeError(f"there is no device in {self.folder}: {self.command('init')}") from None
         if found.st_uid != os.getuid():
             raise HomeError(f"{self.folder} belongs to somebody else")
         if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
