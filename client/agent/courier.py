@@ -54,7 +54,6 @@ CERTIFICATES, KEY, PUBLIC_KEY = "server-ca.pem", "node.key", "node.pub"  # in th
 REASONS = {
     "Failed to activate": "the server does not know this device's key: its operator needs courier/node.pub of its home",
     "CERTIFICATE_VERIFY_FAILED": "the server is not the one whose certificate was given to join",
-    "Connection refused": "there is no server at its address",
 }
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
