@@ -344,6 +344,7 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
         ("privacy.epsilon=inf", r"privacy.epsilon = inf: .*finite"),
         ("privacy.epsilon=0", r"privacy.epsilon = 0: .*greater than 0"),
         ("privacy.epsilon=1e6", r"privacy.epsilon = 1000000.0: .*less than or equal to 100"),
+        ("data.context_turns=2", "a reply would be in the prompts of those after it"),
         ("privacy.delta=2e-4", r"privacy.delta = 0.0002 must be < 1 / n = 0.0002 \(64 devices of 80 dialogues\)"),
         ("privacy.accountant=gdp", r"gdp approximates by a limit theorem and reports less than is spent; 'pld'"),
         ("privacy.accountant=magic", r"magic is not known; 'pld'"),

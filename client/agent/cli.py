@@ -21,12 +21,18 @@ from rich.text import Text
 
 from client.agent.home import USUAL, DeviceError, Home
 
-app = typer.Typer(no_args_is_help=True, help="A real device: talk with it, let it learn, see what has left it.")
+app = typer.Typer(no_args_is_help=True)
 console = Console(soft_wrap=True)
 HomeOption = Annotated[Path, typer.Option("--home", envvar="FLORILEGIUM_HOME", help="The device's folder.")]
 HOME = USUAL
 SHOWN = 50  # characters of a text in a table
 INTERRUPTED = 130
+
+
+@app.callback()
+def private() -> None:
+    """A real device: talk with it, let it learn, see what has left it."""
+    os.umask(0o077)  # what is written is its owner's alone
 
 
 @app.command()
