@@ -92,7 +92,8 @@ class ExperimentConfig(DeviceConfig):
     @model_validator(mode="after")
     def _once_said(self) -> Self:
         """What one dialogue says must not stand in another one's prompt where dialogues are protected one by one."""
-        if self.privacy.by_dialogue and self.server.rule != "none" and self.data.context_turns > 1:
+        releasing = self.server.rule != "none" and self.shared.pool_capacity
+        if self.privacy.by_dialogue and releasing and self.data.context_turns > 1:
             raise ValueError(
                 f"data.context_turns = {self.data.context_turns}: a reply would be in the prompts of those after it, "
                 f"and protected in one of them alone; use 1, a user-* [privacy] mode, or server.rule = 'none'"
