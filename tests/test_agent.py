@@ -32,6 +32,7 @@ from keyring.errors import KeyringLocked
 from scipy.stats import kstest
 
 from client import shared
+from client.agent import board
 from client.agent.agent import Agent, AgentError, base_hash, restore
 from client.agent.config import new_config
 from client.agent.courier import SuperNode, answered
@@ -891,6 +892,21 @@ def test_the_page_is_for_its_owner_alone(door: SimpleNamespace) -> None:
     rebound = {"host": "evil.example"}
     assert page.get("/api/status", headers=rebound).status_code == 403
     assert door.agent.consents["learn"]
+
+
+@pytest.mark.parametrize(
+    ("gib", "name", "dtype", "thrifty"),
+    [(16, "smollm2-135m", "auto", False), (4, "smollm2-135m", "auto", True), (1.5, "smollm2-135m", "bfloat16", True),
+     (1, "nano", "auto", True)],
+)  # fmt: skip
+def test_a_model_is_chosen_that_fits(
+    gib: float, name: str, dtype: str, thrifty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "has_weights", lambda folder: True)
+    found = board.fitting(int(gib * board.GIB))
+    assert (found.name, found.dtype, found.checkpointing) == (name, dtype, thrifty)
+    monkeypatch.setattr(board, "has_weights", lambda folder: False)
+    assert board.fitting(int(gib * board.GIB)).name == "nano"
 
 
 @pytest.mark.slow

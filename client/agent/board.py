@@ -21,7 +21,7 @@ def fitting(memory: int) -> ModelConfig:
     From the measurements of `florilegium bench board`.
     """
     larger = has_weights(cache_folder() / "smollm2-135m")
-    if larger and memory >= 3 * GIB:
+    if larger and memory >= 6 * GIB:
         return ModelConfig(name="smollm2-135m")
     return thrifty("smollm2-135m" if larger and memory >= 1.5 * GIB else "nano", memory)
 
