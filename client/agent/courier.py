@@ -103,7 +103,7 @@ def _keep_in_touch(agent: Agent, over: threading.Event) -> None:
                 continue
             with _supernode(federation.server, agent.home.courier) as node:
                 _carry(node, agent, over)
-            if node.process.returncode > 0:  # by itself
+            if agent.federating and not over.is_set():  # it ended by itself
                 log.warning("the SuperNode ended: %s; the next try is in %d s", node.reason, AGAIN_S)
                 over.wait(AGAIN_S)
         except Exception as error:
