@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -62,13 +64,11 @@ def run(
 
     settings = load_config(find_config(config), overrides or [])
     folder = runs / settings.name
-    try:
-        with progress_line(settings, console) as pulse:
-            summary = run_experiment(
-                settings, folder, resuming=resume, overwrite=overwrite, pulse=pulse, tensorboard=tensorboard
-            )
-    except KeyboardInterrupt:
-        _end(f"stopped; what was finished is kept in {folder}: go on with --resume")
+    stopped = f"stopped; what was finished is kept in {folder}: go on with --resume"
+    with _interruptible(stopped), progress_line(settings, console) as pulse:
+        summary = run_experiment(
+            settings, folder, resuming=resume, overwrite=overwrite, pulse=pulse, tensorboard=tensorboard
+        )
     console.print(render_summary(summary))
     console.print(f"report: {folder / 'report.html'}")
 
@@ -216,11 +216,9 @@ def study(
         from simulation.study.tables import as_text
     folder = studies / planned.name
     told = Console(stderr=True)
-    try:
-        with told.status("loading") as status:
-            run_study(planned, folder, lambda phase: status.update(f"{planned.name}: {phase}"))
-    except KeyboardInterrupt:
-        _end(f"stopped; what was finished is kept in {folder}: the same command goes on")
+    stopped = f"stopped; what was finished is kept in {folder}: the same command goes on"
+    with _interruptible(stopped), told.status("loading") as status:
+        run_study(planned, folder, lambda phase: status.update(f"{planned.name}: {phase}"))
     Console(width=max(console.width, 120)).print(as_text(planned, folder))
     console.print(f"report: {render_study(planned, folder)}")
 
@@ -459,11 +457,21 @@ def bench_board(
         Console(width=max(console.width, 100)).print(as_table(rows))
 
 
-def _end(text: str) -> NoReturn:
-    """After Ctrl-C; another one changes nothing any more."""
+@contextmanager
+def _interruptible(text: str) -> Iterator[None]:
+    """Ctrl-C ends what is being done in here, once: another one does not disturb how it is ended."""
+    before = signal.signal(signal.SIGINT, _interrupted)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(text)
+        raise typer.Exit(130) from None
+    signal.signal(signal.SIGINT, before)
+
+
+def _interrupted(*_: object) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    console.print(text)
-    raise typer.Exit(130)
+    raise KeyboardInterrupt
 
 
 def main() -> None:
