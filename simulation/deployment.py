@@ -32,7 +32,8 @@ from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from client.agent.home import DeviceError
+from client.agent.courier import flower_environment
+from client.agent.home import DeviceError, write_private
 from client.agent.terms import Terms, read_terms
 from client.app import refusal
 from client.lm.config import ModelConfig
@@ -100,8 +101,7 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> Path:
     (folder / CA).write_bytes(own.public_bytes(Encoding.PEM))
     (folder / CERTIFICATE).write_bytes(theirs.public_bytes(Encoding.PEM))
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    with open(os.open(folder / KEY, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-        file.write(private)
+    write_private(folder / KEY, private)
     return folder / CA
 
 
@@ -293,13 +293,9 @@ def _flwr(folder: Path, *arguments: str) -> str:
 
 def _environment(folder: Path) -> dict[str, str]:
     return {
-        **os.environ,
+        **flower_environment(folder / "flower"),
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
         FOLDER_VARIABLE: str(folder.absolute()),
-        "FLWR_HOME": str((folder / "flower").absolute()),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     }
 
 

@@ -11,7 +11,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -276,7 +277,7 @@ class Agent:
         over = self.journal.count() - self.config.keep
         if over <= 0:
             return
-        used = {k.id for k in state.buffer.bins} | {i for i, _ in state.pool.slots}
+        used = _held(state)
         old = [t.id for t in self.journal.turns("WHERE cycle IS NOT NULL") if t.id not in used]
         self.journal.forget(old[:over])
 
@@ -542,7 +543,6 @@ class Agent:
     def status(self) -> dict[str, Any]:
         """For its owner's eyes; nothing of it is sent."""
         state, privacy, federation = self._state(), self.config.device.privacy, self.federation
-        waiting = [k for k in self.kept() if not k["reply"]]
         return {
             "device": self.config.name,
             "model": self.lm.name,
@@ -555,7 +555,7 @@ class Agent:
             "buffered": len(state.buffer),
             "bins": self.config.device.selection.bins,
             "pooled": len(state.pool.slots),
-            "unanswered": len(waiting),
+            "unanswered": len(_held(state) - state.replies.keys()),
             "federation": asdict(federation) if federation else None,
             "releases": len(self.releases),
             "epsilon": self.epsilon(),
@@ -609,21 +609,14 @@ class Agent:
 
     _progress: Progress = staticmethod(lambda phase: None)
 
-    def _telling(self, progress: Progress) -> _Telling:
-        return _Telling(self, progress)
-
-
-class _Telling:
-    """While it lasts, `progress` hears of the phases."""
-
-    def __init__(self, agent: Agent, progress: Progress) -> None:
-        self.agent, self.progress = agent, progress
-
-    def __enter__(self) -> None:
-        self.agent._progress = self.progress
-
-    def __exit__(self, *_: object) -> None:
-        self.agent._progress, self.agent.doing = (lambda phase: None), ""
+    @contextmanager
+    def _telling(self, progress: Progress) -> Iterator[None]:
+        """While it lasts, `progress` hears of the phases."""
+        self._progress = progress
+        try:
+            yield
+        finally:
+            self._progress, self.doing = (lambda phase: None), ""
 
 
 def loaded(model: ModelConfig) -> LanguageModel:
@@ -667,6 +660,11 @@ def restore(home: Home) -> None:
 
 def _federation(terms: Terms, server: str) -> Federation:
     return Federation(terms.name, server, terms.rounds, terms.seed, terms.shared.model_dump(mode="json"))
+
+
+def _held(state: DeviceState) -> set[str]:
+    """The dialogues in its buffer and its pool."""
+    return {k.id for k in state.buffer.bins} | {i for i, _ in state.pool.slots}
 
 
 def _hashed(text: str) -> str:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from client.agent.home import USUAL, DeviceError, Home
+from client.agent.home import USUAL, DeviceError, Home, write_private
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(soft_wrap=True)
@@ -314,8 +314,7 @@ def export(file: Path, home: HomeOption = HOME) -> None:
         raise typer.BadParameter(f"{file} exists" if file.exists() else f"there is no folder {file.absolute().parent}")
     with _remote(home) as agent:
         packed = agent.export()
-        with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as written:
-            written.write(packed)
+        write_private(file, packed)
         console.print(f"{file}: {len(packed):,} bytes")
 
 

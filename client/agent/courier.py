@@ -39,7 +39,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from client.agent.agent import Agent
-from client.agent.home import DeviceError, replace_file
+from client.agent.home import DeviceError, write_private
 from client.app import answer, refusal
 from client.records import on_a_wire
 from privacy.gate import BAD_MESSAGE, FAILED, NO_DEVICE
@@ -148,23 +148,15 @@ def _supernode(server: str, folder: Path) -> Iterator[SuperNode]:
     _end_orphans(folder)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     secret, port = folder / "secret", _free_port()
-    secret.touch(0o600)
-    replace_file(secret, os.urandom(32).hex())
-    secret.chmod(0o600)
+    secret.unlink(missing_ok=True)
+    write_private(secret, os.urandom(32).hex().encode())
     command = [
         str(Path(sys.executable).parent / "flower-supernode"), "--superlink", server,
         "--root-certificates", str(folder / CERTIFICATES), "--auth-supernode-private-key", str(folder / KEY),
         "--isolation", "process", "--superexec-auth-secret-file", str(secret), "--host", LOOPBACK, "--port", str(port),
     ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "FLWR_HOME": str(folder / "flower"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    }
     with open(folder / "supernode.log", "wb") as written:
-        process = subprocess.Popen(command, env=environment, stdout=written, stderr=written)
+        process = subprocess.Popen(command, env=flower_environment(folder / "flower"), stdout=written, stderr=written)
     try:
         yield SuperNode(process, port, secret.read_bytes(), folder / "supernode.log")
     finally:
@@ -174,6 +166,17 @@ def _supernode(server: str, folder: Path) -> Iterator[SuperNode]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """For a process of Flower's with its files in `home`: it tells nobody, looks for no update, installs nothing."""
+    return {
+        **os.environ,
+        "FLWR_HOME": str(home.absolute()),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
 
 
 def _end_orphans(folder: Path) -> None:
@@ -271,8 +274,7 @@ def prepare(folder: Path, certificates: Path) -> Path:
     if not (folder / KEY).exists():
         key = ec.generate_private_key(ec.SECP384R1())
         private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-        with open(os.open(folder / KEY, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(private)
+        write_private(folder / KEY, private)
         public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         (folder / PUBLIC_KEY).write_bytes(public + b"\n")
     return folder / PUBLIC_KEY

@@ -140,10 +140,7 @@ class Home:
             with _keyring() as ring:
                 ring.set_password(KEYRING, config.name, key)
         else:
-            with open(os.open(self._key_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-                file.write(key)
-                file.flush()
-                os.fsync(file.fileno())
+            write_private(self._key_file, key.encode())
         self.write_config(config)
         return key
 
@@ -201,6 +198,14 @@ class Home:
             raise HomeError(f"{self.folder} belongs to somebody else")
         if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise HomeError(f"others may look into {self.folder}: chmod 700 {self.folder}")
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """A new file that its owner alone can read. Raises FileExistsError."""
+    with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def replace_file(path: Path, text: str) -> None:
