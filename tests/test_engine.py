@@ -138,7 +138,7 @@ def test_gradients_of_other_devices_are_exactly_zero(engine: Engine) -> None:
     rows = (rows_of(adapters, 3) + 0.01).requires_grad_(True)
     texts = [example(5 + 4 * k, 3, k) for k in range(3)]
     pack = engine.pack(texts, [0, 1, 2])
-    with engine.active([Adapters(adapters, rows)], pack.owned):
+    with engine.active([Adapters(adapters, rows)], pack.owned, pack.texts):
         losses = engine.losses(pack)
     (gradient,) = torch.autograd.grad(losses[1], rows)
     assert gradient[1].abs().max() > 1e-3
@@ -238,7 +238,7 @@ def test_private_gradients_are_those_of_single_backward_passes(counts: list[int]
         for i, e in enumerate(batch):
             rows = stack.rows[k : k + 1].clone().requires_grad_(True)
             pack = engine.pack([e], [0])
-            with engine.active([Adapters(adapters, rows)], pack.owned):
+            with engine.active([Adapters(adapters, rows)], pack.owned, pack.texts):
                 loss = engine.losses(pack)[0] / e.targets
             singles.append(loss.item())
             torch.testing.assert_close(found[k][i], torch.autograd.grad(loss, rows)[0][0], atol=1e-5, rtol=0)

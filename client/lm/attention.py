@@ -1,22 +1,56 @@
 """Causal attention over packed texts, in place of the model's own.
 
-On a CPU, texts of tens of tokens are fastest as plain batched products with a backward written out; elsewhere it is
+What a pass reads is set on the model's modules before it (`Reading`); nothing goes through the signatures of
+`transformers`, whose keywords are its own to name. On a CPU, texts of tens of tokens are fastest as plain batched products with a backward written out; elsewhere it is
 torch's scaled-dot-product attention, which is also what the test compares with. Not covered: attention sinks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from client.lm.cache import KeyValues
 from client.lm.packing import Band, Texts
 
-NAME = "packed"
+NAME = "florilegium"
+_READING = "florilegium_reading"  # the attribute of the modules that attend
+
+
+@dataclass
+class Reading:
+    """What the pass that is going on reads: packed texts, or one more token of each text in a cache."""
+
+    texts: Texts | None = None
+    cache: KeyValues | None = None
+
+    @contextmanager
+    def of(self, texts: Texts | None, cache: KeyValues | None = None) -> Iterator[None]:
+        """Within it the model reads these; also when activations are computed again for a derivative."""
+        before = self.texts, self.cache
+        self.texts, self.cache = texts, cache
+        try:
+            yield
+        finally:
+            self.texts, self.cache = before
+
+
+def attend_packed(model: PreTrainedModel) -> Reading:
+    """Has the model attend by `packed_attention`; returns where it is told what it reads."""
+    reading = Reading()
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            object.__setattr__(module, _READING, reading)  # beside torch's own registers
+    model.set_attn_implementation(NAME)
+    return reading
 
 
 def packed_attention(
@@ -26,8 +60,6 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    texts: Texts | None = None,
-    cache: KeyValues | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -35,6 +67,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention in the form that `transformers` calls: q (1, h, N, d), k and v (1, g, N, d) → (1, N, h, d)."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    reading: Reading = getattr(module, _READING, Reading())
+    texts, cache = reading.texts, reading.cache
     if texts is None and cache is None:
         raise RuntimeError("this model reads packed texts only: call it through client.lm.engine.Engine")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)

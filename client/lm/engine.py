@@ -7,7 +7,7 @@ company by rounding only. Needs torch and transformers, nothing else. Not covere
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ class Engine:
         replace_norms(model)
         if checkpointing:
             layers.forget_activations(model)
-        model.set_attn_implementation(attention.NAME)
+        self.reading = attention.attend_packed(model)
         self.allowance = Allowance(max_batch_tokens or TOKENS.get((self.device.type, self.dtype), 2048))
         self._check(expected)
 
@@ -69,9 +69,16 @@ class Engine:
         """The examples as one pass; those of one device follow each other."""
         return Pack(examples, slots, self.device, filled=self.dtype != torch.float32)
 
-    def active(self, adapters: Sequence[Adapters], owned: Rectangle) -> AbstractContextManager[None]:
-        """The adapters switched on: row k of a stack for the tokens of owner k, one row for all."""
-        return self.adaptable.active(adapters, owned, self.dtype)
+    @contextmanager
+    def active(
+        self, adapters: Sequence[Adapters], owned: Rectangle, texts: Texts | None, cache: KeyValues | None = None
+    ) -> Iterator[None]:
+        """The adapters switched on, row k of a stack for the tokens of owner k, one row for all; the texts laid open.
+
+        A derivative is taken within it: what was forgotten of a pass is then computed again.
+        """
+        with self.adaptable.active(adapters, owned, self.dtype), self.reading.of(texts, cache):
+            yield
 
     def prompted(self, examples: Sequence[Example], adapters: Sequence[Adapters]) -> Sequence[Example]:
         """The examples, behind the virtual tokens of a soft prompt that is among the adapters."""
@@ -95,8 +102,8 @@ class Engine:
         def read(group: list[int]) -> tuple[torch.Tensor, ...]:
             chosen = [examples[i] for i in group]
             pack = self.pack(chosen, [slots[i] for i in group])
-            with self.active([a.pick(pack.owners) for a in adapters], pack.owned):
-                hidden, lengths = self._forward(pack.ids, pack.positions, pack.texts), [e.length for e in chosen]
+            with self.active([a.pick(pack.owners) for a in adapters], pack.owned, pack.texts):
+                hidden, lengths = self._forward(pack.ids, pack.positions), [e.length for e in chosen]
             return torch.split(hidden[: sum(lengths)], lengths)
 
         lengths = [e.length for e in examples]
@@ -110,7 +117,7 @@ class Engine:
 
         def measure(group: list[int]) -> list[float]:
             pack = self.pack([examples[i] for i in group], [slots[i] for i in group])
-            with self.active([a.pick(pack.owners) for a in adapters], pack.owned):
+            with self.active([a.pick(pack.owners) for a in adapters], pack.owned, pack.texts):
                 losses: list[float] = self.losses(pack).tolist()
                 return losses
 
@@ -158,17 +165,17 @@ class Engine:
         texts = Texts(pack.texts.lengths, self.device, ordered=True)
         lengths = torch.tensor([e.length for e in pack.examples], device=self.device)  # (R,)
         cache = KeyValues(lengths, decoding.ids.shape[1])
-        with self.active([a.pick(pack.owners) for a in adapters], pack.owned):
-            hidden = self._forward(pack.ids, pack.positions, texts, cache)[lengths.cumsum(0) - 1]  # (R, H)
+        with self.active([a.pick(pack.owners) for a in adapters], pack.owned, texts, cache):
+            hidden = self._forward(pack.ids, pack.positions)[lengths.cumsum(0) - 1]  # (R, H)
         decoding.take(self.logits(hidden))
         yield
         while decoding.running:
             cache.drop_to(decoding.drop_finished())
             owners, owned = owned_by([pack.slots[i] for i in decoding.rows.tolist()], self.device)
-            with self.active([a.pick(owners) for a in adapters], owned):
+            with self.active([a.pick(owners) for a in adapters], owned, None, cache):
                 while decoding.steady:
                     cache.advance()
-                    hidden = self._forward(decoding.last[None], cache.lengths[None], None, cache)
+                    hidden = self._forward(decoding.last[None], cache.lengths[None])
                     decoding.take(self.logits(hidden))
                     yield
 
@@ -197,7 +204,7 @@ class Engine:
             rows = trained.rows[devices if len(trained.rows) > 1 else [0] * len(group)].detach().requires_grad_(True)
             weight = torch.tensor([weights[i] for i in group], device=self.device)
             own = Adapters(trained.layout, rows)
-            with torch.enable_grad(), self.active([*(a.pick(devices) for a in frozen), own], pack.owned):
+            with torch.enable_grad(), self.active([*(a.pick(devices) for a in frozen), own], pack.owned, pack.texts):
                 losses = self.losses(pack)
                 (gradient,) = torch.autograd.grad((losses * weight).sum(), rows)
             return gradient, losses.detach()
@@ -326,7 +333,7 @@ class Engine:
             rows = trained.rows.detach().requires_grad_(True)
             with torch.enable_grad():
                 own = Adapters(trained.layout, rows).pick(pack.owners)
-                with self.active([*(a.pick(pack.owners) for a in frozen), own], pack.owned):
+                with self.active([*(a.pick(pack.owners) for a in frozen), own], pack.owned, pack.texts):
                     losses = self.losses(pack) * weight[group]
                     (part,) = torch.autograd.grad(losses.sum(), rows)
             value.index_add_(0, torch.tensor(list(pack.slots), device=self.device), losses.detach())
@@ -335,11 +342,9 @@ class Engine:
 
     # -- forward ------------------------------------------------------------------------------------------------
 
-    def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, texts: Texts | None, cache: KeyValues | None = None
-    ) -> torch.Tensor:
-        """Last hidden states (N, H) of tokens (1, N)."""
-        out = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, texts=texts, cache=cache)
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Last hidden states (N, H) of tokens (1, N); to be called while their texts are `active`."""
+        out = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
 
@@ -350,7 +355,7 @@ class Engine:
     def losses(self, pack: Pack) -> torch.Tensor:
         """Σ NLL over the targets of each example, (R,) nats; only targets pass the head."""
         places, ids, rows = pack.targets
-        hidden = self._forward(pack.ids, pack.positions, pack.texts)[places]  # (M, H)
+        hidden = self._forward(pack.ids, pack.positions)[places]  # (M, H)
         losses = token_losses(hidden, self.head.weight, self.head.bias, ids, self.softcap)
         return torch.zeros(len(pack.examples), device=self.device).index_add(0, rows, losses)
 
