@@ -14,12 +14,14 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
+from privacy.errors import UserError
+
 Lexicons = Mapping[str, frozenset[str]]
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # letters of any script, with apostrophes between
 BUNDLED = ("general", "medical", "vader")
 
 
-class LexiconError(ValueError):
+class LexiconError(UserError):
     """A word list is unknown, missing or not of the form `domain = "words"`."""
 
 

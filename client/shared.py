@@ -23,7 +23,7 @@ from client.lm.model import schedule_steps
 from client.lm.packing import Example
 from client.pool import poisson_sample
 from client.state import DeviceState
-from privacy.accounting import Event, calibrate
+from privacy.accounting import BudgetError, Event, calibrate
 from privacy.dpsgd import PrivateRow
 from privacy.ledger import Answer, Request
 from privacy.noise import ReleaseNoise
@@ -40,11 +40,11 @@ Texts = list[tuple[Dialogue, ...]]  # of each dialogue, itself and what was made
 def planned_event(config: DeviceConfig) -> Event:
     """What one release spends, with the noise for which all planned ones together cost the whole budget.
 
-    Raises `ValueError` where nothing is kept to train on, or where no noise is enough.
+    Raises `BudgetError` where nothing is kept to train on, or where no noise is enough.
     """
     shared, privacy = config.shared, config.privacy
     if shared.source == "pool" and not shared.pool_capacity:
-        raise ValueError("shared.pool_capacity = 0 must be > 0 where a shared adapter is trained")
+        raise BudgetError("shared.pool_capacity = 0 must be > 0 where a shared adapter is trained")
     rate, steps = (shared.sampling_rate, shared.steps_per_round) if privacy.by_dialogue else (1.0, 1)
     if privacy.mode == "none":
         return Event(0.0, rate, steps)

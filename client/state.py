@@ -24,6 +24,7 @@ from client.config import DeviceConfig
 from client.pool import Pool
 from client.synthesize import Pair
 from privacy.database import connected
+from privacy.errors import DeviceFaultError
 from privacy.seeds import derive_key
 
 MEMORY = "memory."  # begins the names of the arrays that a policy remembers
@@ -47,11 +48,11 @@ _FORGET = (
 )
 
 
-class StateError(RuntimeError):
+class StateError(DeviceFaultError):
     """A device's state is missing or does not fit the settings."""
 
 
-class StoreError(RuntimeError):
+class StoreError(DeviceFaultError):
     """The file of the states cannot be read or written, as on a full disk."""
 
 

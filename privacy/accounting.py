@@ -19,12 +19,18 @@ import numpy as np
 import numpy.typing as npt
 from dp_accounting.pld import PLDAccountant
 
+from privacy.errors import UserError
+
 Adjacency = Literal["replace-one", "add-or-remove-one"]
 NEIGHBOURS = {
     "replace-one": dp_accounting.NeighboringRelation.REPLACE_ONE,
     "add-or-remove-one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
 }
 DISCRETIZATION = 1e-3  # of the privacy loss; pessimistic, so that ε is an upper bound
+
+
+class BudgetError(UserError):
+    """A promise that no noise keeps, or nothing to keep it for; names the settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +78,13 @@ def calibrate(
 ) -> float:
     """The smallest noise multiplier, to 0.1 %, whose `steps` steps cost at most `target_epsilon`.
 
-    Raises ValueError when even the noise multiplier 1,000 is too little.
+    Raises `BudgetError` when even the noise multiplier 1,000 is too little.
     """
     low, high = 0.0, 0.5
     while epsilon([Event(high, sampling_rate, steps)], delta, adjacency) > target_epsilon:
         low, high = high, high * 2
         if high > 1000:
-            raise ValueError(
+            raise BudgetError(
                 f"epsilon = {target_epsilon} cannot be reached with {steps} steps at sampling rate {sampling_rate}; "
                 f"raise [privacy] epsilon or lower the rounds or [shared] steps_per_round"
             )

@@ -23,6 +23,7 @@ from typing import Protocol
 
 from privacy.accounting import Adjacency, Event, epsilon
 from privacy.database import connected
+from privacy.errors import DeviceFaultError
 
 # Why nothing is released. GRANTED is the only answer that allows it.
 GRANTED, SPENT, ANSWERED, MISSING, BEHIND, BROKEN, OTHER_UNIT = (
@@ -39,7 +40,7 @@ CREATE TABLE IF NOT EXISTS entry (
 """
 
 
-class LedgerError(RuntimeError):
+class LedgerError(DeviceFaultError):
     """The ledger's file cannot be read: nothing can be paid for."""
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from privacy.errors import FlorilegiumError
+
 PROTOCOL = 1
 WEIGHT = ".weight"  # ends the names of changes of frozen weights
 Array = npt.NDArray[np.float32]
 
 
-class ReleaseRefusedError(Exception):
+class ReleaseRefusedError(FlorilegiumError):
     """Something that is not a release of the agreed form was about to be sent or was received."""
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from privacy.errors import UserError
 from privacy.release import Array
 from server.aggregate import Numbers
 from server.config import ServerConfig
@@ -148,6 +149,10 @@ def _put(whole: npt.NDArray[Real], places: Places, part: npt.NDArray[Real]) -> n
     return after
 
 
+class StepTooLargeError(UserError):
+    """A step of the server leads out of what numbers can hold."""
+
+
 def _check(change: Array, *others: npt.NDArray[Any]) -> None:
     if any(other.shape != change.shape for other in others):
         raise ValueError(f"a change of shape {change.shape} meets arrays of {[other.shape for other in others]}")
@@ -160,7 +165,7 @@ def _moved(shared: Array, step: Numbers) -> Array:
     limit = float(np.finfo(np.float32).max)
     moved: Numbers = shared + step
     if not (np.abs(moved) <= limit).all():
-        raise ValueError("a step leaves the range of float32; lower [server] learning_rate")
+        raise StepTooLargeError("a step leaves the range of float32; lower [server] learning_rate")
     return moved.astype(np.float32)
 
 

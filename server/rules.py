@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from privacy.errors import FlorilegiumError
 from privacy.release import Array
 from server.aggregate import FixedPointSum, Numbers
 from server.config import ServerConfig
@@ -29,7 +30,7 @@ LARGEST_KEPT = 2.0**12  # a sum has room for 2,048 rows of such numbers, so no s
 BLOCK = 2**16  # numbers of each row that are sorted or compared at once
 
 
-class TooFewReleasesError(RuntimeError):
+class TooFewReleasesError(FlorilegiumError):
     """A round has too few releases for what its rule promises: the round changes nothing."""
 
 

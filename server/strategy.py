@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from privacy.errors import UserError
 from privacy.gate import NO_RELEASE
 from privacy.noise import ReleaseNoise
 from privacy.release import Array as Numbers
@@ -31,7 +32,7 @@ from server.rules import TooFewReleasesError
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
-class NoReleaseError(RuntimeError):
+class NoReleaseError(UserError):
     """A round ended without a single release."""
 
 

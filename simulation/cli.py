@@ -16,6 +16,7 @@ from rich.text import Text
 
 from client.agent.cli import app as device
 from client.agent.cli import plain_errors
+from privacy.errors import UserError
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads spin for each other: ruinous beside other work
@@ -260,12 +261,13 @@ def pretrain(config: Path) -> None:
 
     CONFIG is a TOML file: florilegium models pretrain configs/pretrain/nano.toml
     """
-    import tomllib
-
+    from simulation.config import read_tree, validate
     from simulation.pretrain import PretrainConfig
     from simulation.pretrain import pretrain as train
 
-    console.print(train(PretrainConfig.model_validate(tomllib.loads(config.read_text(encoding="utf-8")))))
+    tree = read_tree(config)
+    tree.pop("name")  # which other configs have
+    console.print(train(validate(PretrainConfig, tree, str(config))))
 
 
 @data.command("list")
@@ -475,9 +477,9 @@ def _interrupted(*_: object) -> None:
 
 
 def main() -> None:
-    """Runs the command; a user's mistake is told in words, not in a traceback."""
+    """Runs the command; a user's mistake is told in a line, a fault of ours by its traceback."""
     try:
         app()
-    except (ValueError, RuntimeError) as error:
+    except UserError as error:
         console.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
         raise SystemExit(2) from None

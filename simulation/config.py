@@ -15,6 +15,7 @@ from client.config import DeviceConfig
 from client.lm.config import SamplingConfig
 from client.lm.hub import NAMES
 from privacy.config import Config
+from privacy.errors import UserError
 from server.config import ServerConfig
 from simulation.data.conversations import READERS
 from simulation.data.population import DataConfig
@@ -23,7 +24,7 @@ from simulation.world import WorldConfig
 Model = TypeVar("Model", bound=Config)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config file or an override is wrong; names file, key, value and what was expected."""
 
 

@@ -18,6 +18,8 @@ from flwr.serverapp import Grid
 from safetensors import SafetensorError
 
 from client.shared import release_limits, release_noise
+from client.state import StoreError
+from privacy.ledger import LedgerError
 from privacy.plan import RoundPlan
 from privacy.seeds import derive_key, derive_seed
 from server.buffered import BufferedStrategy
@@ -63,7 +65,7 @@ def run_experiment(
             return _run(run, resuming, pulse or Pulse(), tensorboard)
     except Timeout:
         raise RunError(f"{folder} is in use by another process; wait for it, or choose name=…") from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StoreError, LedgerError) as error:
         raise RunError(f"{folder}: {error}; what was finished is kept: mend it and go on with --resume") from error
 
 

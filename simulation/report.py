@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from privacy.errors import UserError
 from simulation import page
 from simulation import report_figures as figures
 from simulation.page import interval, signed
@@ -32,7 +33,7 @@ _ASKED = [
 ]  # fmt: skip
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """The record of a run is missing or damaged."""
 
 

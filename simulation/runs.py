@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from privacy.errors import UserError
 from privacy.release import Array
 from privacy.seeds import fresh_secret
 from simulation.config import ConfigError, ExperimentConfig, dump_config
@@ -29,7 +30,7 @@ SHARDS_OF_AN_ACTOR = 4  # so that a run can be resumed with more actors, and tha
 PACKAGES = ("privacy", "client", "server", "simulation")
 
 
-class RunError(RuntimeError):
+class RunError(UserError):
     """A run's folder exists, is missing or does not fit what is asked of it."""
 
 

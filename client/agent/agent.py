@@ -40,6 +40,7 @@ from client.phases import Site, States, annotate, beneath, observe
 from client.round import contribute, live
 from client.shared import planned_event, resend
 from client.state import DeviceState, DeviceStore, StoreError
+from privacy.errors import UserError
 from privacy.ledger import Account, Ledger
 from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
@@ -447,7 +448,7 @@ class Agent:
             raise AgentError(f"the terms want an adapter of rank {terms.shared.adapter.rank}, above {LARGEST_RANK}")
         try:
             planned_event(self._site_in(_federation(terms, "")).config)
-        except ValueError as error:
+        except UserError as error:
             raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
 
     def join(self, terms: Terms, server: str) -> None:

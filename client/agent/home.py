@@ -17,6 +17,7 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from privacy.database import KEY_HEX
+from privacy.errors import UserError
 
 if TYPE_CHECKING:
     from client.agent.config import AgentConfig
@@ -28,7 +29,7 @@ LOCK = "agent.lock"
 OWN = ("device.*", "key", "ledger.head*", "agent.sock")  # files that a device makes in its folder
 
 
-class DeviceError(RuntimeError):
+class DeviceError(UserError):
     """Something that a device's owner can do something about; the message says what."""
 
 

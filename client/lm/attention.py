@@ -1,8 +1,9 @@
 """Causal attention over packed texts, in place of the model's own.
 
 What a pass reads is set on the model's modules before it (`Reading`); nothing goes through the signatures of
-`transformers`, whose keywords are its own to name. On a CPU, texts of tens of tokens are fastest as plain batched products with a backward written out; elsewhere it is
-torch's scaled-dot-product attention, which is also what the test compares with. Not covered: attention sinks.
+`transformers`, whose keywords are its own to name. On a CPU, texts of tens of tokens are fastest as plain batched
+products with a backward written out; elsewhere it is torch's scaled-dot-product attention, which is also what the test
+compares with. Not covered: attention sinks.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from privacy.errors import UserError
+
 NAMES = ("nano", "smollm2-135m")
 PULL = "florilegium models pull smollm2-135m"
 TEMPLATES = {
@@ -42,7 +44,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]  
 HUB_SKIPPED = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model is unknown, missing, or not one that a device can use; the message names the way out."""
 
 
@@ -177,7 +179,7 @@ def _cached(name: str) -> Path | None:
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
         _check_weights(folder, name)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ModelError):
         return None
     return folder if any(folder.glob("tokenizer*")) else None
 

@@ -18,11 +18,12 @@ from client.lm.adapter import AdaptedLayer, AdapterLayout, Adapters
 from client.lm.ia3 import ScaledLayer, ScalingLayout
 from client.lm.packing import Example, Rectangle
 from client.lm.soft_prompt import AdaptedEmbedding, PromptLayout
+from privacy.errors import UserError
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as Llama and its kin name them
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(UserError):
     """The model is built in a way that stacked adapters cannot change."""
 
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save
 from client.lm.adapter import AdapterLayout, Layout
 from client.lm.ia3 import ScalingLayout
 from client.lm.soft_prompt import PromptLayout
+from privacy.errors import UserError
 
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 Tensors = dict[str, torch.Tensor]
 
 
-class AdapterFormatError(ValueError):
+class AdapterFormatError(UserError):
     """A PEFT folder does not fit the layout."""
 
 

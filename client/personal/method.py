@@ -20,13 +20,14 @@ from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
 from client.personal.config import MethodConfig, TrainingConfig
 from client.personal.history import Asked, Past, Person, Wording
+from privacy.errors import DeviceFaultError
 from privacy.seeds import derive_seed
 
 LEAST = 8  # tokens of a person's item below which it says nothing
 SPARE = 2  # tokens that a text may have more in company than alone
 
 
-class TrainingFailedError(RuntimeError):
+class TrainingFailedError(DeviceFaultError):
     """An adapter's loss is no number any more."""
 
 

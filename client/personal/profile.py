@@ -19,13 +19,14 @@ import torch
 from pydantic import Field
 
 from privacy.config import Config
+from privacy.errors import UserError
 
 Embed = Callable[[Sequence[str]], torch.Tensor]  # texts → (n, H)
 LONGEST = 80  # characters of an interest
 _SPACE = re.compile(r"\s+")
 
 
-class ProfileError(ValueError):
+class ProfileError(UserError):
     """An edited profile cannot be read."""
 
 

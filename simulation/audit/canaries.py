@@ -14,6 +14,7 @@ import numpy as np
 
 from client.dialogue import Dialogue
 from privacy.seeds import derive_seed
+from simulation.config import ConfigError
 
 PROMPT_WORDS, REPLY_WORDS = 12, 1  # of a canary: a short reply that nobody expects pulls hard
 Streams = Sequence[Sequence[Dialogue]]
@@ -31,13 +32,13 @@ class Canary:
 def plant(streams: Streams, count: int, seed: int) -> tuple[list[list[Dialogue]], list[Canary]]:
     """Puts at least `count` dialogues of random words up for places, as many in each stream for its length.
 
-    A coin decides of each whether it takes its place. Raises `ValueError` where there are fewer places.
+    A coin decides of each whether it takes its place. Raises `ConfigError` where there are fewer places.
     """
     rng = np.random.Generator(np.random.Philox(key=derive_seed(seed, "canaries")))
     words = sorted({w for stream in streams for d in stream for w in d.prompt.split() if w.isalpha()})
     room = sum(map(len, streams))
     if count > room:
-        raise ValueError(f"{room} dialogues have no place for {count} canaries; ask for fewer, or take more devices")
+        raise ConfigError(f"{room} dialogues have no place for {count} canaries; ask for fewer, or take more devices")
     planted, canaries = [list(stream) for stream in streams], []
     for device, stream in enumerate(planted):
         for place in rng.choice(len(stream), size=-(-count * len(stream) // room), replace=False):

@@ -21,7 +21,7 @@ from client.shared import planned_event
 from privacy.seeds import derive_seed
 from simulation.audit.canaries import Canary, Streams, plant
 from simulation.audit.checks import named, one_round, with_privacy, without_clipping, without_noise
-from simulation.config import ExperimentConfig
+from simulation.config import ConfigError, ExperimentConfig
 from simulation.federation import Federated, play
 
 
@@ -72,11 +72,11 @@ class DialogueCoins:
     independent = True
 
     def __init__(self, lm: LanguageModel, config: ExperimentConfig, streams: Streams, canaries: int, seed: int) -> None:
-        """Raises `ValueError` where there are fewer dialogues."""
+        """Raises `ConfigError` where there are fewer dialogues."""
         self.lm, self.config, self.seed = lm, config, seed
         every = [d for stream in streams for d in stream]
         if canaries > len(every):
-            raise ValueError(f"{len(every)} dialogues have no place for {canaries} canaries; ask for fewer")
+            raise ConfigError(f"{len(every)} dialogues have no place for {canaries} canaries; ask for fewer")
         size = min(len(every) // canaries, config.shared.pool_capacity)
         self.streams = [every[k * size : (k + 1) * size] for k in range(canaries)]
         self.planted, self.known = plant(self.streams, canaries, seed)

@@ -21,6 +21,7 @@ from rich.table import Table
 from client.lm.hub import default_device
 from simulation.bench.worker import AbsentError, Answer, Worker
 from simulation.bench.workload import KINDS, NODES, ModelSize, Workload
+from simulation.config import ConfigError
 
 OURS = "florilegium"
 DTYPES = ("float32", "bfloat16")
@@ -57,7 +58,7 @@ def plan(kinds: Sequence[str], devices: Sequence[int], steps: int) -> list[Row]:
     """Every line that is to be measured, the rivals first; raises `ValueError` for an unknown kind."""
     for kind in kinds:
         if kind not in KINDS:
-            raise ValueError(f"--kinds {kind!r} must be of {', '.join(KINDS)}")
+            raise ConfigError(f"--kinds {kind!r} must be of {', '.join(KINDS)}")
     some = min(64, max(devices))
     rows = []
     for kind in kinds:
@@ -125,7 +126,7 @@ def measure(
         for worker in workers.values():
             worker.close()
     if not ours:
-        raise RuntimeError(f"our own arm cannot run here: {absent}")
+        raise AbsentError(f"our own arm cannot run here: {absent}")
     measured = [r for r in rows if r.answers]
     return Outcome(measured, {d: median(v) for d, v in limits.items()}, absent, ours[0], machine(device))
 
@@ -262,5 +263,5 @@ def numbers(text: str) -> list[int]:
     except ValueError:
         found = []
     if not found or found[0] < 1:
-        raise ValueError(f"--devices {text!r} must be whole numbers from 1 on, with commas, as in 1,8,64")
+        raise ConfigError(f"--devices {text!r} must be whole numbers from 1 on, with commas, as in 1,8,64")
     return found

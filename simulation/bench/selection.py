@@ -26,6 +26,7 @@ from client.lm.lessons import Lesson
 from client.lm.model import Features, LanguageModel, schedule
 from client.policies import POLICIES
 from simulation.bench.engine import machine
+from simulation.config import ConfigError
 from simulation.data.population import DataConfig, load_population
 
 DEVICES = 4
@@ -53,7 +54,7 @@ def measure(model: str, bins: int, policies: Sequence[str], repeats: int) -> lis
     """Raises `ValueError` for an unknown policy and `DataError` where no user has said enough."""
     unknown = [p for p in policies if p not in POLICIES]
     if unknown:
-        raise ValueError(f"--policies {unknown[0]!r} must be of {', '.join(POLICIES)}")
+        raise ConfigError(f"--policies {unknown[0]!r} must be of {', '.join(POLICIES)}")
     lm = LanguageModel.load(ModelConfig(name=model))
     pairs = -(-8 * bins // 3)  # of which a quarter is held out
     data = DataConfig(users=DEVICES, split="development", min_pairs=pairs, max_pairs=pairs)

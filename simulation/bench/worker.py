@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from privacy.errors import UserError
 from simulation.bench.workload import Arm, ModelSize, Workload
 
 ARMS = {  # name → module and class, imported in the arm's own process
@@ -35,7 +36,7 @@ class Answer:
     results: list[Any]
 
 
-class AbsentError(RuntimeError):
+class AbsentError(UserError):
     """An arm cannot run here; the message says why."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from privacy.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """A data set is missing, malformed or too small for what was asked of it."""
