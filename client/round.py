@@ -32,7 +32,7 @@ def contribute(
 
     What only the personal adapter needs comes after the aggregation: it must not delay or spoil a release.
     """
-    diary = Diary(len(states), site.listener)
+    diary = Diary(len(states), plan.round, site.listener)
     states = _gather(states, arrived, plan, site, diary)
     if site.config.shared.synthetic:
         with diary.phase("descend") as made:
@@ -50,7 +50,7 @@ def adopt(
     states: States, received: torch.Tensor | None, plan: RoundPlan, site: Site
 ) -> tuple[States, list[Observation]]:
     """Takes the aggregated shared adapter (P,), if any, synthesizes, and trains the personal adapter on top of it."""
-    diary = Diary(len(states), site.listener)
+    diary = Diary(len(states), plan.round, site.listener)
     over = [replace(s, sent=None, asked="") for s in states]
     return _personalize(over, received, plan, site, diary), diary.pages
 
@@ -59,7 +59,7 @@ def stay(
     states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, site: Site
 ) -> tuple[States, list[Release | None], list[Observation]]:
     """As `contribute`, of devices that have no server: nothing is trained for one, nothing leaves."""
-    diary = Diary(len(states), site.listener)
+    diary = Diary(len(states), plan.round, site.listener)
     states = _gather(states, arrived, plan, site, diary)
     return states, [None] * len(states), [{**page, "upload_bytes": 0, "epsilon": 0.0} for page in diary.pages]
 
@@ -72,7 +72,7 @@ def live(
     site: Site,
 ) -> tuple[States, list[Observation]]:
     """A round in which nothing is released, with a shared adapter (P,) beneath the personal one, or without."""
-    diary = Diary(len(states), site.listener)
+    diary = Diary(len(states), plan.round, site.listener)
     states = _gather(states, arrived, plan, site, diary)
     return _personalize(states, received, plan, site, diary), diary.pages
 
@@ -96,17 +96,21 @@ def _personalize(states: States, received: torch.Tensor | None, plan: RoundPlan,
 class Diary:
     """What a simulation notes of each device of a cohort, with the cohort's seconds shared out evenly."""
 
-    def __init__(self, devices: int, listener: Callable[[str], None] | None) -> None:
+    def __init__(self, devices: int, number: int, listener: Callable[[str], None] | None) -> None:
         self.pages: list[Observation] = [{"seconds": {}} for _ in range(devices)]
-        self.listener = listener
+        self.number, self.listener = number, listener
 
     @contextmanager
     def phase(self, name: str) -> Iterator[list[Observation]]:
-        """Yields a list to fill with one observation a device."""
+        """Yields a list to fill with one observation a device; an error within it is noted to be of this phase."""
         if self.listener:
             self.listener(name)
         began, observations = time.perf_counter(), list[Observation]()
-        yield observations
+        try:
+            yield observations
+        except Exception as error:
+            error.add_note(f"in the phase {name} of round {self.number}")
+            raise
         seconds = (time.perf_counter() - began) / len(self.pages)
         for page, observation in zip(self.pages, observations, strict=True):
             page.update(observation)

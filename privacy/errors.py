@@ -1,23 +1,17 @@
 """What Florilegium raises on purpose, as one tree; anything else that is raised is a fault of its own.
 
 FlorilegiumError
-├── UserError               settings, files, models, machines: whoever runs it can mend that; told in one line
-│   ├── ConfigError         a config file or an override (`simulation.config`)
-│   ├── DataError           a data set (`simulation.data.errors`)
-│   ├── ModelError          where a model comes from (`client.lm.hub`)
-│   ├── UnsupportedModelError, AdapterFormatError   what adapters can be put on, what PEFT reads (`client.lm`)
-│   ├── LexiconError, ProfileError                  word lists, profiles (`client`)
-│   ├── BudgetError         a promise that no noise keeps (`privacy.accounting`)
-│   ├── StepTooLargeError   of a server's optimizer (`server.optimizers`)
-│   ├── RunError, ReportError, AbsentError          a run's folder, its events, a benchmark's arm (`simulation`)
-│   ├── NoReleaseError      a round without a single release (`server.strategy`)
-│   └── DeviceError         a real device's home, vault, agent (`client.agent`)
-├── DeviceFaultError        what the data or the disk of one device can cause
-│   ├── StateError, StoreError                      its state, and where that is kept (`client.state`)
-│   ├── TrainingFailedError                         a loss that is no number (`client.personal.method`)
-│   └── LedgerError         its budget's book (`privacy.ledger`)
-├── ReleaseRefusedError     what may not leave a device (`privacy.release`)
-└── TooFewReleasesError     what a rule cannot aggregate (`server.rules`)
+├── UserError             settings, files, models, machines: whoever runs it can mend that; told in one line
+│   ├── ConfigError, DataError, RunError, ReportError, TooManyFailedError, ElsewhereError, AbsentError  in `simulation`
+│   ├── ModelError, UnsupportedModelError, AdapterFormatError, LexiconError, ProfileError      in `client`
+│   ├── DeviceError       HomeError, VaultError, AgentError, RefusedError: a real device's, in `client.agent`
+│   ├── BudgetError       a promise that no noise keeps, in `privacy.accounting`
+│   └── NoReleaseError, StepTooLargeError           a round that comes to nothing, or to too much, in `server`
+├── DeviceFaultError      what the data or the disk of one device can cause
+│   └── StateError, StoreError, LedgerError, TrainingFailedError
+├── BrokenDeviceError     a simulated device that raised anything else
+├── ReleaseRefusedError   what may not leave a device, in `privacy.release`
+└── BadReleaseError, TooFewReleasesError            what a server's rule cannot aggregate, in `server`
 """
 
 from __future__ import annotations
@@ -33,3 +27,14 @@ class UserError(FlorilegiumError):
 
 class DeviceFaultError(FlorilegiumError):
     """What the data or the disk of one device can cause: of many devices, it may be counted instead of ending a run."""
+
+
+class BrokenDeviceError(FlorilegiumError):
+    """A simulated device raised what is no fault of its data or disk; `traced` is the traceback, maybe a worker's."""
+
+    def __init__(self, device: str, error: str, alike: str, traced: str) -> None:
+        super().__init__(device, error, alike, traced)  # as pickle makes it again
+        self.device, self.error, self.alike, self.traced = device, error, alike, traced
+
+    def __str__(self) -> str:
+        return f"{self.device}: {self.error}; {self.alike}"

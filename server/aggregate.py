@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from privacy.errors import FlorilegiumError
 from privacy.release import Array
 
 Numbers = npt.NDArray[np.float64]
 
 SCALE = 2.0**40  # one unit is about 1e-12; room for |Σ| < 2²³
+
+
+class BadReleaseError(FlorilegiumError):
+    """A release whose numbers cannot be aggregated, or one too many."""
 
 
 class FixedPointSum:
@@ -21,15 +26,15 @@ class FixedPointSum:
         self.bound = 0.0  # on every number of the sum, in units
 
     def add(self, row: Array) -> None:
-        """Raises ValueError for a number that is not finite or too large for fixed point (2²² / row)."""
+        """Raises `BadReleaseError` for a number that is not finite or too large for fixed point (2²² / row)."""
         largest = float(np.abs(row).max(initial=0.0))
         if not largest < 2.0**22:  # nor NaN
-            raise ValueError("a release holds a number that is not finite or not below 2^22")
+            raise BadReleaseError("a release holds a number that is not finite or not below 2^22")
         bound = self.bound + largest * SCALE + 1
         if bound >= 2.0**63:
             bound = float(np.abs(self.units).max()) + largest * SCALE + 1
             if bound >= 2.0**63:
-                raise ValueError("the sum of the releases does not fit into 64-bit fixed point")
+                raise BadReleaseError("the sum of the releases does not fit into 64-bit fixed point")
         self.units += np.rint(row * SCALE, dtype=np.float64).astype(np.int64)
         self.count, self.bound = self.count + 1, bound
 

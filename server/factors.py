@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from privacy.release import Array, Schema
-from server.aggregate import SCALE, FixedPointSum, Numbers
+from server.aggregate import SCALE, BadReleaseError, FixedPointSum, Numbers
 from server.rules import TooFewReleasesError, check_row
 
 Units = npt.NDArray[np.int64]
@@ -65,7 +65,7 @@ class MeanOfProducts:
         return self.changes.units.nbytes + sum(total.nbytes for total in self.totals.values())
 
     def add(self, device: str, change: Array) -> None:
-        """Takes a change (P,). Raises `ValueError`, and is as it was, where it or a product is no number or too large.
+        """Takes a change (P,). Raises `BadReleaseError`, and is as it was, where it or a product is too large.
 
         Needs as much again as `held_bytes` while it runs.
         """
@@ -102,13 +102,13 @@ class MeanOfProducts:
 
 
 def split_factors(schema: Schema, row: Array) -> Iterator[tuple[str, Factors]]:
-    """Each layer's name, A (r, in) and B (out, r). Raises `ValueError` for a layer that has not both, of one rank."""
+    """Each layer's name, A (r, in) and B (out, r). Raises `BadReleaseError` where one of them, or a common r, lacks."""
     arrays = schema.split(row)
     layers = dict.fromkeys(name.removesuffix(".lora_A").removesuffix(".lora_B") for name in arrays)
     for layer in layers:
         a, b = arrays.get(f"{layer}.lora_A"), arrays.get(f"{layer}.lora_B")
         if a is None or b is None or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-            raise ValueError(f"{layer} has not A (r, in) and B (out, r) in a release; set factors to both")
+            raise BadReleaseError(f"{layer} has not A (r, in) and B (out, r) in a release; set factors to both")
         yield layer, (a, b)
 
 
@@ -118,12 +118,12 @@ def _product(a: Array, b: Array) -> Numbers:
 
 
 def _units(product: Numbers, total: Units) -> Units:
-    """A product (out, in) in fixed point; raises `ValueError` unless `total` has room for it."""
+    """A product (out, in) in fixed point; raises `BadReleaseError` unless `total` has room for it."""
     if not (np.abs(product) < 2.0**22).all():
-        raise ValueError("a product of factors holds a number that is not finite or not below 2^22")
+        raise BadReleaseError("a product of factors holds a number that is not finite or not below 2^22")
     units = np.rint(product * SCALE).astype(np.int64)
     if (np.abs(units) > np.iinfo(np.int64).max - np.abs(total)).any():
-        raise ValueError("the sum of the products does not fit into 64-bit fixed point")
+        raise BadReleaseError("the sum of the products does not fit into 64-bit fixed point")
     return units
 
 

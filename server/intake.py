@@ -14,11 +14,13 @@ from privacy.encoding import ENCODINGS
 from privacy.gate import CODES, FAILED, RELEASE
 from privacy.release import PROTOCOL, Schema
 from privacy.release import Array as Numbers
+from server.aggregate import BadReleaseError
 from server.config import ServerConfig
 from server.factors import MeanOfProducts
 from server.rules import RULES, Places
 
 BOTH = {"lora_A", "lora_B"}
+MALFORMED = "malformed"
 PRODUCTS_LIMIT = 2**22  # numbers of the adapted weights up to which the error of averaging factors is always computed
 
 
@@ -33,6 +35,7 @@ class RoundFacts:
     signal_to_noise: float = math.nan
     averaging_error: float | None = None  # of A and B averaged apart, by the mean of their products
     held_bytes: int = 0  # what was kept of the releases
+    failed_adoptions: int = 0  # devices that did not take what the round became
 
 
 @dataclass(frozen=True)
@@ -106,25 +109,28 @@ class Intake:
         try:
             header = reply.content.config_records["header"]
             if "error" in header:
-                return str(header["error"]) if header["error"] in CODES else "malformed"
+                return str(header["error"]) if header["error"] in CODES else MALFORMED
             if header["protocol"] != PROTOCOL or header["version"] != version:
                 return "wrong-version"
             head = header["head"]
             if not RELEASE["head"](head):
-                return "malformed"
+                return MALFORMED
             row, places = self._row(to_numpy(reply.content.array_records["arrays"]))
             norm = float(np.linalg.norm(row.astype(np.float64)))
-            if norm > self.limits.largest_norm_l2:
-                return "too-large"
-            if norm > self.limits.clip_norm_l2:
-                row *= np.float32((1 - 1e-6) * self.limits.clip_norm_l2 / norm)
+        except Exception:  # numpy, of bytes that are no array: EOFError, BadZipFile, MemoryError, …
+            return MALFORMED
+        if norm > self.limits.largest_norm_l2:
+            return "too-large"
+        if norm > self.limits.clip_norm_l2:
+            row *= np.float32((1 - 1e-6) * self.limits.clip_norm_l2 / norm)
+        try:
             if self.products:  # first: what it takes the rule takes too
                 self.products.add(device, row)
             self.rule.add(device, row, places, weight)
-            self.weight_squares += weight**2 * (1 if places is None else places)
-            self.heads[device] = str(head)
-        except Exception:  # of bytes that are no array numpy raises EOFError, BadZipFile, TokenError, MemoryError, …
-            return "malformed"
+        except BadReleaseError:
+            return MALFORMED
+        self.weight_squares += weight**2 * (1 if places is None else places)
+        self.heads[device] = str(head)
         return ""
 
     def _row(self, sent: dict[str, Any]) -> tuple[Numbers, Places | None]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from privacy.errors import FlorilegiumError
 from privacy.release import Array
-from server.aggregate import FixedPointSum, Numbers
+from server.aggregate import BadReleaseError, FixedPointSum, Numbers
 from server.config import ServerConfig
 
 Places = npt.NDArray[np.bool_]
@@ -50,7 +50,7 @@ class Rule(Protocol):
         """What is kept until the change is asked for."""
 
     def add(self, device: str, row: Array, places: Places | None = None, weight: float = 1.0) -> None:
-        """Takes one release (P,). Raises `ValueError` for what cannot be one; the rule is then as it was."""
+        """Takes one release (P,). Raises `BadReleaseError` for what cannot be one; the rule is then as it was."""
 
     def change(self, noise: Numbers | float = 0.0, over: Counts | int = 0) -> Array:
         """The change (P,) of the shared adapter; zero when nothing was added. What is no sum takes no noise."""
@@ -78,9 +78,9 @@ class Mean:
     def add(self, device: str, row: Array, places: Places | None = None, weight: float = 1.0) -> None:
         """Takes a row (P,) that is zero outside `places` (P,); without them the device trains every number."""
         if row.shape != self.senders.shape:
-            raise ValueError(f"a release of shape {row.shape} does not fit {self.senders.shape}")
+            raise BadReleaseError(f"a release of shape {row.shape} does not fit {self.senders.shape}")
         if places is not None and (places.shape != row.shape or row[~places].any()):
-            raise ValueError(f"the release of {device} has numbers where the device trains none")
+            raise BadReleaseError(f"the release of {device} has numbers where the device trains none")
         self.total.add(row if weight == 1 else row * np.float32(weight))
         self.senders += 1 if places is None else places
 
@@ -113,12 +113,12 @@ class KeptRows(ABC):
         return sum(row.nbytes for row in self.rows.values())
 
     def add(self, device: str, row: Array, places: Places | None = None, weight: float = 1.0) -> None:
-        """Raises `ValueError` also for a second release of one device: two votes would halve what a rule tolerates."""
+        """Raises `BadReleaseError` also for a second release of one device: two votes would halve what is tolerated."""
         if weight != 1.0 or (places is not None and not places.all()):
             raise ValueError(f"{type(self).__name__} weighs whole releases alike; use rule = 'mean'")
         check_row(row, self.width, LARGEST_KEPT)
         if device in self.rows:
-            raise ValueError(f"{device} has sent a release already")
+            raise BadReleaseError(f"{device} has sent a release already")
         self.rows[device] = row.astype(np.float32)
 
     def change(self, noise: Numbers | float = 0.0, over: Counts | int = 0) -> Array:
@@ -209,11 +209,11 @@ def squared_distances(rows: list[Array]) -> Numbers:
 
 
 def check_row(row: Array, width: int, below: float = 2.0**22) -> None:
-    """Raises `ValueError` unless a row is (P,) and its numbers are finite and `below` a bound."""
+    """Raises `BadReleaseError` unless a row is (P,) and its numbers are finite and `below` a bound."""
     if row.shape != (width,):
-        raise ValueError(f"a release of shape {row.shape} does not fit ({width},)")
+        raise BadReleaseError(f"a release of shape {row.shape} does not fit ({width},)")
     if not np.isfinite(row).all() or np.abs(row).max(initial=0.0) >= below:
-        raise ValueError(f"a release holds a number that is not finite or not below {below:g}")
+        raise BadReleaseError(f"a release holds a number that is not finite or not below {below:g}")
 
 
 def _mean(rows: Array) -> Array:

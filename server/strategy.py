@@ -199,9 +199,10 @@ class ReleaseStrategy(Strategy):
         return to_arrays(arrays)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Devices send no metrics."""
-        for _ in replies:
-            pass
+        """Devices send no metrics; those that could not adopt are counted."""
+        for reply in replies:
+            if reply.has_error() or "error" in reply.content.config_records["header"]:
+                self.facts[server_round].failed_adoptions += 1
         return None
 
     def start(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, MessageType
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -20,8 +21,9 @@ from privacy.gate import FAILED, NO_DEVICE
 from simulation.config import find_config, load_config
 from simulation.crew import Crew
 from simulation.experiment import RUN_VARIABLE, federate
+from simulation.faults import attempt, leave
 from simulation.fleet import InProcess
-from simulation.host import device_name, devices_of_worker, open_devices
+from simulation.host import SimulatedDevices, device_name, devices_of_worker, open_devices
 from simulation.runs import RunFolder, create
 from simulation.summary import write_summary
 
@@ -40,16 +42,24 @@ def run_path(context: Context) -> Path:
 
 
 def _answer(message: Message, context: Context) -> Message:
-    """One device's reply. What went wrong stays on the device: the server gets a code."""
+    """One device's reply. The server gets a code for what went wrong; the driver finds it in the run's folder."""
+    run, name = RunFolder(run_path(context)), device_name(int(str(context.node_config["partition-id"])))
+    what = "release" if message.metadata.message_type == MessageType.TRAIN else "adoption"
     try:
-        devices = devices_of_worker(run_path(context))
-        name = device_name(int(str(context.node_config["partition-id"])))
+        devices = devices_of_worker(run.path)
         if name not in devices.users:
             return refusal(NO_DEVICE).to(message)
-        return on_a_wire(answer([message], [name], devices)[0])
-    except Exception:
-        log.exception("the device could not answer")
-        return refusal(FAILED).to(message)
+        found = attempt(_replied, run.config.engine.on_device_error == "count", devices, [name], message)
+        if not found.failed:
+            return on_a_wire(found.results[0][1])
+        leave(run.faults, name, what, found.failed[name])
+    except Exception as error:  # the driver raises it
+        leave(run.faults, name, what, error)
+    return refusal(FAILED).to(message)
+
+
+def _replied(devices: SimulatedDevices, names: Sequence[str], message: Message) -> Message:
+    return answer([message], names, devices)[0]
 
 
 @client_app.query()

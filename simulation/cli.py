@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import dumps
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from client.agent.cli import app as device
 from client.agent.cli import plain_errors
-from privacy.errors import UserError
+from privacy.errors import BrokenDeviceError, UserError
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads spin for each other: ruinous beside other work
@@ -480,6 +481,11 @@ def main() -> None:
     """Runs the command; a user's mistake is told in a line, a fault of ours by its traceback."""
     try:
         app()
+    except BrokenDeviceError as error:
+        print(error.traced, file=sys.stderr)  # of the process that the device was in
+        console.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
+        console.print("what was finished is kept; after the mend, run goes on with --resume, a study by itself")
+        raise SystemExit(1) from None
     except UserError as error:
         console.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
         raise SystemExit(2) from None

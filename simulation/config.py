@@ -44,6 +44,18 @@ class EvaluationConfig(Config):
     replies_shown: int = Field(6, ge=0, description="before and after replies in the report")
 
 
+class EngineConfig(Config):
+    """What carries messages between server and devices, and what becomes of a device that raises."""
+
+    name: Literal["cohort", "flower"] = Field("cohort", description="devices in cohorts; or Flower's own simulation")
+    on_device_error: Literal["end", "count"] = Field(
+        "end", description="end the run; count: where faults of devices are simulated (`DeviceFaultError`)"
+    )
+    failed_share: float = Field(
+        0.1, ge=0, le=1, description="count: of the devices that are asked at once; above it the run ends"
+    )
+
+
 class RayConfig(Config):
     """The processes that simulated devices live in. Changes speed, not results (but for rounding)."""
 
@@ -63,7 +75,7 @@ class ExperimentConfig(DeviceConfig):
 
     name: str = "experiment"
     seed: int = Field(0, ge=0)
-    engine: Literal["cohort", "flower"] = "cohort"
+    engine: EngineConfig = Field(EngineConfig(), description="its name alone will do: engine = 'flower'")
     cohort_size: int = Field(128, ge=1, description="devices in one pass; changes memory and speed, not results")
     data: DataConfig = DataConfig()
     server: ServerConfig = ServerConfig()
@@ -139,9 +151,14 @@ class ExperimentConfig(DeviceConfig):
             raise ValueError("server.buffer needs to know who is how fast; set world.classes=world/devices")
         if server.absent and self.world.classes:
             raise ValueError("[world] tells when a server gets its answers; server.rule = 'none' has no server")
-        if self.engine != "cohort" and (self.world.classes or self.ray.actors):
+        if self.engine.name != "cohort" and (self.world.classes or self.ray.actors):
             raise ValueError("[world] and ray.actors need engine = 'cohort'")
         return self
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _by_its_name(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("name")
     @classmethod
@@ -224,6 +241,8 @@ def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
     """Puts a value at `key.path` of a tree of settings."""
     *path, last = key.split(".")
     for part in path:
+        if part == "engine" and isinstance(tree.get(part), str):
+            tree[part] = {"name": tree[part]}
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"override of {key!r}: {part} is a value, not a section")

@@ -1,15 +1,20 @@
-"""A fleet with its devices in cohorts: what the driver asks of all of them, and how far they are."""
+"""A fleet with its devices in cohorts: what the driver asks of all of them, how far they are, and which have failed."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from simulation.cohorts import pack
+from simulation.faults import Failure, TooManyFailedError, attempt, left
 from simulation.fleet import Cohort, Done, Fleet, Job
 from simulation.host import SimulatedDevices
 from simulation.progress import Pulse
+
+FAILED = {"released": "release", "adopted": "adoption", "learn_without_server": "control"}  # by the job
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,8 @@ class Crew:
     fleet: Fleet
     devices: SimulatedDevices
     pulse: Pulse = field(default_factory=Pulse)
+    failures: list[Failure] = field(default_factory=list)  # that nobody has taken yet
+    asked: Counter[str] = field(default_factory=Counter)  # devices, by what they were asked for, since then
 
     def cohorts(self, names: Sequence[str]) -> list[Cohort]:
         config = self.devices.run.config
@@ -29,8 +36,41 @@ class Crew:
         return pack(names, tokens, self.devices.run.shards, self.fleet.size, config.cohort_size)
 
     def map(self, job: Job, names: Sequence[str], shared: Any = None) -> Iterator[Done]:
-        """The result of each cohort of these devices, as soon as there is one."""
-        return self.fleet.map(job, self.cohorts(names), shared)
+        """The result of each cohort of these devices, as soon as there is one.
+
+        Without those that failed, where that is counted.
+        """
+        what = FAILED.get(job.__name__, "evaluation")
+        careful = partial(attempt, job, self.devices.run.config.engine.on_device_error == "count")
+        self.asked[what] += len(names)
+        for cohort, found in self.fleet.map(careful, self.cohorts(names), shared):
+            self.failures.extend(Failure(device, what, error) for device, error in found.failed.items())
+            for some, result in found.results:
+                yield Cohort(some, cohort.home), result
+
+    def taken(self) -> list[Failure]:
+        """The failures since the last call."""
+        failures = list(self.failures)
+        self.failures.clear()
+        self.asked.clear()
+        return failures
+
+    def check(self) -> None:
+        """Raises `TooManyFailedError` where more have failed since `taken` than is allowed of one kind.
+
+        And what another process has left that is not to be counted.
+        """
+        self.failures.extend(left(self.devices.run.faults))
+        config = self.devices.run.config
+        share = config.engine.failed_share
+        for what, failed in Counter(f.what for f in self.failures).items():
+            asked = self.asked[what] or config.data.users
+            if failed > share * asked or failed == asked:
+                first = next(f for f in self.failures if f.what == what)
+                raise TooManyFailedError(
+                    f"{what} failed on {failed} of {asked} devices; engine.failed_share = {share:g} is the most that "
+                    f"may; the first, {first.device}: {first.error}"
+                )
 
     def ask(self, job: Job, names: Sequence[str], shared: Any = None) -> Iterator[Done]:
         """As `map`, of what the server asks: it is told to whoever watches."""
@@ -43,6 +83,7 @@ class Crew:
         found: dict[str, Any] = {}
         for _, result in self.map(job, names, shared):
             found |= result or {}
+        self.check()
         return found
 
     def gather_arms(self, job: Job, names: Sequence[str], shared: Any = None) -> dict[str, dict[str, Any]]:
@@ -51,4 +92,5 @@ class Crew:
         for _, result in self.map(job, names, shared):
             for arm, of_devices in result.items():
                 found.setdefault(arm, {}).update(of_devices)
+        self.check()
         return found

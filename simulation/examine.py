@@ -32,6 +32,14 @@ COMPARISONS = (
 )
 
 
+@dataclass(frozen=True)
+class Table:
+    """A metric of several arms: of each, one figure of each of the devices `names`."""
+
+    names: Sequence[str]
+    arms: Mapping[str, Measured]
+
+
 @dataclass
 class Examiner:
     """Evaluates the devices `names`; says to whoever watches what it does."""
@@ -59,49 +67,53 @@ class Examiner:
         arms = self._arms(last, shared)
         if config.evaluation.pooled_epochs:
             self.say("pooled")
-            arms["pooled"] = [Rows("personal", self._pooled().rows)]
+            arms = arms.with_arm("pooled", [Rows("personal", self._pooled().rows)])
         self.say("evaluate")
         nll = self._evaluate(last, arms)
         self.say("reply")
         rouge, lengths = self._replies(arms)
-        for name, measured in rouge.items():
+        for name, measured in rouge.arms.items():
             self._evaluation_event(last, name, "rouge1", measured)
         self._results(nll, rouge, lengths)
-        for metric, better, than in COMPARISONS if len(self.names) > 1 else ():  # one user has no interval
+        for metric, better, than in COMPARISONS:
             table = nll if metric == "nll" else rouge
-            if better in table and than in table:
-                found = asdict(compare(table[better], table[than], lower_is_better=metric == "nll"))
+            if len(table.names) > 1 and better in table.arms and than in table.arms:  # one user has no interval
+                found = asdict(compare(table.arms[better], table.arms[than], lower_is_better=metric == "nll"))
                 self.run.record("comparison", metric=metric, better=better, than=than, **found)
         self._newcomers(shared)
-        return {n: nll["base"].by_user[k] - nll["personal"].by_user[k] for k, n in enumerate(self.names)}
+        base, own = nll.arms["base"].by_user, nll.arms["personal"].by_user
+        return {n: b - p for n, b, p in zip(nll.names, base, own, strict=True)}
 
-    def _results(
-        self, nll: Mapping[str, Measured], rouge: Mapping[str, Measured], lengths: Mapping[str, Sequence[float]]
-    ) -> None:
+    def _results(self, nll: Table, rouge: Table, lengths: Mapping[str, Sequence[float]]) -> None:
         """One event for each device and arm."""
-        for k, device in enumerate(self.names):
+        replied = {device: k for k, device in enumerate(rouge.names)}
+        for k, device in enumerate(nll.names):
             queries = len(self.devices.users[device].held_out)
-            for arm in nll:
-                facts = {"rouge1": rouge[arm].by_user[k], "mean_length_tokens": lengths[arm][k]} if rouge else {}
-                self.run.record("result", device=device, arm=arm, nll=nll[arm].by_user[k], queries=queries, **facts)
+            for arm, measured in nll.arms.items():
+                facts = {}
+                if (at := replied.get(device)) is not None:
+                    facts = {"rouge1": rouge.arms[arm].by_user[at], "mean_length_tokens": lengths[arm][at]}
+                self.run.record("result", device=device, arm=arm, nll=measured.by_user[k], queries=queries, **facts)
 
-    def _arms(self, round_number: int, shared_row: torch.Tensor) -> dict[str, Sequence[Rows]]:
+    def _arms(self, round_number: int, shared_row: torch.Tensor) -> Arms:
         if round_number == 0:
-            return {"base": []}
+            return Arms(self.names, {"base": []})
         rows = self.crew.gather(personal_rows, self.names, round_number)
-        personal, local = (torch.stack([rows[n][kind] for n in self.names]) for kind in ("personal", "local"))
-        given = derangement(len(self.names), derive_seed(self.config.seed, "shuffled"))
+        names = [n for n in self.names if n in rows]
+        personal, local = (torch.stack([rows[n][kind] for n in names]) for kind in ("personal", "local"))
+        given = derangement(len(names), derive_seed(self.config.seed, "shuffled"))
         own, strangers = Rows("personal", personal), Rows("personal", personal[given])
         if self.config.server.absent:
-            return {"base": [], "personal": [own], "shuffled": [strangers]}
+            return Arms(names, {"base": [], "personal": [own], "shuffled": [strangers]})
         shared = Rows("shared", shared_row[None])
-        return {
+        arms = {
             "base": [],
             "shared": [shared],
             "local": [Rows("personal", local)],
             "personal": [shared, own],
             "shuffled": [shared, strangers],
         }
+        return Arms(names, arms)
 
     def _pooled(self) -> Adapters:
         """One adapter trained on everything that the evaluated devices met, without privacy: the ceiling."""
@@ -116,37 +128,40 @@ class Examiner:
         adapters = site.lm.adapters(site.personal_layout, start)
         return site.lm.engine.finetune(adapters, [], [Lesson(examples, order)], [rates]).adapters
 
-    def _evaluate(self, round_number: int, arms: Mapping[str, Sequence[Rows]]) -> dict[str, Measured]:
-        found = self.crew.gather_arms(scored, self.names, Arms(self.names, arms))
-        measured = {arm: measure_nll([found[arm][n] for n in self.names]) for arm in arms}
+    def _evaluate(self, round_number: int, arms: Arms) -> Table:
+        found = self.crew.gather_arms(scored, arms.names, arms)
+        names = _of_all(found, arms.names)
+        measured = {arm: measure_nll([found[arm][n] for n in names]) for arm in arms.arms}
         for name, figures in measured.items():
             self._evaluation_event(round_number, name, "nll", figures)
-        return measured
+        return Table(names, measured)
 
     def _evaluation_event(self, round_number: int, arm: str, metric: str, measured: Measured) -> None:
         counts = {"users": len(measured.by_user), "queries": len(measured.by_query)}
         facts = {"round": round_number, "final": round_number == self.config.rounds, **counts}
         self.run.record("evaluation", arm=arm, metric=metric, **measured.summary(), **facts)
 
-    def _replies(self, arms: Mapping[str, Sequence[Rows]]) -> tuple[dict[str, Measured], dict[str, list[float]]]:
+    def _replies(self, arms: Arms) -> tuple[Table, dict[str, list[float]]]:
         """ROUGE-1 and mean lengths in tokens, by arm; and a few replies before and after, for reading."""
         settings, limit = self.config.evaluation, self.config.evaluation.rouge_queries_per_user
         if not limit:
-            return {}, {}
-        counts = [min(limit, len(self.devices.users[n].held_out)) for n in self.names]
-        first = dict(zip(self.names, accumulate([0, *counts]), strict=False))
+            return Table([], {}), {}
+        counts = [min(limit, len(self.devices.users[n].held_out)) for n in arms.names]
+        first = dict(zip(arms.names, accumulate([0, *counts]), strict=False))
         seed = derive_seed(self.config.seed, "reply") >> 1
-        asked = Asked(Arms(self.names, arms), limit, settings.sampling, seed, first)
-        found = self.crew.gather_arms(replied, self.names, asked)
-        replies = {arm: [found[arm][n] for n in self.names] for arm in arms}
-        self._show_replies(replies["base"], replies["personal"])
+        found = self.crew.gather_arms(replied, arms.names, Asked(arms, limit, settings.sampling, seed, first))
+        names = _of_all(found, arms.names)
+        replies = {arm: [found[arm][n] for n in names] for arm in arms.arms}
+        self._show_replies(names, replies["base"], replies["personal"])
         lengths = {arm: [_mean([r.tokens for r in few]) for few in found] for arm, found in replies.items()}
-        return {arm: measure_rouge(found) for arm, found in replies.items()}, lengths
+        return Table(names, {arm: measure_rouge(found) for arm, found in replies.items()}), lengths
 
-    def _show_replies(self, before: Sequence[Sequence[Reply]], after: Sequence[Sequence[Reply]]) -> None:
+    def _show_replies(
+        self, names: Sequence[str], before: Sequence[Sequence[Reply]], after: Sequence[Sequence[Reply]]
+    ) -> None:
         pairs = [
             (name, b, a)
-            for name, of_base, of_personal in zip(self.names, before, after, strict=True)
+            for name, of_base, of_personal in zip(names, before, after, strict=True)
             for b, a in zip(of_base, of_personal, strict=True)
         ]
         shown = self.config.evaluation.replies_shown
@@ -162,14 +177,20 @@ class Examiner:
             return
         self.say("newcomers")
         found = self.crew.gather_arms(joined_late, names, None if self.config.server.absent else shared)
+        names = _of_all(found, names)
         measured = {arm: measure_nll([of[n] for n in names]) for arm, of in found.items()}
         for arm, figures in measured.items():
-            self.run.record("newcomers", arm=arm, metric="nll", users=count, **figures.summary())
-        for better, than in (("shared", "base"), ("personal", "base"), ("personal", "shared")) if count > 1 else ():
-            if not {better, than} <= measured.keys():
+            self.run.record("newcomers", arm=arm, metric="nll", users=len(names), **figures.summary())
+        for better, than in (("shared", "base"), ("personal", "base"), ("personal", "shared")):
+            if len(names) < 2 or not {better, than} <= measured.keys():
                 continue
             difference = asdict(compare(measured[better], measured[than], lower_is_better=True))
             self.run.record("newcomers_comparison", metric="nll", better=better, than=than, **difference)
+
+
+def _of_all(found: Mapping[str, Mapping[str, object]], names: Sequence[str]) -> list[str]:
+    """The devices that are there under every arm: all, but for those whose failure was counted."""
+    return [n for n in names if all(n in of_arm for of_arm in found.values())]
 
 
 def _mean(values: Sequence[int]) -> float:

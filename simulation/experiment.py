@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import chdir
 from dataclasses import asdict
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
@@ -25,7 +24,7 @@ from privacy.seeds import derive_key, derive_seed
 from server.buffered import BufferedStrategy
 from server.intake import Limits, RoundFacts, to_arrays, to_numpy
 from server.optimizers import Moments
-from server.strategy import Aggregate, ReleaseStrategy
+from server.strategy import Aggregate, NoReleaseError, ReleaseStrategy
 from simulation.board import Board
 from simulation.clock import BufferedClock, Clock
 from simulation.config import ExperimentConfig, with_absolute_paths
@@ -76,7 +75,7 @@ def _lock_of(folder: Path) -> Path:
 
 def _run(run: RunFolder, resuming: bool, pulse: Pulse, tensorboard: bool) -> dict[str, Any]:
     try:
-        ENGINES[run.config.engine](run, pulse, Board(run) if tensorboard else None)
+        ENGINES[run.config.engine.name](run, pulse, Board(run) if tensorboard else None)
     finally:
         if run.metrics.exists() if resuming else settle(run):
             pulse.enter("report")
@@ -110,7 +109,7 @@ ENGINES: dict[str, Callable[[RunFolder, Pulse, Board | None], None]] = {"cohort"
 def federate(run: RunFolder, grid: Grid, crew: Crew, clock: Clock | None = None, board: Board | None = None) -> None:
     """All rounds over a grid, from the last one that was finished, and the verdict."""
     config, last, devices = run.config, run.last_shared(), crew.devices
-    strategy = _strategy(run, devices, clock, first_round=max(1, last.round + 1) if last else 1)
+    strategy = _strategy(run, crew, clock, first_round=max(1, last.round + 1) if last else 1)
     strategy.greet(grid)
     ends = [e["wall_s"] for e in run.events() if e["event"] == "end"]
     session = Session(run, devices, strategy, crew, clock, board, earlier_s=ends[-1] if last and ends else 0.0)
@@ -128,21 +127,30 @@ def federate(run: RunFolder, grid: Grid, crew: Crew, clock: Clock | None = None,
         shared = torch.from_numpy(strategy.whole.join(to_numpy(result.arrays)))
         session.finish(shared)
         export_adapters(run, devices, shared, session.names)
+    except NoReleaseError:
+        session.close(interrupted=True)
+        crew.check()  # says why, where faults of devices are counted
+        raise
     except BaseException:
         session.close(interrupted=True)
         raise
     session.close(interrupted=False)
 
 
-def _strategy(run: RunFolder, devices: SimulatedDevices, clock: Clock | None, first_round: int) -> ReleaseStrategy:
-    config = run.config
+def _strategy(run: RunFolder, crew: Crew, clock: Clock | None, first_round: int) -> ReleaseStrategy:
+    config, devices = run.config, crew.devices
+
+    def checked(made: Aggregate) -> None:
+        crew.check()  # a round of too few is not kept
+        commit(run, made)
+
     secret = run.server_secret() if config.privacy.secret == "os" else derive_key(config.seed, "server")
     noise = release_noise(config, config.server.noise_bands, secret)
     named: dict[str, Any] = {
         "limits": Limits(*release_limits(config, devices.schema)),
         "over_sampling": config.world.over_sampling,
         "first_round": first_round,
-        "commit": partial(commit, run),
+        "commit": checked,
         "committed": committed(run, first_round),
     }
     if isinstance(clock, BufferedClock):

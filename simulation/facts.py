@@ -18,7 +18,7 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, A
     lm, promise, event = devices.site.lm, config.privacy.promise, planned_event(config)
     return {
         "name": config.name,
-        "engine": config.engine,
+        "engine": config.engine.name,
         "seed": config.seed,
         "rounds": config.rounds,
         "devices": config.data.users,

@@ -6,7 +6,6 @@ is done. What is saved is the message store, the polling and the pickling.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -18,14 +17,11 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity  # private: a message cannot be made outside a run without it
 
 from client.app import Devices, Question, Reply, greeting, read_question, refusal, replies
-from client.state import StoreError
 from privacy.gate import FAILED
-from privacy.ledger import LedgerError
 from privacy.release import Schema
 from simulation.clock import WAITED_FOR, Clock
 from simulation.fleet import Done, Job
 
-log = logging.getLogger(__name__)
 GREETED_AT_ONCE = 1024  # messages; a whole population's would fill the memory
 Spread = Callable[[Job, Sequence[str], Any], Iterator[Done]]  # over cohorts and processes (`simulation.crew.Crew.map`)
 
@@ -79,8 +75,10 @@ class CohortGrid(Grid):
             return
         by_name = {self._name(m): m for m in messages}
         question = read_question(messages, list(by_name), self.schema)
-        for _, answers in self.spread(answered, list(by_name), question):
-            yield from (reply.to(by_name[name]) for name, reply in answers)
+        asked = released if question.kind == MessageType.TRAIN else adopted
+        for _, answers in self.spread(asked, list(by_name), question):
+            yield from (reply.to(by_name.pop(name)) for name, reply in answers)
+        yield from (refusal(FAILED).to(message) for message in by_name.values())  # of devices whose fault was counted
 
 
 class WorldGrid(CohortGrid):
@@ -101,18 +99,11 @@ class WorldGrid(CohortGrid):
                 yield reply
 
 
-def answered(devices: Devices, names: Sequence[str], question: Question) -> list[tuple[str, Reply]]:
-    """The replies of a cohort. A device that cannot answer fails alone, whatever its data did to its company.
+def released(devices: Devices, names: Sequence[str], question: Question) -> list[tuple[str, Reply]]:
+    """The replies of a cohort that is asked for releases."""
+    return list(zip(names, replies(question, names, devices), strict=True))
 
-    What is wrong with the store or the ledger ends the run: there the fault is not the device's.
-    """
-    try:
-        return list(zip(names, replies(question, names, devices), strict=True))
-    except (StoreError, LedgerError, MemoryError):
-        raise
-    except Exception:
-        if len(names) == 1:
-            log.exception("%s could not answer", names[0])
-            return [(names[0], refusal(FAILED))]
-    half = len(names) // 2
-    return [*answered(devices, names[:half], question), *answered(devices, names[half:], question)]
+
+def adopted(devices: Devices, names: Sequence[str], question: Question) -> list[tuple[str, Reply]]:
+    """The replies of a cohort that is given what its releases became."""
+    return list(zip(names, replies(question, names, devices), strict=True))

@@ -33,6 +33,9 @@ class Arms:
     names: Sequence[str]
     arms: Mapping[str, Sequence[Rows]]
 
+    def with_arm(self, name: str, parts: Sequence[Rows]) -> Arms:
+        return Arms(self.names, {**self.arms, name: parts})
+
     def of(self, names: Sequence[str], devices: SimulatedDevices) -> dict[str, Arm]:
         """For some of the devices, in their order."""
         site, places = devices.site, {name: k for k, name in enumerate(self.names)}

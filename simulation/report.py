@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from simulation.page import interval, signed
 from simulation.report_figures import ARMS, Event, arm_of, is_number
 
 MOST_DEVICES_LISTED = 200
-_IDENTITY = ("event", "round", "device", "arm", "metric", "better", "than", "prompt")
+_IDENTITY = ("event", "round", "device", "arm", "metric", "better", "than", "prompt", "what")
 _METRIC_NAMES = {"nll": "NLL", "rouge1": "ROUGE-1"}
 
 
@@ -52,6 +53,7 @@ class Record:
     newcomers: tuple[Event, ...]
     newcomers_comparison: tuple[Event, ...]
     fairness: tuple[Event, ...]
+    failure: tuple[Event, ...]
 
     @property
     def rounds_done(self) -> int:
@@ -134,6 +136,11 @@ def _progress(record: Record) -> Iterator[str]:
         yield f"The run was interrupted after {done} of {planned} rounds."
     elif record.run and not record.end:
         yield f"The run has not finished: {done} of {planned} rounds are recorded."
+    if record.failure:
+        counts = Counter(e["what"] for e in record.failure)
+        told = ", ".join(f"{count} × {what}" for what, count in counts.items())
+        first = record.failure[0]
+        yield f"Faults of devices were counted: {told}; the first, {first['device']}: {first['error']}."
     if record.run and not record.evaluation:
         yield "There is no evaluation yet."
     elif record.evaluation and not record.comparison:

@@ -58,6 +58,11 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def faults(self) -> Path:
+        """Where processes that the driver cannot hear leave what went wrong (`simulation.faults`)."""
+        return self.path / "faults"
+
     @cached_property
     def shards(self) -> Shards:
         """The devices and their ledgers."""

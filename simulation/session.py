@@ -55,7 +55,9 @@ class Session:
 
     @cached_property
     def examiner(self) -> Examiner:
-        return Examiner(self.run, self.devices, self.crew, self.names)
+        failures = (e for e in self.run.events() if e["event"] == "failure" and e["what"] == "control")
+        without = {e["device"] for e in failures}
+        return Examiner(self.run, self.devices, self.crew, [n for n in self.names if n not in without])
 
     def say(self, phase: str) -> None:
         self.crew.pulse.enter(phase)
@@ -72,6 +74,7 @@ class Session:
 
     def after_round(self, round_number: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Notes → events, controls, evaluation, and last the checkpoint: with it the round is done."""
+        self._failed(round_number)
         numbers = to_numpy(arrays)
         shared = torch.from_numpy(self.strategy.whole.join(numbers))
         asked = self.strategy.sampled(round_number) if round_number else []
@@ -81,10 +84,13 @@ class Session:
             self.say("control")
             took_part = set(asked)
             self.crew.gather(learn_without_server, [n for n in self.names if n in took_part], round_number)
+            without = self._failed(round_number)
+            self.examiner.names = [n for n in self.examiner.names if n not in without]
         seconds["control"] = time.perf_counter() - began
         began = time.perf_counter()
         if round_number < self.config.rounds and self.config.evaluation.every_round:
             self.examiner.of_round(round_number, shared)
+            self._failed(round_number)
         seconds["evaluate"] = time.perf_counter() - began
         if round_number:
             self._round_event(round_number, asked, shared, seconds)
@@ -96,8 +102,9 @@ class Session:
     def finish(self, shared: torch.Tensor) -> None:
         """The verdict on the last round, and in a world to whom it was fair."""
         gain = self.examiner.verdict(shared)
+        self._failed(self.config.rounds)
         if self.clock:
-            replies = {n: float(len(self.devices.users[n].stream)) for n in self.names}
+            replies = {n: float(len(self.devices.users[n].stream)) for n in gain}
             rounds = [self.clock.rounds[n] for n in sorted(self.clock.rounds)]
             self.run.record("fairness", **summarize(rounds, self.clock.world, gain, replies))
 
@@ -112,6 +119,17 @@ class Session:
             devices_bytes=self.run.shards.size_bytes,
             interrupted=interrupted,
         )
+
+    def _failed(self, round_number: int) -> set[str]:
+        """Writes down the faults that were counted since it was last asked; returns whose they are.
+
+        Raises `TooManyFailedError`.
+        """
+        self.crew.check()
+        failures = self.crew.taken()
+        events = [{"round": round_number, "device": f.device, "what": f.what, "error": f.error} for f in failures]
+        self.run.record_all("failure", events)
+        return {f.device for f in failures}
 
     # -- rounds -------------------------------------------------------------------------------------------------
 
@@ -145,6 +163,7 @@ class Session:
             releases=facts.releases,
             silent=facts.silent,
             refused=facts.refused,
+            failed_adoptions=facts.failed_adoptions,
             averaging_error=facts.averaging_error,
             held_bytes=facts.held_bytes,
             seconds={k: round(v, 3) for k, v in seconds.items()},

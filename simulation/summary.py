@@ -82,6 +82,8 @@ def summarize(events: Iterable[Event]) -> Summary:
         "synthetic_rejected": devices.sums["synthetic_rejected"],
         "truncated": devices.sums["truncated"],
         "failed_trainings": devices.failed,
+        "failures": dict(Counter(e["what"] for e in by_kind.get("failure", []))),
+        "refused": dict(sum((Counter(e["refused"]) for e in rounds), Counter())),
         "epsilon": devices.epsilon,
         "delta": start["privacy"]["delta"],
         "noise_multiplier": start["privacy"]["noise_multiplier"],
@@ -116,8 +118,9 @@ def _mean(values: list[float]) -> float:
 
 
 def _mean_lengths(results: list[Event]) -> dict[str, float]:
-    arms = {e["arm"] for e in results if "mean_length_tokens" in e}
-    return {a: _mean([e["mean_length_tokens"] for e in results if e["arm"] == a]) for a in ARMS if a in arms}
+    replied = [e for e in results if "mean_length_tokens" in e]
+    arms = {e["arm"] for e in replied}
+    return {a: _mean([e["mean_length_tokens"] for e in replied if e["arm"] == a]) for a in ARMS if a in arms}
 
 
 def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Tensor, names: Sequence[str]) -> None:
@@ -165,9 +168,18 @@ def render_summary(summary: Summary) -> RenderableType:
         f"{summary['devices_bytes'] / 1e6:.1f} MB of devices' states and ledgers on the disk",
         *([_world(summary["world"])] if summary["world"] else []),
         *(f"newcomers, {_comparison(c)}" for c in summary["newcomers_comparisons"]),
+        *([_failures(summary)] if summary["failures"] or summary["refused"] else []),
         *(f"kept the personal adapter that it had: {failed}" for failed in summary["failed_trainings"]),
     ]
     return Group(table, Text("\n".join([*lines, *facts])))
+
+
+def _failures(summary: Summary) -> str:
+    """What went wrong on devices in all rounds."""
+    failures = [f"{count} × {what}" for what, count in summary["failures"].items()]
+    refused = [f"{count} × {code}" for code, count in summary["refused"].items()]
+    parts = [f"failed and counted: {', '.join(failures)}"] * bool(failures)
+    return "; ".join([*parts, *[f"no release, by reason: {', '.join(refused)}"] * bool(refused)])
 
 
 def _cells(figures: Summary | None) -> tuple[str, str]:

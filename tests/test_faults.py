@@ -1,0 +1,228 @@
+"""What becomes of a device that raises: a run ends with one error; where faults are simulated, they count."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL
+
+import client.round
+import privacy.errors
+import simulation.examine
+import simulation.session
+from client.state import DeviceState
+from privacy.errors import BrokenDeviceError, DeviceFaultError, FlorilegiumError, UserError
+from privacy.ledger import LedgerError
+from simulation.config import ConfigError, ExperimentConfig, find_config, load_config
+from simulation.experiment import run_experiment
+from simulation.faults import ElsewhereError, Failure, TooManyFailedError, attempt, leave, left, tried
+from simulation.runs import RunFolder
+
+FOUR = ["a", "b", "c", "d"]
+QUICK = (*SMALL, "data.users=4", "rounds=1", "evaluation.pooled_epochs=0", "synthesis.sampling.max_new_tokens=2")
+PHASES = ("observe", "annotate", "learn_shared", "release", "synthesize", "learn_personal")  # as `client.round` calls
+JOBS = ("learn_without_server", "personal_rows", "scored", "replied", "joined_late")  # of an evaluation
+
+
+def breaking(*broken: int) -> Callable[[Sequence[int]], str]:
+    def work(places: Sequence[int]) -> str:
+        if set(places) & set(broken):
+            raise TypeError("no such keyword")
+        return "done"
+
+    return work
+
+
+# -- one cohort -----------------------------------------------------------------------------------------------------
+
+
+def test_the_device_that_breaks_a_cohort_is_found() -> None:
+    assert tried(breaking(), FOUR) == "done"
+    for place, name in enumerate(FOUR):
+        with pytest.raises(BrokenDeviceError) as caught:
+            tried(breaking(place), FOUR)
+        assert caught.value.device == name
+        assert (
+            str(caught.value) == f"{name}: TypeError: no such keyword; of the 3 others in its cohort none failed alike"
+        )
+        assert caught.value.traced.count("Traceback") == 1 and "in work" in caught.value.traced
+    with pytest.raises(BrokenDeviceError, match=r"a: .* of the 3 others in its cohort 2 failed alike"):
+        tried(breaking(0, 1, 3), FOUR)
+
+
+def test_of_a_large_cohort_some_are_asked_whether_they_fail_alike() -> None:
+    names = [f"device-{k:02d}" for k in range(50)]
+    with pytest.raises(BrokenDeviceError, match=r"device-00.*of the 7 tried of 49 others in its cohort 7 failed alike"):
+        tried(breaking(*range(50)), names)
+
+
+def test_devices_that_fail_only_together_are_told_as_such() -> None:
+    def work(places: Sequence[int]) -> None:
+        if len(places) > 1:
+            raise TypeError("shapes do not fit")
+
+    with pytest.raises(BrokenDeviceError, match="only together"):
+        tried(work, FOUR)
+
+
+@pytest.mark.parametrize("error", [ConfigError("set it"), LedgerError("torn"), MemoryError()])
+def test_what_is_nobodys_bug_passes_as_it_is(error: Exception) -> None:
+    def work(_: Sequence[int]) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        tried(work, FOUR)
+    assert caught.value is error
+
+
+def test_a_broken_device_comes_whole_out_of_another_process() -> None:
+    error = BrokenDeviceError("a", "TypeError: x", "it was alone", "Traceback …")
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.device, again.traced, str(again)) == (error.device, error.traced, str(error))
+
+
+def job(fault: type[Exception]) -> Callable[..., dict[str, int]]:
+    def length(_: object, names: Sequence[str], shared: int) -> dict[str, int]:
+        if "c" in names:
+            raise fault("its disk is full")
+        return dict.fromkeys(names, shared)
+
+    return length
+
+
+def test_faults_are_counted_where_that_is_asked_for_and_bugs_are_not() -> None:
+    found = attempt(job(DeviceFaultError), True, None, FOUR, 7)
+    assert found.failed == {"c": "DeviceFaultError: its disk is full"}
+    assert [(names, result) for names, result in found.results] == [(("a", "b"), {"a": 7, "b": 7}), (("d",), {"d": 7})]
+    with pytest.raises(BrokenDeviceError, match="c: DeviceFaultError"):
+        attempt(job(DeviceFaultError), False, None, FOUR, 7)
+    with pytest.raises(BrokenDeviceError, match="c: KeyError"):
+        attempt(job(KeyError), True, None, FOUR, 7)
+
+
+def test_what_another_process_left_is_raised_or_counted(tmp_path: Path) -> None:
+    leave(tmp_path / "faults", "a", "release", "DeviceFaultError: x")
+    assert left(tmp_path / "faults") == [Failure("a", "release", "DeviceFaultError: x")]
+    assert left(tmp_path / "faults") == []
+    leave(tmp_path / "faults", "a", "adoption", BrokenDeviceError("a", "TypeError: x", "alone", "Traceback"))
+    with pytest.raises(BrokenDeviceError, match="TypeError: x"):
+        left(tmp_path / "faults")
+    leave(tmp_path / "faults", "a", "adoption", ConfigError("set it"))
+    with pytest.raises(ElsewhereError, match="set it"):
+        left(tmp_path / "faults")
+
+
+# -- a run ----------------------------------------------------------------------------------------------------------
+
+
+def config(*more: str) -> ExperimentConfig:
+    return load_config(find_config("quickstart"), [*QUICK, "evaluation.newcomers=1", *more])
+
+
+def broken(module: Any, name: str, fault: type[Exception], only: str, patch: pytest.MonkeyPatch) -> None:
+    """Has a phase or a job raise for the device `only`, or for all devices."""
+    whole = getattr(module, name)
+
+    def phase(*args: Any, **named: Any) -> Any:
+        devices = [x for part in args if isinstance(part, list) for x in part if isinstance(x, str | DeviceState)]
+        if not only or only in [x if isinstance(x, str) else x.id for x in devices]:
+            raise fault(f"{name} is broken")
+        return whole(*args, **named)
+
+    phase.__name__ = name
+    patch.setattr(module, name, phase)
+
+
+@pytest.mark.parametrize("only", ["", "device-00002"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_that_raises_ends_the_run_and_says_where(
+    phase: str, only: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        broken(client.round, phase, TypeError, only, patch)
+        with pytest.raises(BrokenDeviceError) as caught:
+            run_experiment(config(), tmp_path / "run")
+    alike = "none" if only else "3"
+    assert str(caught.value) == (
+        f"{only or 'device-00000'}: TypeError: {phase} is broken, in the phase {phase} of round 1; "
+        f"of the 3 others in its cohort {alike} failed alike"
+    )
+    assert caught.value.traced.count("Traceback") == 1 and f"{phase} is broken" in caught.value.traced
+    assert not (tmp_path / "run" / "summary.json").exists()
+    if only:  # after the mend it goes on
+        summary = run_experiment(config(), tmp_path / "run", resuming=True)
+        assert summary["tokens_trained"] > 0 and not summary["failures"] and not summary["refused"]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_an_evaluation_that_raises_ends_the_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = simulation.session if name == "learn_without_server" else simulation.examine
+    broken(module, name, TypeError, "device-00004" if name == "joined_late" else "device-00002", monkeypatch)
+    with pytest.raises(BrokenDeviceError, match=f"{name} is broken"):
+        run_experiment(config(), tmp_path / "run")
+
+
+COUNTED = "engine.on_device_error=count", "engine.failed_share=0.5"
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("learn_shared", "release"), ("learn_personal", "adoption"), ("learn_without_server", "control")]
+    + [(name, "evaluation") for name in ("personal_rows", "scored", "replied")],
+)
+def test_counted_faults_are_in_table_summary_and_report(
+    name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    from simulation.summary import render_summary
+
+    module = simulation.session if name == "learn_without_server" else simulation.examine
+    broken(client.round if name in PHASES else module, name, DeviceFaultError, "device-00002", monkeypatch)
+    summary = run_experiment(config(*COUNTED), tmp_path / "run")
+    assert summary["failures"] == {what: 1}
+    (event,) = [e for e in RunFolder(tmp_path / "run").events() if e["event"] == "failure"]
+    assert (event["device"], event["what"], event["round"]) == ("device-00002", what, 1)
+    assert f"{name} is broken" in event["error"]
+    with Console(width=120).capture() as _, Console(width=120, record=True) as console:
+        console.print(render_summary(summary))
+    assert f"failed and counted: 1 × {what}" in console.export_text()
+    assert f"1 × {what}; the first, device-00002" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    lines = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
+    scored = {json.loads(line)["device"] for line in lines}
+    assert ("device-00002" in scored) == (name not in ("learn_without_server", "personal_rows", "scored"))
+
+
+def test_too_many_faults_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(client.round, "synthesize", DeviceFaultError, "device-00002", monkeypatch)
+    with pytest.raises(
+        TooManyFailedError, match=r"adoption failed on 1 of 4 devices; engine.failed_share = 0.1.*00002"
+    ):
+        run_experiment(config("engine.on_device_error=count"), tmp_path / "run")
+
+
+def test_an_engine_is_named_alone_or_with_its_settings() -> None:
+    short, both = config("engine=flower"), config("engine=flower", "engine.on_device_error=count")
+    assert (short.engine.name, short.engine.on_device_error) == ("flower", "end")
+    assert (both.engine.name, both.engine.on_device_error) == ("flower", "count")
+
+
+# -- the tree -------------------------------------------------------------------------------------------------------
+
+
+def test_the_tree_of_errors_names_all_of_them() -> None:
+    import simulation.bench.worker
+    import simulation.report  # noqa: F401
+
+    def below(kind: type[Exception]) -> set[type[Exception]]:
+        return {kind}.union(*(below(k) for k in kind.__subclasses__()))
+
+    ours = [k for k in below(FlorilegiumError) if not k.__module__.startswith("test")]
+    missing = [k.__name__ for k in ours if k.__name__ not in str(privacy.errors.__doc__)]
+    assert not missing, missing
+    assert issubclass(TooManyFailedError, UserError)
