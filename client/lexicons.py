@@ -21,7 +21,7 @@ WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # letters of any script, with ap
 BUNDLED = ("general", "medical", "vader")
 
 
-class LexiconError(UserError):
+class LexiconError(UserError, ValueError):  # the latter so that pydantic names the setting
     """A word list is unknown, missing or not of the form `domain = "words"`."""
 
 

@@ -31,7 +31,7 @@ from simulation.audit.judge import Ceiling, judge
 from simulation.audit.one_run import DeviceCoins, DialogueCoins, Guesses, Mistake, explained, worst_case
 from simulation.audit.report import audit_run
 from simulation.cli import main
-from simulation.config import ExperimentConfig
+from simulation.config import ConfigError, ExperimentConfig
 from simulation.data.population import DataConfig, load_population
 from simulation.federation import play
 from simulation.runs import RunError, RunFolder, create
@@ -141,7 +141,7 @@ def test_canaries_take_places_by_coins(streams: list[list[Dialogue]]) -> None:
     assert 10 < sum(c.member for c in canaries) < 30
     for c in canaries:
         assert (c.dialogue in planted[c.device]) == c.member
-    with pytest.raises(ValueError, match=r"96 dialogues have no place for 97 canaries.*more devices"):
+    with pytest.raises(ConfigError, match=r"96 dialogues have no place for 97 canaries.*more devices"):
         plant(streams, 97, seed=1)
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import psutil
 import torch
+from pydantic import ValidationError
 
 from client.agent.config import AgentConfig, When
 from client.agent.home import DeviceError, Home, HomeError, replace_file
@@ -448,7 +449,7 @@ class Agent:
             raise AgentError(f"the terms want an adapter of rank {terms.shared.adapter.rank}, above {LARGEST_RANK}")
         try:
             planned_event(self._site_in(_federation(terms, "")).config)
-        except UserError as error:
+        except (UserError, ValidationError) as error:
             raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
 
     def join(self, terms: Terms, server: str) -> None:
