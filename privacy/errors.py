@@ -4,7 +4,7 @@ FlorilegiumError
 ├── UserError               settings, files, models, machines: whoever runs it can mend that; told in one line
 │   ├── ConfigError         a config file or an override (`simulation.config`)
 │   ├── DataError           a data set (`simulation.data.errors`)
-│   ├── ModelError          where a model comes from (`client.lm.hub`)
+│   ├── ModelError          where a model comes from (`client.lm.places`)
 │   ├── UnsupportedModelError, AdapterFormatError   what adapters can be put on, what PEFT reads (`client.lm`)
 │   ├── LexiconError, ProfileError                  word lists, profiles (`client`)
 │   ├── BudgetError         a promise that no noise keeps (`privacy.accounting`)

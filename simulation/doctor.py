@@ -15,7 +15,8 @@ import psutil
 import torch
 from rich.table import Table
 
-from client.lm.hub import PULL, ModelError, cache_folder, default_device, nano_folder, resolve
+from client.lm.hub import default_device
+from client.lm.places import PULL, ModelError, cache_folder, nano_folder, resolve
 from simulation.data.errors import DataError
 from simulation.data.folder import data_folder
 

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from client.lm.adapter import weight_layout
-from client.lm.hub import resolve
 from client.lm.peft_format import write_peft
+from client.lm.places import resolve
 from simulation.host import SimulatedDevices
 from simulation.runs import Event, RunFolder
 

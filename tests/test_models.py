@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from client.lm import hub, pull
-from client.lm.hub import ModelError
+from client.lm import hub, places, pull
+from client.lm.places import ModelError
 from simulation import doctor
 
 EOS, PAD = "<end>", "<pad>"
@@ -97,7 +97,7 @@ def test_a_name_like_nothing_lists_what_there_is() -> None:
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "~/florilegium-missing", "a/b/c", "missing/"])
 def test_a_missing_folder_is_not_taken_for_a_hub_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "hub_folder", lambda _: pytest.fail("asked the hub"))
+    monkeypatch.setattr(places, "hub_folder", lambda _: pytest.fail("asked the hub"))
     with pytest.raises(ModelError, match="is not a folder"):
         load(name)
 
@@ -117,9 +117,9 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     monkeypatch.setenv("FLORILEGIUM_CACHE", "/mine")
-    assert hub.cache_folder() == Path("/mine")
+    assert places.cache_folder() == Path("/mine")
     monkeypatch.delenv("FLORILEGIUM_CACHE")
-    assert hub.cache_folder() == Path("/caches/florilegium")
+    assert places.cache_folder() == Path("/caches/florilegium")
 
 
 # -- the hub ------------------------------------------------------------------------------------------------------
@@ -142,17 +142,17 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
         asked.append(keywords["timeout"])
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(hub, "_offline", lambda: False)
+    monkeypatch.setattr(places, "_offline", lambda: False)
     monkeypatch.setattr(HfApi, "model_info", refuse)
     with pytest.raises(ModelError, match=r"no route to host.*local folder, nano.*models pull"):
         load("florilegium-tests/no-such-model")
-    assert asked == [hub.HUB_TIMEOUT_S]
+    assert asked == [places.HUB_TIMEOUT_S]
 
 
 def test_nothing_that_holds_a_pickle_is_downloaded() -> None:
     safe = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
     other = ["pytorch_model.bin", "model.pt", "training_args.bin", "modeling.py", "onnx/model.safetensors", "x.gguf"]
-    chosen = filter_repo_objects(safe + other, allow_patterns=hub.HUB_FILES, ignore_patterns=hub.HUB_SKIPPED)
+    chosen = filter_repo_objects(safe + other, allow_patterns=places.HUB_FILES, ignore_patterns=places.HUB_SKIPPED)
     assert list(chosen) == safe
 
 
@@ -304,7 +304,7 @@ def test_nano_loads_and_is_what_its_card_says() -> None:
     package = Path(hub.__file__).parent / "nano"
     if not (package / "model.safetensors").exists():
         pytest.skip("client/lm/nano has no weights yet; florilegium models pretrain configs/pretrain/nano.toml")
-    assert hub.nano_folder() == package
+    assert places.nano_folder() == package
     model, tokenizer = load("nano")
     assert sum(p.numel() for p in model.parameters()) == 2_557_632
     assert (package / "model.safetensors").stat().st_size < 16e6
@@ -330,7 +330,7 @@ def test_without_weights_beside_the_code_nano_is_the_installed_one(
     found = distribution(tmp_path / "site-packages", url) if editable else distribution(sources)
     monkeypatch.setattr(resources, "files", lambda _: tmp_path / "bundle")
     monkeypatch.setattr(metadata, "distribution", lambda _: found)
-    assert hub.nano_folder() == nano
+    assert places.nano_folder() == nano
 
 
 def test_nano_nowhere_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,7 +316,7 @@ def test_flowers_own_engine_gives_the_same_aggregate(finished: Path, tmp_path: P
 @pytest.mark.slow
 def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
     """smollm2-135m, four devices; every stage leaves its traces."""
-    from client.lm.hub import ModelError, resolve
+    from client.lm.places import ModelError, resolve
 
     try:
         resolve("smollm2-135m")

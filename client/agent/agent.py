@@ -32,10 +32,11 @@ from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lm.adapter import Adapters
 from client.lm.config import ModelConfig
-from client.lm.hub import ModelError, resolve
 from client.lm.layers import UnsupportedModelError
 from client.lm.model import LanguageModel
-from client.personal.profile import Profile, ProfileConfig
+from client.lm.places import ModelError, resolve
+from client.personal.config import ProfileConfig
+from client.personal.profile import Profile
 from client.phases import Site, States, annotate, beneath, observe
 from client.round import contribute, live
 from client.shared import planned_event, resend

@@ -7,7 +7,7 @@ import sys
 
 from client.agent.home import HomeError
 from client.lm.config import ModelConfig
-from client.lm.hub import cache_folder, has_weights
+from client.lm.places import cache_folder, has_weights
 
 GIB = 2**30
 LEAST = 768 * 2**20  # bytes with which nano learns; most of them are the libraries'

@@ -48,7 +48,7 @@ class LanguageModel:
 
     @classmethod
     def load(cls, config: ModelConfig) -> LanguageModel:
-        """Raises `client.lm.hub.ModelError` or `UnsupportedModelError` with the way out."""
+        """Raises `client.lm.places.ModelError` or `UnsupportedModelError` with the way out."""
         device = default_device() if config.device == "auto" else config.device
         fallback = "bfloat16" if multiplies_bfloat16(device) else "float32"
         dtype = getattr(torch, fallback if config.dtype == "auto" else config.dtype)

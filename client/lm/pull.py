@@ -22,7 +22,8 @@ import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from client.lm.hub import ModelError, cache_folder, has_weights, hub_folder, quiet
+from client.lm.hub import quiet
+from client.lm.places import ModelError, cache_folder, has_weights, hub_folder
 
 NAME = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
