@@ -59,16 +59,20 @@ def run(
     florilegium run my.toml model.name=smollm2-135m data.name=chats.jsonl --runs /big/disk
     """
     from simulation.config import find_config, load_config
-    from simulation.experiment import run_experiment
     from simulation.progress import progress_line
-    from simulation.summary import render_summary
+    from simulation.ready import ready
 
     settings = load_config(find_config(config), overrides or [])
     folder = runs / settings.name
+    people = ready(settings, folder, resuming=resume, overwrite=overwrite)
+
+    from simulation.experiment import run_experiment  # and with it torch, now that nothing is left to refuse
+    from simulation.summary import render_summary
+
     stopped = f"stopped; what was finished is kept in {folder}: go on with --resume"
     with _interruptible(stopped), progress_line(settings, console) as pulse:
         summary = run_experiment(
-            settings, folder, resuming=resume, overwrite=overwrite, pulse=pulse, tensorboard=tensorboard
+            settings, folder, resuming=resume, overwrite=overwrite, pulse=pulse, tensorboard=tensorboard, people=people
         )
     console.print(render_summary(summary))
     console.print(f"report: {folder / 'report.html'}")
@@ -171,13 +175,14 @@ def audit(
 
     RUN is the folder of the run: florilegium audit runs/quickstart
     """
-    from simulation.audit.audit import as_json
     from simulation.audit.report import audit_run
     from simulation.runs import RunFolder
 
     with Console(stderr=True).status("auditing") as status:
         found = audit_run(RunFolder(run), devices, canaries, lambda phase: status.update(f"audit: {phase}"))
     if json:
+        from simulation.audit.audit import as_json
+
         print(dumps(as_json(found)))
     else:
         console.print(f"claimed ε {found.epsilon_claimed:.2f}, lower bound {found.epsilon_lower:.2f}")
@@ -201,10 +206,15 @@ def study(
     florilegium study selection/table name=small model.name=nano study.seeds=3 data.users=8
     """
     from simulation.config import find_config
-    from simulation.study.cells import run_study
     from simulation.study.config import load_study
+    from simulation.study.ready import ready
 
     planned = load_study(find_config(config), overrides or [])
+    folder = studies / planned.name
+    bench = ready(planned, folder)
+
+    from simulation.study.cells import run_study  # and with it torch, now that nothing is left to refuse
+
     if planned.config.kind == "federated":
         from simulation.study.utility import as_text
         from simulation.study.utility_report import render_study
@@ -215,11 +225,10 @@ def study(
     else:
         from simulation.study.report import render_study
         from simulation.study.tables import as_text
-    folder = studies / planned.name
     told = Console(stderr=True)
     stopped = f"stopped; what was finished is kept in {folder}: the same command goes on"
     with _interruptible(stopped), told.status("loading") as status:
-        run_study(planned, folder, lambda phase: status.update(f"{planned.name}: {phase}"))
+        run_study(planned, folder, lambda phase: status.update(f"{planned.name}: {phase}"), bench)
     Console(width=max(console.width, 120)).print(as_text(planned, folder))
     console.print(f"report: {render_study(planned, folder)}")
 

@@ -27,6 +27,7 @@ from client.agent.config import AgentConfig, When
 from client.agent.home import DeviceError, Home, HomeError, replace_file
 from client.agent.journal import Journal, Sent, Turn, write_fact, write_sent
 from client.agent.terms import Terms
+from client.budget import planned_event
 from client.buffer import Buffer
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
@@ -39,7 +40,7 @@ from client.personal.config import ProfileConfig
 from client.personal.profile import Profile
 from client.phases import Site, States, annotate, beneath, observe
 from client.round import contribute, live
-from client.shared import planned_event, resend
+from client.shared import resend
 from client.state import DeviceState, DeviceStore, StoreError
 from privacy.errors import UserError
 from privacy.ledger import Account, Ledger

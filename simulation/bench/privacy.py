@@ -20,13 +20,14 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
+from client.budget import planned_event
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lm.config import ModelConfig
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel
 from client.phases import Site, States, annotate, observe
-from client.shared import learn_shared, noisy_steps, planned_event, reserve
+from client.shared import learn_shared, noisy_steps, reserve
 from privacy.ledger import Ledger
 from privacy.plan import RoundPlan
 from simulation.bench.engine import machine

@@ -17,7 +17,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from scipy import stats
 
-from client.shared import planned_event, release_noise
+from client.budget import planned_event
+from client.shared import release_noise
 from simulation.config import ExperimentConfig
 from simulation.evaluate import Comparison, Measured, compare
 from simulation.study.config import Cell, Label, Study, TableConfig
