@@ -234,11 +234,11 @@ def study(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(full: Annotated[bool, typer.Option(help="Ask torch too: its threads, its GPUs.")] = False) -> None:
     """Show what is installed, what the machine has, and which defaults a run would take."""
     from simulation.doctor import doctor as examine
 
-    console.print(examine())
+    console.print(examine(full))
 
 
 @models.command("list")

@@ -26,7 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from client.lm import hub, places, pull
+from client.lm import hub, places, processor, pull
+from client.lm.config import ModelConfig
+from client.lm.model import LanguageModel
 from client.lm.places import ModelError
 from simulation import doctor
 
@@ -471,13 +473,25 @@ def test_the_doctor_says_what_there_is(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_doctor_survives_missing_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLORILEGIUM_DATA", raising=False)
-    facts = doctor.facts()
+    facts = doctor.facts(full=True)
     assert "FLORILEGIUM_DATA is unset" in facts["data"]["FLORILEGIUM_DATA"]
-    assert facts["defaults"]["device"] == hub.default_device()
+    device = hub.default_device()
+    assert facts["defaults"]["device"] == device
+    dtype = LanguageModel.load(ModelConfig()).engine.dtype
+    assert facts["defaults"]["dtype"] == str(dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize("line", ["flags\t\t: fpu avx512_bf16 sse", "Features\t: fp bf16"])
 def test_the_flags_of_a_cpu(tmp_path: Path, line: str) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
-    assert len(doctor.cpu_flags(tmp_path / "cpuinfo") & set(doctor.BF16_FLAGS)) == 1
-    assert doctor.cpu_flags(tmp_path / "absent") == frozenset()
+    assert len(processor.cpu_flags(tmp_path / "cpuinfo") & set(processor.BF16_FLAGS)) == 1
+    assert processor.cpu_flags(tmp_path / "absent") == frozenset()
+
+
+@pytest.mark.parametrize("flags", [frozenset({"avx2"}), frozenset({"avx2", "avx512_bf16"}), frozenset()])
+def test_the_doctor_and_the_model_agree_on_bfloat16(flags: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the system lists: the type that is said is the type that is taken."""
+    monkeypatch.setattr(processor, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(processor, "PROBES", ())
+    taken = str(LanguageModel.load(ModelConfig(device="cpu")).engine.dtype)
+    assert taken == f"torch.{doctor._dtype('cpu')}" == ("torch.bfloat16" if "avx512_bf16" in flags else "torch.float32")

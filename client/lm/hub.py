@@ -35,14 +35,6 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def multiplies_bfloat16(device: str) -> bool:
-    """Whether `device` has instructions for bfloat16 matrices, so that they are faster than float32 ones."""
-    if device != "cpu":
-        return True
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private in torch: may be missing
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
-
-
 def load(
     name: str, *, dtype: torch.dtype, device: str, chat_template: str = ""
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

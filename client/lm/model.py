@@ -13,9 +13,10 @@ from client.lm import layers
 from client.lm.adapter import AdapterLayout, Adapters, Layout, layout
 from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig
 from client.lm.engine import Engine
-from client.lm.hub import default_device, load, multiplies_bfloat16
+from client.lm.hub import default_device, load
 from client.lm.ia3 import ScalingLayout
 from client.lm.packing import Example
+from client.lm.processor import multiplies_bfloat16
 from client.lm.readings import READINGS, Reading, Sight
 from client.lm.soft_prompt import PromptLayout
 from client.lm.text import ChatFormat
