@@ -94,9 +94,9 @@ def init(
     """
     from secrets import randbits
 
-    from client.agent.agent import base_hash
     from client.agent.terms import Terms, write_terms
-    from simulation.deployment import NODES, TERMS, make_certificates
+    from client.lm.places import base_hash
+    from simulation.certificates import NODES, TERMS, make_certificates
 
     folder = folder.resolve()
     with plain_errors():
@@ -121,11 +121,15 @@ def start(
     Goes on where it was stopped.
     """
     from client.agent.terms import read_terms
-    from simulation.deployment import TERMS, all_done, register, run_rounds, superlink
+    from simulation.certificates import TERMS, check_folder
 
     folder, address = folder.resolve(), _own_address(host, port)
     with plain_errors():
+        check_folder(folder)
         terms = read_terms(folder / TERMS)
+
+        from simulation.deployment import all_done, register, run_rounds, superlink  # and with it torch and flwr
+
         if not all_done(folder):
             with superlink(folder, host, port):
                 console.print(
@@ -143,9 +147,13 @@ def register_devices(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
 ) -> None:
     """Let those in whose keys were put into FOLDER/nodes after the server's start."""
-    from simulation.deployment import register
+    from simulation.certificates import check_folder
 
     with plain_errors():
+        check_folder(folder)
+
+        from simulation.deployment import register  # and with it torch and flwr
+
         console.print(f"{register(folder.resolve(), _own_address(host, port))} devices may connect")
 
 
@@ -271,12 +279,15 @@ def pretrain(config: Path) -> None:
     CONFIG is a TOML file: florilegium models pretrain configs/pretrain/nano.toml
     """
     from simulation.config import read_tree, validate
-    from simulation.pretrain import PretrainConfig
-    from simulation.pretrain import pretrain as train
+    from simulation.pretrain_config import PretrainConfig
 
     tree = read_tree(config)
     tree.pop("name")  # which other configs have
-    console.print(train(validate(PretrainConfig, tree, str(config))))
+    settings = validate(PretrainConfig, tree, str(config))
+
+    from simulation.pretrain import pretrain as train  # and with it torch, now that nothing is left to refuse
+
+    console.print(train(settings))
 
 
 @data.command("list")
@@ -354,12 +365,16 @@ def bench_engine(
     """
     import json
 
+    from simulation.bench import arguments
+
+    asked = arguments.model(model), arguments.numbers(devices, "--devices"), arguments.kinds(kinds)
+
     from simulation.bench.engine import as_json as to_json
-    from simulation.bench.engine import as_table, measure, numbers
+    from simulation.bench.engine import as_table, measure
 
     told = Console(stderr=True)
     with told.status("starting") as status:
-        outcome = measure(model, numbers(devices), kinds.split(","), steps, repeats, status.update)
+        outcome = measure(*asked, steps, repeats, status.update)
     if as_json:
         print(json.dumps(to_json(outcome), indent=1))
     else:
@@ -380,11 +395,14 @@ def bench_selection(
     """
     import json
 
-    from client.policies import POLICIES
+    from simulation.bench import arguments
+
+    arguments.model(model)
+    chosen = arguments.policies(policies)
+
     from simulation.bench.selection import as_json as to_json
     from simulation.bench.selection import as_table, measure
 
-    chosen = policies.split(",") if policies else list(POLICIES)
     with Console(stderr=True).status("measuring"):
         rows = measure(model, bins, chosen, repeats)
     if as_json:
@@ -405,6 +423,10 @@ def bench_privacy(
     florilegium bench privacy --devices 16 --repeats 1
     """
     import json
+
+    from simulation.bench import arguments
+
+    arguments.model(model)
 
     from simulation.bench.privacy import as_json as to_json
     from simulation.bench.privacy import as_table, measure
@@ -430,12 +452,15 @@ def bench_scale(
     """
     import json
 
-    from simulation.bench.engine import numbers
+    from simulation.bench import arguments
+
+    counts = arguments.numbers(devices, "--devices")
+
     from simulation.bench.scale import as_json as to_json
     from simulation.bench.scale import as_table, measure
 
     with Console(stderr=True).status("measuring") as status:
-        rows = measure(numbers(devices), stock_until, actors, status.update)
+        rows = measure(counts, stock_until, actors, status.update)
     if as_json:
         print(json.dumps(to_json(rows), indent=1))
     else:
@@ -455,13 +480,16 @@ def bench_board(
     """
     import json
 
+    from simulation.bench import arguments
+
+    names = [arguments.model(name) for name in models.split(",")]
+    asked = names, arguments.numbers(threads, "--threads"), arguments.sizes(limits, "--limits")
+
     from simulation.bench.board import as_json as to_json
     from simulation.bench.board import as_table, measure
-    from simulation.bench.engine import numbers
 
-    sizes = [float(x) for x in limits.split(",")]
     with Console(stderr=True).status("measuring") as status:
-        rows = measure(models.split(","), numbers(threads), sizes, status.update)
+        rows = measure(*asked, status.update)
     if as_json:
         print(json.dumps(to_json(rows), indent=1))
     else:

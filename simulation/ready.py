@@ -11,7 +11,7 @@ from pathlib import Path
 
 from client.budget import planned_event
 from client.lexicons import load_lexicons
-from client.lm.places import check_weights, resolve
+from client.lm.places import check_model
 from simulation.config import ConfigError, ExperimentConfig, with_absolute_paths
 from simulation.data.population import Bootstrapped, User, load_population
 from simulation.runs import RunError, check_new, check_resumable
@@ -33,11 +33,6 @@ def ready(config: ExperimentConfig, folder: Path, *, resuming: bool, overwrite: 
         planned_event(config)
     check_model(config.model.name)
     return everybody(config)
-
-
-def check_model(name: str) -> None:
-    """Raises `ModelError` where there is no such model, or a folder does not hold whole weights."""
-    check_weights(resolve(name), name)
 
 
 def everybody(config: ExperimentConfig) -> Sequence[User]:

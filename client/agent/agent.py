@@ -15,15 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
-from pathlib import Path
 from secrets import token_urlsafe
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import psutil
 import torch
 
-from client.agent.config import AgentConfig, When
+from client.agent.config import CONSENTS, AgentConfig, Consent, When
 from client.agent.home import DeviceError, Home, HomeError, replace_file
 from client.agent.journal import Journal, Sent, Turn, write_fact, write_sent
 from client.agent.terms import Terms
@@ -35,7 +34,7 @@ from client.lm.adapter import Adapters
 from client.lm.config import ModelConfig
 from client.lm.layers import UnsupportedModelError
 from client.lm.model import LanguageModel
-from client.lm.places import ModelError, resolve
+from client.lm.places import ModelError, base_hash
 from client.personal.config import ProfileConfig
 from client.personal.profile import Profile
 from client.phases import Site, States, annotate, beneath, observe
@@ -48,12 +47,6 @@ from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
 from privacy.seeds import fresh_secret
 
-Consent = Literal["learn", "federate"]
-CONSENTS: dict[Consent, str] = {
-    "learn": "Learn from your conversations, on this device alone. They are kept here, encrypted; you can erase them.",
-    "federate": "Join a federation: send noised changes of a shared adapter to its server, which also sees when this "
-    "device answers. What was sent cannot be taken back.",
-}
 log = logging.getLogger(__name__)
 LARGEST_RANK = 256  # of a shared adapter
 LOST = "lost"  # in place of a head that should be there
@@ -108,10 +101,8 @@ class Agent:
     @classmethod
     def open(cls, home: Home, *, rebasing: bool = False) -> Agent:
         """With the model loaded and the vault found whole; the caller holds the lock of the home."""
-        config = home.config()
+        config = home.check()
         key = home.read_key(config)
-        if not home.vault.exists():
-            raise HomeError(f"{home.vault} is missing: florilegium device restore, or erase and init")
         Journal(home.vault, key).check()
         agent = cls(home, config, loaded(config.device.model), key, rebasing=rebasing)
         agent.finish()
@@ -630,24 +621,12 @@ def loaded(model: ModelConfig) -> LanguageModel:
         raise HomeError(str(error)) from error
 
 
-def base_hash(name: str) -> str:
-    """SHA-256 of a model's weights: what an adapter was trained on."""
-    found = sha256()
-    for path in sorted(Path(resolve(name)).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()
-
-
 def restore(home: Home) -> None:
     """Goes back to the last good copy. Consents and the federation are not taken from it: they may be withdrawn ones.
 
     Raises `HomeError` and `VaultError`; the damaged file is kept beside.
     """
-    key = home.read_key(home.config())
-    if not home.good_copy.exists():
-        raise HomeError(f"there is no copy: {home.good_copy} is missing")
+    key = home.read_key(home.check_copy())
     copy = Journal(home.good_copy, key)
     copy.check()
     home.set_aside()

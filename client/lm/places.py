@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
+from hashlib import sha256
 from importlib import metadata, resources
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -60,6 +61,21 @@ def resolve(name: str) -> Path:
     near = get_close_matches(name.lower(), NAMES, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ModelError(f"unknown model {name!r}; {hint}use {', '.join(NAMES)}, a folder, or a hub id like owner/name")
+
+
+def check_model(name: str) -> None:
+    """Raises `ModelError` where there is no such model, or a folder does not hold whole weights."""
+    check_weights(resolve(name), name)
+
+
+def base_hash(name: str) -> str:
+    """SHA-256 of a model's weights: what an adapter was trained on."""
+    found = sha256()
+    for path in sorted(resolve(name).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()
 
 
 def has_weights(folder: Path) -> bool:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from client.lm.places import check_model
 from simulation import page
 from simulation.data.population import load_population
-from simulation.ready import check_model
 from simulation.runs import RunError, RunFolder
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from client.lexicons import load_lexicons
+from client.lm.places import check_model
 from simulation.config import ExperimentConfig
 from simulation.personal.config import MethodsConfig
-from simulation.ready import check_model
 from simulation.runs import RunError
 from simulation.study.config import Cell, Study
 from simulation.study.workbench import Bench
@@ -22,8 +22,9 @@ def ready(study: Study, folder: Path) -> Bench:
     if named.exists() and json.loads(named.read_text(encoding="utf-8"))["name"] != study.name:
         raise RunError(f"{folder} holds another study; give another --studies folder or name=")
     bench = Bench.of(study.cells.values())
-    for cell in study.cells.values():
-        check_model(cell.config.model.name)
+    for key, cell in study.cells.items():
+        if not (folder / "cells" / key / "result.json").exists():
+            check_model(cell.config.model.name)
         _invite(cell, bench)
     folder.mkdir(parents=True, exist_ok=True)
     named.write_text(json.dumps({"name": study.name, "cells": list(study.cells)}), encoding="utf-8")
