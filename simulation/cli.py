@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
+from traceback import print_exc
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from client.agent.cli import app as device
 from client.agent.cli import plain_errors
+from client.terminal import speak_plainly, telling, wide
 from privacy.errors import UserError
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -24,7 +26,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the same of numpy's, whose
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_show_locals=False,  # they can hold what people said
+    pretty_exceptions_enable=False,  # `main` tells of errors; values can hold what people said
+    rich_markup_mode=None,  # with it `[bench]` would be a style, and not be shown
     help="Private, personal language models in simulated federations. Begin with: florilegium run quickstart",
 )
 models = typer.Typer(no_args_is_help=True, help="Language models: what there is, pull one, train one.")
@@ -36,7 +39,10 @@ app.add_typer(bench, name="bench")
 app.add_typer(device, name="device")
 server = typer.Typer(no_args_is_help=True, help="A server for real devices: terms, certificates, rounds.")
 app.add_typer(server, name="server")
-console = Console()
+OURS = (
+    "this is a fault of Florilegium's: please report it with the traceback above and what `florilegium doctor` prints"
+)
+console = Console(markup=False)  # what is told may hold square brackets
 
 
 @app.command()
@@ -186,8 +192,8 @@ def audit(
     from simulation.audit.report import audit_run
     from simulation.runs import RunFolder
 
-    with Console(stderr=True).status("auditing") as status:
-        found = audit_run(RunFolder(run), devices, canaries, lambda phase: status.update(f"audit: {phase}"))
+    with telling("auditing") as tell:
+        found = audit_run(RunFolder(run), devices, canaries, tell)
     if json:
         from simulation.audit.audit import as_json
 
@@ -233,11 +239,10 @@ def study(
     else:
         from simulation.study.report import render_study
         from simulation.study.tables import as_text
-    told = Console(stderr=True)
     stopped = f"stopped; what was finished is kept in {folder}: the same command goes on"
-    with _interruptible(stopped), told.status("loading") as status:
-        run_study(planned, folder, lambda phase: status.update(f"{planned.name}: {phase}"), bench)
-    Console(width=max(console.width, 120)).print(as_text(planned, folder))
+    with _interruptible(stopped), telling(f"{planned.name}: loading") as tell:
+        run_study(planned, folder, lambda phase: tell(f"{planned.name}: {phase}"), bench)
+    wide(console, 120).print(as_text(planned, folder))
     console.print(f"report: {render_study(planned, folder)}")
 
 
@@ -372,13 +377,12 @@ def bench_engine(
     from simulation.bench.engine import as_json as to_json
     from simulation.bench.engine import as_table, measure
 
-    told = Console(stderr=True)
-    with told.status("starting") as status:
-        outcome = measure(*asked, steps, repeats, status.update)
+    with telling("starting") as tell:
+        outcome = measure(*asked, steps, repeats, tell)
     if as_json:
         print(json.dumps(to_json(outcome), indent=1))
     else:
-        Console(width=max(console.width, 200)).print(as_table(outcome))
+        wide(console, 200).print(as_table(outcome))
 
 
 @bench.command("selection")
@@ -403,12 +407,12 @@ def bench_selection(
     from simulation.bench.selection import as_json as to_json
     from simulation.bench.selection import as_table, measure
 
-    with Console(stderr=True).status("measuring"):
+    with telling("measuring"):
         rows = measure(model, bins, chosen, repeats)
     if as_json:
         print(json.dumps(to_json(rows, model, bins), indent=1))
     else:
-        Console(width=max(console.width, 120)).print(as_table(rows, model, bins))
+        wide(console, 120).print(as_table(rows, model, bins))
 
 
 @bench.command("privacy")
@@ -431,12 +435,12 @@ def bench_privacy(
     from simulation.bench.privacy import as_json as to_json
     from simulation.bench.privacy import as_table, measure
 
-    with Console(stderr=True).status("loading") as status:
-        rows = measure(model, devices, repeats, status.update)
+    with telling("loading") as tell:
+        rows = measure(model, devices, repeats, tell)
     if as_json:
         print(json.dumps(to_json(rows, model, devices), indent=1))
     else:
-        Console(width=max(console.width, 120)).print(as_table(rows, model, devices))
+        wide(console, 120).print(as_table(rows, model, devices))
 
 
 @bench.command("scale")
@@ -459,12 +463,12 @@ def bench_scale(
     from simulation.bench.scale import as_json as to_json
     from simulation.bench.scale import as_table, measure
 
-    with Console(stderr=True).status("measuring") as status:
-        rows = measure(counts, stock_until, actors, status.update)
+    with telling("measuring") as tell:
+        rows = measure(counts, stock_until, actors, tell)
     if as_json:
         print(json.dumps(to_json(rows), indent=1))
     else:
-        Console(width=max(console.width, 100)).print(as_table(rows))
+        wide(console, 100).print(as_table(rows))
 
 
 @bench.command("board")
@@ -488,12 +492,12 @@ def bench_board(
     from simulation.bench.board import as_json as to_json
     from simulation.bench.board import as_table, measure
 
-    with Console(stderr=True).status("measuring") as status:
-        rows = measure(*asked, status.update)
+    with telling("measuring") as tell:
+        rows = measure(*asked, tell)
     if as_json:
         print(json.dumps(to_json(rows), indent=1))
     else:
-        Console(width=max(console.width, 100)).print(as_table(rows))
+        wide(console, 100).print(as_table(rows))
 
 
 @contextmanager
@@ -515,8 +519,14 @@ def _interrupted(*_: object) -> None:
 
 def main() -> None:
     """Runs the command; a user's mistake is told in a line, a fault of ours by its traceback."""
+    speak_plainly()
+    told = Console(stderr=True, markup=False, highlight=False)
     try:
         app()
     except UserError as error:
-        console.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
+        told.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
         raise SystemExit(2) from None
+    except Exception:
+        print_exc()
+        told.print(OURS, soft_wrap=True)
+        raise SystemExit(1) from None

@@ -20,9 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from client.agent.home import USUAL, DeviceError, Home, write_private
+from client.terminal import Figures
 
 app = typer.Typer(no_args_is_help=True)
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, markup=False)
 HomeOption = Annotated[Path, typer.Option("--home", envvar="FLORILEGIUM_HOME", help="The device's folder.")]
 HOME = USUAL
 SHOWN = 50  # characters of a text in a table
@@ -279,9 +280,7 @@ def join(
             )
             if spent is None or spent > 0:
                 told = "The account is broken" if spent is None else f"ε = {spent:.3f} of it is spent already"
-                console.print(
-                    f"[bold]{told}:[/] what cannot be paid for is not sent, and spent budget does not return."
-                )
+                console.print(f"{told}: what cannot be paid for is not sent, and spent budget does not return.")
             if not yes and not typer.confirm("Join?", default=False):
                 raise typer.Exit(1)
             public = prepare(place.courier, certificates)
@@ -308,7 +307,7 @@ def ledger(home: HomeOption = HOME) -> None:
         spent = "the account is broken: nothing is released" if told["spent"] is None else f"{told['spent']:.3f}"
         console.print(f"ε {spent} of {told['budget']:g} at δ = {told['delta']:g}, for {told['unit']}")
         console.print(f"trust: {told['trust']}; not covered: {told['not covered']}")
-        table = Table("federation", "round", "what", "bytes", "ε then")
+        table = Figures("federation", "round", "what", "bytes", "ε then")
         for row in sent:
             table.add_row(
                 *(str(row[n]) for n in ("federation", "round", "kind", "bytes")), f"{row['epsilon'] or 0:.3f}"
@@ -400,14 +399,11 @@ def _remote(home: Path) -> Iterator[Any]:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Errors of the device's own as a line, and want of memory; the others as they are."""
+    """An interruption ends the process at once; want of memory is the owner's to mend. Others are as they are."""
     try:
         yield
     except KeyboardInterrupt:
+        sys.stdout.flush()
         os._exit(INTERRUPTED)  # a thread may still be at work in the model; what was written is whole
     except MemoryError:
-        console.print("[bold red]error:[/] the memory does not suffice: raise memory_limit, or take a smaller model")
-        raise typer.Exit(1) from None
-    except DeviceError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from None
+        raise DeviceError("the memory does not suffice: raise memory_limit, or take a smaller model") from None

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from rich.console import Group
-from rich.table import Table
 
 from client.lm.hub import default_device
+from client.terminal import Figures
 from simulation.bench.arguments import KINDS
 from simulation.bench.worker import AbsentError, Answer, Worker
 from simulation.bench.workload import NODES, ModelSize, Workload
@@ -227,7 +227,7 @@ def as_table(outcome: Outcome) -> Group:
     machine = outcome.machine
     parts: list[Any] = [f"{machine['processor']}, {machine['cores']} cores, {machine['device']}; limit {limits}"]
     for kind in dict.fromkeys(r.work.kind for r in outcome.rows):
-        table = Table(title=kind.replace("_", " "), title_justify="left", box=None, pad_edge=False)
+        table = Figures(title=kind.replace("_", " "), title_justify="left", box=None, pad_edge=False)
         for name in COLUMNS:
             table.add_column(name, justify="left" if name in ("arm", "type", COLUMNS[-1]) else "right")
         for row in (r for r in outcome.rows if r.work.kind == kind):

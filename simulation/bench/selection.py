@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group
-from rich.table import Table
 
 from client.buffer import Buffer, SelectionConfig, candidate
 from client.config import PersonalConfig
@@ -25,6 +24,7 @@ from client.lm.config import ModelConfig
 from client.lm.lessons import Lesson
 from client.lm.model import Features, LanguageModel, schedule
 from client.policies import POLICIES
+from client.terminal import Figures
 from simulation.bench.engine import machine
 from simulation.data.population import DataConfig, load_population
 
@@ -124,7 +124,7 @@ def as_json(rows: Sequence[Measured], model: str, bins: int) -> dict[str, Any]:
 
 def as_table(rows: Sequence[Measured], model: str, bins: int) -> Group:
     """For people."""
-    table = Table(
+    table = Figures(
         title=f"{model}, {bins} bins, {bins} dialogues arrive; seconds of one device in one round", title_style=""
     )
     for heading in ("policy", "reads", "forward", "scores", "policy", "learn", "policy's share", "replaced"):
