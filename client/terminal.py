@@ -86,7 +86,7 @@ class Figures(Table):
             if narrow.__rich_measure__(console, options.update(width=10_000)).maximum <= room:
                 yield from Table.__rich_console__(narrow, console, options)
                 return
-        yield from self._listed(console)
+        yield from self._listed(console, room)
 
     def _narrowed(self, console: Console, lines: int) -> Table:
         """With columns as narrow as their cells, and as their headings in so many lines."""
@@ -94,8 +94,8 @@ class Figures(Table):
         narrow.columns = [_narrowed(column, lines, console) for column in self.columns]
         return narrow
 
-    def _listed(self, console: Console) -> Iterator[Text]:
-        """The first cell of each row, and beneath it `heading: figure`."""
+    def _listed(self, console: Console, room: int) -> Iterator[Text]:
+        """The first cell of each row, and beneath it `heading: figure`, in two lines where one is too short."""
         if self.title:
             yield _text(self.title, console)
         names = [_text(column.header, console).plain for column in self.columns]
@@ -104,7 +104,8 @@ class Figures(Table):
             yield first
             for name, found in zip(names[1:], others, strict=True):
                 if found.plain:
-                    yield Text(f"  {name}: ") + found
+                    fits = cell_len(f"  {name}: {found.plain}") <= room
+                    yield Text(f"  {name}: " if fits else f"  {name}:\n    ") + found
 
 
 def _narrowed(column: Column, lines: int, console: Console) -> Column:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from client.agent.home import DeviceError, write_private
 
 TERMS, CA, CERTIFICATE, KEY, NODES = "terms.toml", "ca.pem", "server.pem", "server.key", "nodes"
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
+HOST = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 YEAR = timedelta(days=365)
 
 
@@ -37,11 +39,12 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> Path:
         raise DeviceError(
             f"{folder} has certificates already: devices that trust them would refuse others; take another folder"
         )
+    names = [_alternative(h) for h in dict.fromkeys([*hosts, *OWN_HOSTS])]
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     authority_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     authority, server = (_named(text) for text in ("florilegium authority", hosts[0]))
     own = _certificate(authority, authority_key, authority, authority_key, [])
-    theirs = _certificate(server, key, authority, authority_key, list(dict.fromkeys([*hosts, *OWN_HOSTS])))
+    theirs = _certificate(server, key, authority, authority_key, names)
     (folder / CA).write_bytes(own.public_bytes(Encoding.PEM))
     (folder / CERTIFICATE).write_bytes(theirs.public_bytes(Encoding.PEM))
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -58,7 +61,7 @@ def _certificate(
     key: ec.EllipticCurvePrivateKey,
     issuer: x509.Name,
     issuer_key: ec.EllipticCurvePrivateKey,
-    hosts: Sequence[str],
+    hosts: Sequence[x509.GeneralName],
 ) -> x509.Certificate:
     """Of a server at these hosts; without any, of an authority. The authority's key is not kept."""
     now, authority = datetime.now(UTC), not hosts
@@ -77,7 +80,7 @@ def _certificate(
     )  # fmt: skip
     if hosts:
         made = made.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        made = made.add_extension(x509.SubjectAlternativeName([_alternative(h) for h in hosts]), critical=False)
+        made = made.add_extension(x509.SubjectAlternativeName(hosts), critical=False)
     return made.sign(issuer_key, hashes.SHA256())
 
 
@@ -85,4 +88,6 @@ def _alternative(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        if not HOST.fullmatch(host):
+            raise DeviceError(f"--host {host!r} is neither an address nor a name such as server.example") from None
         return x509.DNSName(host)

@@ -12,6 +12,7 @@ from traceback import print_exc
 from typing import Annotated
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.text import Text
 
@@ -23,6 +24,7 @@ from privacy.errors import UserError
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads spin for each other: ruinous beside other work
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the same of numpy's, whose matrices here are small
+typer.core.HAS_RICH = False  # with it the Typer that Flower takes shows `[` as `\[`
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -103,13 +105,15 @@ def init(
     from client.agent.terms import Terms, write_terms
     from client.lm.places import base_hash
     from simulation.certificates import NODES, TERMS, make_certificates
+    from simulation.config import validate
 
     folder = folder.resolve()
     with plain_errors():
-        terms = Terms(
-            name=name, model=model, base=base_hash(model), rounds=rounds, seed=randbits(48), min_devices=min_devices,
-            patience_s=patience_s,
-        )  # fmt: skip
+        told = {
+            "name": name, "model": model, "base": base_hash(model), "rounds": rounds, "seed": randbits(48),
+            "min_devices": min_devices, "patience_s": patience_s,
+        }  # fmt: skip
+        terms = validate(Terms, told, "server init")
         make_certificates(folder, host)
         write_terms(folder / TERMS, terms)
         (folder / NODES).mkdir()
@@ -283,10 +287,10 @@ def pretrain(config: Path) -> None:
 
     CONFIG is a TOML file: florilegium models pretrain configs/pretrain/nano.toml
     """
-    from simulation.config import read_tree, validate
+    from simulation.config import find_config, read_tree, validate
     from simulation.pretrain_config import PretrainConfig
 
-    tree = read_tree(config)
+    tree = read_tree(find_config(str(config)))
     tree.pop("name")  # which other configs have
     settings = validate(PretrainConfig, tree, str(config))
 

@@ -467,6 +467,8 @@ def test_the_command_tells_a_mistake_in_words(
     monkeypatch.setattr(sys, "argv", ["florilegium", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
-    text = " ".join(capsys.readouterr().out.split())
+    told = capsys.readouterr()
+    text = " ".join(told.err.split())
+    assert not told.out
     assert stopped.value.code == 2 and not list(tmp_path.glob("runs/*"))  # the corrected command finds no folder
     assert "error:" in text and message in text
