@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from client.dialogue import Dialogue
 from client.lexicons import Lexicons, check_source
-from client.lm.model import Features
 from client.memories import Memory, rounded
 from client.policies import POLICIES
 from client.scores import (
@@ -26,6 +25,9 @@ from client.scores import (
     in_domain_dissimilarity,
 )
 from privacy.config import Config
+
+if TYPE_CHECKING:
+    from client.lm.model import Features
 
 QUANTUM = 4  # decimals of a score: rounding in a batch must not decide what is kept
 

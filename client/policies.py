@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from client import memories
 from client.memories import Meet, Memory, nearest, nothing_to_remember, whitening
@@ -209,6 +208,8 @@ def _not_the_newcomer(leaves: int, bins: Sequence[Kept]) -> int | None:
 
 
 def _vectors(bins: Sequence[Kept], *more: Kept) -> np.ndarray:
+    import torch  # with the settings it would be loaded to refuse them
+
     kept = (*bins, *more)
     halves = torch.from_numpy(np.concatenate([k.embedding for k in kept]))
     vectors: np.ndarray = halves.float().numpy()  # numpy's own conversion from float16 takes ten times as long

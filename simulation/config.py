@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from client.config import DeviceConfig
 from client.lm.config import SamplingConfig
-from client.lm.hub import NAMES
+from client.lm.places import NAMES
 from privacy.config import Config
 from privacy.errors import UserError
 from server.config import ServerConfig

@@ -1,4 +1,4 @@
-"""A server for real devices: certificates, Flower's SuperLink, and the app that asks, aggregates and stores.
+"""A server for real devices: Flower's SuperLink, and the app that asks, aggregates and stores.
 
 The SuperLink knows devices by keys that its operator registers. Whoever reaches its port could register keys and start
 runs as well, as Flower 1.41 gives its control interface no accounts: let only `/v1/fleet/` through to the world.
@@ -6,7 +6,6 @@ runs as well, as Flower 1.41 gives its control interface no accounts: let only `
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import logging
 import os
@@ -15,25 +14,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 import tomli_w
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from client.agent.courier import flower_environment
-from client.agent.home import DeviceError, write_private
+from client.agent.home import DeviceError
 from client.agent.terms import Terms, read_terms
 from client.app import refusal
 from client.lm.config import ModelConfig
@@ -46,6 +39,7 @@ from server.config import ServerConfig
 from server.intake import to_arrays, to_numpy
 from server.optimizers import Moments
 from server.strategy import ReleaseStrategy
+from simulation.certificates import CA, CERTIFICATE, KEY, NODES, TERMS, check_folder
 from simulation.experiment import commit, committed
 from simulation.runs import RunFolder
 
@@ -73,75 +67,8 @@ server_app = deployment.server_app
 client_app = deployment.client_app
 """
 FOLDER_VARIABLE = "FLORILEGIUM_SERVER"
-TERMS, CA, CERTIFICATE, KEY, NODES = "terms.toml", "ca.pem", "server.pem", "server.key", "nodes"
-OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
-YEAR = timedelta(days=365)
 READY_S = 60.0
 server_app, client_app = ServerApp(), ClientApp()
-
-
-# -- certificates -----------------------------------------------------------------------------------------------------
-
-
-def make_certificates(folder: Path, hosts: Sequence[str]) -> Path:
-    """An authority and, signed by it, a server's certificate for these names and addresses; returns the authority's.
-
-    The machine's own names are added, by which its operator's commands reach it. Raises `DeviceError` where there are
-    certificates already.
-    """
-    if (folder / KEY).exists():
-        raise DeviceError(
-            f"{folder} has certificates already: devices that trust them would refuse others; take another folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    authority_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    authority, server = (_named(text) for text in ("florilegium authority", hosts[0]))
-    own = _certificate(authority, authority_key, authority, authority_key, [])
-    theirs = _certificate(server, key, authority, authority_key, list(dict.fromkeys([*hosts, *OWN_HOSTS])))
-    (folder / CA).write_bytes(own.public_bytes(Encoding.PEM))
-    (folder / CERTIFICATE).write_bytes(theirs.public_bytes(Encoding.PEM))
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    write_private(folder / KEY, private)
-    return folder / CA
-
-
-def _named(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
-
-
-def _certificate(
-    subject: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
-    issuer: x509.Name,
-    issuer_key: ec.EllipticCurvePrivateKey,
-    hosts: Sequence[str],
-) -> x509.Certificate:
-    """Of a server at these hosts; without any, of an authority. The authority's key is not kept."""
-    now, authority = datetime.now(UTC), not hosts
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(subject).issuer_name(issuer).public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(minutes=5)).not_valid_after(now + 10 * YEAR)
-        .add_extension(x509.BasicConstraints(ca=authority, path_length=0 if authority else None), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
-        .add_extension(x509.KeyUsage(
-            digital_signature=not authority, key_cert_sign=authority, crl_sign=authority, content_commitment=False,
-            key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
-            decipher_only=False), critical=True)
-    )  # fmt: skip
-    if hosts:
-        made = made.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        made = made.add_extension(x509.SubjectAlternativeName([_alternative(h) for h in hosts]), critical=False)
-    return made.sign(issuer_key, hashes.SHA256())
-
-
-def _alternative(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
 
 
 # -- the app ----------------------------------------------------------------------------------------------------------
@@ -204,7 +131,7 @@ def strategy_of(terms: Terms, run: RunFolder) -> tuple[ReleaseStrategy, ArrayRec
 @contextmanager
 def superlink(folder: Path, host: str, port: int) -> Iterator[None]:
     """Flower's SuperLink with this folder's certificates; devices' public keys lie in its folder `nodes`."""
-    _check(folder)
+    check_folder(folder)
     command = [
         str(BIN / "flower-superlink"), "--host", host, "--port", str(port),
         "--ssl-ca-certfile", str(folder / CA), "--ssl-certfile", str(folder / CERTIFICATE),
@@ -220,12 +147,6 @@ def superlink(folder: Path, host: str, port: int) -> Iterator[None]:
         process.wait()
 
 
-def _check(folder: Path) -> None:
-    for name in (TERMS, CA, CERTIFICATE, KEY):
-        if not (folder / name).exists():
-            raise DeviceError(f"{folder / name} is missing: florilegium server init")
-
-
 def all_done(folder: Path) -> bool:
     """Whether the last round of the terms is stored."""
     last = RunFolder(folder).last_shared()
@@ -234,7 +155,7 @@ def all_done(folder: Path) -> bool:
 
 def register(folder: Path, address: str) -> int:
     """Lets the devices in whose public keys lie in `nodes`; returns how many there are."""
-    _check(folder)
+    check_folder(folder)
     _write_connection(folder, address)
     keys = sorted((folder / NODES).glob("*.pub"))
     for key in keys:

@@ -1,7 +1,7 @@
 """What this machine has and what a run would make of it: versions, hardware, models, data, defaults.
 
-Reads only: it downloads nothing and loads no model. Not covered: memory and core limits of a container, other
-machines of a cluster.
+Reads only: it downloads nothing and loads no model, and torch, which takes seconds, only where all is asked for. Not
+covered: memory and core limits of a container, other machines of a cluster.
 """
 
 from __future__ import annotations
@@ -12,40 +12,44 @@ from importlib import metadata, util
 from pathlib import Path
 
 import psutil
-import torch
 from rich.table import Table
+from rich.text import Text
 
-from client.lm.hub import PULL, ModelError, cache_folder, default_device, nano_folder, resolve
+from client.lm.places import PULL, ModelError, cache_folder, nano_folder, resolve
+from client.lm.processor import bfloat16_flags, cpu_flags, multiplies_bfloat16
 from simulation.data.errors import DataError
 from simulation.data.folder import data_folder
 
 PACKAGES = ("florilegium", "torch", "transformers", "peft", "opacus", "flwr", "ray", "dp-accounting")
-BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, arm
+WIDE = ("avx2", "avx512f", "asimd", "sve")  # instructions that a pass is as fast as
+FULL = "florilegium doctor --full asks torch"
+GPU_PLACES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of drivers: Nvidia's, AMD's, that of WSL
+NVIDIA = Path("/proc/driver/nvidia/gpus")
 GIB = 2**30
 
 Facts = dict[str, dict[str, str]]
 
 
-def doctor() -> Table:
+def doctor(full: bool = False) -> Table:
     """The facts as a table for rich, one section after the other."""
     table = Table(show_header=False, title="florilegium doctor", title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     table.add_column(overflow="fold")
-    for section, rows in facts().items():
+    for section, rows in facts(full).items():
         for i, (name, value) in enumerate(rows.items()):
-            table.add_row("" if i else section, name, value, end_section=i == len(rows) - 1)
+            table.add_row("" if i else section, Text(name), Text(value), end_section=i == len(rows) - 1)
     return table
 
 
-def facts() -> Facts:
-    """Section → name → value, all as text for people."""
+def facts(full: bool = False) -> Facts:
+    """Section → name → value, all as text for people; with what only torch knows where `full`."""
     return {
         "versions": _versions(),
-        "machine": _machine(),
+        "machine": _machine(full),
         "models": _models(),
         "data": _data(),
-        "defaults": _defaults(),
+        "defaults": _defaults(full),
     }
 
 
@@ -59,19 +63,41 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _machine() -> dict[str, str]:
+def _machine(full: bool) -> dict[str, str]:
     memory = psutil.virtual_memory()
+    wide = [flag for flag in WIDE if flag in cpu_flags()]
     found = {
-        "cores": f"{_cores()} usable, torch uses {torch.get_num_threads()} threads",
+        "cores": f"{_cores()} usable",
         "memory": f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} available",
-        "cpu": f"{platform.machine()}, torch's kernels: {torch.backends.cpu.get_cpu_capability()}",
-        "bf16 on cpu": _bf16_on_cpu(),
+        "cpu": ", ".join([platform.machine(), *wide]),
     }
+    told = _of_torch() if full else _gpus_of_the_system()
+    return {**found, "bf16 on cpu": _bf16_on_cpu(), **told}
+
+
+def _of_torch() -> dict[str, str]:
+    """What torch sees and uses."""
+    import torch
+
+    found = {"torch": f"{torch.get_num_threads()} threads, kernels: {torch.backends.cpu.get_cpu_capability()}"}
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         bf16 = "fast" if gpu.major >= 8 else "slow"  # tensor cores for it since compute capability 8.0
         found[f"gpu {i}"] = f"{gpu.name}, {gpu.total_memory / GIB:.1f} GiB, bf16 {bf16}"
     return found if torch.cuda.is_available() else {**found, "gpu": "none that torch sees"}
+
+
+def _gpus_of_the_system() -> dict[str, str]:
+    """Those that a driver has told of."""
+    if not _has_gpu_driver():
+        return {"gpu": "no driver of one"}
+    told = [path.read_text(encoding="utf-8").splitlines() for path in sorted(NVIDIA.glob("*/information"))]
+    models = [line.partition(":")[2].strip() for lines in told for line in lines if line.startswith("Model")]
+    return {f"gpu {i}": f"{model}; {FULL}" for i, model in enumerate(models)} or {"gpu": FULL}
+
+
+def _has_gpu_driver() -> bool:
+    return any(Path(place).exists() for place in GPU_PLACES)
 
 
 def _cores() -> int:
@@ -80,18 +106,9 @@ def _cores() -> int:
 
 
 def _bf16_on_cpu() -> str:
-    flags = cpu_flags()
-    fast = [flag for flag in BF16_FLAGS if flag in flags]
-    if not flags:
-        return "unknown: the system does not list the flags of its CPU"
-    return f"fast ({', '.join(fast)})" if fast else "emulated: use float32"
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """What the first CPU says it can do; empty where there is no `cpuinfo`."""
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    listed = [line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))]
-    return frozenset(listed[0].split()) if listed else frozenset()
+    if multiplies_bfloat16("cpu"):
+        return f"fast ({', '.join(bfloat16_flags()) or 'torch says so'})"
+    return "emulated: use float32" if cpu_flags() else f"the system does not list what its CPU can; {FULL}"
 
 
 def _models() -> dict[str, str]:
@@ -120,7 +137,17 @@ def _data() -> dict[str, str]:
     return {"chitchat": chitchat, "FLORILEGIUM_DATA": f"{', '.join(names) or 'no .jsonl.xz files'} in {folder}"}
 
 
-def _defaults() -> dict[str, str]:
+def _defaults(full: bool) -> dict[str, str]:
     """What `device = "auto"` and `dtype = "auto"` come to."""
-    device = default_device()
-    return {"model": "nano", "device": device, "dtype": "float32" if device == "cpu" else "bfloat16"}
+    if not full and _has_gpu_driver():
+        return {"model": "nano", "device": f"cuda where torch sees a GPU, else cpu; {FULL}", "dtype": _dtype("cpu")}
+    device = "cpu"
+    if full:
+        from client.lm.hub import default_device  # and with it torch
+
+        device = default_device()
+    return {"model": "nano", "device": device, "dtype": _dtype(device)}
+
+
+def _dtype(device: str) -> str:
+    return "bfloat16" if multiplies_bfloat16(device) else "float32"

@@ -29,6 +29,7 @@ from simulation.board import Board
 from simulation.clock import BufferedClock, Clock
 from simulation.config import ExperimentConfig, with_absolute_paths
 from simulation.crew import Crew
+from simulation.data.population import User
 from simulation.fates import Work
 from simulation.fleet import open_fleet
 from simulation.grid import CohortGrid, WorldGrid
@@ -50,10 +51,12 @@ def run_experiment(
     overwrite: bool = False,
     pulse: Pulse | None = None,
     tensorboard: bool = False,
+    people: Sequence[User] | None = None,
 ) -> dict[str, Any]:
     """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report.
 
-    Raises `RunError` also for what the disk does not take.
+    `people` are those of `simulation.ready`, where they have been read already. Raises `RunError` also for what the
+    disk does not take.
     """
     if resuming and overwrite:
         raise RunError("--resume and --overwrite exclude each other")
@@ -61,7 +64,7 @@ def run_experiment(
     try:
         with FileLock(_lock_of(folder), timeout=0):
             run = resume(folder, config) if resuming else create(folder, config, overwrite=overwrite)
-            return _run(run, resuming, pulse or Pulse(), tensorboard)
+            return _run(run, resuming, pulse or Pulse(), tensorboard, people)
     except Timeout:
         raise RunError(f"{folder} is in use by another process; wait for it, or choose name=…") from None
     except (OSError, SafetensorError, StoreError, LedgerError) as error:
@@ -73,9 +76,11 @@ def _lock_of(folder: Path) -> Path:
     return Path(gettempdir()) / f"florilegium-{sha256(str(folder).encode()).hexdigest()[:16]}.lock"
 
 
-def _run(run: RunFolder, resuming: bool, pulse: Pulse, tensorboard: bool) -> dict[str, Any]:
+def _run(
+    run: RunFolder, resuming: bool, pulse: Pulse, tensorboard: bool, people: Sequence[User] | None
+) -> dict[str, Any]:
     try:
-        ENGINES[run.config.engine.name](run, pulse, Board(run) if tensorboard else None)
+        ENGINES[run.config.engine.name](run, pulse, Board(run) if tensorboard else None, people)
     finally:
         if run.metrics.exists() if resuming else settle(run):
             pulse.enter("report")
@@ -83,8 +88,8 @@ def _run(run: RunFolder, resuming: bool, pulse: Pulse, tensorboard: bool) -> dic
     return write_summary(run)
 
 
-def _on_cohorts(run: RunFolder, pulse: Pulse, board: Board | None) -> None:
-    devices = open_devices(run, pulse.enter)
+def _on_cohorts(run: RunFolder, pulse: Pulse, board: Board | None, people: Sequence[User] | None) -> None:
+    devices = open_devices(run, pulse.enter, people)
     names = [device_name(k) for k in range(run.config.data.users)]
     with open_fleet(run, devices) as fleet:
         crew, clock = Crew(fleet, devices, pulse), open_clock(devices, names)
@@ -93,7 +98,7 @@ def _on_cohorts(run: RunFolder, pulse: Pulse, board: Board | None) -> None:
         federate(run, grid, crew, clock, board)
 
 
-def _on_flower(run: RunFolder, pulse: Pulse, board: Board | None) -> None:
+def _on_flower(run: RunFolder, pulse: Pulse, board: Board | None, people: Sequence[User] | None) -> None:
     """Flower's stock simulation: a message per device, Ray actors."""
     from simulation.app import client_app, server_app
     from simulation.stock import simulate
@@ -103,7 +108,8 @@ def _on_flower(run: RunFolder, pulse: Pulse, board: Board | None) -> None:
         simulate(server_app, client_app, run.config.data.users)
 
 
-ENGINES: dict[str, Callable[[RunFolder, Pulse, Board | None], None]] = {"cohort": _on_cohorts, "flower": _on_flower}
+Engine = Callable[[RunFolder, Pulse, Board | None, Sequence[User] | None], None]
+ENGINES: dict[str, Engine] = {"cohort": _on_cohorts, "flower": _on_flower}
 
 
 def federate(run: RunFolder, grid: Grid, crew: Crew, clock: Clock | None = None, board: Board | None = None) -> None:

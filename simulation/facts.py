@@ -7,7 +7,7 @@ import resource
 from importlib.metadata import version
 from typing import Any
 
-from client.shared import planned_event
+from client.budget import planned_event
 from simulation.config import ExperimentConfig
 from simulation.data.population import Bootstrapped
 from simulation.host import People, SimulatedDevices

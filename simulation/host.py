@@ -16,12 +16,13 @@ from client.shared import resend
 from client.state import DeviceState, stage
 from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
-from simulation.config import ConfigError, ExperimentConfig
-from simulation.data.population import Bootstrapped, User, load_population, met_by
+from simulation.config import ExperimentConfig
+from simulation.data.population import User, met_by
 from simulation.planned import Tokens, planned_tokens
+from simulation.ready import everybody, world_of
 from simulation.runs import RunFolder, check_sources
 from simulation.shards import ShardedStore
-from simulation.world import World, class_of, load_classes
+from simulation.world import World, class_of
 
 CONTRIBUTED = "a-contributed"
 MADE_AT_ONCE = 1024  # users that are kept in memory
@@ -175,28 +176,21 @@ def _merged(pages: Sequence[Observation]) -> Observation:
     return merged
 
 
-def open_devices(run: RunFolder, listener: Callable[[str], None] | None = None) -> SimulatedDevices:
-    """Loads population and model of a run; raises what their loaders raise."""
+def open_devices(
+    run: RunFolder, listener: Callable[[str], None] | None = None, people: Sequence[User] | None = None
+) -> SimulatedDevices:
+    """Loads population (unless it is given) and model of a run; raises what their loaders raise."""
     config = run.config
-    people = People(_everybody(config))
+    users = People(everybody(config) if people is None else people)
     lm = LanguageModel.load(config.model)
     kept = _without_pool(config) if config.server.absent else config
-    site = Site.of(lm, kept, config.seed, people.reply, listener, run.shards.ledger)
+    site = Site.of(lm, kept, config.seed, users.reply, listener, run.shards.ledger)
     if config.server.absent:
-        return SimulatedDevices(run, site, people, ALONE)
-    if not config.world.classes:
-        return SimulatedDevices(run, site, people)
-    world = World(config.world, load_classes(config.world.classes), config.seed)
-    _check_ranks(config, world)
-    return SimulatedDevices(run, replace(site, rank_of=partial(rank_in, world)), people, world=world)
-
-
-def _everybody(config: ExperimentConfig) -> Sequence[User]:
-    """The devices' users, and behind them those who never take part."""
-    newcomers = config.evaluation.newcomers
-    data = config.data.model_copy(update={"users": config.data.users + newcomers})
-    found = load_population(data, config.seed)
-    return found.with_apart(newcomers) if isinstance(found, Bootstrapped) and newcomers else found
+        return SimulatedDevices(run, site, users, ALONE)
+    world = world_of(config)
+    if world is None:
+        return SimulatedDevices(run, site, users)
+    return SimulatedDevices(run, replace(site, rank_of=partial(rank_in, world)), users, world=world)
 
 
 def _without_pool(config: ExperimentConfig) -> ExperimentConfig:
@@ -207,15 +201,6 @@ def _without_pool(config: ExperimentConfig) -> ExperimentConfig:
 def rank_in(world: World, device: str) -> int:
     """Of the shared adapter that the device's class has room for; 0: all of it."""
     return class_of(device, world.classes, world.seed).rank
-
-
-def _check_ranks(config: ExperimentConfig, world: World) -> None:
-    if not any(c.rank for c in world.classes):
-        return
-    if config.server.rule != "mean" or config.server.products != "average":
-        raise ConfigError("devices of unequal rank need server.rule = 'mean' and server.products = 'average'")
-    if not config.privacy.by_dialogue:
-        raise ConfigError(f"privacy.mode = {config.privacy.mode!r} and devices of unequal rank do not go together")
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,6 @@
-"""A line that shows how far a run is: device-visits that are done of all that there will be, and how fast they go."""
+"""How far a run is: on a terminal a line of device-visits that are done of all that there will be, and how fast they
+go; elsewhere, as in a log, a line for each round, and for each phase before the first and after the last.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +47,9 @@ class Pulse:
 @contextmanager
 def progress_line(config: ExperimentConfig, console: Console) -> Iterator[Pulse]:
     """Yields the pulse that it shows."""
+    if not console.is_terminal:
+        yield Log(config, console)
+        return
     asked = min(config.data.users, devices_to_ask(config.server.wanted(config.data.users), config.world.over_sampling))
     total = config.rounds * VISITS * (config.server.buffer or asked)
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn()
@@ -59,6 +64,35 @@ def progress_line(config: ExperimentConfig, console: Console) -> Iterator[Pulse]
         pulse.changed = show
         yield pulse
         bar.update(task, completed=total, description=f"{config.name}: done{speed.told(pulse)}")
+
+
+class Log(Pulse):
+    """The pulse of a run that nobody watches: it is written down."""
+
+    def __init__(self, config: ExperimentConfig, console: Console) -> None:
+        super().__init__(phase="")
+        self._config, self._console = config, console
+        self._began, self._before = time.monotonic(), 0
+        self.enter("loading")
+
+    def enter(self, phase: str) -> None:
+        outside = self.round in (0, self._config.rounds) and self.visits == self._before
+        if outside and phase != self.phase:
+            self._told(phase)
+        super().enter(phase)
+
+    def end_round(self, number: int, tokens: int) -> None:
+        now = time.monotonic()
+        seconds, devices = now - self._began, (self.visits - self._before) // VISITS
+        self._began, self._before = now, self.visits
+        self._told(
+            f"round {number} of {self._config.rounds}, {devices:,} devices, {seconds:.1f} s, "
+            f"{tokens / max(1e-9, seconds):,.0f} tokens/s, {resident_bytes() / 1e9:.1f} GB"
+        )
+        super().end_round(number, tokens)
+
+    def _told(self, text: str) -> None:
+        self._console.print(f"{self._config.name}: {text}", soft_wrap=True, highlight=False)
 
 
 class Speed:

@@ -184,11 +184,7 @@ def create(path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> 
     Its folder is there whole or not at all, whenever the process is killed. The run that it replaces lies aside until
     `settle` says that the new one has begun.
     """
-    if path.exists() and any(path.iterdir()):
-        if not overwrite:
-            raise RunError(f"{path} exists; use --resume to go on with it, --overwrite to replace it, or name=…")
-        if not (path / "config.toml").exists():
-            raise RunError(f"{path} is not the folder of a run (no config.toml); it is left alone")
+    check_new(path, overwrite=overwrite)
     fresh = path.with_name(f".{path.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -200,6 +196,15 @@ def create(path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> 
         path.rename(_aside(path))
     fresh.rename(path)
     return RunFolder(path)
+
+
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Raises `RunError` where no new run may be made."""
+    if path.exists() and any(path.iterdir()):
+        if not overwrite:
+            raise RunError(f"{path} exists; use --resume to go on with it, --overwrite to replace it, or name=…")
+        if not (path / "config.toml").exists():
+            raise RunError(f"{path} is not the folder of a run (no config.toml); it is left alone")
 
 
 def settle(run: RunFolder) -> bool:
@@ -220,13 +225,18 @@ def _aside(path: Path) -> Path:
 
 def resume(path: Path, config: ExperimentConfig) -> RunFolder:
     """The run in a folder, if its settings are the same; the processes in [ray] may be others."""
+    check_resumable(path, config)
+    _write_config(path, config)
+    shutil.rmtree(_aside(path), ignore_errors=True)  # of an --overwrite that was killed
+    return RunFolder(path)
+
+
+def check_resumable(path: Path, config: ExperimentConfig) -> None:
+    """Raises `RunError` where there is no run, and `ConfigError` where it has other settings."""
     if not (path / "config.toml").exists():
         raise RunError(f"{path} has no config.toml: there is no run to resume")
     if RunFolder(path).config.model_copy(update={"ray": config.ray}) != config:
         raise ConfigError(f"{path}/config.toml differs from the config given; resume with the same settings")
-    _write_config(path, config)
-    shutil.rmtree(_aside(path), ignore_errors=True)  # of an --overwrite that was killed
-    return RunFolder(path)
 
 
 def _write_config(path: Path, config: ExperimentConfig) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from client.lm.adapter import weight_layout
-from client.lm.hub import resolve
 from client.lm.peft_format import write_peft
+from client.lm.places import resolve
+from client.terminal import Figures
 from simulation.host import SimulatedDevices
 from simulation.runs import Event, RunFolder
 
@@ -138,9 +138,11 @@ def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Ten
 
 def render_summary(summary: Summary) -> RenderableType:
     """The table that a run ends with. Intervals are half widths."""
-    table = Table(title=f"{summary['name']}: {summary['devices']} devices, {summary['rounds']} rounds", title_style="")
-    for heading in ("arm", "NLL per user", "per query", "ROUGE-1 per user", "per query", "tokens"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
+    table = Figures(
+        title=f"{summary['name']}: {summary['devices']} devices, {summary['rounds']} rounds", title_style=""
+    )
+    for heading in ("arm", "NLL per user", "NLL per query", "ROUGE-1 per user", "ROUGE-1 per query", "tokens"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm in ARMS:
         if arm in summary["nll"]:
             length = summary["mean_length_tokens"].get(arm)

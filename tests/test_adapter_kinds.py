@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from client.dialogue import Dialogue
 from client.lm.adapter import Adapters, Layout
 from client.lm.config import AdapterConfig, SamplingConfig
-from client.lm.hub import nano_folder
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel
 from client.lm.packing import Example
 from client.lm.peft_format import write_peft
+from client.lm.places import nano_folder
 from simulation.config import ConfigError, config_folder, load_config
 from simulation.experiment import run_experiment
 

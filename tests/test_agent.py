@@ -33,7 +33,7 @@ from scipy.stats import kstest
 
 from client import shared
 from client.agent import board
-from client.agent.agent import Agent, AgentError, base_hash, restore
+from client.agent.agent import Agent, AgentError, restore
 from client.agent.config import new_config
 from client.agent.courier import SuperNode, answered
 from client.agent.home import Home, HomeError
@@ -43,6 +43,7 @@ from client.agent.serve import listening, showing
 from client.agent.terms import Terms
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
+from client.lm.places import base_hash
 from client.personal.profile import ProfileError
 from client.records import to_record
 from client.shared import noisy_steps, release_noise
@@ -914,7 +915,7 @@ def test_a_model_is_chosen_that_fits(
 def test_a_limit_of_memory_is_kept_to_and_told(home: Home) -> None:
     """Too little for the model is told; with enough the settings are thrifty, and the agent learns."""
     done = told(home, "init", "--model", "nano", "--memory-limit", "200MiB", "--learn", "--no-federate")
-    assert done.returncode == 1 and "memory" in done.stdout + done.stderr and not home.exists
+    assert done.returncode == 2 and "memory" in done.stderr and not home.exists
     assert told(home, "init", "--memory-limit", "much").returncode == 2
     done = told(home, "init", "--model", "nano", "--memory-limit", "1GiB", "--learn", "--no-federate")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -929,7 +930,7 @@ def test_the_commands_reach_an_agent_that_runs(home: Home) -> None:
     done = told(home, "init", "--model", "nano", "--learn", "--no-federate")
     assert done.returncode == 0, done.stdout + done.stderr
     again = told(home, "init")
-    assert again.returncode == 1 and "holds a device already" in again.stdout
+    assert again.returncode == 2 and "holds a device already" in again.stderr
     for _ in range(2):
         command = [sys.executable, "-m", "simulation", "device", "serve", "--home", str(home.folder), "--port", "0"]
         serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from client.budget import planned_event
 from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
-from client.shared import planned_event
 from simulation.audit import checks
 from simulation.audit.attacks import membership
 from simulation.audit.bounds import (

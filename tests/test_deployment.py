@@ -23,7 +23,8 @@ from client.agent.home import DeviceError, Home
 from client.agent.terms import Terms, read_terms, write_terms
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
-from simulation.deployment import CA, CERTIFICATE, KEY, make_certificates, register, superlink
+from simulation.certificates import CA, CERTIFICATE, KEY, make_certificates
+from simulation.deployment import register, superlink
 from simulation.runs import RunFolder
 
 FLORILEGIUM = (sys.executable, "-m", "simulation")

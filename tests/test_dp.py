@@ -21,11 +21,11 @@ from client.dialogue import Dialogue
 from client.lexicons import load_lexicons
 from client.lm.adapter import AdapterLayout, Adapters
 from client.lm.config import AdapterConfig
-from client.lm.hub import nano_folder
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
 from client.lm.packing import Example
 from client.lm.peft_format import PREFIX
+from client.lm.places import nano_folder
 from client.phases import Site, States, annotate, observe
 from client.shared import learn_shared
 from client.state import DeviceState

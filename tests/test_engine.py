@@ -23,11 +23,12 @@ from client.lm.adapter import AdapterLayout, Adapters, layout, narrow, widen
 from client.lm.attention import _Attention, _by_sdpa
 from client.lm.config import ModelConfig
 from client.lm.engine import Engine
-from client.lm.hub import multiplies_bfloat16, nano_folder
 from client.lm.lessons import Lesson
 from client.lm.loss import token_losses
 from client.lm.model import LanguageModel
 from client.lm.packing import Example, Texts, rounded
+from client.lm.places import nano_folder
+from client.lm.processor import multiplies_bfloat16
 from privacy.dpsgd import PrivateRow, clipped_sum
 
 ROOT = Path(__file__).parent.parent
@@ -330,7 +331,8 @@ from client.lm import layers
 from client.lm.adapter import Adapters, layout
 from client.lm.engine import Engine
 from client.lm.lessons import Lesson
-from client.lm.hub import multiplies_bfloat16, nano_folder
+from client.lm.processor import multiplies_bfloat16
+from client.lm.places import nano_folder
 from client.lm.packing import Example
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(str(nano_folder()), dtype=torch.float32)

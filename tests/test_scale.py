@@ -461,8 +461,8 @@ def test_what_is_kept_grows_with_the_devices_and_not_with_the_rounds(tmp_path: P
 def _in_words(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert "error:" in done.stdout and message in done.stdout
-    assert "disk is full" in done.stdout or "No space left" in done.stdout
+    assert "error:" in done.stderr and message in done.stderr
+    assert "disk is full" in done.stderr or "No space left" in done.stderr
 
 
 @pytest.mark.slow

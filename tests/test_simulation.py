@@ -62,6 +62,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("width", [44, 60, 80, 200])
+def test_the_table_at_the_end_is_whole(finished: Path, width: int) -> None:
+    """No figure is cut, however narrow the terminal; and what an encoding lacks is written in other characters."""
+    summary = json.loads((finished / "summary.json").read_text())
+    probe = (
+        "import json, sys\nfrom rich.console import Console\nfrom client.terminal import speak_plainly\n"
+        "from simulation.summary import render_summary\nspeak_plainly()\n"
+        "Console(width=int(sys.argv[1])).print(render_summary(json.load(open(sys.argv[2], encoding='utf-8'))))"
+    )
+    command = [sys.executable, "-c", probe, str(width), str(finished / "summary.json")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for figures in summary["nll"].values():
+        low, high = figures["ci95"]
+        assert f"{figures['mean_per_user']:.3f} +/- {(high - low) / 2:.3f}" in done.stdout
+        assert f"{figures['mean_per_query']:.3f}" in done.stdout
+    assert done.stdout.count("...") == len(summary["comparisons"])  # of intervals, none of what was cut
+    assert f"epsilon = {summary['epsilon']:.2f}" in " ".join(done.stdout.split())
+
+
 # -- what a run leaves --------------------------------------------------------------------------------------------
 
 
@@ -281,6 +301,7 @@ def test_a_killed_process_resumes(finished: Path, tmp_path: Path) -> None:
     again = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout
     assert "personal − base" in again.stdout
+    assert "small: round 2 of 2, 3 devices" in again.stdout  # nobody watches: it is a log
     assert_same_adapters(finished, tmp_path / "runs" / "small")
 
 
@@ -317,7 +338,7 @@ def test_flowers_own_engine_gives_the_same_aggregate(finished: Path, tmp_path: P
 @pytest.mark.slow
 def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
     """smollm2-135m, four devices; every stage leaves its traces."""
-    from client.lm.hub import ModelError, resolve
+    from client.lm.places import ModelError, resolve
 
     try:
         resolve("smollm2-135m")
@@ -468,6 +489,8 @@ def test_the_command_tells_a_mistake_in_words(
     monkeypatch.setattr(sys, "argv", ["florilegium", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
-    text = " ".join(capsys.readouterr().out.split())
+    told = capsys.readouterr()
+    text = " ".join(told.err.split())
+    assert "error:" not in told.out
     assert stopped.value.code == 2 and not list(tmp_path.glob("runs/*"))  # the corrected command finds no folder
     assert "error:" in text and message in text

@@ -374,7 +374,7 @@ def test_the_command_runs_a_study_and_refuses_another_in_its_folder(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert "holds another study" in capsys.readouterr().out
+    assert "holds another study" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -15,31 +15,32 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
-from pathlib import Path
 from secrets import token_urlsafe
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import psutil
 import torch
 from pydantic import ValidationError
 
-from client.agent.config import AgentConfig, When
+from client.agent.config import CONSENTS, AgentConfig, Consent, When
 from client.agent.home import DeviceError, Home, HomeError, replace_file
 from client.agent.journal import Journal, Sent, Turn, write_fact, write_sent
 from client.agent.terms import Terms
+from client.budget import planned_event
 from client.buffer import Buffer
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lm.adapter import Adapters
 from client.lm.config import ModelConfig
-from client.lm.hub import ModelError, resolve
 from client.lm.layers import UnsupportedModelError
 from client.lm.model import LanguageModel
-from client.personal.profile import Profile, ProfileConfig
+from client.lm.places import ModelError, base_hash
+from client.personal.config import ProfileConfig
+from client.personal.profile import Profile
 from client.phases import Site, States, annotate, beneath, observe
 from client.round import contribute, live
-from client.shared import planned_event, resend
+from client.shared import resend
 from client.state import DeviceState, DeviceStore, StoreError
 from privacy.errors import UserError
 from privacy.ledger import Account, Ledger
@@ -47,12 +48,6 @@ from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
 from privacy.seeds import fresh_secret
 
-Consent = Literal["learn", "federate"]
-CONSENTS: dict[Consent, str] = {
-    "learn": "Learn from your conversations, on this device alone. They are kept here, encrypted; you can erase them.",
-    "federate": "Join a federation: send noised changes of a shared adapter to its server, which also sees when this "
-    "device answers. What was sent cannot be taken back.",
-}
 log = logging.getLogger(__name__)
 LARGEST_RANK = 256  # of a shared adapter
 LOST = "lost"  # in place of a head that should be there
@@ -107,10 +102,8 @@ class Agent:
     @classmethod
     def open(cls, home: Home, *, rebasing: bool = False) -> Agent:
         """With the model loaded and the vault found whole; the caller holds the lock of the home."""
-        config = home.config()
+        config = home.check()
         key = home.read_key(config)
-        if not home.vault.exists():
-            raise HomeError(f"{home.vault} is missing: florilegium device restore, or erase and init")
         Journal(home.vault, key).check()
         agent = cls(home, config, loaded(config.device.model), key, rebasing=rebasing)
         agent.finish()
@@ -629,24 +622,12 @@ def loaded(model: ModelConfig) -> LanguageModel:
         raise HomeError(str(error)) from error
 
 
-def base_hash(name: str) -> str:
-    """SHA-256 of a model's weights: what an adapter was trained on."""
-    found = sha256()
-    for path in sorted(Path(resolve(name)).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()
-
-
 def restore(home: Home) -> None:
     """Goes back to the last good copy. Consents and the federation are not taken from it: they may be withdrawn ones.
 
     Raises `HomeError` and `VaultError`; the damaged file is kept beside.
     """
-    key = home.read_key(home.config())
-    if not home.good_copy.exists():
-        raise HomeError(f"there is no copy: {home.good_copy} is missing")
+    key = home.read_key(home.check_copy())
     copy = Journal(home.good_copy, key)
     copy.check()
     home.set_aside()

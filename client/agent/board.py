@@ -7,7 +7,7 @@ import sys
 
 from client.agent.home import HomeError
 from client.lm.config import ModelConfig
-from client.lm.hub import cache_folder, has_weights
+from client.lm.places import cache_folder, has_weights
 
 GIB = 2**30
 LEAST = 768 * 2**20  # bytes with which nano learns; most of them are the libraries'
@@ -32,6 +32,12 @@ def thrifty(name: str, memory: int) -> ModelConfig:
     return ModelConfig(name=name, dtype=dtype, checkpointing=True, max_batch_tokens=SMALL_PASSES)
 
 
+def check_limit(limit: int) -> None:
+    """Raises `HomeError` for less than anything can be done with; 0 is no limit."""
+    if 0 < limit < LEAST:
+        raise HomeError(f"memory_limit = {limit / 2**20:.0f} MiB: an agent needs {LEAST / 2**20:.0f} MiB of memory")
+
+
 def limit_memory(limit: int) -> None:
     """Has this process get no more memory of its own than `limit` bytes; 0: as much as there is.
 
@@ -39,8 +45,7 @@ def limit_memory(limit: int) -> None:
     process goes on. Linux alone; shared libraries and files that are mapped do not count. Raises `HomeError` for less
     than anything can be done with.
     """
-    if 0 < limit < LEAST:
-        raise HomeError(f"memory_limit = {limit / 2**20:.0f} MiB: an agent needs {LEAST / 2**20:.0f} MiB of memory")
+    check_limit(limit)
     if limit:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
     if limit and sys.platform == "linux":

@@ -20,9 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from client.agent.home import USUAL, DeviceError, Home, write_private
+from client.terminal import Figures
 
 app = typer.Typer(no_args_is_help=True)
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, markup=False)
 HomeOption = Annotated[Path, typer.Option("--home", envvar="FLORILEGIUM_HOME", help="The device's folder.")]
 HOME = USUAL
 SHOWN = 50  # characters of a text in a table
@@ -45,10 +46,10 @@ def init(
     federate: Annotated[bool | None, typer.Option(help="Consent to joining a federation.")] = None,
 ) -> None:
     """Make a device: its folder, its key, its encrypted file. Asks for consent, item by item."""
-    from client.agent.agent import CONSENTS, Agent, loaded
-    from client.agent.board import fitting, limit_memory, thrifty
-    from client.agent.config import new_config
+    from client.agent.board import check_limit, fitting, limit_memory, thrifty
+    from client.agent.config import CONSENTS, new_config
     from client.lm.config import ModelConfig
+    from client.lm.places import check_model
 
     if key not in ("file", "keyring"):
         raise typer.BadParameter("--key takes file or keyring")
@@ -60,6 +61,8 @@ def init(
     place = Home(home)
     with plain_errors():
         place.check_empty()
+        check_model(chosen.name)
+        check_limit(limit)
         given = {"learn": learn, "federate": federate}
         consents = {
             item: typer.confirm(text, default=False) if given[item] is None else given[item]
@@ -67,6 +70,9 @@ def init(
         }
         config = new_config(chosen, "keyring" if key == "keyring" else "file", limit)
         limit_memory(limit)
+
+        from client.agent.agent import Agent, loaded  # and with it torch, now that nothing is left to refuse
+
         lm = loaded(config.device.model)
         secret = place.make(config)
         with place.locked():
@@ -93,7 +99,6 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Of the page on 127.0.0.1; 0: any that is free.")] = None,
 ) -> None:
     """Run the agent: the model in memory, the page, learning by itself when that is allowed."""
-    from client.agent.courier import connected
     from client.agent.serve import learning, opened, showing
 
     logging.getLogger("client.agent").setLevel(logging.INFO)
@@ -101,6 +106,8 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())
     with plain_errors(), opened(Home(home)) as agent:
+        from client.agent.courier import connected  # and with it flwr
+
         wanted = agent.config.port if port is None else port
         with learning(agent), connected(agent), showing(agent, wanted) as address:
             seen = agent.page_address if sys.stdout.isatty() else f"{address} (florilegium device page opens it)"
@@ -250,8 +257,6 @@ def join(
     home: HomeOption = HOME,
 ) -> None:
     """Join a federation on the TERMS that its server gives out. `serve` then keeps in touch with it."""
-    from client.agent.agent import Agent
-    from client.agent.courier import prepare
     from client.agent.terms import read_terms
 
     host, _, port = server.rpartition(":")
@@ -260,6 +265,11 @@ def join(
     with plain_errors():
         place, asked = Home(home), read_terms(terms)
         with place.locked():
+            place.check()
+
+            from client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
+            from client.agent.courier import prepare
+
             agent = Agent.open(place)
             agent.check_terms(asked)
             privacy, spent = agent.config.device.privacy, agent.epsilon()
@@ -270,9 +280,7 @@ def join(
             )
             if spent is None or spent > 0:
                 told = "The account is broken" if spent is None else f"ε = {spent:.3f} of it is spent already"
-                console.print(
-                    f"[bold]{told}:[/] what cannot be paid for is not sent, and spent budget does not return."
-                )
+                console.print(f"{told}: what cannot be paid for is not sent, and spent budget does not return.")
             if not yes and not typer.confirm("Join?", default=False):
                 raise typer.Exit(1)
             public = prepare(place.courier, certificates)
@@ -299,7 +307,7 @@ def ledger(home: HomeOption = HOME) -> None:
         spent = "the account is broken: nothing is released" if told["spent"] is None else f"{told['spent']:.3f}"
         console.print(f"ε {spent} of {told['budget']:g} at δ = {told['delta']:g}, for {told['unit']}")
         console.print(f"trust: {told['trust']}; not covered: {told['not covered']}")
-        table = Table("federation", "round", "what", "bytes", "ε then")
+        table = Figures("federation", "round", "what", "bytes", "ε then")
         for row in sent:
             table.add_row(
                 *(str(row[n]) for n in ("federation", "round", "kind", "bytes")), f"{row['epsilon'] or 0:.3f}"
@@ -350,14 +358,16 @@ def _anew(done: dict[str, Any]) -> str:
 @app.command()
 def restore(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False, home: HomeOption = HOME) -> None:
     """Go back to the last good copy, for a file that is damaged. What came after is gone; nothing is spent twice."""
-    from client.agent import agent
-
     if not yes and not typer.confirm("Go back to the last good copy? What came after it is set aside.", default=False):
         raise typer.Exit(1)
     with plain_errors():
         place = Home(home)
         with place.locked():
-            agent.restore(place)
+            place.check_copy()
+
+            from client.agent.agent import restore as put_back
+
+            put_back(place)
         console.print(
             "restored, without consents and federation: give them again (florilegium device consent, join). "
             "Where the copy lacks a payment, this device releases nothing any more"
@@ -367,11 +377,15 @@ def restore(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = Fa
 @app.command()
 def rebase(home: HomeOption = HOME) -> None:
     """Begin anew on the model that the settings name now: from the dialogues, which stay. Leaves the federation."""
-    from client.agent.agent import Agent
+    from client.lm.places import check_model
 
     with plain_errors():
         place = Home(home)
         with place.locked():
+            check_model(place.check().device.model.name)
+
+            from client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
+
             console.print(_anew(Agent.open(place, rebasing=True).rebase(console.print)))
 
 
@@ -385,14 +399,11 @@ def _remote(home: Path) -> Iterator[Any]:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Errors of the device's own as a line, and want of memory; the others as they are."""
+    """An interruption ends the process at once; want of memory is the owner's to mend. Others are as they are."""
     try:
         yield
     except KeyboardInterrupt:
+        sys.stdout.flush()
         os._exit(INTERRUPTED)  # a thread may still be at work in the model; what was written is whole
     except MemoryError:
-        console.print("[bold red]error:[/] the memory does not suffice: raise memory_limit, or take a smaller model")
-        raise typer.Exit(1) from None
-    except DeviceError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from None
+        raise DeviceError("the memory does not suffice: raise memory_limit, or take a smaller model") from None

@@ -12,6 +12,12 @@ from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, TextLim
 from privacy.config import Config
 from privacy.policy import PrivacyConfig
 
+Consent = Literal["learn", "federate"]
+CONSENTS: dict[Consent, str] = {
+    "learn": "Learn from your conversations, on this device alone. They are kept here, encrypted; you can erase them.",
+    "federate": "Join a federation: send noised changes of a shared adapter to its server, which also sees when this "
+    "device answers. What was sent cannot be taken back.",
+}
 When = Literal["asked", "night", "charging"]
 
 

@@ -102,9 +102,18 @@ class Home:
     def exists(self) -> bool:
         return self.settings.exists()
 
+    def check(self) -> AgentConfig:
+        """The settings of a device that is there and whole; raises `HomeError`. A keyring is not asked."""
+        config = self.config()
+        if config.key == "file":
+            self.read_key(config)
+        if not self.vault.exists():
+            raise HomeError(f"{self.vault} is missing: {self.command('restore')}, or erase and init")
+        return config
+
     def config(self) -> AgentConfig:
         """Raises `HomeError` for settings that are missing or wrong."""
-        from client.agent.config import AgentConfig  # with it the model's libraries
+        from client.agent.config import AgentConfig  # with it those that account for privacy
 
         self._check_owner()
         try:
@@ -113,6 +122,13 @@ class Home:
             raise HomeError(f"there is no device in {self.folder}: {self.command('init')}") from None
         except ValueError as error:
             raise HomeError(f"{self.settings}: {error}") from None
+
+    def check_copy(self) -> AgentConfig:
+        """The settings of a device that has a good copy to go back to; raises `HomeError`."""
+        config = self.config()
+        if not self.good_copy.exists():
+            raise HomeError(f"there is no copy: {self.good_copy} is missing")
+        return config
 
     def write_config(self, config: AgentConfig) -> None:
         """Replaces the settings, whole or not at all."""

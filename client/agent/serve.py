@@ -9,15 +9,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import psutil
 import uvicorn
 from starlette.types import ASGIApp
 
-from client.agent.agent import Agent
 from client.agent.board import limit_memory
 from client.agent.home import Home, HomeError
-from client.agent.service import application, page_application
+from client.lm.places import check_model
+
+if TYPE_CHECKING:
+    from client.agent.agent import Agent
 
 log = logging.getLogger(__name__)
 LOOK_S = 30.0  # between two looks at whether it is time to learn
@@ -27,6 +30,8 @@ READY_S = 30.0
 @contextmanager
 def listening(agent: Agent) -> Iterator[None]:
     """The agent's socket is open while this lasts; the caller holds the lock of its home."""
+    from client.agent.service import application
+
     path = agent.home.socket
     path.unlink(missing_ok=True)  # of an agent that was killed
     before = os.umask(0o177)
@@ -43,6 +48,8 @@ def listening(agent: Agent) -> Iterator[None]:
 @contextmanager
 def showing(agent: Agent, port: int) -> Iterator[str]:
     """The page is there while this lasts; yields its address without the token that opens it. Raises `HomeError`."""
+    from client.agent.service import page_application
+
     opened = socket.socket()
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -107,7 +114,12 @@ def _served(app: ASGIApp, opened: socket.socket) -> Iterator[None]:
 def opened(home: Home) -> Iterator[Agent]:
     """The agent of a home, alone with it, its socket open."""
     with home.locked():
-        limit_memory(home.config().memory_limit)
+        config = home.check()
+        check_model(config.device.model.name)
+        limit_memory(config.memory_limit)
+
+        from client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
+
         agent = Agent.open(home)
         with listening(agent):
             yield agent

@@ -28,7 +28,8 @@ from starlette.responses import JSONResponse, RedirectResponse, Response, Stream
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from client.agent.agent import CONSENTS, Agent, AgentError
+from client.agent.agent import Agent, AgentError
+from client.agent.config import CONSENTS
 from client.agent.journal import Turn, VaultError
 from client.lm.layers import UnsupportedModelError
 from client.lm.peft_format import peft_files

@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
-Trained = Literal["both", "b", "a", "alternate"]
+from client.lm.config import Trained
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from client.lm.adapter import Trained
 from privacy.config import Config
+
+Trained = Literal["both", "b", "a", "alternate"]  # factors of a LoRA adapter
 
 
 class TextLimits(Config):

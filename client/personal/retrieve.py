@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import bm25s
 import numpy as np
 import torch
 
 from client.lm.model import LanguageModel
+from client.personal.config import Retriever
 from client.personal.history import Asked, History
 from privacy.seeds import derive_seed
 
-Retriever = Literal["bm25", "dense", "recent", "random"]
 Ranking = Callable[[Asked, int], list[int]]  # (question, items that are there) → their places, best first
 _WORD = re.compile(r"\w+")
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from client.budget import planned_event
 from client.lm.model import LanguageModel
-from client.shared import planned_event
 from simulation.audit import checks
 from simulation.audit.attacks import membership, reidentified, trusted
 from simulation.audit.bounds import (

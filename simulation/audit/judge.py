@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from client.budget import planned_event
 from client.config import DeviceConfig
-from client.shared import planned_event
 from privacy.accounting import Event, tradeoff
 
 RATES = (0.01, 0.001)  # false positive rates at which attacks are told

@@ -15,9 +15,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from client.budget import planned_event
 from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
-from client.shared import planned_event
 from privacy.seeds import derive_seed
 from simulation.audit.canaries import Canary, Streams, plant
 from simulation.audit.checks import named, one_round, with_privacy, without_clipping, without_noise

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from client.lm.model import LanguageModel
+from client.lm.places import check_model
 from simulation import page
-from simulation.audit.audit import Audit, Auditor, as_json
-from simulation.audit.judge import RATES
 from simulation.data.population import load_population
 from simulation.runs import RunError, RunFolder
+
+if TYPE_CHECKING:
+    from simulation.audit.audit import Audit
 
 
 def audit_run(run: RunFolder, devices: int, canaries: int, listener: Callable[[str], None]) -> Audit:
@@ -24,8 +26,14 @@ def audit_run(run: RunFolder, devices: int, canaries: int, listener: Callable[[s
     if config.privacy.mode == "none":
         raise RunError(f"{run.path}: privacy.mode = 'none' claims nothing that could be audited")
     people = config.data.model_copy(update={"users": min(devices, config.data.users)})
-    listener("loading")
+    check_model(config.model.name)
     users = load_population(people, config.seed)
+    listener("loading")
+
+    from client.lm.model import LanguageModel  # and with it torch, now that nothing is left to refuse
+    from simulation.audit.audit import Auditor, as_json
+    from simulation.audit.judge import RATES
+
     streams = [user.stream for user in users]
     found = Auditor(LanguageModel.load(config.model), config, streams, listener).audit(canaries)
     (run.path / "audit.json").write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")

@@ -18,10 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.table import Table
-
 from client.agent.board import GIB, thrifty
 from client.lm.config import ModelConfig
+from client.terminal import Figures
 
 GROUPS = Path("/sys/fs/cgroup")
 
@@ -102,9 +101,9 @@ def as_json(rows: Sequence[Cycle]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def as_table(rows: Sequence[Cycle]) -> Table:
+def as_table(rows: Sequence[Cycle]) -> Figures:
     """For people."""
-    table = Table(title="eight dialogues taken up and learned from", title_style="")
+    table = Figures(title="eight dialogues taken up and learned from", title_style="")
     for heading in ("model", "threads", "limit, GiB", "cycle, s", "examples", "tokens/s", "peak, GB", "at once"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for r in rows:

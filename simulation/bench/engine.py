@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from rich.console import Group
-from rich.table import Table
 
 from client.lm.hub import default_device
+from client.terminal import Figures
+from simulation.bench.arguments import KINDS
 from simulation.bench.worker import AbsentError, Answer, Worker
-from simulation.bench.workload import KINDS, NODES, ModelSize, Workload
-from simulation.config import ConfigError
+from simulation.bench.workload import NODES, ModelSize, Workload
 
 OURS = "florilegium"
 DTYPES = ("float32", "bfloat16")
@@ -55,10 +55,7 @@ class Row:
 
 
 def plan(kinds: Sequence[str], devices: Sequence[int], steps: int) -> list[Row]:
-    """Every line that is to be measured, the rivals first; raises `ValueError` for an unknown kind."""
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ConfigError(f"--kinds {kind!r} must be of {', '.join(KINDS)}")
+    """Every line that is to be measured, the rivals first."""
     some = min(64, max(devices))
     rows = []
     for kind in kinds:
@@ -155,7 +152,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -230,7 +227,7 @@ def as_table(outcome: Outcome) -> Group:
     machine = outcome.machine
     parts: list[Any] = [f"{machine['processor']}, {machine['cores']} cores, {machine['device']}; limit {limits}"]
     for kind in dict.fromkeys(r.work.kind for r in outcome.rows):
-        table = Table(title=kind.replace("_", " "), title_justify="left", box=None, pad_edge=False)
+        table = Figures(title=kind.replace("_", " "), title_justify="left", box=None, pad_edge=False)
         for name in COLUMNS:
             table.add_column(name, justify="left" if name in ("arm", "type", COLUMNS[-1]) else "right")
         for row in (r for r in outcome.rows if r.work.kind == kind):
@@ -254,14 +251,3 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         f"{entry['limit_share']:.0%}",
         ", ".join(f"{arm} {d} {t['median']:.1f} ({t['min']:.1f}–{t['max']:.1f})" for arm, d, t in ratios),
     ]
-
-
-def numbers(text: str) -> list[int]:
-    """Numbers of devices from `1,8,64`; raises `ValueError`."""
-    try:
-        found = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        found = []
-    if not found or found[0] < 1:
-        raise ConfigError(f"--devices {text!r} must be whole numbers from 1 on, with commas, as in 1,8,64")
-    return found

@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 from rich.console import Group
-from rich.table import Table
 
+from client.budget import planned_event
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lm.config import ModelConfig
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel
 from client.phases import Site, States, annotate, observe
-from client.shared import learn_shared, noisy_steps, planned_event, reserve
+from client.shared import learn_shared, noisy_steps, reserve
+from client.terminal import Figures
 from privacy.ledger import Ledger
 from privacy.plan import RoundPlan
 from simulation.bench.engine import machine
@@ -119,7 +120,7 @@ def as_json(rows: Sequence[Measured], model: str, devices: int) -> dict[str, Any
 def as_table(rows: Sequence[Measured], model: str, devices: int) -> Group:
     """For people."""
     title = f"{model}, {devices} devices in one pass, {STEPS} steps; milliseconds of one device"
-    table = Table(title=title, title_style="")
+    table = Figures(title=title, title_style="")
     for heading in ("examples a step", "noisy steps", "plain steps", "times as long", "ledger", "of the round"):
         table.add_column(heading, justify="right")
     for r in rows:

@@ -18,8 +18,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.table import Table
-
+from client.terminal import Figures
 from simulation.bench.scale_stock import SAMPLED
 
 OURS, STOCK = "florilegium", "flower"
@@ -71,9 +70,9 @@ def as_json(rows: Sequence[Scaled]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def as_table(rows: Sequence[Scaled]) -> Table:
+def as_table(rows: Sequence[Scaled]) -> Figures:
     """For people."""
-    table = Table(title="rounds without training; median of three rounds after the first", title_style="")
+    table = Figures(title="rounds without training; median of three rounds after the first", title_style="")
     for heading in ("engine", "devices", "sampled", "ms a device-round", "driver, GB", "start, s"):
         table.add_column(heading, justify="left" if heading == "engine" else "right")
     for r in rows:

@@ -130,7 +130,7 @@ class _Peak:
             libc = ctypes.CDLL(None)
             if hasattr(libc, "malloc_trim"):
                 libc.malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark
             self.before = _status("VmRSS")
 
     def bytes(self) -> int | None:
@@ -143,5 +143,5 @@ class _Peak:
 
 
 def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -16,7 +16,6 @@ from torch import nn
 from client.lm.adapter import AdaptedLayer, AdapterLayout, layout
 from client.lm.packing import Example
 
-KINDS = ("training", "embedding", "generation", "dp_training")
 LENGTHS = (24, 64)  # tokens of an example, uniform; half of them are the reply
 RANK, ALPHA = 8, 16.0  # PEFT's usual adapter, on every linear layer but the head
 LEARNING_RATE = 1e-3
@@ -29,7 +28,7 @@ CLIP_NORM_L2, NOISE_MULTIPLIER = 1.0, 1.0
 class Workload:
     """One measurement: so many devices, each with so many examples in every step."""
 
-    kind: str  # one of KINDS
+    kind: str  # one of `arguments.KINDS`
     devices: int
     examples_per_step: int
     local_steps: int

@@ -7,11 +7,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig
-from client.personal.asls import AslsConfig
-from client.personal.config import MethodConfig, TrainingConfig
+from client.personal.config import AslsConfig, MethodConfig, TrainingConfig
 from privacy.config import Config
 from simulation.data.population import DataConfig
-from simulation.personal.live import ReptileConfig, UserConfig
 from simulation.tasks.config import TaskConfig
 from simulation.tasks.stand_ins import STAND_INS
 
@@ -32,6 +30,25 @@ class HistoryConfig(Config):
     part: Part = Field("all", description="near, far: the half that BM25 finds nearest to the questions, or the other")
     most: int = Field(0, ge=0, description="items, the newest; 0: all")
     labels: bool = Field(True, description="false: an item's text alone, neither its label nor the task's wording")
+
+
+class UserConfig(Config):
+    """The simulated user."""
+
+    accepts: float = Field(0.2, ge=0, le=1, description="ROUGE-1 from which a reply will do")
+    slips: float = Field(0.1, ge=0, lt=0.5, description="chance of the other answer")
+    corrects: float = Field(0.5, ge=0, le=1, description="chance that a rejected reply is corrected")
+
+
+class ReptileConfig(Config):
+    """A start from which few steps lead far (Reptile, Nichol et al. 2018, arXiv 1803.02999)."""
+
+    rounds: int = Field(10, ge=1)
+    people: int = Field(8, ge=1, description="in a round")
+    steps: int = Field(4, ge=1, description="of each, from where the start is")
+    batch_size: int = Field(4, ge=1)
+    rate: float = Field(2e-3, gt=0)
+    outer: float = Field(0.5, gt=0, description="ε: how far the start follows the mean of where they got to")
 
 
 class LivesConfig(Config):

@@ -14,29 +14,21 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from client.dialogue import Dialogue
 from client.lm.adapter import Adapters, Layout
 from client.lm.config import AdapterConfig, SamplingConfig
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
-from client.personal.asls import Asls, AslsConfig, Device, Interaction
-from client.personal.profile import Profile, ProfileConfig, drift
+from client.personal.asls import Asls, Device, Interaction
+from client.personal.config import AslsConfig, ProfileConfig
+from client.personal.profile import Profile, drift
 from client.synthesize import rouge1
-from privacy.config import Config
 from privacy.seeds import derive_seed
+from simulation.personal.config import ReptileConfig, UserConfig
 
 Listener = Callable[[str], None]
 SPAN = 6  # interactions over which a profile's movement is measured
-
-
-class UserConfig(Config):
-    """The simulated user."""
-
-    accepts: float = Field(0.2, ge=0, le=1, description="ROUGE-1 from which a reply will do")
-    slips: float = Field(0.1, ge=0, lt=0.5, description="chance of the other answer")
-    corrects: float = Field(0.5, ge=0, le=1, description="chance that a rejected reply is corrected")
 
 
 @dataclass(frozen=True)
@@ -132,17 +124,6 @@ def movements(lm: LanguageModel, config: ProfileConfig, streams: Sequence[Sequen
             vectors.append(profile.vector(asls.embed, config))
             found[k, t] = drift(vectors[t - SPAN], vectors[t]) if t >= SPAN else 0
     return found
-
-
-class ReptileConfig(Config):
-    """A start from which few steps lead far (Reptile, Nichol et al. 2018, arXiv 1803.02999)."""
-
-    rounds: int = Field(10, ge=1)
-    people: int = Field(8, ge=1, description="in a round")
-    steps: int = Field(4, ge=1, description="of each, from where the start is")
-    batch_size: int = Field(4, ge=1)
-    rate: float = Field(2e-3, gt=0)
-    outer: float = Field(0.5, gt=0, description="ε: how far the start follows the mean of where they got to")
 
 
 def reptile(

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client.lexicons import load_lexicons
 from client.phases import Observation, Site, States
 from client.round import live
 from client.state import DeviceStore, stage
@@ -28,11 +27,12 @@ from privacy.seeds import derive_seed
 from simulation.config import ExperimentConfig
 from simulation.data.population import User, met_by
 from simulation.evaluate import by_device, derangement, measure_rouge, reply_arms, score_arms
-from simulation.runs import RunError, sources_sha256
+from simulation.runs import sources_sha256
 from simulation.study.config import Cell, Study
 from simulation.study.federated import FederatedCell
 from simulation.study.lives import LivesCell
 from simulation.study.methods import MethodsCell
+from simulation.study.ready import ready
 from simulation.study.rivals import RivalsCell
 from simulation.study.workbench import Bench, Result, read_result, write_whole
 
@@ -179,20 +179,10 @@ KINDS: dict[str, type[CellRun | FederatedCell | RivalsCell | MethodsCell | Lives
 }
 
 
-def run_study(study: Study, folder: Path, listener: Listener) -> None:
-    """Runs what has no result yet, cell by cell; raises `RunError` where the folder belongs to another study."""
-    named = folder / "study.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if named.exists() and json.loads(named.read_text(encoding="utf-8"))["name"] != study.name:
-        raise RunError(f"{folder} holds another study; give another --studies folder or name=")
-    cells = study.cells
-    named.write_text(json.dumps({"name": study.name, "cells": list(cells)}), encoding="utf-8")
-    bench = Bench.of(cells.values())
-    kind = KINDS[study.config.kind]
-    for key, cell in cells.items():
-        if isinstance(cell.config, ExperimentConfig):
-            load_lexicons(cell.config.selection.lexicons)  # what is missing is told now, not after hours
-        assert kind(cell, folder / "cells" / key, bench, listener).devices
+def run_study(study: Study, folder: Path, listener: Listener, bench: Bench | None = None) -> None:
+    """Runs what has no result yet, cell by cell, on a bench that is `ready`, or is made so now."""
+    bench = bench or ready(study, folder)
+    cells, kind = study.cells, KINDS[study.config.kind]
     for number, (key, cell) in enumerate(cells.items(), start=1):
         kind(cell, folder / "cells" / key, bench, partial(_tell, listener, f"cell {number} of {len(cells)}")).run()
 

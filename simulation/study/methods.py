@@ -12,7 +12,6 @@ from simulation.evaluate import Scored, measure_nll
 from simulation.personal.config import MethodsConfig
 from simulation.personal.play import Answers, play
 from simulation.study.workbench import Result, Seeded
-from simulation.tasks.config import load_task
 from simulation.tasks.metrics import measure
 from simulation.tasks.task import Task, TaskUser
 
@@ -28,9 +27,8 @@ class MethodsCell(Seeded):
     @cached_property
     def people(self) -> list[tuple[Task, list[TaskUser], list[TaskUser]]]:
         """By seed the task, the pool and the users; nobody is reported on in two seeds."""
-        config, count, size = self.config.task, self.cell.seeds, self.config.task.users
-        every = config.model_copy(update={"users": size * count})
-        task, pool, users = self.bench.remembered((every, self.config.seed), lambda: load_task(every, self.config.seed))
+        count, size = self.cell.seeds, self.config.task.users
+        task, pool, users = self.bench.task(self.config.task, count, self.config.seed)
         return [(task, pool, users[n * size : (n + 1) * size]) for n in range(count)]
 
     @property

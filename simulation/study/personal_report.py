@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 
 from client.lm.config import ModelConfig
 from client.lm.hub import load
+from client.terminal import Figures
 from simulation import page
 from simulation.evaluate import Measured
 from simulation.fates import trained_tokens
@@ -253,7 +253,7 @@ def as_text(study: Study, folder: Path) -> RenderableType:
 
 def _drawn(study: Study, t: Shown) -> RenderableType:
     people = len(t.outcomes[0].result["devices"])
-    drawn = Table(title=f"{t.table.title or t.key}: {study.config.seeds} seeds, {people} people", title_style="")
+    drawn = Figures(title=f"{t.table.title or t.key}: {study.config.seeds} seeds, {people} people", title_style="")
     of_task = list(t.metrics)[1:]
     costs = list(t.outcomes[0].costs)[:3]
     headings = ("cell", "NLL", "− first", STRANGER, *(t.metrics[m] for m in of_task), "reply", *costs)

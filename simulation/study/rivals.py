@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from functools import cached_property
 
-from client.shared import planned_event
+from client.budget import planned_event
 from privacy.accounting import epsilon
 from privacy.seeds import derive_seed
 from simulation.data.population import User

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 
+from client.terminal import Figures
 from simulation import page
 from simulation.evaluate import Measured
 from simulation.report import flattened
@@ -175,7 +175,7 @@ def as_text(study: Study, folder: Path) -> RenderableType:
 
 def _drawn(study: Study, t: Shown) -> RenderableType:
     title = f"{t.table.title or t.key}: {study.config.seeds} seeds, {len(t.outcomes[0].result['devices'])} devices"
-    drawn = Table(title=title, title_style="")
+    drawn = Figures(title=title, title_style="")
     against = tuple(f"− {reference}" for reference in REFERENCES)
     headings = ("rival", "NLL", "by query", *against, "stranger's", "ROUGE-1", "ε", "kB up", "down", "tokens")
     for heading in headings:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 from scipy import stats
 
+from client.terminal import Figures
 from simulation.evaluate import Comparison, Measured, compare
 from simulation.study.config import Label, Study, TableConfig
 from simulation.study.published import PUBLISHED
@@ -184,7 +184,7 @@ def as_text(study: Study, folder: Path) -> RenderableType:
 
 
 def _shown(study: Study, folder: Path, name: str, table: TableConfig) -> RenderableType:
-    shown = Table(title=f"{table.title or name}: mean over {study.config.seeds} seeds' devices", title_style="")
+    shown = Figures(title=f"{table.title or name}: mean over {study.config.seeds} seeds' devices", title_style="")
     for heading in ("arm", "NLL", "under another's", "ROUGE-1", "paper's", "tokens", "asked", "synthetic", "steps"):
         shown.add_column(heading, justify="left" if heading == "arm" else "right")
     for e in (e for row in entries(study, folder, table) for e in row):

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 from scipy import stats
 
-from client.shared import planned_event, release_noise
+from client.budget import planned_event
+from client.shared import release_noise
+from client.terminal import Figures
 from simulation.config import ExperimentConfig
 from simulation.evaluate import Comparison, Measured, compare
 from simulation.study.config import Cell, Label, Study, TableConfig
@@ -198,7 +199,7 @@ def as_text(study: Study, folder: Path) -> RenderableType:
 
 def _shown(study: Study, folder: Path) -> Iterator[RenderableType]:
     for key, table in study.config.tables.items():
-        shown = Table(title=f"{table.title or key}: NLL, mean of {study.config.seeds} seeds", title_style="")
+        shown = Figures(title=f"{table.title or key}: NLL, mean of {study.config.seeds} seeds", title_style="")
         for heading in (
             "cell",
             "ε",

@@ -10,13 +10,17 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from client.lm.config import ModelConfig
 from simulation.data.population import DataConfig, User, load_population
 from simulation.runs import RunError, sources_sha256
 from simulation.study.config import Cell
-from simulation.study.remember import RememberingModel
+from simulation.tasks.config import TaskConfig, load_task
+from simulation.tasks.task import Task, TaskUser
+
+if TYPE_CHECKING:
+    from simulation.study.remember import RememberingModel
 
 Result = dict[str, Any]
 
@@ -37,6 +41,8 @@ class Bench:
     def model(self, config: ModelConfig) -> RememberingModel:
         """The language model; one at a time is held."""
         if config not in self._models:
+            from simulation.study.remember import RememberingModel  # and with it torch
+
             self._models.clear()
             model = RememberingModel.load(config)
             assert isinstance(model, RememberingModel)
@@ -51,6 +57,14 @@ class Bench:
         if key not in self._people:
             self._people[key] = load_population(drawn, seed)
         return {f"seed{i // config.users}-{i % config.users:03d}": u for i, u in enumerate(self._people[key])}
+
+    def task(self, config: TaskConfig, seeds: int, seed: int) -> tuple[Task, list[TaskUser], list[TaskUser]]:
+        """The task, its pool, and `config.users` users of each seed, one seed's behind the other's."""
+        every = config.model_copy(update={"users": config.users * seeds})
+        found: tuple[Task, list[TaskUser], list[TaskUser]] = self.remembered(
+            (every, seed), lambda: load_task(every, seed)
+        )
+        return found
 
     def remembered(self, key: Hashable, measured: Callable[[], Any]) -> Any:
         """What was measured under this key, or is now."""

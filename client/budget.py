@@ -1,0 +1,22 @@
+"""What a device plans to spend of its privacy budget, by its settings alone."""
+
+from __future__ import annotations
+
+from client.config import DeviceConfig
+from privacy.accounting import BudgetError, Event, calibrate
+
+
+def planned_event(config: DeviceConfig) -> Event:
+    """What one release spends, with the noise for which all planned ones together cost the whole budget.
+
+    Raises `BudgetError` where nothing is kept to train on, or where no noise is enough.
+    """
+    shared, privacy = config.shared, config.privacy
+    if shared.source == "pool" and not shared.pool_capacity:
+        raise BudgetError("shared.pool_capacity = 0 must be > 0 where a shared adapter is trained")
+    rate, steps = (shared.sampling_rate, shared.steps_per_round) if privacy.by_dialogue else (1.0, 1)
+    if privacy.mode == "none":
+        return Event(0.0, rate, steps)
+    releases = min(config.rounds, privacy.releases or config.rounds)
+    sigma = calibrate(privacy.epsilon, privacy.delta, rate, steps * releases, privacy.promise.adjacency)
+    return Event(sigma, rate, steps)

@@ -1,0 +1,174 @@
+"""Where language models lie: the bundled `nano`, the cache, a folder, or the Hugging Face hub.
+
+Knows names and folders without any model library, so that a wrong name is told at once. A model of the hub that is in
+the local cache is used as it is, so that the driver and its workers agree. Not covered: loading (`client.lm.hub`),
+fetching `smollm2-135m` (`client.lm.pull`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from difflib import get_close_matches
+from hashlib import sha256
+from importlib import metadata, resources
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from privacy.errors import UserError
+
+NAMES = ("nano", "smollm2-135m")
+PULL = "florilegium models pull smollm2-135m"
+HUB_TIMEOUT_S = 5.0
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]  # nothing that holds a pickle
+HUB_SKIPPED = ["*/*", "consolidated*"]  # other formats of the same weights
+
+
+class ModelError(UserError):
+    """A model is unknown, missing, or not one that a device can use; the message names the way out."""
+
+
+def cache_folder() -> Path:
+    """Where pulled models are kept: `FLORILEGIUM_CACHE`, else `florilegium` in the user's cache folder."""
+    named = os.environ.get("FLORILEGIUM_CACHE")
+    if named:
+        return Path(named).expanduser()
+    parent = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
+    return (Path(parent) if parent else Path.home() / ".cache") / "florilegium"
+
+
+def resolve(name: str) -> Path:
+    """The folder of the model `name`; a model of the hub is downloaded if it is not in the cache."""
+    if name == "nano":
+        return nano_folder()
+    if name == "smollm2-135m":
+        folder = cache_folder() / name
+        if not has_weights(folder):
+            raise ModelError(f"model {name!r} is not in {cache_folder()}; fetch it once with: {PULL}")
+        return folder
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.count("/") == 1 and name[0] not in "./~" and not name.endswith("/"):
+        return hub_folder(name)
+    if "/" in name or os.sep in name:
+        raise ModelError(f"model {name!r} is not a folder, nor a hub id like owner/name")
+    near = get_close_matches(name.lower(), NAMES, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ModelError(f"unknown model {name!r}; {hint}use {', '.join(NAMES)}, a folder, or a hub id like owner/name")
+
+
+def check_model(name: str) -> None:
+    """Raises `ModelError` where there is no such model, or a folder does not hold whole weights."""
+    check_weights(resolve(name), name)
+
+
+def base_hash(name: str) -> str:
+    """SHA-256 of a model's weights: what an adapter was trained on."""
+    found = sha256()
+    for path in sorted(resolve(name).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` holds safetensors, in one file or in parts."""
+    return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+
+
+# -- nano ---------------------------------------------------------------------------------------------------------
+
+
+def nano_folder() -> Path:
+    """The folder with nano's weights: beside this code, else in the installed distribution."""
+    for folder in _nano_candidates():
+        if has_weights(folder):
+            return folder
+    raise ModelError(
+        "model 'nano': neither this package nor an installed florilegium has its weights; "
+        "pip install florilegium, or florilegium models pretrain configs/pretrain/nano.toml"
+    )
+
+
+def _nano_candidates() -> Iterator[Path]:
+    yield Path(str(resources.files("client.lm") / "nano"))
+    try:
+        installed = metadata.distribution("florilegium")
+    except metadata.PackageNotFoundError:
+        return
+    yield Path(str(installed.locate_file("client/lm/nano")))
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")  # an editable install points at its sources
+    url = urlsplit(origin.get("url", ""))
+    if url.scheme == "file":
+        yield Path(url2pathname(unquote(url.path))) / "client/lm/nano"
+
+
+# -- the hub ------------------------------------------------------------------------------------------------------
+
+
+def hub_folder(name: str) -> Path:
+    """The local copy of the hub's model `name`, downloaded if need be. Without a network it fails within seconds."""
+    cached = _cached(name)
+    if cached is not None:
+        return cached
+    way_out = f"use a local folder, nano, or smollm2-135m ({PULL})"
+    if _offline():
+        raise ModelError(f"model {name!r} is not in the local cache and HF_HUB_OFFLINE is set; {way_out}")
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)  # asks once; the download would ask again for a minute
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED))
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"model {name!r}: no such folder, and the hub shows you no such model; {way_out}") from error
+    except Exception as error:  # whatever stops the client of the hub, the user's ways out are the same
+        reason = first_line(error)
+        raise ModelError(f"model {name!r}: no such folder, and the hub failed ({reason}); {way_out}") from error
+
+
+def _offline() -> bool:
+    """The hub's client reads the variables at import alone; here a later change counts too."""
+    values = (os.environ.get(key, "") for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return constants.HF_HUB_OFFLINE or any(v.upper() in constants.ENV_VARS_TRUE_VALUES for v in values)
+
+
+def _cached(name: str) -> Path | None:
+    """The cached copy of a hub model, if it is complete."""
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+        check_weights(folder, name)
+    except (OSError, ValueError, ModelError):
+        return None
+    return folder if any(folder.glob("tokenizer*")) else None
+
+
+def check_weights(folder: Path, name: str) -> None:
+    """Refuses anything through which transformers would read a pickle, another model, or half a model."""
+    if (folder / "adapter_config.json").exists():  # transformers would fetch its base, and load adapter_model.bin
+        raise ModelError(f"model {name!r}: {folder} holds an adapter; name the folder of a whole model")
+    if not has_weights(folder):
+        raise ModelError(
+            f"model {name!r}: no model.safetensors in {folder}; other formats (.bin, .pt, .gguf) are not read, "
+            "write it with model.save_pretrained(folder)"
+        )
+    if (folder / "model.safetensors").is_file():
+        return
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        parts = sorted({str(part) for part in index["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"model {name!r}: {folder}/model.safetensors.index.json is malformed") from error
+    for part in parts:
+        if Path(part).name != part or not part.endswith(".safetensors") or not (folder / part).is_file():
+            raise ModelError(f"model {name!r}: its index names {part!r}, which is not a .safetensors file in {folder}")
+
+
+def first_line(error: Exception) -> str:
+    """What a library said, without the pages that may follow."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
