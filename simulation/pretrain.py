@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from privacy.config import Config
+from privacy.config import Config, Names
 from simulation.data.conversations import READERS, Conversation
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
@@ -48,7 +48,7 @@ class PretrainConfig(Config):
     """How a small model is trained. Lengths and batches are in tokens."""
 
     out: Path
-    corpora: tuple[str, ...] = ("self_dialogue", "ubuntu_irc", "sgd", "topicalchat")
+    corpora: Names = ("self_dialogue", "ubuntu_irc", "sgd", "topicalchat")
     model: ModelShape = ModelShape()
     tokens: int = Field(44_000_000, ge=10_000, description="tokens seen in all")
     window: int = Field(256, ge=32)

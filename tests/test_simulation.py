@@ -24,6 +24,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.numpy import load_file
 
 from client.app import answer
+from client.shared import planned_event
+from privacy.accounting import BudgetError
 from privacy.plan import RoundPlan
 from server.intake import to_arrays
 from simulation.cli import main
@@ -351,7 +353,33 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
         ("privacy.mode=user", r"privacy.mode = 'user': .*example-local"),
         ("shared.sampling=shuffle", r"must be 'poisson': shuffled .* overstate privacy"),
         ("shared.source=buffer", r"'quality' keeps depends on the data.*user-\*"),
-        ("shared.adapter.use_dora=true", r"use_dora = True: DoRA .*use LoRA"),
+        ("shared.adapter.use_dora=true", r"unknown key 'use_dora'; DoRA .*use LoRA"),
+        ("shared.adapter.use_rslora=true", r"unknown key 'use_rslora'; .*set alpha to alpha · √rank"),
+        ("personal.adapter.lora_dropout=0.1", r"unknown key 'lora_dropout'; adapters have no dropout here"),
+        ("personal.adapter.r=8", r"unknown key 'r'; it is called 'rank' here"),
+        ("personal.adapter.lora_alpha=8", r"unknown key 'lora_alpha'; it is called 'alpha' here"),
+        ("personal.adapter.target_modules=q_proj", r"unknown key 'target_modules'; it is called 'targets' here"),
+        ("personal.lr=1", r"personal: unknown key 'lr'; it is called 'learning_rate' here"),
+        ("rank=8", r"unknown key 'rank'; did you mean shared.adapter.rank or personal.adapter.rank\?"),
+        ("num_clients=8", r"unknown key 'num_clients'; it is called data.users here"),
+        ("personal.adapter.targets=3", r"targets = 3: must be a list"),
+        (
+            "personal.adapter.targets=[q_proj]",
+            r"texts of a list stand in quotes, on a command line '\[\"one\", \"two\"\]'",
+        ),
+        ("model.dtype=fp16", r"model.dtype = 'fp16': what float16 cannot hold .* use 'bfloat16', 'float32' or 'auto'"),
+        ("model.dtype=int4", r"model.dtype = 'int4': Input should be 'auto', 'float32' or 'bfloat16'"),
+        ("model.device=mps", r"model.device = 'mps': .*Apple's GPUs; use 'cpu'"),
+        ("model.device=gpu", r"model.device = 'gpu': must be 'auto', 'cpu', 'cuda' or, as an example, 'cuda:1'"),
+        ("model.device=1", r"model.device = 1: must be a text; in quotes"),
+        ("model=nano", r"model = 'nano': is a section, not a value; it has the settings name, dtype"),
+        ("evaluation.every_round=maybe", r"every_round = 'maybe': must be true or false"),
+        ("data.hub_fields.prompt=''", r"data.hub_fields.prompt = '': must not be empty"),
+        ("selection.lexicons=mine", r"selection.lexicons = 'mine': must be one of general, medical"),
+        (r'data.name="C:\Users\x.jsonl"', r"a backslash begins an escape: write a path in '…' or with /"),
+        (f"rounds={10**400}", r"rounds=1000\S*…: top level: rounds is a whole number of more than 64 bits"),
+        ("seed=1" + "0" * 5000, r"override 'seed=1000.*…: Exceeds the limit \(4300 digits\)"),
+        ("seed=" + "[" * 100_000, r"override 'seed=\[.*…: nested too deeply"),
         ("shared.adapter.targets=['embed_tokens']", r"embed_tokens is an embedding: .*linear layers"),
         ("server.noise_bands=2", r"noise_bands = 2 needs privacy.mode = 'user-central'"),
         ("selection.policy=qualty", r"selection.policy = 'qualty': .*quality, eoe"),
@@ -364,6 +392,56 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
 def test_a_wrong_setting_is_named(quickstart: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(quickstart, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("shared.adapter.targets=all-linear", ()),
+        ("shared.adapter.targets=['all-linear']", ()),
+        ("shared.adapter.targets=q_proj", ("q_proj",)),
+        ("shared.adapter.targets=q_proj, v_proj", ("q_proj", "v_proj")),
+        ('shared.adapter.targets=["q_proj"]', ("q_proj",)),
+        ("model.dtype=bf16", "bfloat16"),
+        ("model.dtype=torch.float32", "float32"),
+        ("model.device=cuda:1", "cuda:1"),
+        (r"model.name='C:\models\mine'", r"C:\models\mine"),
+        ("synthesis.instruction={rewrite}: ", "{rewrite}: "),
+    ],
+)
+def test_what_users_of_other_tools_write_is_read(quickstart: Path, override: str, read: Any) -> None:
+    found: Any = load_config(quickstart, [override])
+    for key in override.partition("=")[0].split("."):
+        found = getattr(found, key)
+    assert found == read
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'[data]\nname = "C:\\Users\\me"', r"line 2.* write a path in '…' or with /"),
+        ("rounds = 1\nname = 'Grün'".encode("latin-1"), r"line 2: is not UTF-8 .*; save the file as UTF-8"),
+        ("rounds = 1".encode("utf-16"), r"line 1: is not UTF-8"),
+        (b"seed = 1" + b"0" * 5000, r"not valid TOML: Exceeds the limit \(4300 digits\)"),
+        (b"seed = " + b"[" * 100_000, r"not valid TOML: nested too deeply"),
+    ],
+    ids=range(5),
+)
+def test_what_is_no_toml_is_told_with_its_file(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "mine.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"mine.toml.*{told}"):
+        load_config(tmp_path / "mine.toml")
+
+
+def test_a_config_from_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes("rounds = 7\r\n[data]\r\nusers = 5\r\n".encode("utf-8-sig"))
+    config = load_config(tmp_path / "mine.toml")
+    assert (config.rounds, config.data.users) == (7, 5)
+
+
+def test_nothing_kept_for_a_shared_adapter_is_told_with_the_way_out(quickstart: Path) -> None:
+    with pytest.raises(BudgetError, match=r"shared.pool_capacity = 0 .* or server.rule = 'none'"):
+        planned_event(load_config(quickstart, ["shared.pool_capacity=0"]))
 
 
 def test_correlated_noise_is_calibrated_for_how_often_a_device_takes_part(quickstart: Path) -> None:
@@ -389,8 +467,11 @@ def test_broken_toml_and_unknown_configs_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("rounds = = 3")
     with pytest.raises(ConfigError, match=r"bad.toml: not valid TOML: .*line 1"):
         load_config(tmp_path / "bad.toml")
-    with pytest.raises(ConfigError, match=r"nor one of: .*quickstart"):
-        find_config("quikstart")
+    for near in ("quickstrat", "Quickstart", "configs/quikstart.toml"):
+        with pytest.raises(ConfigError, match=r"is no file; did you mean 'quickstart'\?"):
+            find_config(near)
+    with pytest.raises(ConfigError, match=r"config 'zzz' is no file nor one of: .*quickstart"):
+        find_config("zzz")
 
 
 def test_a_run_that_exists_is_left_alone(finished: Path, small: ExperimentConfig, tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from pydantic import Field
 from client.agent.home import DeviceError
 from client.config import SharedConfig
 from client.lm.config import AdapterConfig
-from privacy.config import Config
+from privacy.config import Config, PlainName
 
 
 class Terms(Config):
     """All public. A device's budget, its noise and its clipping are not among them: they are its owner's."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    name: PlainName
     model: str = Field("nano", description="whose layers the shared adapter is for")
     base: str = Field("", description="SHA-256 of the model's weights")
     rounds: int = Field(3, ge=1, le=10_000)
