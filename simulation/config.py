@@ -14,6 +14,7 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from client.config import DeviceConfig
+from client.lexicons import SOURCES
 from client.lm.config import SamplingConfig
 from client.lm.hub import NAMES
 from privacy.config import Config
@@ -202,8 +203,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """As processes in other folders can read it too."""
     world = str(find_config(config.world.classes).resolve()) if config.world.classes else ""
+    lexicons = tuple(_absolute(source, SOURCES) for source in config.selection.lexicons)
     return config.model_copy(
         update={
+            "selection": config.selection.model_copy(update={"lexicons": lexicons}),
             "data": config.data.model_copy(update={"name": _absolute(config.data.name, READERS)}),
             "model": config.model.model_copy(update={"name": _absolute(config.model.name, NAMES)}),
             "world": config.world.model_copy(update={"classes": world}),

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from flwr.serverapp import Grid
 from safetensors import SafetensorError
 
+from client.folders import make_absolute
 from client.shared import release_limits, release_noise
 from client.state import StoreError
 from privacy.ledger import LedgerError
@@ -58,7 +59,8 @@ def run_experiment(
     """
     if resuming and overwrite:
         raise RunError("--resume and --overwrite exclude each other")
-    folder, config = folder.resolve(), with_absolute_paths(config)  # an engine may change the working directory
+    make_absolute()  # an engine may change the working directory
+    folder, config = folder.resolve(), with_absolute_paths(config)
     try:
         with FileLock(_lock_of(folder), timeout=0):
             run = resume(folder, config) if resuming else create(folder, config, overwrite=overwrite)

@@ -683,6 +683,24 @@ def test_a_folder_that_is_not_set_or_not_there_is_named(monkeypatch: pytest.Monk
         list(READERS["dolly"]())
 
 
+def test_folders_of_the_environment_are_those_of_where_the_program_began(tmp_path: Path) -> None:
+    (tmp_path / "sets").mkdir()
+    program = (
+        "import client.lm.hub, os\nfrom simulation.data.folder import data_folder\n"
+        "os.chdir('/')\nprint(data_folder(), client.lm.hub.cache_folder(), client.lm.hub.constants.HF_HOME)"
+    )
+    named = {"FLORILEGIUM_DATA": "sets", "FLORILEGIUM_CACHE": "models", "HF_HOME": "hf"}
+    known = {"PYTHONPATH": str(Path(hub.__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **named, **known},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == [str(tmp_path / name) for name in ("sets", "models", "hf")], done.stderr
+
+
 # Real data
 
 

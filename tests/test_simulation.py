@@ -29,7 +29,7 @@ from privacy.accounting import BudgetError
 from privacy.plan import RoundPlan
 from server.intake import to_arrays
 from simulation.cli import main
-from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config
+from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config, with_absolute_paths
 from simulation.experiment import run_experiment
 from simulation.host import SimulatedDevices, device_name, open_devices
 from simulation.progress import Pulse
@@ -437,6 +437,21 @@ def test_a_config_from_windows_is_read(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes("rounds = 7\r\n[data]\r\nusers = 5\r\n".encode("utf-8-sig"))
     config = load_config(tmp_path / "mine.toml")
     assert (config.rounds, config.data.users) == (7, 5)
+
+
+def test_processes_in_other_folders_read_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLORILEGIUM_DATA", "sets")
+    for name in ("chats.jsonl", "mine.toml", "general"):
+        (tmp_path / name).touch()
+    named = ["data.name=chats.jsonl", "selection.lexicons=general,mine.toml", "world.classes=world/devices"]
+    config = with_absolute_paths(load_config(find_config("quickstart"), named))
+    assert config.data.name == str(tmp_path / "chats.jsonl")
+    assert config.selection.lexicons == ("general", str(tmp_path / "mine.toml"))
+    assert config.world.classes == str(find_config("world/devices").resolve())
+    with pytest.raises(RunError, match="no run"):
+        run_experiment(config, tmp_path / "run", resuming=True)
+    assert os.environ["FLORILEGIUM_DATA"] == str(tmp_path / "sets")
 
 
 def test_nothing_kept_for_a_shared_adapter_is_told_with_the_way_out(quickstart: Path) -> None:

@@ -31,8 +31,8 @@ class Terms(Config):
 def read_terms(path: Path) -> Terms:
     """Raises `DeviceError` for a file that is not one."""
     try:
-        return Terms.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        return Terms.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+    except (OSError, ValueError, RecursionError) as error:
         raise DeviceError(f"{path} is not the terms of a federation: {error}") from None
 
 

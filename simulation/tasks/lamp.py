@@ -239,7 +239,7 @@ def _read(path: Path) -> Any:
         raise DataError(
             f"{path} does not exist; name the folder of LaMP's files for this task, and the split"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON in UTF-8 ({error}); is the file whole?") from error
 
 
