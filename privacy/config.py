@@ -57,10 +57,10 @@ class Config(BaseModel):
         told = cls.elsewhere.get(key) or COMMON.get(key, "")
         if told in cls.model_fields or key in cls.elsewhere:
             return f"it is called {told!r} here" if told in cls.model_fields else told
-        if deeper := [place for place in _places(cls) if place.endswith(f".{told or key}")]:
-            return f"did you mean {' or '.join(deeper)}?"
-        near = get_close_matches(key, cls.model_fields, n=1, cutoff=0.7)
-        return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
+        near = [repr(name) for name in get_close_matches(key, cls.model_fields, n=1, cutoff=0.7)]
+        deeper = [place for place in _places(cls) if place.endswith(f".{told or key}")]
+        hint = f"did you mean {' or '.join([*near, *deeper])}?"
+        return hint if near or deeper else f"known keys: {', '.join(cls.model_fields)}"
 
 
 def _over(given: Any, default: Any) -> Any:

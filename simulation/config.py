@@ -200,6 +200,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     return validate(ExperimentConfig, tree, f"{path.name} with {given}" if given else str(path))
 
 
+def data_config(name: str, overrides: Sequence[str] = ()) -> DataConfig:
+    """The settings of a data set alone; in `overrides` they may stand as in a run's config, with `data.` before."""
+    tree: dict[str, Any] = {"name": name}
+    for override in overrides:
+        key, value = parse_override(override)
+        set_value(tree, key.removeprefix("data."), value)
+    return validate(DataConfig, tree, f"data set {name}")
+
+
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """As processes in other folders can read it too."""
     world = str(find_config(config.world.classes).resolve()) if config.world.classes else ""

@@ -178,7 +178,7 @@ def _merged(pages: Sequence[Observation]) -> Observation:
 def open_devices(run: RunFolder, listener: Callable[[str], None] | None = None) -> SimulatedDevices:
     """Loads population and model of a run; raises what their loaders raise."""
     config = run.config
-    people = People(_everybody(config))
+    people = People(everybody(config))
     lm = LanguageModel.load(config.model)
     kept = _without_pool(config) if config.server.absent else config
     site = Site.of(lm, kept, config.seed, people.reply, listener, run.shards.ledger)
@@ -191,7 +191,7 @@ def open_devices(run: RunFolder, listener: Callable[[str], None] | None = None) 
     return SimulatedDevices(run, replace(site, rank_of=partial(rank_in, world)), people, world=world)
 
 
-def _everybody(config: ExperimentConfig) -> Sequence[User]:
+def everybody(config: ExperimentConfig) -> Sequence[User]:
     """The devices' users, and behind them those who never take part."""
     newcomers = config.evaluation.newcomers
     data = config.data.model_copy(update={"users": config.data.users + newcomers})

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from client.dialogue import Dialogue
+from simulation.config import ConfigError, data_config
 from simulation.data import conversations, hub
 from simulation.data.conversations import READERS, Conversation, Turn, merge_turns, read_chitchat
 from simulation.data.describe import describe, names, quantiles, render
@@ -480,7 +481,7 @@ def test_the_config_refuses_what_cannot_be_meant() -> None:
         DataConfig(name="chitchatt")
     with pytest.raises(ValidationError, match="max_pairs = 20 must be >= min_pairs = 40"):
         DataConfig(max_pairs=20)
-    with pytest.raises(ValidationError, match="did you mean 'users'"):
+    with pytest.raises(ValidationError, match=r"did you mean 'users' or hub_fields.user\?"):
         DataConfig.model_validate({"user": 3})
     for accepted in ("x.jsonl", "x.jsonl.gz", "a/b.jsonl.xz", "hub:owner/talks", "dolly"):
         assert DataConfig(name=accepted).name == accepted
@@ -622,6 +623,18 @@ def test_a_description_counts_what_can_be_counted_by_hand(tmp_path: Path) -> Non
     assert told.words_per_response == (1, 2, 3, 4, 5)
     assert told.domains == (("even", 3), ("odd", 2))
     assert told.example is not None
+
+
+def test_a_description_takes_the_settings_that_its_errors_ask_for(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "x.jsonl", *(line(user, t, "?", f"{t}") for user in "abcdef" for t in range(3))))
+    for settings in (["min_pairs=3", "split=all"], ["data.min_pairs=3", "data.split=all"]):
+        assert describe(data_config(path, settings), seed=0).users_eligible == 6
+    assert describe(data_config(path), seed=0).users_eligible == 0
+    assert data_config("hub:a/b", ["hub_fields.user=author", "data.hub_fields.part=test"]).hub_fields == HubFields(
+        user="author", part="test"
+    )
+    with pytest.raises(ConfigError, match=r"x\.jsonl: .*unknown key 'min_pair'; did you mean 'min_pairs'\?"):
+        data_config(path, ["min_pair=3"])
 
 
 def test_what_is_held_out_and_stands_in_the_stream_is_told(tmp_path: Path) -> None:

@@ -30,10 +30,12 @@ from privacy.plan import RoundPlan
 from server.intake import to_arrays
 from simulation.cli import main
 from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config, with_absolute_paths
+from simulation.data.population import load_population
 from simulation.experiment import run_experiment
 from simulation.host import SimulatedDevices, device_name, open_devices
 from simulation.progress import Pulse
 from simulation.runs import RunError, RunFolder, check_sources, create
+from simulation.who import who, write_who
 
 ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
 
@@ -80,6 +82,7 @@ def test_the_summary_has_what_programs_rely_on(finished: Path) -> None:
     assert summary["download_bytes_per_round"] == 2 * summary["upload_bytes_per_release"]
     assert len(summary["signal_to_noise"]) == 2
     assert 0 < summary["acceptance_rate"] < 1
+    assert summary["people"] == 3 and summary["held_out"] == 3 * 2 and 0 <= summary["held_out_met"] <= 6
     for key in ("annotations_per_device", "wall_s", "peak_rss_bytes", "tokens_trained"):
         assert summary[key] > 0
 
@@ -333,6 +336,31 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
     assert summary["upload_bytes_per_release"] == 4 * 30 * 4 * 192  # float32, layers, rank, key-value outputs
 
 
+def test_whose_a_device_is_is_told_to_who_asks_and_stands_nowhere(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    users = [user.id for user in load_population(RunFolder(finished).config.data, seed=0)]
+
+    def asked(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["florilegium", "data", "who", str(finished), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code in (0, None)
+        return capsys.readouterr().out
+
+    assert asked().splitlines() == [f"device-0000{k}  {users[k]}" for k in range(3)]
+    assert asked("device-00002") == f"device-00002  {users[2]}\n"
+    assert asked("--out", str(tmp_path / "who.json")) == ""
+    assert json.loads((tmp_path / "who.json").read_text()) == {f"device-0000{k}": users[k] for k in range(3)}
+    assert (tmp_path / "who.json").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(RunError, match=r"who\.json exists"):
+        write_who(tmp_path / "who.json", {})
+    with pytest.raises(RunError, match=r"'device-7' is no device of .* device-00000 to device-00002"):
+        who(RunFolder(finished), ["device-7"])
+    for path in (p for p in finished.rglob("*") if p.is_file()):
+        assert not any(user.encode() in path.read_bytes() for user in users), path
+
+
 # -- a user's mistakes --------------------------------------------------------------------------------------------
 
 
@@ -547,7 +575,13 @@ def test_a_worker_with_other_code_is_refused(small: ExperimentConfig, tmp_path: 
         (["run", "quickstart", "shared.adapter.targets=['c_attn']"], "c_attn"),
         (["report", "nowhere"], "nowhere"),
         (["data", "describe", "[/b].jsonl"], "[/b].jsonl"),
-        (["data", "describe", "chitchat", "--split", "foo"], "split = 'foo'"),
+        (["data", "describe", "chitchat", "split=foo"], "split = 'foo'"),
+        (
+            ["data", "describe", "chitchat", "hub_fields.users=x"],
+            "hub_fields: unknown key 'users'",
+        ),
+        (["data", "describe", "chitchat", "min_pairs"], "must be key=value"),
+        (["data", "who", "nowhere"], "nowhere is not the folder of a run"),
         (["data", "describe", "chitchta"], "did you mean 'chitchat'"),
         (["models", "pull", "nano"], "only smollm2-135m"),
     ],
