@@ -1,0 +1,3 @@
+from client.folders import make_absolute
+
+make_absolute()

@@ -13,7 +13,8 @@ def planned_event(config: DeviceConfig) -> Event:
     """
     shared, privacy = config.shared, config.privacy
     if shared.source == "pool" and not shared.pool_capacity:
-        raise BudgetError("shared.pool_capacity = 0 must be > 0 where a shared adapter is trained")
+        alone = "set it above 0, or server.rule = 'none' for devices that learn alone"
+        raise BudgetError(f"shared.pool_capacity = 0 leaves nothing to train a shared adapter on; {alone}")
     rate, steps = (shared.sampling_rate, shared.steps_per_round) if privacy.by_dialogue else (1.0, 1)
     if privacy.mode == "none":
         return Event(0.0, rate, steps)

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from client.dialogue import Dialogue
-from client.lexicons import Lexicons, check_source
+from client.lexicons import LexiconError, Lexicons, check_source
 from client.memories import Memory, rounded
 from client.policies import POLICIES
 from client.scores import (
@@ -24,7 +24,7 @@ from client.scores import (
     entropy_over_tokens,
     in_domain_dissimilarity,
 )
-from privacy.config import Config
+from privacy.config import Config, Names
 
 if TYPE_CHECKING:
     from client.lm.model import Features
@@ -42,7 +42,7 @@ class SelectionConfig(Config):
     entropy: Literal["tokens", "dimensions"] = Field("tokens", description="what the paper's EOE is taken over")
     pooling: Literal["mean", "weighted"] = Field("mean", description="of tokens, for policies that read nothing else")
     dissimilarity: Literal["frozen", "recomputed"] = Field("frozen", description="IDD when it came, or in each buffer")
-    lexicons: tuple[str, ...] = Field(
+    lexicons: Names = Field(
         ("general",), min_length=1, description="general, medical, vader, empath, nrc, or a .toml file"
     )
 
@@ -56,7 +56,10 @@ class SelectionConfig(Config):
     @field_validator("lexicons")
     @classmethod
     def _found(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_source(source) for source in value)
+        try:
+            return tuple(check_source(source) for source in value)
+        except LexiconError as error:
+            raise ValueError(str(error)) from None
 
     @property
     def reading(self) -> str:

@@ -63,15 +63,17 @@ def _bundled(name: str) -> Lexicons:
 
 def _file(path: str) -> Lexicons:
     try:
-        return _parse(Path(path).expanduser().read_text(encoding="utf-8"), path)
+        return _parse(Path(path).expanduser().read_bytes().decode("utf-8-sig"), path)
     except OSError as error:
         raise LexiconError(f"lexicon {path}: {error.strerror}; sources are {', '.join(SOURCES)} or a file") from None
+    except UnicodeDecodeError as error:
+        raise LexiconError(f"lexicon {path}: is not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
 def _parse(text: str, where: str) -> Lexicons:
     try:
-        listed = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        listed = tomllib.loads(text.replace("\r\n", "\n"))
+    except (ValueError, RecursionError) as error:
         raise LexiconError(f"lexicon {where}: not valid TOML: {error}") from None
     if not listed:
         raise LexiconError(f'lexicon {where}: is empty; it must have lines like: domain = "one two three"')

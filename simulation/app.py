@@ -23,7 +23,8 @@ from simulation.crew import Crew
 from simulation.experiment import RUN_VARIABLE, federate
 from simulation.faults import attempt, leave
 from simulation.fleet import InProcess
-from simulation.host import SimulatedDevices, device_name, devices_of_worker, open_devices
+from simulation.host import SimulatedDevices, devices_of_worker, open_devices
+from simulation.people import device_name
 from simulation.runs import RunFolder, create
 from simulation.summary import write_summary
 

@@ -310,19 +310,41 @@ def list_data() -> None:
 
 
 @data.command("describe")
-def describe_data(
-    name: str,
-    split: Annotated[str, typer.Option(help="development or test")] = "test",
-) -> None:
+def describe_data(name: str, overrides: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Users, pairs, quantiles and an example of a data set.
 
-    NAME is one of florilegium data list, a .jsonl[.gz|.xz] file, or hub:owner/dataset.
-    """
-    from simulation.config import validate
-    from simulation.data.describe import describe, render
-    from simulation.data.population import DataConfig
+    NAME is one of florilegium data list, a file of JSON Lines, or hub:owner/dataset. OVERRIDES are settings of a run's
+    section data:
 
-    console.print(render(describe(validate(DataConfig, {"name": name, "split": split}, "data describe"), seed=0)))
+    florilegium data describe chats.jsonl min_pairs=8 split=all
+
+    florilegium data describe hub:owner/dataset data.hub_fields.prompt=question data.hub_fields.response=answer
+    """
+    from simulation.config import data_config
+    from simulation.data.describe import describe, render
+
+    console.print(render(describe(data_config(name, overrides or []), seed=0)))
+
+
+@data.command("who")
+def whose(
+    run: Path,
+    devices: Annotated[list[str] | None, typer.Argument()] = None,
+    out: Annotated[Path | None, typer.Option(help="Write them as JSON to this new file instead.")] = None,
+) -> None:
+    """Which user of the data set each device of a run stands for; its folder does not say.
+
+    RUN is the folder of the run, DEVICES are some of its devices: florilegium data who runs/quickstart device-00007
+    """
+    from simulation.runs import RunFolder
+    from simulation.who import who, write_who
+
+    found = who(RunFolder(run), devices or [])
+    if out:
+        write_who(out, found)
+    else:
+        for device, user in found.items():
+            console.print(Text(f"{device}  {user}"), soft_wrap=True)
 
 
 @data.command("lexicons")

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from client.config import DeviceConfig
+from client.lexicons import SOURCES
 from client.lm.config import SamplingConfig
 from client.lm.places import NAMES
 from privacy.config import Config
 from privacy.errors import UserError
 from server.config import ServerConfig
 from simulation.data.conversations import READERS
+from simulation.data.folder import shown
 from simulation.data.population import DataConfig
 from simulation.world import WorldConfig
 
+SAID = {  # of what pydantic says in words of Python
+    "string_type": 'must be a text; in quotes if it looks like something else, as "3", on a command line \'"3"\'',
+    "string_too_short": "must not be empty",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "tuple_type": 'must be a list, as ["one", "two"]',
+    "dict_type": "must be a section of settings",
+}
 Model = TypeVar("Model", bound=Config)
 
 
@@ -72,6 +84,13 @@ class RayConfig(Config):
 
 class ExperimentConfig(DeviceConfig):
     """A federation to simulate: its devices, its server, its people."""
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "clients": "it is called data.users here",
+        "num_clients": "it is called data.users here",
+        "dataset": "it is called data.name here",
+        "lora": "its settings are shared.adapter and personal.adapter",
+    }
 
     name: str = "experiment"
     seed: int = Field(0, ge=0)
@@ -183,8 +202,10 @@ def find_config(name: str) -> Path:
     bundled = folder / inside.with_suffix(".toml")
     if bundled.is_file() and bundled.resolve().is_relative_to(folder.resolve()):
         return bundled
-    have = ", ".join(sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.toml")))
-    raise ConfigError(f"config {name!r} is neither a file nor one of: {have}")
+    have = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.toml"))
+    near = get_close_matches(inside.with_suffix("").as_posix().lower(), have, n=1, cutoff=0.7)
+    hint = f"; did you mean {near[0]!r}?" if near else f" nor one of: {', '.join(have)}"
+    raise ConfigError(f"config {name!r} is no file{hint}")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -192,14 +213,26 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     tree = read_tree(path, overrides)
     if "study" in tree:
         raise ConfigError(f"{path}: is a study of several experiments; run it with: florilegium study {path}")
-    return validate(ExperimentConfig, tree, f"{path.name} with {' '.join(overrides)}" if overrides else str(path))
+    given = " ".join(o if len(o) <= 60 else f"{o[:60]}…" for o in overrides)
+    return validate(ExperimentConfig, tree, f"{path.name} with {given}" if given else str(path))
+
+
+def data_config(name: str, overrides: Sequence[str] = ()) -> DataConfig:
+    """The settings of a data set alone; in `overrides` they may stand as in a run's config, with `data.` before."""
+    tree: dict[str, Any] = {"name": name}
+    for override in overrides:
+        key, value = parse_override(override)
+        set_value(tree, key.removeprefix("data."), value)
+    return validate(DataConfig, tree, f"data set {name}")
 
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """As processes in other folders can read it too."""
     world = str(find_config(config.world.classes).resolve()) if config.world.classes else ""
+    lexicons = tuple(_absolute(source, SOURCES) for source in config.selection.lexicons)
     return config.model_copy(
         update={
+            "selection": config.selection.model_copy(update={"lexicons": lexicons}),
             "data": config.data.model_copy(update={"name": _absolute(config.data.name, READERS)}),
             "model": config.model.model_copy(update={"name": _absolute(config.model.name, NAMES)}),
             "world": config.world.model_copy(update={"classes": world}),
@@ -230,11 +263,15 @@ def parse_override(text: str) -> tuple[str, Any]:
     """`key.path=value` with a TOML value or a bare word."""
     key, sign, value = text.partition("=")
     if not sign or not key:
-        raise ConfigError(f"override {text!r} must be key=value, for example personal.learning_rate=1e-4")
+        raise ConfigError(f"override {shown(text)} must be key=value, for example personal.learning_rate=1e-4")
     try:
         return key, tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError:
-        return key, value
+    except tomllib.TOMLDecodeError as error:
+        if value[:1] not in ("[", '"', "'"):
+            return key, value
+        raise ConfigError(f"override {shown(text)}: {_toml_error(error, value)}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"override {shown(text)}: {_toml_error(error, value)}") from None
 
 
 def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -251,19 +288,44 @@ def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The settings of a file as they stand there, with overrides `key.path=value`; named after the file."""
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    tree = _parsed(path)
     tree.setdefault("name", path.stem)
     for override in overrides:
         set_value(tree, *parse_override(override))
     return tree
 
 
+def _parsed(path: Path) -> dict[str, Any]:
+    """A TOML file, with or without the mark that Windows' editors put before it."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}, line {line}: is not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    try:
+        return tomllib.loads(text.replace("\r\n", "\n"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {_toml_error(error, text)}") from None
+
+
+def _toml_error(error: Exception, text: str) -> str:
+    """What is wrong with a text in TOML, and for a Windows path how it is written."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    found = re.search(r"line (\d+)", str(error))
+    line = text.splitlines()[int(found[1]) - 1 :][:1] if found else []
+    if any("\\" in part for part in line):
+        return f"{error}; in \"…\" a backslash begins an escape: write a path in '…' or with /"
+    if text.startswith("["):
+        return f'{error}; texts of a list stand in quotes, on a command line \'["one", "two"]\''
+    return str(error).split("; use sys.", maxsplit=1)[0]
+
+
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "top level"
-    message = error["msg"].removeprefix("Value error, ")
+    message = SAID.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     if isinstance(error.get("input"), dict | Config):
         return f"{where}: {message}"
-    return f"{where} = {error.get('input')!r}: {message}"
+    return f"{where} = {shown(error.get('input'))}: {message}"

@@ -15,8 +15,9 @@ from privacy.seeds import derive_seed
 from simulation.config import ExperimentConfig
 from simulation.crew import Crew
 from simulation.evaluate import Measured, Reply, compare, derangement, measure_nll, measure_rouge
-from simulation.host import SimulatedDevices, device_name
+from simulation.host import SimulatedDevices
 from simulation.jobs import Arms, Asked, Rows, joined_late, personal_rows, replied, scored
+from simulation.people import device_name
 from simulation.runs import RunFolder
 
 COMPARISONS = (

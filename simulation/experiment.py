@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from flwr.serverapp import Grid
 from safetensors import SafetensorError
 
+from client.folders import make_absolute
 from client.shared import release_limits, release_noise
 from client.state import StoreError
 from privacy.ledger import LedgerError
@@ -33,7 +34,8 @@ from simulation.data.population import User
 from simulation.fates import Work
 from simulation.fleet import open_fleet
 from simulation.grid import CohortGrid, WorldGrid
-from simulation.host import SimulatedDevices, device_name, open_devices
+from simulation.host import SimulatedDevices, open_devices
+from simulation.people import device_name
 from simulation.progress import Pulse
 from simulation.report import render_report
 from simulation.runs import RunError, RunFolder, create, resume, settle
@@ -60,7 +62,8 @@ def run_experiment(
     """
     if resuming and overwrite:
         raise RunError("--resume and --overwrite exclude each other")
-    folder, config = folder.resolve(), with_absolute_paths(config)  # an engine may change the working directory
+    make_absolute()  # an engine may change the working directory
+    folder, config = folder.resolve(), with_absolute_paths(config)
     try:
         with FileLock(_lock_of(folder), timeout=0):
             run = resume(folder, config) if resuming else create(folder, config, overwrite=overwrite)

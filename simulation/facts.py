@@ -9,8 +9,9 @@ from typing import Any
 
 from client.budget import planned_event
 from simulation.config import ExperimentConfig
-from simulation.data.population import Bootstrapped
-from simulation.host import People, SimulatedDevices
+from simulation.data.population import Bootstrapped, met_before
+from simulation.host import SimulatedDevices
+from simulation.people import People
 
 
 def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, A
             "architecture": type(lm.engine.model).__name__,
             "dtype": str(lm.engine.dtype).removeprefix("torch."),
         },
-        "data": {"name": config.data.name, "split": config.data.split, "people": people(devices.users)},
+        "data": {"name": config.data.name, "split": config.data.split, **people(devices.users)},
         "hardware": f"{len(os.sched_getaffinity(0))} cores, {lm.engine.device}",
         "versions": {name: version(name) for name in ("florilegium", "torch", "flwr", "opacus", "peft")},
         "privacy": {
@@ -49,10 +50,15 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, A
     }
 
 
-def people(users: People) -> int:
-    """How many there are, without those that are resampled from others."""
+def people(users: People) -> dict[str, int]:
+    """How many there are, without those that are resampled from others, and what is held out of what they said."""
     population = users.population
-    return len(population.people) if isinstance(population, Bootstrapped) else len(population)
+    persons = population.people if isinstance(population, Bootstrapped) else population
+    return {
+        "people": len(persons),
+        "held_out": sum(len(user.held_out) for user in persons),
+        "held_out_met": sum(met_before(user.stream, user.held_out) for user in persons),
+    }
 
 
 def peak_rss_bytes() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
 from simulation.config import ExperimentConfig
 from simulation.data.population import User, met_by
+from simulation.people import People
 from simulation.planned import Tokens, planned_tokens
 from simulation.ready import everybody, world_of
 from simulation.runs import RunFolder, check_sources
@@ -25,39 +26,6 @@ from simulation.shards import ShardedStore
 from simulation.world import World, class_of
 
 CONTRIBUTED = "a-contributed"
-MADE_AT_ONCE = 1024  # users that are kept in memory
-
-
-def device_name(index: int) -> str:
-    """A device's name follows from its place in the population; the user's id stays out of file names."""
-    return f"device-{index:05d}"
-
-
-class People(Mapping[str, User]):
-    """The users of a population by the names of their devices; a user is made when asked for."""
-
-    def __init__(self, population: Sequence[User]) -> None:
-        self.population = population
-        self._user = lru_cache(maxsize=MADE_AT_ONCE)(self._made)
-
-    def __getitem__(self, name: str) -> User:
-        return self._user(name)
-
-    def _made(self, name: str) -> User:
-        prefix, _, number = name.rpartition("-")
-        if prefix != "device" or not number.isdecimal() or int(number) >= len(self.population):
-            raise KeyError(name)
-        return self.population[int(number)]
-
-    def __iter__(self) -> Iterator[str]:
-        return (device_name(i) for i in range(len(self.population)))
-
-    def __len__(self) -> int:
-        return len(self.population)
-
-    def reply(self, device: str, dialogue: str) -> str:
-        """What the person wrote, which stands for what they would annotate."""
-        return next(d.response for d in self[device].stream if d.id == dialogue)
 
 
 @dataclass(frozen=True)

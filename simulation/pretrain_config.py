@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from privacy.config import Config
+from privacy.config import Config, Names
 
 
 class ModelShape(Config):
@@ -25,7 +25,7 @@ class PretrainConfig(Config):
     """How a small model is trained. Lengths and batches are in tokens."""
 
     out: Path
-    corpora: tuple[str, ...] = ("self_dialogue", "ubuntu_irc", "sgd", "topicalchat")
+    corpora: Names = ("self_dialogue", "ubuntu_irc", "sgd", "topicalchat")
     model: ModelShape = ModelShape()
     tokens: int = Field(44_000_000, ge=10_000, description="tokens seen in all")
     window: int = Field(256, ge=32)

@@ -22,8 +22,9 @@ from simulation.crew import Crew
 from simulation.examine import Examiner
 from simulation.facts import describe, peak_rss_bytes
 from simulation.fairness import summarize
-from simulation.host import SimulatedDevices, device_name
+from simulation.host import SimulatedDevices
 from simulation.jobs import learn_without_server, noted
+from simulation.people import device_name
 from simulation.runs import RunFolder
 
 

@@ -17,6 +17,7 @@ from client.lm.adapter import weight_layout
 from client.lm.peft_format import write_peft
 from client.lm.places import resolve
 from client.terminal import Figures
+from simulation.data.describe import told_before
 from simulation.host import SimulatedDevices
 from simulation.runs import Event, RunFolder
 
@@ -97,7 +98,7 @@ def summarize(events: Iterable[Event]) -> Summary:
         "newcomers": {e["arm"]: _figures(e) for e in by_kind.get("newcomers", [])},
         "newcomers_comparisons": [_without(e, "event", "time") for e in by_kind.get("newcomers_comparison", [])],
         "world": _without(by_kind["fairness"][-1], "event", "time") if "fairness" in by_kind else None,
-        "people": start["data"]["people"],
+        **{key: start["data"][key] for key in ("people", "held_out", "held_out_met")},
         "devices_bytes": end["devices_bytes"],
         "wall_s": end["wall_s"],
         "peak_rss_bytes": end["peak_rss_bytes"],
@@ -165,6 +166,7 @@ def render_summary(summary: Summary) -> RenderableType:
         f"{summary['upload_bytes_per_release']:,} bytes left a device per release; "
         f"{summary['annotations_per_device']:.1f} annotations a device; "
         f"{summary['truncated']:,} texts were cut to the model's limits",
+        f"held out: {told_before(summary['held_out'], summary['held_out_met'])}",
         f"{summary['hardware']}: {summary['wall_s']:.0f} s, {summary['peak_rss_bytes'] / 1e9:.2f} GB, "
         f"{summary['tokens_trained']:,} tokens trained",
         f"{summary['devices_bytes'] / 1e6:.1f} MB of devices' states and ledgers on the disk",

@@ -8,6 +8,7 @@ import lzma
 import os
 import subprocess
 import sys
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from client.dialogue import Dialogue
+from simulation.config import ConfigError, data_config
 from simulation.data import conversations, hub
 from simulation.data.conversations import READERS, Conversation, Turn, merge_turns, read_chitchat
 from simulation.data.describe import describe, names, quantiles, render
@@ -37,6 +39,8 @@ from simulation.data.population import (
     load_population,
     streams,
 )
+from simulation.facts import people
+from simulation.people import People
 
 needs_folder = pytest.mark.skipif(
     not os.environ.get("FLORILEGIUM_DATA"), reason="FLORILEGIUM_DATA is unset; set it to the folder of .jsonl.xz files"
@@ -104,6 +108,22 @@ def test_without_times_the_order_of_the_lines_counts(tmp_path: Path) -> None:
     assert [reply.response for reply in collect(DataConfig(name=str(path))).by_user["ana"]] == ["b", "a"]
 
 
+def test_lines_of_the_same_time_stay_in_the_order_of_the_file(tmp_path: Path) -> None:
+    said = [f"{i}" for i in range(12)]
+    for times in (["2024-05-01"] * 12, ["2024-05-01T09:00"] * 11 + ["2024-05-01T09:01"], [None] * 12):
+        path = write(tmp_path / "x.jsonl", *(line("ana", t, "?", i) for t, i in zip(times, said, strict=True)))
+        assert [r.response for r in collect(DataConfig(name=str(path))).by_user["ana"]] == said
+
+
+def test_what_is_said_twice_without_times_counts_once(tmp_path: Path) -> None:
+    lines = [line("ana", None, f"{i}?", "Yes.") for i in range(8)] + [line("bo", None, "0?", "Yes.")]
+    path = write(tmp_path / "x.jsonl", *lines, *lines)
+    replies = collect(DataConfig(name=str(path)))
+    assert replies.repeated == 9
+    assert [(r.prompt, r.time) for r in replies.by_user["ana"]] == [(f"{i}?", float(i)) for i in range(8)]
+    assert len(replies.by_user["bo"]) == 1
+
+
 @pytest.mark.parametrize(
     ("broken", "told"),
     [
@@ -112,7 +132,10 @@ def test_without_times_the_order_of_the_lines_counts(tmp_path: Path) -> None:
         ('{"user": "ana", "prompt": "Tea?"}', "'response' is missing"),
         ('{"user": "ana", "prompt": "Tea?", "respnse": "Yes."}', "unknown key 'respnse'; did you mean 'response'?"),
         ('{"user": "ana", "prompt": "Tea?", "response": "Yes.", "zz": 1}', "known keys: user, time, prompt"),
-        ('{"user": "", "prompt": "Tea?", "response": "Yes."}', "user = '' must be a text that is not empty"),
+        (
+            '{"user": "", "prompt": "Tea?", "response": "Yes."}',
+            "user = '' must be a text that is not empty, or",
+        ),
         ('{"user": "ana", "prompt": 3, "response": "Yes."}', "prompt = 3 must be a text"),
         ('{"user": "ana", "time": "noon", "prompt": "Tea?", "response": "Yes."}', "time = 'noon' must be seconds"),
         ('{"user": "ana", "prompt": "Tea?", "response": "Yes."}', "has no time, but the lines before do"),
@@ -126,12 +149,100 @@ def test_a_broken_line_is_named_with_its_file_and_number(tmp_path: Path, broken:
     assert told in str(raised.value)
 
 
-def test_a_user_who_never_says_anything_is_named(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "x.jsonl", line("ana", 1, "Tea?", "Yes."), line("bo", 2, "Tea?", " "), line("bo", 3, "", "No")
-    )
-    with pytest.raises(DataError, match="user 'bo' has an empty prompt or response"):
+def test_who_only_sent_pictures_is_left_out_and_counted(tmp_path: Path) -> None:
+    picture = json.dumps({"user": "cy", "time": 4, "prompt": "Tea?", "response": None})
+    lines = [line("ana", 1, "Tea?", "Yes."), line("bo", 2, "Tea?", " "), line("bo", 3, "", "No"), picture]
+    path = write(tmp_path / "x.jsonl", *lines)
+    replies = collect(DataConfig(name=str(path)))
+    assert (list(replies.by_user), replies.empty, replies.silent) == (["ana"], 3, 2)
+    assert "3 empty pairs (2 users have no others), 0 recorded twice" in shown(DataConfig(name=str(path)))
+
+
+# Other files
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": "p", "completion": "r"}, "unknown key 'completion'; it is called 'response' here"),
+        ({"user": "u", "question": "p", "answer": "r"}, "unknown key 'question'; it is called 'prompt' here"),
+        ({"author": "u", "prompt": "p", "response": "r"}, "unknown key 'author'; it is called 'user' here"),
+        ({"user": "u", "prompt": "p", "response": "r", "timestamp": 1}, "'timestamp'; it is called 'time' here"),
+        ({"instruction": "i", "input": "", "output": "o"}, "Alpaca's instruction and input, one after the other"),
+        ({"messages": [{"role": "user", "content": "p"}]}, "'messages'; OpenAI's format of chats is not read"),
+        ({"id": 1, "prompt": "p", "response": "r"}, "unknown key 'id'; leave it out; known keys: user, time"),
+        ({"id": 1, "conversations": []}, "'conversations'; ShareGPT's format of chats is not read"),
+        ({"chosen": "a", "rejected": "b"}, "'chosen'; a format of preferences is not read"),
+        ({"prompt": "p", "Response": "r"}, "unknown key 'Response'; it is called 'response' here"),
+        ({"prompt": "p", "response": "r"}, "'user' is missing. .* give lines that are to be on one device the same"),
+    ],
+)
+def test_what_other_formats_call_a_key_is_known(tmp_path: Path, row: dict[str, Any], told: str) -> None:
+    with pytest.raises(DataError, match=rf"x\.jsonl, line 1: .*{told}"):
+        list(read_jsonl(write(tmp_path / "x.jsonl", json.dumps(row))))
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        ('{"user": "u", "prompt": "p", "response": "r", "time": 1' + "0" * 400 + "}", "time = 10000.* must be seconds"),
+        ('{"user": "u", "prompt": "p", "response": "r", "time": 1' + "0" * 5000 + "}", "expected one JSON object"),
+        ('{"user": "u", "prompt": "p", "response": "r", "time": NaN}', "time = nan must be seconds"),
+        ('{"user": "u", "prompt": "p", "response": "r", "time": 1714555800000}', "must be seconds .not milliseconds"),
+        ('{"user": "u", "response": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"user": "u", "prompt": "p", "response": [{"role": 1}]}', r"response = \[\{'role': 1\}\] must be a text"),
+        ('{"user": ["u"], "prompt": "p", "response": "r"}', r"user = \['u'\] must be a text or an integer"),
+        ('{"user": "u", "prompt": "p", "response": "\\ud83d"}', "response = .* has half a surrogate pair"),
+        ("user,prompt,response", "found 'user,prompt,response'.* write one JSON object a line"),
+        ("[", "a JSON array is not read: write one JSON object a line"),
+        ("{", "JSON over several lines is not read: write one JSON object a line"),
+    ],
+    ids=range(11),
+)  # fmt: skip
+def test_whatever_stands_in_a_line_its_file_and_number_are_told(tmp_path: Path, broken: str, told: str) -> None:
+    path = write(tmp_path / "x.jsonl", "", "", broken)
+    with pytest.raises(DataError, match=rf"x\.jsonl, line 3: .*{told}") as raised:
         list(read_jsonl(path))
+    assert len(str(raised.value)) < 400 + len(str(path))
+
+
+@pytest.mark.parametrize(("encoding", "told"), [("latin-1", "line 2: byte 61 is not UTF-8"), ("utf-16", "in UTF-16")])
+def test_other_encodings_are_told_with_their_line(tmp_path: Path, encoding: str, told: str) -> None:
+    text = line("ana", 1, "Tea?", "Yes.") + '\r\n{"user": "ana", "time": 2, "prompt": "Tea?", "response": "Grün"}\r\n'
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert [talk.turns[1].text for talk in read_jsonl(path)] == ["Yes.", "Grün"]
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match=told):
+        list(read_jsonl(path))
+
+
+def test_a_file_is_known_by_what_is_in_it_and_not_by_its_ending(tmp_path: Path) -> None:
+    said = line("ana", 1, "Tea?", "Yes.")
+    for name in ("X.JSONL", "x.ndjson", "x.json", "alpaca.json", "data"):
+        found = collect(DataConfig(name=str(write(tmp_path / name, said))))
+        assert [reply.response for reply in found.by_user["ana"]] == ["Yes."]
+    (tmp_path / "export.json").write_bytes(gzip.compress(said.encode()))
+    assert collect(DataConfig(name=str(tmp_path / "export.json"))).by_user.keys() == {"ana"}
+    for start, told in ((b"PAR1rest", "a Parquet file"), (b"PK\x03\x04", "a zip archive")):
+        (tmp_path / "table.parquet").write_bytes(start)
+        with pytest.raises(DataError, match=rf"table\.parquet is {told}, not JSON Lines"):
+            collect(DataConfig(name=str(tmp_path / "table.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("alpaca.json", "unknown data set 'alpaca.json'; there is no such file; name a file of JSON Lines"),
+        ("owner/talks", "unknown data set 'owner/talks'; there is no such file; .* or hub:owner/dataset"),
+        (str(Path(__file__).parent), "that is a folder"),
+        ("Chitchat", r"did you mean 'chitchat'\?"),
+        ("zzz", "known names: chitchat, self_dialogue"),
+    ],
+)
+def test_a_name_that_is_no_data_set_is_told_what_it_lacks(name: str, told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        DataConfig(name=name)
 
 
 def test_files_that_are_missing_empty_or_cut_off_are_named(tmp_path: Path) -> None:
@@ -209,7 +320,7 @@ def test_replies_stand_in_time_order_and_ties_in_that_of_turns(monkeypatch: pyte
     long = Conversation("b", tuple(Turn("ana", f"{i}", 7) for i in range(12)))
     early, tied = (Conversation(name, (Turn("bo", "?", 1), Turn("ana", "!", t))) for name, t in (("z", 3), ("a", 7)))
     said = collect(known(monkeypatch, long, early, tied)).by_user["ana"]
-    assert [r.id for r in said] == ["z:1", "a:1", *(f"b:{i}" for i in range(1, 12))]
+    assert [r.id for r in said] == ["z:1", *(f"b:{i}" for i in range(1, 12)), "a:1"]
 
 
 def test_clocks_of_a_channel_run_forward_from_the_files_date() -> None:
@@ -370,7 +481,7 @@ def test_the_config_refuses_what_cannot_be_meant() -> None:
         DataConfig(name="chitchatt")
     with pytest.raises(ValidationError, match="max_pairs = 20 must be >= min_pairs = 40"):
         DataConfig(max_pairs=20)
-    with pytest.raises(ValidationError, match="did you mean 'users'"):
+    with pytest.raises(ValidationError, match=r"did you mean 'users' or hub_fields.user\?"):
         DataConfig.model_validate({"user": 3})
     for accepted in ("x.jsonl", "x.jsonl.gz", "a/b.jsonl.xz", "hub:owner/talks", "dolly"):
         assert DataConfig(name=accepted).name == accepted
@@ -406,7 +517,48 @@ def test_hub_rows_are_read_by_the_columns_named(table: FakeTable) -> None:
 def test_a_hub_data_set_without_users_is_anonymous(table: FakeTable) -> None:
     replies = collect(DataConfig(name="hub:owner/talks", hub_fields=HubFields(prompt="asked", response="said")))
     assert replies.anonymous
-    assert [r.time for r in replies.by_user[""]] == [0, 2]
+    assert [(r.id, r.time) for r in replies.by_user[""]] == [("owner/talks:0:1", 0), ("owner/talks:2:1", 1)]
+
+
+def test_many_rows_of_one_time_are_dealt_in_the_order_of_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = FakeTable({"at": "2024-05-01", "who": "ana", "asked": "?", "said": f"{i}"} for i in range(12))
+    monkeypatch.setattr(hub, "_load", lambda dataset, fields: rows)
+    fields = HubFields(user="who", time="at", prompt="asked", response="said")
+    said = collect(DataConfig(name="hub:owner/talks", hub_fields=fields)).by_user["ana"]
+    assert [r.response for r in said] == [f"{i}" for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ([{"role": "user", "content": "?"}], "a list"),
+        ({"text": "?"}, "a group of text"),
+        (b"?", "b'\\?', of the type bytes"),
+        (float("nan"), "nan, of the type float"),
+        (True, "True, of the type bool"),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "prompt", "response", "domain"])
+def test_a_column_that_holds_no_texts_is_named(
+    monkeypatch: pytest.MonkeyPatch, role: str, value: Any, told: str
+) -> None:
+    row = {"user": "ana", "prompt": "?", "response": "!", "domain": "d"}
+    monkeypatch.setattr(hub, "_load", lambda dataset, fields: FakeTable([row, row | {role: value}]))
+    with pytest.raises(DataError, match=rf"row 1: column '{role}' \(hub_fields.{role}\) holds {told}"):
+        list(read_hub("owner/talks", HubFields(user="user", domain="domain")))
+
+
+def test_numbers_and_dates_of_a_column_are_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"id": 7, "prompt": date(2024, 5, 1), "response": 4.5, "day": date(1970, 1, 2)}
+    monkeypatch.setattr(hub, "_load", lambda dataset, fields: FakeTable([row]))
+    (talk,) = read_hub("owner/talks", HubFields(user="id", time="day"))
+    assert talk.turns == (Turn("asker", "2024-05-01", 86_400.0), Turn("7", "4.5", 86_400.0))
+
+
+def test_a_column_is_looked_for_by_what_other_data_sets_call_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_load", lambda dataset, fields: FakeTable([{"prompt": "?", "completion": "!"}]))
+    with pytest.raises(DataError, match=r"no column 'response'; did you mean 'completion'\? set hub_fields.response"):
+        list(read_hub("owner/talks", HubFields()))
 
 
 def test_a_missing_hub_column_is_named(table: FakeTable) -> None:
@@ -473,6 +625,29 @@ def test_a_description_counts_what_can_be_counted_by_hand(tmp_path: Path) -> Non
     assert told.example is not None
 
 
+def test_a_description_takes_the_settings_that_its_errors_ask_for(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "x.jsonl", *(line(user, t, "?", f"{t}") for user in "abcdef" for t in range(3))))
+    for settings in (["min_pairs=3", "split=all"], ["data.min_pairs=3", "data.split=all"]):
+        assert describe(data_config(path, settings), seed=0).users_eligible == 6
+    assert describe(data_config(path), seed=0).users_eligible == 0
+    assert data_config("hub:a/b", ["hub_fields.user=author", "data.hub_fields.part=test"]).hub_fields == HubFields(
+        user="author", part="test"
+    )
+    with pytest.raises(ConfigError, match=r"x\.jsonl: .*unknown key 'min_pair'; did you mean 'min_pairs'\?"):
+        data_config(path, ["min_pair=3"])
+
+
+def test_what_is_held_out_and_stands_in_the_stream_is_told(tmp_path: Path) -> None:
+    user = next(f"u{i}" for i in range(9) if half_of(f"u{i}") == "test")
+    path = write(tmp_path / "x.jsonl", *(line(user, t, f"{t % 7}?", "Yes.") for t in range(12)))
+    config = DataConfig(name=str(path), min_pairs=12, held_out_share=0.5, queries_per_user=5)
+    told = describe(config, seed=0)  # the stream has 0 to 5; held out are 6, 0, 1, 2, 3, and 4 is not asked
+    assert (told.held_out, told.held_out_met) == (5, 4)
+    assert "5 pairs; 4 of them (80%) stand word for word in the same user's stream" in shown(config)
+    only = load_population(config.model_copy(update={"users": 1}), seed=0)
+    assert people(People(only)) == {"people": 1, "held_out": 5, "held_out_met": 4}
+
+
 def test_quantiles_are_counts_that_occur() -> None:
     assert quantiles([10, 30, 20]) == (10, 10, 20, 30, 30)
     assert quantiles([]) == ()
@@ -519,6 +694,24 @@ def test_a_folder_that_is_not_set_or_not_there_is_named(monkeypatch: pytest.Monk
         monkeypatch.setenv("FLORILEGIUM_DATA", value)
     with pytest.raises(DataError, match="FLORILEGIUM_DATA"):
         list(READERS["dolly"]())
+
+
+def test_folders_of_the_environment_are_those_of_where_the_program_began(tmp_path: Path) -> None:
+    (tmp_path / "sets").mkdir()
+    program = (
+        "import client.lm.hub, os\nfrom simulation.data.folder import data_folder\n"
+        "os.chdir('/')\nprint(data_folder(), client.lm.hub.cache_folder(), client.lm.hub.constants.HF_HOME)"
+    )
+    named = {"FLORILEGIUM_DATA": "sets", "FLORILEGIUM_CACHE": "models", "HF_HOME": "hf"}
+    known = {"PYTHONPATH": str(Path(hub.__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **named, **known},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == [str(tmp_path / name) for name in ("sets", "models", "hf")], done.stderr
 
 
 # Real data

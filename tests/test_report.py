@@ -36,7 +36,8 @@ PRIVACY = {
 RUN = {
     "event": "run", "time": 1767600000, "name": "quickstart", "engine": "cohort", "seed": 0, "devices": 2, "rounds": 2,
     "model": {"name": "nano", "parameters": 2557632, "architecture": "LlamaForCausalLM"},
-    "data": {"name": "chitchat", "split": "test"}, "hardware": "2 cores, cpu",
+    "data": {"name": "chitchat", "split": "test", "people": 2, "held_out": 16, "held_out_met": 1},
+    "hardware": "2 cores, cpu",
     "versions": {"florilegium": "0.1.0", "torch": "2.13.0"}, "privacy": PRIVACY,
     "config": {"training": {"lr": 1e-3, "targets": ["q_proj", "v_proj"]}, "privacy": {"epsilon_budget": 8.0}},
 }  # fmt: skip

@@ -49,7 +49,8 @@ from simulation.crew import Crew
 from simulation.experiment import federate, run_experiment
 from simulation.fleet import Actors, Cohort, Fleet, InProcess, open_fleet
 from simulation.grid import CohortGrid, answered
-from simulation.host import SimulatedDevices, device_name, open_devices
+from simulation.host import SimulatedDevices, open_devices
+from simulation.people import device_name
 from simulation.runs import RunError, RunFolder, create
 
 USERS = 5

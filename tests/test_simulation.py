@@ -24,15 +24,20 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.numpy import load_file
 
 from client.app import answer
+from client.shared import planned_event
+from privacy.accounting import BudgetError
 from privacy.plan import RoundPlan
 from server.intake import to_arrays
 from simulation.cli import main
-from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config
+from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config, with_absolute_paths
 from simulation.data.errors import DataError
+from simulation.data.population import load_population
 from simulation.experiment import run_experiment
-from simulation.host import SimulatedDevices, device_name, open_devices
+from simulation.host import SimulatedDevices, open_devices
+from simulation.people import device_name
 from simulation.progress import Pulse
 from simulation.runs import RunError, RunFolder, check_sources, create
+from simulation.who import who, write_who
 
 ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
 
@@ -99,6 +104,7 @@ def test_the_summary_has_what_programs_rely_on(finished: Path) -> None:
     assert summary["download_bytes_per_round"] == 2 * summary["upload_bytes_per_release"]
     assert len(summary["signal_to_noise"]) == 2
     assert 0 < summary["acceptance_rate"] < 1
+    assert summary["people"] == 3 and summary["held_out"] == 3 * 2 and 0 <= summary["held_out_met"] <= 6
     for key in ("annotations_per_device", "wall_s", "peak_rss_bytes", "tokens_trained"):
         assert summary[key] > 0
 
@@ -353,6 +359,31 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
     assert summary["upload_bytes_per_release"] == 4 * 30 * 4 * 192  # float32, layers, rank, key-value outputs
 
 
+def test_whose_a_device_is_is_told_to_who_asks_and_stands_nowhere(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    users = [user.id for user in load_population(RunFolder(finished).config.data, seed=0)]
+
+    def asked(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["florilegium", "data", "who", str(finished), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code in (0, None)
+        return capsys.readouterr().out
+
+    assert asked().splitlines() == [f"device-0000{k}  {users[k]}" for k in range(3)]
+    assert asked("device-00002") == f"device-00002  {users[2]}\n"
+    assert asked("--out", str(tmp_path / "who.json")) == ""
+    assert json.loads((tmp_path / "who.json").read_text()) == {f"device-0000{k}": users[k] for k in range(3)}
+    assert (tmp_path / "who.json").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(RunError, match=r"who\.json exists"):
+        write_who(tmp_path / "who.json", {})
+    with pytest.raises(RunError, match=r"'device-7' is no device of .* device-00000 to device-00002"):
+        who(RunFolder(finished), ["device-7"])
+    for path in (p for p in finished.rglob("*") if p.is_file()):
+        assert not any(user.encode() in path.read_bytes() for user in users), path
+
+
 # -- a user's mistakes --------------------------------------------------------------------------------------------
 
 
@@ -373,7 +404,33 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
         ("privacy.mode=user", r"privacy.mode = 'user': .*example-local"),
         ("shared.sampling=shuffle", r"must be 'poisson': shuffled .* overstate privacy"),
         ("shared.source=buffer", r"'quality' keeps depends on the data.*user-\*"),
-        ("shared.adapter.use_dora=true", r"use_dora = True: DoRA .*use LoRA"),
+        ("shared.adapter.use_dora=true", r"unknown key 'use_dora'; DoRA .*use LoRA"),
+        ("shared.adapter.use_rslora=true", r"unknown key 'use_rslora'; .*set alpha to alpha · √rank"),
+        ("personal.adapter.lora_dropout=0.1", r"unknown key 'lora_dropout'; adapters have no dropout here"),
+        ("personal.adapter.r=8", r"unknown key 'r'; it is called 'rank' here"),
+        ("personal.adapter.lora_alpha=8", r"unknown key 'lora_alpha'; it is called 'alpha' here"),
+        ("personal.adapter.target_modules=q_proj", r"unknown key 'target_modules'; it is called 'targets' here"),
+        ("personal.lr=1", r"personal: unknown key 'lr'; it is called 'learning_rate' here"),
+        ("rank=8", r"unknown key 'rank'; did you mean shared.adapter.rank or personal.adapter.rank\?"),
+        ("num_clients=8", r"unknown key 'num_clients'; it is called data.users here"),
+        ("personal.adapter.targets=3", r"targets = 3: must be a list"),
+        (
+            "personal.adapter.targets=[q_proj]",
+            r"texts of a list stand in quotes, on a command line '\[\"one\", \"two\"\]'",
+        ),
+        ("model.dtype=fp16", r"model.dtype = 'fp16': what float16 cannot hold .* use 'bfloat16', 'float32' or 'auto'"),
+        ("model.dtype=int4", r"model.dtype = 'int4': Input should be 'auto', 'float32' or 'bfloat16'"),
+        ("model.device=mps", r"model.device = 'mps': .*Apple's GPUs; use 'cpu'"),
+        ("model.device=gpu", r"model.device = 'gpu': must be 'auto', 'cpu', 'cuda' or, as an example, 'cuda:1'"),
+        ("model.device=1", r"model.device = 1: must be a text; in quotes"),
+        ("model=nano", r"model = 'nano': is a section, not a value; it has the settings name, dtype"),
+        ("evaluation.every_round=maybe", r"every_round = 'maybe': must be true or false"),
+        ("data.hub_fields.prompt=''", r"data.hub_fields.prompt = '': must not be empty"),
+        ("selection.lexicons=mine", r"selection.lexicons = 'mine': must be one of general, medical"),
+        (r'data.name="C:\Users\x.jsonl"', r"a backslash begins an escape: write a path in '…' or with /"),
+        (f"rounds={10**400}", r"rounds=1000\S*…: top level: rounds is a whole number of more than 64 bits"),
+        ("seed=1" + "0" * 5000, r"override 'seed=1000.*…: Exceeds the limit \(4300 digits\)"),
+        ("seed=" + "[" * 100_000, r"override 'seed=\[.*…: nested too deeply"),
         ("shared.adapter.targets=['embed_tokens']", r"embed_tokens is an embedding: .*linear layers"),
         ("server.noise_bands=2", r"noise_bands = 2 needs privacy.mode = 'user-central'"),
         ("selection.policy=qualty", r"selection.policy = 'qualty': .*quality, eoe"),
@@ -386,6 +443,71 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
 def test_a_wrong_setting_is_named(quickstart: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(quickstart, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("shared.adapter.targets=all-linear", ()),
+        ("shared.adapter.targets=['all-linear']", ()),
+        ("shared.adapter.targets=q_proj", ("q_proj",)),
+        ("shared.adapter.targets=q_proj, v_proj", ("q_proj", "v_proj")),
+        ('shared.adapter.targets=["q_proj"]', ("q_proj",)),
+        ("model.dtype=bf16", "bfloat16"),
+        ("model.dtype=torch.float32", "float32"),
+        ("model.device=cuda:1", "cuda:1"),
+        (r"model.name='C:\models\mine'", r"C:\models\mine"),
+        ("synthesis.instruction={rewrite}: ", "{rewrite}: "),
+    ],
+)
+def test_what_users_of_other_tools_write_is_read(quickstart: Path, override: str, read: Any) -> None:
+    found: Any = load_config(quickstart, [override])
+    for key in override.partition("=")[0].split("."):
+        found = getattr(found, key)
+    assert found == read
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'[data]\nname = "C:\\Users\\me"', r"line 2.* write a path in '…' or with /"),
+        ("rounds = 1\nname = 'Grün'".encode("latin-1"), r"line 2: is not UTF-8 .*; save the file as UTF-8"),
+        ("rounds = 1".encode("utf-16"), r"line 1: is not UTF-8"),
+        (b"seed = 1" + b"0" * 5000, r"not valid TOML: Exceeds the limit \(4300 digits\)"),
+        (b"seed = " + b"[" * 100_000, r"not valid TOML: nested too deeply"),
+    ],
+    ids=range(5),
+)
+def test_what_is_no_toml_is_told_with_its_file(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "mine.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"mine.toml.*{told}"):
+        load_config(tmp_path / "mine.toml")
+
+
+def test_a_config_from_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes("rounds = 7\r\n[data]\r\nusers = 5\r\n".encode("utf-8-sig"))
+    config = load_config(tmp_path / "mine.toml")
+    assert (config.rounds, config.data.users) == (7, 5)
+
+
+def test_processes_in_other_folders_read_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLORILEGIUM_DATA", "sets")
+    for name in ("chats.jsonl", "mine.toml", "general"):
+        (tmp_path / name).touch()
+    named = ["data.name=chats.jsonl", "selection.lexicons=general,mine.toml", "world.classes=world/devices"]
+    config = with_absolute_paths(load_config(find_config("quickstart"), named))
+    assert config.data.name == str(tmp_path / "chats.jsonl")
+    assert config.selection.lexicons == ("general", str(tmp_path / "mine.toml"))
+    assert config.world.classes == str(find_config("world/devices").resolve())
+    with pytest.raises(RunError, match="no run"):
+        run_experiment(config, tmp_path / "run", resuming=True)
+    assert os.environ["FLORILEGIUM_DATA"] == str(tmp_path / "sets")
+
+
+def test_nothing_kept_for_a_shared_adapter_is_told_with_the_way_out(quickstart: Path) -> None:
+    with pytest.raises(BudgetError, match=r"shared.pool_capacity = 0 .* or server.rule = 'none'"):
+        planned_event(load_config(quickstart, ["shared.pool_capacity=0"]))
 
 
 def test_correlated_noise_is_calibrated_for_how_often_a_device_takes_part(quickstart: Path) -> None:
@@ -411,8 +533,11 @@ def test_broken_toml_and_unknown_configs_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("rounds = = 3")
     with pytest.raises(ConfigError, match=r"bad.toml: not valid TOML: .*line 1"):
         load_config(tmp_path / "bad.toml")
-    with pytest.raises(ConfigError, match=r"nor one of: .*quickstart"):
-        find_config("quikstart")
+    for near in ("quickstrat", "Quickstart", "configs/quikstart.toml"):
+        with pytest.raises(ConfigError, match=r"is no file; did you mean 'quickstart'\?"):
+            find_config(near)
+    with pytest.raises(ConfigError, match=r"config 'zzz' is no file nor one of: .*quickstart"):
+        find_config("zzz")
 
 
 def test_a_run_that_exists_is_left_alone(finished: Path, small: ExperimentConfig, tmp_path: Path) -> None:
@@ -473,7 +598,13 @@ def test_a_worker_with_other_code_is_refused(small: ExperimentConfig, tmp_path: 
         (["run", "quickstart", "shared.adapter.targets=['c_attn']"], "c_attn"),
         (["report", "nowhere"], "nowhere"),
         (["data", "describe", "[/b].jsonl"], "[/b].jsonl"),
-        (["data", "describe", "chitchat", "--split", "foo"], "split = 'foo'"),
+        (["data", "describe", "chitchat", "split=foo"], "split = 'foo'"),
+        (
+            ["data", "describe", "chitchat", "hub_fields.users=x"],
+            "hub_fields: unknown key 'users'",
+        ),
+        (["data", "describe", "chitchat", "min_pairs"], "must be key=value"),
+        (["data", "who", "nowhere"], "nowhere is not the folder of a run"),
         (["data", "describe", "chitchta"], "did you mean 'chitchat'"),
         (["models", "pull", "nano"], "only smollm2-135m"),
     ],

@@ -9,7 +9,7 @@ from pydantic import ByteSize, Field
 
 from client.config import DeviceConfig, PersonalConfig, SharedConfig
 from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, TextLimits
-from privacy.config import Config
+from privacy.config import Config, PlainName
 from privacy.policy import PrivacyConfig
 
 Consent = Literal["learn", "federate"]
@@ -24,7 +24,7 @@ When = Literal["asked", "night", "charging"]
 class AgentConfig(Config):
     """What the device's owner has set. Of what a person says nothing is in it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="a random one; the only name that a server sees")
+    name: PlainName = Field(description="a random one; the only name that a server sees")
     key: Literal["file", "keyring"] = "file"
     device: DeviceConfig = DeviceConfig()
     chat: SamplingConfig = SamplingConfig(max_new_tokens=64)

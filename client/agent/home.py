@@ -117,7 +117,7 @@ class Home:
 
         self._check_owner()
         try:
-            return AgentConfig.model_validate(tomllib.loads(self.settings.read_text(encoding="utf-8")))
+            return AgentConfig.model_validate(tomllib.loads(self.settings.read_text(encoding="utf-8-sig")))
         except FileNotFoundError:
             raise HomeError(f"there is no device in {self.folder}: {self.command('init')}") from None
         except ValueError as error:

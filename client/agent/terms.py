@@ -11,13 +11,13 @@ from pydantic import Field
 from client.agent.home import DeviceError
 from client.config import SharedConfig
 from client.lm.config import AdapterConfig
-from privacy.config import Config
+from privacy.config import Config, PlainName
 
 
 class Terms(Config):
     """All public. A device's budget, its noise and its clipping are not among them: they are its owner's."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    name: PlainName
     model: str = Field("nano", description="whose layers the shared adapter is for")
     base: str = Field("", description="SHA-256 of the model's weights")
     rounds: int = Field(3, ge=1, le=10_000)
@@ -31,8 +31,8 @@ class Terms(Config):
 def read_terms(path: Path) -> Terms:
     """Raises `DeviceError` for a file that is not one."""
     try:
-        return Terms.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        return Terms.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+    except (OSError, ValueError, RecursionError) as error:
         raise DeviceError(f"{path} is not the terms of a federation: {error}") from None
 
 

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from privacy.config import Config
+from privacy.config import Config, Names
+
+SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16"}
+NO_FLOAT16 = (
+    "what float16 cannot hold would have to be scaled before gradients are clipped one by one; "
+    "use 'bfloat16', 'float32' or 'auto'"
+)
+NO_DORA = "DoRA divides by norms over B A: no gradient of one example alone can be had; use LoRA"
+NO_RSLORA = "LoRA's scale is alpha / rank here: for rsLoRA's alpha / √rank set alpha to alpha · √rank"
+NO_DROPOUT = "adapters have no dropout here; leave it out"
+
+
+def _all_linear(names: tuple[str, ...]) -> tuple[str, ...]:
+    return () if names == ("all-linear",) else names  # PEFT's word for what is meant by none
+
+
+Targets = Annotated[Names, AfterValidator(_all_linear)]
 
 Trained = Literal["both", "b", "a", "alternate"]  # factors of a LoRA adapter
 
@@ -22,13 +40,30 @@ class ModelConfig(Config):
     """Which language model, and how it reads."""
 
     name: str = Field("nano", description="nano, smollm2-135m, a hub id or a folder")
-    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16)$", description="auto: bfloat16 where it is fast")
-    device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is fast")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     chat_template: str = Field("", description="for a tokenizer that has none: plain, or a Jinja template")
-    targets: tuple[str, ...] = Field((), description="endings of the linear layers to adapt; empty: all but the head")
+    targets: Targets = Field((), description="endings of the linear layers to adapt; empty: all but the head")
     limits: TextLimits = TextLimits()
     max_batch_tokens: int = Field(0, ge=0, description="tokens in one pass; 0: what suits the device")
     checkpointing: bool = Field(False, description="compute activations twice instead of keeping them for learning")
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _is_a_type(cls, value: object) -> object:
+        name = value.removeprefix("torch.") if isinstance(value, str) else value
+        if name in ("float16", "fp16", "half"):
+            raise ValueError(NO_FLOAT16)
+        return SPELLINGS.get(name, name) if isinstance(name, str) else name
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, value: str) -> str:
+        if value == "mps":
+            raise ValueError("nothing here was tried on Apple's GPUs; use 'cpu'")
+        if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", value):
+            raise ValueError("must be 'auto', 'cpu', 'cuda' or, as an example, 'cuda:1'")
+        return value
 
 
 class AdapterConfig(Config):
@@ -37,17 +72,25 @@ class AdapterConfig(Config):
     kind: Literal["lora", "ia3", "prompt"] = "lora"
     rank: int = Field(8, ge=1, description="lora")
     alpha: float = Field(16.0, gt=0, description="lora")
-    targets: tuple[str, ...] = Field((), description="lora: endings of the adapted linear layers' names; empty: all")
+    targets: Targets = Field((), description="lora: endings of the adapted linear layers' names; empty: all")
     factors: Trained = Field("both", description="lora")
     virtual_tokens: int = Field(8, ge=1, description="prompt: embeddings that stand before everything else")
-    use_dora: bool = Field(False, description="refused: PEFT's name, so that whoever asks for it is told why")
-
-    @field_validator("use_dora")
-    @classmethod
-    def _only_lora(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("DoRA divides by norms over B A: no gradient of one example alone can be had; use LoRA")
-        return value
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "target_modules": "targets",
+        "num_virtual_tokens": "virtual_tokens",
+        "peft_type": "kind",
+        "dropout": NO_DROPOUT,
+        "lora_dropout": NO_DROPOUT,
+        "rslora": NO_RSLORA,
+        "use_rslora": NO_RSLORA,
+        "dora": NO_DORA,
+        "use_dora": NO_DORA,
+        "bias": "no bias is trained here; leave it out",
+        "task_type": "the task is always causal language modelling; leave it out",
+        "modules_to_save": "no layer is trained as a whole here; leave it out",
+    }
 
     @field_validator("targets")
     @classmethod

@@ -100,7 +100,7 @@ def ours(devices: int, actors: int, folder: Path) -> list[float]:
     from simulation.experiment import federate
     from simulation.fleet import open_fleet
     from simulation.grid import CohortGrid
-    from simulation.host import People
+    from simulation.people import People
     from simulation.runs import create
 
     run = create(folder / "run", config_of(devices, actors))
@@ -122,7 +122,8 @@ def idle_worker(folder: Path) -> Any:
 
 def idle_devices(run: Any, lm: Any) -> Any:
     """The devices of a run that do everything but train."""
-    from simulation.host import Duties, People, SimulatedDevices
+    from simulation.host import Duties, SimulatedDevices
+    from simulation.people import People
 
     users = People(Nobody(run.config.data.users))
     site = Site.of(lm, run.config, run.config.seed, users.reply, None, run.shards.ledger)

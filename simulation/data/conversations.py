@@ -21,7 +21,10 @@ HALF_DAY_S = 43_200.0
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one speaker said before another took over. `speaker` is empty where the data has no user ids."""
+    """What one speaker said before another took over, in seconds since the epoch; 0 where the data has no clock.
+
+    `speaker` is empty where the data has no user ids.
+    """
 
     speaker: str
     text: str

@@ -19,7 +19,7 @@ from rich.text import Text
 from client.dialogue import Dialogue
 from simulation.data.conversations import READERS, locate
 from simulation.data.errors import DataError
-from simulation.data.population import HUB, DataConfig, collect, streams
+from simulation.data.population import HUB, DataConfig, collect, cut, met_before, streams
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 Quantiles = tuple[int, ...]
@@ -54,6 +54,9 @@ class Description:
     example: Dialogue | None
     dropped_empty: int
     dropped_repeated: int
+    silent: int  # users of whom nothing is left
+    held_out: int
+    held_out_met: int  # word for word in the same user's stream
 
 
 def names() -> list[Listed]:
@@ -66,6 +69,7 @@ def describe(config: DataConfig, seed: int) -> Description:
     replies = collect(config)
     eligible = streams(replies, config, seed)
     pairs = [reply for said in eligible.values() for reply in said]
+    cuts = [cut(said, config) for said in eligible.values()]
     return Description(
         name=config.name,
         about=_about(config.name),
@@ -81,6 +85,9 @@ def describe(config: DataConfig, seed: int) -> Description:
         example=pairs[seed % len(pairs)] if pairs else None,
         dropped_empty=replies.empty,
         dropped_repeated=replies.repeated,
+        silent=replies.silent,
+        held_out=sum(len(held_out) for _, held_out in cuts),
+        held_out_met=sum(met_before(stream, held_out) for stream, held_out in cuts),
     )
 
 
@@ -108,13 +115,25 @@ def render(description: Description) -> RenderableType:
         ("words per prompt", _spread(d.words_per_prompt)),
         ("words per response", _spread(d.words_per_response)),
         ("domains", _domains(d.domains)),
-        ("left out", f"{d.dropped_empty:,} empty pairs, {d.dropped_repeated:,} recorded twice"),
+        ("held out", told_before(d.held_out, d.held_out_met)),
+        ("left out", _left_out(d)),
     ):
         table.add_row(Text(label, style="bold"), Text(value))
     if d.example is None:
         return Group(table, Text("No user is eligible: lower data.min_pairs.", style="yellow"))
     exchange = Text.assemble((_start(d.example.prompt), "cyan"), "\n", (_start(d.example.response), "green"))
     return Group(table, Panel(exchange, title="a prompt and the user's reply", title_align="left"))
+
+
+def told_before(held_out: int, met: int) -> str:
+    """How many replies are held out and which share of them the devices have met, for people."""
+    share = f"{met / held_out:.0%}" if held_out else "none"
+    return f"{held_out:,} pairs; {met:,} of them ({share}) stand word for word in the same user's stream"
+
+
+def _left_out(d: Description) -> str:
+    silent = f" ({d.silent:,} users have no others)" if d.silent else ""
+    return f"{d.dropped_empty:,} empty pairs{silent}, {d.dropped_repeated:,} recorded twice"
 
 
 def _start(text: str, characters: int = 600) -> str:

@@ -6,7 +6,9 @@ messages, streaming and data sets that run code of their own are not covered: tu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from datetime import date
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -16,8 +18,11 @@ from pydantic import Field
 from privacy.config import Config
 from simulation.data.conversations import Conversation, Turn
 from simulation.data.errors import DataError
+from simulation.data.folder import shown
 from simulation.data.jsonl import seconds
+from simulation.data.synonyms import columns_for
 
+ROLES = ("user", "time", "prompt", "response", "domain")
 ANSWER_WITHIN_S = 8.0
 INSTEAD = "name a .jsonl file with user, prompt and response in [data] name instead"
 
@@ -44,12 +49,14 @@ def read_hub(dataset: str, fields: HubFields) -> Iterator[Conversation]:
     table = _load(dataset, fields)
     _check_columns(dataset, fields, table.column_names)
     for i, row in enumerate(table):
-        user = str(row[fields.user] if row[fields.user] is not None else "") if fields.user else ""
+        where = f"hub data set {dataset!r}, row {i}"
+        user = _text(row, fields, "user", where) if fields.user else ""
         if fields.user and not user:
-            raise DataError(f"hub data set {dataset!r}, row {i}: {fields.user} is empty; {INSTEAD}")
-        time = _time(row[fields.time], f"hub data set {dataset!r}, row {i}") if fields.time else float(i)
-        turns = (Turn("asker", _text(row[fields.prompt]), time), Turn(user, _text(row[fields.response]), time))
-        domain = _text(row[fields.domain]) if fields.domain else ""
+            raise DataError(f"{where}: {fields.user} is empty; {INSTEAD}")
+        time = _time(row[fields.time], where) if fields.time else 0.0
+        said = [_text(row, fields, role, where) for role in ("prompt", "response")]
+        domain = _text(row, fields, "domain", where) if fields.domain else ""
+        turns = (Turn("asker", said[0], time), Turn(user, said[1], time))
         yield Conversation(f"{dataset}:{i}", turns, domain, replies_by=None if fields.user else "")
 
 
@@ -80,16 +87,35 @@ def _load(dataset: str, fields: HubFields) -> Any:
 
 
 def _check_columns(dataset: str, fields: HubFields, columns: list[str]) -> None:
-    for role in ("user", "time", "prompt", "response", "domain"):
+    for role in ROLES:
         column = getattr(fields, role)
         if column and column not in columns:
-            near = get_close_matches(column, columns, n=1, cutoff=0.5)
+            near = columns_for(role, columns) or get_close_matches(column, columns, n=1, cutoff=0.75)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(columns)};"
             raise DataError(f"hub data set {dataset!r} has no column {column!r}; {hint} set hub_fields.{role}")
 
 
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
+def _text(row: dict[str, Any], fields: HubFields, role: str, where: str) -> str:
+    """A text, or a number or a date as one. Of anything else `str` would make a text that nobody wrote."""
+    column = getattr(fields, role)
+    value = row[column]
+    if value is None:
+        return ""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    if not isinstance(value, str) and not number and not isinstance(value, date):
+        raise DataError(
+            f"{where}: column {column!r} (hub_fields.{role}) holds {_kind(value)} where a text belongs; "
+            f"name another column, or {INSTEAD}"
+        )
+    return value.isoformat() if isinstance(value, date) else str(value)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, dict):
+        return f"a group of {', '.join(map(str, value))}"
+    return f"{shown(value)}, of the type {type(value).__name__},"
 
 
 def _time(value: object, where: str) -> float:
@@ -97,7 +123,7 @@ def _time(value: object, where: str) -> float:
         return seconds(value)
     except ValueError:
         raise DataError(
-            f"{where}: time = {value!r} must be a number, a date or ISO 8601; or leave hub_fields.time empty"
+            f"{where}: time = {shown(value)} must be seconds, a date or ISO 8601; or leave hub_fields.time empty"
         ) from None
 
 

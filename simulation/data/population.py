@@ -2,7 +2,8 @@
 
 A turn that follows another is a reply, and its speaker the user: the turn before is the prompt. In `self_dialogue`
 one person writes both sides, so every turn but the first is that person's reply. What is drawn depends on the data,
-the config and the seed alone, never on the order of a file's lines. Not covered: which user joins which round.
+the config and the seed alone, never on the order of a file's lines, but for replies of the same time, which stand as
+they stand in the file. Not covered: which user joins which round.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from privacy.config import Config
 from privacy.seeds import derive_seed
 from simulation.data.conversations import READERS, Conversation
 from simulation.data.errors import DataError
-from simulation.data.folder import OPENERS
+from simulation.data.folder import is_file_name
 from simulation.data.hub import HubFields, read_hub
 from simulation.data.jsonl import read_jsonl
 
@@ -35,7 +36,7 @@ HUB = "hub:"
 class DataConfig(Config):
     """Which people are simulated."""
 
-    name: str = Field(default="chitchat", description="a known name, a .jsonl[.gz|.xz] file, or hub:owner/dataset")
+    name: str = Field(default="chitchat", description="a known name, a file of JSON Lines, or hub:owner/dataset")
     users: int = Field(default=64, ge=1)
     split: Split = Field(default="test", description="tune on development users, report on test users; all: both")
     bootstrap: bool = Field(default=False, description="more devices than people: theirs, drawn with replacement")
@@ -53,12 +54,9 @@ class DataConfig(Config):
     @field_validator("name")
     @classmethod
     def _is_a_source(cls, name: str) -> str:
-        if name in READERS or name.startswith(HUB) or name.endswith(tuple(OPENERS)):
+        if name in READERS or name.startswith(HUB) or is_file_name(name):
             return name
-        near = get_close_matches(name, READERS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(READERS)}"
-        endings = ", ".join(OPENERS)
-        raise ValueError(f"unknown data set {name!r}; {hint} (or a file ending in {endings}, or hub:owner/dataset)")
+        raise ValueError(f"unknown data set {name!r}; {_meant(name)}")
 
     @model_validator(mode="after")
     def _cap_is_above_the_floor(self) -> Self:
@@ -87,6 +85,7 @@ class Replies:
     anonymous: bool
     empty: int
     repeated: int
+    silent: int = 0  # users all of whose replies were left out as empty
 
 
 def load_population(config: DataConfig, seed: int) -> Sequence[User]:
@@ -99,9 +98,13 @@ def load_population(config: DataConfig, seed: int) -> Sequence[User]:
 
 
 def collect(config: DataConfig) -> Replies:
-    """Reads the whole data set. A reply with the same user, time, prompt and response as another counts once."""
+    """Reads the whole data set. A reply with the same user, time, prompt and response as another counts once.
+
+    Without times, one with the same user, prompt and response does.
+    """
     found: dict[str, list[Dialogue]] = {}
     seen: set[tuple[str, float, str, str]] = set()
+    silent: set[str] = set()
     empty = repeated = 0
     anonymous = False
     for conversation in _conversations(config):
@@ -110,13 +113,14 @@ def collect(config: DataConfig) -> Replies:
             record = (user, reply.time, reply.prompt, reply.response)
             if not reply.prompt or not reply.response:
                 empty += 1
+                silent.add(user)
             elif record in seen:
                 repeated += 1
             else:
                 seen.add(record)
                 found.setdefault(user, []).append(reply)
-    in_order = {user: tuple(sorted(found[user], key=_when)) for user in sorted(found)}
-    return Replies(in_order, anonymous, empty, repeated)
+    in_order = {user: _in_order(found[user]) for user in sorted(found)}
+    return Replies(in_order, anonymous, empty, repeated, len(silent - found.keys()))
 
 
 def streams(replies: Replies, config: DataConfig, seed: int) -> dict[str, tuple[Dialogue, ...]]:
@@ -227,6 +231,17 @@ def half_of(identity: str) -> Half:
     return "development" if sha256(f"half:{identity}".encode()).digest()[0] % 2 == 0 else "test"
 
 
+def _meant(name: str) -> str:
+    """What somebody may have meant by a name that is none."""
+    path, ways = Path(name).expanduser(), "name a file of JSON Lines, or hub:owner/dataset"
+    if path.is_dir():
+        return f"that is a folder; {ways}"
+    if path.suffix or "/" in name:
+        return f"there is no such file; {ways}"
+    near = get_close_matches(name.lower(), READERS, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}? Else {ways}" if near else f"known names: {', '.join(READERS)}; else {ways}"
+
+
 def _conversations(config: DataConfig) -> Iterator[Conversation]:
     if config.name.startswith(HUB):
         return read_hub(config.name.removeprefix(HUB), config.hub_fields)
@@ -246,6 +261,13 @@ def _replies(conversation: Conversation, context_turns: int) -> Iterator[tuple[s
             yield reply.speaker, Dialogue(identity, prompt, response, reply.time, conversation.domain)
 
 
+def _in_order(said: list[Dialogue]) -> tuple[Dialogue, ...]:
+    """By time, those of the same time as they were read; running numbers stand for times where there are none."""
+    if any(reply.time for reply in said):
+        return tuple(sorted(said, key=lambda reply: reply.time))
+    return tuple(replace(reply, time=float(n)) for n, reply in enumerate(said))
+
+
 def _deal(replies: tuple[Dialogue, ...], config: DataConfig, seed: int) -> dict[str, tuple[Dialogue, ...]]:
     """Shuffled conversations, dealt out in equal runs; each lies in one half. Times become running numbers.
 
@@ -253,7 +275,7 @@ def _deal(replies: tuple[Dialogue, ...], config: DataConfig, seed: int) -> dict[
     (but for the one that a run ends in).
     """
     half = [reply for reply in replies if config.split in (half_of(_conversation_of(reply)), "all")]
-    shuffled = sorted(half, key=lambda reply: (derive_seed(seed, "deal", _conversation_of(reply)), _when(reply)))
+    shuffled = sorted(half, key=lambda reply: derive_seed(seed, "deal", _conversation_of(reply)))
     devices = min(config.users, len(half) // config.min_pairs)
     runs = [shuffled[i * len(half) // devices : (i + 1) * len(half) // devices] for i in range(devices)]
     return {
@@ -264,14 +286,25 @@ def _deal(replies: tuple[Dialogue, ...], config: DataConfig, seed: int) -> dict[
     }
 
 
+def cut(said: tuple[Dialogue, ...], config: DataConfig) -> tuple[tuple[Dialogue, ...], tuple[Dialogue, ...]]:
+    """What was said up to a point in time, and the first `queries_per_user` replies after it; one at least of each."""
+    held_out = min(len(said) - 1, max(1, round(config.held_out_share * len(said))))
+    at = len(said) - held_out
+    return said[:at], said[at : at + config.queries_per_user]
+
+
+def met_before(stream: Sequence[Dialogue], held_out: Sequence[Dialogue]) -> int:
+    """How many of the held-out replies stand in the stream too, prompt and response word for word."""
+    met = {(dialogue.prompt, dialogue.response) for dialogue in stream}
+    return sum((dialogue.prompt, dialogue.response) in met for dialogue in held_out)
+
+
 def _user(identity: str, said: tuple[Dialogue, ...], config: DataConfig, seed: int) -> User:
-    """Cuts what was said in time, at least one reply on either side, and puts the stream in its order."""
     if len({reply.id for reply in said}) < len(said):
         raise DataError(f"user {identity} of {config.name} has two replies with the same id")
-    held_out = min(len(said) - 1, max(1, round(config.held_out_share * len(said))))
-    cut = len(said) - held_out
-    stream = arrange(said[:cut], config.order, config.stickiness, derive_seed(seed, "order", identity))
-    return User(identity, stream, said[cut : cut + config.queries_per_user])
+    stream, held_out = cut(said, config)
+    arranged = arrange(stream, config.order, config.stickiness, derive_seed(seed, "order", identity))
+    return User(identity, arranged, held_out)
 
 
 def _too_few(replies: Replies, config: DataConfig, eligible: int) -> str:
@@ -287,9 +320,3 @@ def _too_few(replies: Replies, config: DataConfig, eligible: int) -> str:
 
 def _conversation_of(reply: Dialogue) -> str:
     return reply.id.rpartition(":")[0]
-
-
-def _when(reply: Dialogue) -> tuple[float, str, int]:
-    """Time, then the id with its turn as a number."""
-    conversation, _, turn = reply.id.rpartition(":")
-    return reply.time, conversation, int(turn)

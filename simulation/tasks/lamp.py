@@ -180,7 +180,7 @@ def split_users(users: Iterable[TaskUser], test_users: int = 100) -> tuple[list[
 def _user(identity: str, asked: Sequence[tuple[Query, dict[str, Item]]]) -> TaskUser:
     common = set.intersection(*(set(history) for _, history in asked))
     items = sorted((item for i, item in asked[0][1].items() if i in common), key=lambda item: item.time)
-    return TaskUser(identity, tuple(items), tuple(sorted((query for query, _ in asked), key=lambda q: (q.time, q.id))))
+    return TaskUser(identity, tuple(items), tuple(sorted((query for query, _ in asked), key=lambda q: q.time)))
 
 
 def _query(row: dict[str, Any], gold: str, official: Official, time: float, where: str) -> Query:
@@ -239,7 +239,7 @@ def _read(path: Path) -> Any:
         raise DataError(
             f"{path} does not exist; name the folder of LaMP's files for this task, and the split"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON in UTF-8 ({error}); is the file whole?") from error
 
 

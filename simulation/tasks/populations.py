@@ -141,9 +141,9 @@ def dealt(cards: Iterable[Dialogue], data: DataConfig, seed: int) -> tuple[Peopl
 
 
 def once(cards: Iterable[Dialogue], unique: str) -> tuple[Dialogue, ...]:
-    """In order of time, only the first of those with the same words in their `unique` field."""
+    """In order of time, and else as they came, only the first of those with the same words in their `unique` field."""
     first: dict[str, Dialogue] = {}
-    for card in sorted(cards, key=lambda card: (card.time, card.id)):
+    for card in sorted(cards, key=lambda card: card.time):
         first.setdefault(plain(getattr(card, unique)), card)
     return tuple(first.values())
 

@@ -1,0 +1,65 @@
+"""What other formats call what is called `user`, `time`, `prompt`, `response` and `domain` here.
+
+Likeness of letters alone misleads: `completion` is nearer to "prompt" than to "response".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+CALLED: dict[str, tuple[str, ...]] = {
+    "user": (
+        "user_id", "userid", "username", "user_name", "author", "author_id", "speaker", "speaker_id", "sender", "from",
+        "name", "person", "client", "client_id", "worker", "worker_id", "participant",
+    ),
+    "time": ("timestamp", "date", "datetime", "created", "created_at", "create_time", "created_utc", "sent_at", "ts"),
+    "prompt": ("instruction", "question", "query", "input", "request", "message", "context", "source", "src"),
+    "response": ("completion", "output", "answer", "answers", "reply", "target", "label", "assistant"),
+    "domain": ("topic", "category", "subject", "genre", "task"),
+}  # fmt: skip
+OTHERWISE: dict[str, str] = {
+    "messages": "OpenAI's format of chats",
+    "conversations": "ShareGPT's format of chats",
+    "conversation": "a format of whole chats",
+    "dialog": "a format of whole chats",
+    "dialogue": "a format of whole chats",
+    "turns": "a format of whole chats",
+    "mapping": "the export of ChatGPT",
+    "chosen": "a format of preferences",
+    "rejected": "a format of preferences",
+    "text": "a format of plain texts",
+    "content": "a format of single messages",
+    "role": "a format of single messages",
+}
+ALPACA = (
+    "Alpaca's instruction and input, one after the other, are called 'prompt' here, and its output 'response'; "
+    "say in 'user' whose device a line is for"
+)
+
+
+def hint(key: str, keys: Iterable[str], row: Iterable[str]) -> str:
+    """What to write in place of an unknown key of a row that has others too."""
+    known, lower = tuple(keys), key.lower()
+    if {"instruction", "output"} <= set(row) and lower in ("instruction", "input", "output"):
+        return ALPACA
+    if lower in OTHERWISE:
+        return (
+            f"{OTHERWISE[lower]} is not read: write a line with user, prompt and response for each reply, "
+            f"the message before it as the prompt"
+        )
+    for ours in (ours for ours in CALLED if ours in known):
+        if lower == ours or lower in CALLED[ours]:
+            return f"it is called {ours!r} here"
+    near = get_close_matches(lower, known, n=1, cutoff=0.75)
+    return f"did you mean {near[0]!r}?" if near else f"leave it out; known keys: {', '.join(known)}"
+
+
+def most_telling(keys: Iterable[str]) -> str:
+    """Of unknown keys the one that says which format this is; "" of none."""
+    return min(keys, key=lambda key: key.lower() not in OTHERWISE, default="")
+
+
+def columns_for(role: str, columns: Iterable[str]) -> list[str]:
+    """Which of a table's columns may hold what is called `role` here."""
+    return [column for column in columns if column.lower() == role or column.lower() in CALLED[role]]
