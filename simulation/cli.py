@@ -50,21 +50,23 @@ def run(
 ) -> None:
     """Simulate a federation and write its report to runs/NAME.
 
-    CONFIG is a TOML file or the name of a bundled config. OVERRIDES are settings, named as in a run's config.toml:
+    CONFIG is a TOML file, the name of a bundled config or, with --resume, the folder of a run. OVERRIDES are settings,
+    named as in a run's config.toml:
 
     florilegium run quickstart
 
     florilegium run quickstart name=fifo selection.policy=fifo privacy.epsilon=4 data.users=100
 
     florilegium run my.toml model.name=smollm2-135m data.name=chats.jsonl --runs /big/disk
+
+    florilegium run --resume runs/quickstart
     """
-    from simulation.config import find_config, load_config
     from simulation.experiment import run_experiment
     from simulation.progress import progress_line
+    from simulation.runs import find_run
     from simulation.summary import render_summary
 
-    settings = load_config(find_config(config), overrides or [])
-    folder = runs / settings.name
+    settings, folder = find_run(config, overrides or [], runs, resuming=resume)
     stopped = f"stopped; what was finished is kept in {folder}: go on with --resume"
     with _interruptible(stopped), progress_line(settings, console) as pulse:
         summary = run_experiment(

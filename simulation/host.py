@@ -18,6 +18,7 @@ from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
 from simulation.config import ConfigError, ExperimentConfig
 from simulation.data.population import Bootstrapped, User, load_population, met_by
+from simulation.inputs import agree
 from simulation.planned import Tokens, planned_tokens
 from simulation.runs import RunFolder, check_sources
 from simulation.shards import ShardedStore
@@ -176,9 +177,11 @@ def _merged(pages: Sequence[Observation]) -> Observation:
 
 
 def open_devices(run: RunFolder, listener: Callable[[str], None] | None = None) -> SimulatedDevices:
-    """Loads population and model of a run; raises what their loaders raise."""
+    """Loads population and model of a run; raises what their loaders raise, and `RunError` where they have changed."""
     config = run.config
-    people = People(_everybody(config))
+    population = _everybody(config)
+    agree(run, population)
+    people = People(population)
     lm = LanguageModel.load(config.model)
     kept = _without_pool(config) if config.server.absent else config
     site = Site.of(lm, kept, config.seed, people.reply, listener, run.shards.ledger)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from hashlib import sha256
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ TEMPLATES = {
 HUB_TIMEOUT_S = 5.0
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]  # nothing that holds a pickle
 HUB_SKIPPED = ["*/*", "consolidated*"]  # other formats of the same weights
+FINGERPRINT_STRIDE_BYTES, FINGERPRINT_PART_BYTES = 1 << 24, 1 << 16
 
 
 class ModelError(UserError):
@@ -118,6 +120,19 @@ def resolve(name: str) -> Path:
 def has_weights(folder: Path) -> bool:
     """Whether `folder` holds safetensors, in one file or in parts."""
     return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of what is loaded from the folder of a model: of large files their sizes and a part in every 16 MB."""
+    digest = sha256()
+    for path in sorted(p for p in folder.iterdir() if any(p.match(pattern) for pattern in HUB_FILES)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, FINGERPRINT_STRIDE_BYTES):
+                file.seek(place)
+                digest.update(file.read(FINGERPRINT_PART_BYTES if size > FINGERPRINT_STRIDE_BYTES else size))
+    return digest.hexdigest()
 
 
 # -- nano ---------------------------------------------------------------------------------------------------------
