@@ -14,9 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from client.lm.adapter import weight_layout
-from client.lm.hub import resolve
-from client.lm.peft_format import write_peft
+from client.lm.hub import ADAPTERS, base_of, copy_base
+from client.lm.peft_format import shared_files, write_files, write_peft
 from simulation.host import SimulatedDevices
 from simulation.runs import Event, RunFolder
 
@@ -122,16 +121,17 @@ def _mean_lengths(results: list[Event]) -> dict[str, float]:
 
 
 def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Tensor, names: Sequence[str]) -> None:
-    """`adapters/shared`, and of the evaluated devices `adapters/personal/<device>`, as plain `peft` reads them."""
-    site, last = devices.site, devices.site.config.rounds
-    base = str(resolve(site.lm.name).resolve())
-    width = site.shared_layout.width
+    """`adapters/shared`, and of the evaluated devices `adapters/personal/<device>`, as plain `peft` reads them.
+
+    With `adapters/base` where the base is a model that other machines do not find by its name.
+    """
+    site, last, folder = devices.site, devices.site.config.rounds, run.path / ADAPTERS
+    base = base_of(site.lm.name)
+    copy_base(base, folder)
     if not run.config.server.absent:
-        write_peft(run.path / "adapters" / "shared", site.shared_layout, shared[:width], base)
-    if len(shared) > width:
-        write_peft(run.path / "adapters" / "weights", weight_layout(site.shared_layout), shared[width:], base)
+        write_files(folder, shared_files(site.shared_layout, shared, base))
     for name, state in zip(names, devices.states(names, last), strict=True):
-        write_peft(run.path / "adapters" / "personal" / name, site.personal_layout, state.personal, base)
+        write_peft(folder / "personal" / name, site.personal_layout, state.personal, base)
 
 
 def render_summary(summary: Summary) -> RenderableType:

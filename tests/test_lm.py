@@ -24,7 +24,7 @@ from transformers import (
 
 from client.dialogue import Dialogue
 from client.lm.config import AdapterConfig, SamplingConfig
-from client.lm.hub import nano_folder
+from client.lm.hub import Base, nano_folder
 from client.lm.layers import UnsupportedModelError, adapt
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
@@ -86,7 +86,7 @@ def test_example_gradients_add_up_to_the_batch_gradient(lm: LanguageModel) -> No
 def test_peft_loads_an_exported_adapter_and_gives_the_same_logits(lm: LanguageModel, tmp_path: Path) -> None:
     layout = lm.lora_layout(AdapterConfig(rank=2, alpha=6))
     row = torch.randn(layout.width, generator=torch.Generator().manual_seed(2)) * 0.1
-    write_peft(tmp_path, layout, row, "nano")
+    write_peft(tmp_path, layout, row, Base("nano"))
     assert torch.equal(read_peft(tmp_path, layout), row)
     examples = lm.format.dialogues(TALKS)
     base = AutoModelForCausalLM.from_pretrained(nano_folder(), dtype=torch.float32)
@@ -170,7 +170,7 @@ def test_a_family_of_models_learns_as_plain_peft_reads_it(lm: LanguageModel, fam
     lesson = Lesson(other.format.dialogues(TALKS), [[0, 1, 2], [3, 4, 5]])
     start = other.adapters(layout, layout.start(0))
     trained = other.engine.finetune(start, [], [lesson], [[1e-2, 1e-2]])
-    write_peft(tmp_path, layout, trained.adapters.rows[0], "tiny")
+    write_peft(tmp_path, layout, trained.adapters.rows[0], Base("tiny"))
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(
         other.engine.model.config, dtype=torch.float32, attn_implementation="eager"

@@ -21,6 +21,7 @@ from client.lm import layers
 from client.lm.adapter import AdaptedLayer, Adapters
 from client.lm.adapter import layout as layout_of
 from client.lm.config import AdapterConfig
+from client.lm.hub import Base
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel
 from client.lm.packing import Example, Rectangle
@@ -243,7 +244,7 @@ def test_gates_learn_alone_as_together_and_their_gradient_is_that_of_torch(lm: L
 def test_gates_have_no_place_in_pefts_format(lm: LanguageModel, tmp_path: Path) -> None:
     layout = gated(ground_of(lm, "fedalt"))
     with pytest.raises(AdapterFormatError, match="gates"):
-        write_peft(tmp_path, layout, torch.zeros(layout.width), "nano")
+        write_peft(tmp_path, layout, torch.zeros(layout.width), Base("nano"))
 
 
 # -- rivals -------------------------------------------------------------------------------------------------------

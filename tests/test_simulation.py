@@ -21,7 +21,6 @@ import torch
 from conftest import SMALL
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from peft import AutoPeftModelForCausalLM
 from safetensors.numpy import load_file
 
 from client.app import answer
@@ -42,7 +41,8 @@ ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
 
 
 def adapters(run: Path) -> dict[str, dict[str, np.ndarray]]:
-    return {str(p.relative_to(run)): load_file(p) for p in sorted((run / "adapters").rglob("*.safetensors"))}
+    found = sorted((run / "adapters").rglob("adapter_model.safetensors"))
+    return {str(p.relative_to(run)): load_file(p) for p in found}
 
 
 def assert_same_adapters(one: Path, other: Path, *, rounding: bool = False, count: int = 4) -> None:
@@ -93,18 +93,6 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     assert {(r["device"], r["arm"]) for r in results} == {(f"device-0000{k}", a) for k in range(3) for a in ARMS}
     assert "<html" in (finished / "report.html").read_text()
     assert len(adapters(finished)) == 4
-
-
-def test_plain_peft_finds_the_base_model_of_an_exported_adapter(finished: Path) -> None:
-    model = AutoPeftModelForCausalLM.from_pretrained(str(finished / "adapters" / "shared"))
-    ids = torch.tensor([[1, 40, 41, 42]])
-    shared = model(ids).logits
-    model.load_adapter(str(finished / "adapters" / "personal" / "device-00000"), "personal")
-    model.base_model.set_adapter(["default", "personal"])
-    both = model(ids).logits
-    with model.disable_adapter():
-        base = model(ids).logits
-    assert min((shared - base).abs().max(), (both - shared).abs().max(), (both - base).abs().max()) > 1e-3
 
 
 def test_the_shuffled_arm_gives_nobody_the_own_adapter(finished: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from client.lm.hub import ModelError, cache_folder, has_weights, hub_folder, quiet
+from client.lm.hub import SOURCE, ModelError, cache_folder, has_weights, hub_folder, quiet
 
 NAME = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -72,7 +72,7 @@ def _make(work: Path, report: Callable[[str], None]) -> Path:
     made = work / "made"
     _convert(folder, made, gguf_file)
     text = json.dumps({**source, "licence": "Apache-2.0"}, indent=1)
-    (made / "source.json").write_text(text + "\n", encoding="utf-8")
+    (made / SOURCE).write_text(text + "\n", encoding="utf-8")
     return made
 
 
