@@ -67,8 +67,7 @@ def run(
     from simulation.summary import render_summary
 
     settings, folder = find_run(config, overrides or [], runs, resuming=resume)
-    stopped = f"stopped; what was finished is kept in {folder}: go on with --resume"
-    with _interruptible(stopped), progress_line(settings, console) as pulse:
+    with _interruptible("stopped before anything was begun"), progress_line(settings, console) as pulse:
         summary = run_experiment(
             settings, folder, resuming=resume, overwrite=overwrite, pulse=pulse, tensorboard=tensorboard
         )
@@ -463,12 +462,15 @@ def bench_board(
 
 @contextmanager
 def _interruptible(text: str) -> Iterator[None]:
-    """Ctrl-C ends what is being done in here, once: another one does not disturb how it is ended."""
+    """Ctrl-C ends what is being done in here, once: another one does not disturb how it is ended.
+
+    The text is for an end of which nothing else is told.
+    """
     before = signal.signal(signal.SIGINT, _interrupted)
     try:
         yield
-    except KeyboardInterrupt:
-        console.print(text)
+    except KeyboardInterrupt as stopped:
+        console.print(str(stopped) or text)
         raise typer.Exit(130) from None
     signal.signal(signal.SIGINT, before)
 

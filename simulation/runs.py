@@ -117,8 +117,16 @@ class RunFolder:
 
     def last_shared(self) -> Checkpoint | None:
         """The newest checkpoint of a round that is done."""
-        found = sorted(p for p in (self.path / "server").glob("*.safetensors") if AGGREGATE not in p.stem)
+        found = self._checkpoints()
         return _read_checkpoint(found[-1]) if found else None
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether there is a checkpoint, if only that of what is before round 1."""
+        return any(self._checkpoints())
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(p for p in (self.path / "server").glob("*.safetensors") if AGGREGATE not in p.stem)
 
     @property
     def done(self) -> int:

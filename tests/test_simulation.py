@@ -26,10 +26,12 @@ from safetensors.numpy import load_file
 from client.app import answer
 from privacy.plan import RoundPlan
 from server.intake import to_arrays
+from simulation import experiment
 from simulation.changes import check
 from simulation.cli import main
 from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config
 from simulation.data import population
+from simulation.data.errors import DataError
 from simulation.data.population import Bootstrapped, DataConfig, load_population
 from simulation.experiment import run_experiment
 from simulation.host import SimulatedDevices, device_name, open_devices
@@ -245,7 +247,7 @@ def test_a_run_stopped_in_round_two_ends_like_one_that_was_not(finished: Path, t
             raise KeyboardInterrupt
 
     pulse.changed = stop_in_round_two
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"what was finished is kept in .*run: go on with --resume"):
         run_experiment(config, tmp_path / "run", pulse=pulse)
     assert "<html" in (tmp_path / "run" / "report.html").read_text()  # what was finished can be read
     run_experiment(config, tmp_path / "run", resuming=True)
@@ -359,6 +361,35 @@ def test_of_resampled_devices_the_people_are_hashed(monkeypatch: pytest.MonkeyPa
     found = {people_sha256(Bootstrapped(people, n, seed), n) for n, seed in ((100_000, 0), (100_001, 0), (100_000, 1))}
     assert len(found) == 3
     assert people_sha256(Bootstrapped(people[:1], 5, 0), 5) != people_sha256(Bootstrapped(people, 5, 0), 5)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError("No space left on device")])
+def test_only_what_was_finished_is_said_to_be_kept(
+    of_chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    run, pulse = copied(of_chats, tmp_path), Pulse()
+    kind, before = KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else RunError, (run.path / "metrics.jsonl")
+    text = before.read_bytes()
+
+    def stopped(*_: object) -> None:
+        raise stop
+
+    with monkeypatch.context() as patched, pytest.raises(kind, match=r"nothing was begun: .*run is as it was before"):
+        patched.setattr(experiment, "open_devices", stopped)
+        run_experiment(run.config, run.path, overwrite=True)
+    assert before.read_bytes() == text
+
+    def stopped_before_round_one() -> None:
+        if pulse.phase == "evaluate":
+            raise stop
+
+    pulse.changed = stopped_before_round_one
+    with pytest.raises(kind, match=r"no round was finished: .*run begins anew with --resume"):
+        run_experiment(run.config, run.path, overwrite=True, pulse=pulse)
+    run_experiment(run.config, run.path, resuming=True)
+    pulse.changed, pulse.phase = stopped_before_round_one, "loading"
+    with pytest.raises(kind, match=r"what was finished is kept in .*run: go on with --resume"):
+        run_experiment(run.config, run.path, resuming=True, pulse=pulse)
 
 
 def test_a_runs_folder_is_enough_to_go_on(of_chats: Path, tmp_path: Path) -> None:
@@ -566,7 +597,7 @@ def test_a_replacement_that_cannot_begin_leaves_the_old_run(
 ) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "small"))
     wrong = small.model_copy(update={"data": small.data.model_copy(update={"users": 2_000})})
-    with pytest.raises(ValueError, match="set users <="):
+    with pytest.raises(DataError, match="set users <="):
         run_experiment(wrong, run, overwrite=True)
     assert (run / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
