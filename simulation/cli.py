@@ -59,27 +59,28 @@ def run(
 ) -> None:
     """Simulate a federation and write its report to runs/NAME.
 
-    CONFIG is a TOML file or the name of a bundled config. OVERRIDES are settings, named as in a run's config.toml:
+    CONFIG is a TOML file, the name of a bundled config or, with --resume, the folder of a run. OVERRIDES are settings,
+    named as in a run's config.toml:
 
     florilegium run quickstart
 
     florilegium run quickstart name=fifo selection.policy=fifo privacy.epsilon=4 data.users=100
 
     florilegium run my.toml model.name=smollm2-135m data.name=chats.jsonl --runs /big/disk
+
+    florilegium run --resume runs/quickstart
     """
-    from simulation.config import find_config, load_config
     from simulation.progress import progress_line
     from simulation.ready import ready
+    from simulation.runs import find_run
 
-    settings = load_config(find_config(config), overrides or [])
-    folder = runs / settings.name
+    settings, folder = find_run(config, overrides or [], runs, resuming=resume)
     people = ready(settings, folder, resuming=resume, overwrite=overwrite)
 
     from simulation.experiment import run_experiment  # and with it torch, now that nothing is left to refuse
     from simulation.summary import render_summary
 
-    stopped = f"stopped; what was finished is kept in {folder}: go on with --resume"
-    with _interruptible(stopped), progress_line(settings, console) as pulse:
+    with _interruptible("stopped before anything was begun"), progress_line(settings, console) as pulse:
         summary = run_experiment(
             settings, folder, resuming=resume, overwrite=overwrite, pulse=pulse, tensorboard=tensorboard, people=people
         )
@@ -529,12 +530,15 @@ def bench_board(
 
 @contextmanager
 def _interruptible(text: str) -> Iterator[None]:
-    """Ctrl-C ends what is being done in here, once: another one does not disturb how it is ended."""
+    """Ctrl-C ends what is being done in here, once: another one does not disturb how it is ended.
+
+    The text is for an end of which nothing else is told.
+    """
     before = signal.signal(signal.SIGINT, _interrupted)
     try:
         yield
-    except KeyboardInterrupt:
-        console.print(text)
+    except KeyboardInterrupt as stopped:
+        console.print(str(stopped) or text)
         raise typer.Exit(130) from None
     signal.signal(signal.SIGINT, before)
 

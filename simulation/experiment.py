@@ -58,7 +58,7 @@ def run_experiment(
     """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report.
 
     `people` are those of `simulation.ready`, where they have been read already. Raises `RunError` also for what the
-    disk does not take.
+    disk does not take. It and `KeyboardInterrupt` say how to go on.
     """
     if resuming and overwrite:
         raise RunError("--resume and --overwrite exclude each other")
@@ -70,8 +70,8 @@ def run_experiment(
             return _run(run, resuming, pulse or Pulse(), tensorboard, people)
     except Timeout:
         raise RunError(f"{folder} is in use by another process; wait for it, or choose name=…") from None
-    except (OSError, SafetensorError, StoreError, LedgerError) as error:
-        raise RunError(f"{folder}: {error}; what was finished is kept: mend it and go on with --resume") from error
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder}: {error}") from error
 
 
 def _lock_of(folder: Path) -> Path:
@@ -82,13 +82,29 @@ def _lock_of(folder: Path) -> Path:
 def _run(
     run: RunFolder, resuming: bool, pulse: Pulse, tensorboard: bool, people: Sequence[User] | None
 ) -> dict[str, Any]:
+    begun = False
     try:
-        ENGINES[run.config.engine.name](run, pulse, Board(run) if tensorboard else None, people)
-    finally:
-        if run.metrics.exists() if resuming else settle(run):
-            pulse.enter("report")
-            render_report(run.path)
-    return write_summary(run)
+        try:
+            ENGINES[run.config.engine.name](run, pulse, Board(run) if tensorboard else None, people)
+        finally:
+            begun = run.metrics.exists() if resuming else settle(run)
+            if begun:
+                pulse.enter("report")
+                render_report(run.path)
+        return write_summary(run)
+    except (OSError, SafetensorError, StoreError, LedgerError) as error:
+        raise RunError(f"{run.path}: {error}; {_way_on(run, begun)}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {_way_on(run, begun)}") from None
+
+
+def _way_on(run: RunFolder, begun: bool) -> str:
+    """What there is of a run that has ended too early, and what to do with it."""
+    if not begun:
+        return f"nothing was begun: {run.path} is as it was before"
+    if not run.has_rounds:
+        return f"no round was finished: {run.path} begins anew with --resume"
+    return f"what was finished is kept in {run.path}: go on with --resume"
 
 
 def _on_cohorts(run: RunFolder, pulse: Pulse, board: Board | None, people: Sequence[User] | None) -> None:

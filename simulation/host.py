@@ -18,6 +18,7 @@ from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
 from simulation.config import ExperimentConfig
 from simulation.data.population import User, met_by
+from simulation.inputs import agree
 from simulation.people import People
 from simulation.planned import Tokens, planned_tokens
 from simulation.ready import everybody, world_of
@@ -147,9 +148,14 @@ def _merged(pages: Sequence[Observation]) -> Observation:
 def open_devices(
     run: RunFolder, listener: Callable[[str], None] | None = None, people: Sequence[User] | None = None
 ) -> SimulatedDevices:
-    """Loads population (unless it is given) and model of a run; raises what their loaders raise."""
+    """Loads population (unless it is given) and model of a run; raises what their loaders raise.
+
+    And `RunError` where they have changed.
+    """
     config = run.config
-    users = People(everybody(config) if people is None else people)
+    population = everybody(config) if people is None else people
+    agree(run, population)
+    users = People(population)
     lm = LanguageModel.load(config.model)
     kept = _without_pool(config) if config.server.absent else config
     site = Site.of(lm, kept, config.seed, users.reply, listener, run.shards.ledger)

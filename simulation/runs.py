@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -20,7 +20,8 @@ from safetensors.numpy import save_file
 from privacy.errors import UserError
 from privacy.release import Array
 from privacy.seeds import fresh_secret
-from simulation.config import ConfigError, ExperimentConfig, dump_config
+from simulation.changes import SPEED, changes, check, told
+from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config
 from simulation.shards import Shards
 
 Event = dict[str, Any]
@@ -121,8 +122,22 @@ class RunFolder:
 
     def last_shared(self) -> Checkpoint | None:
         """The newest checkpoint of a round that is done."""
-        found = sorted(p for p in (self.path / "server").glob("*.safetensors") if AGGREGATE not in p.stem)
+        found = self._checkpoints()
         return _read_checkpoint(found[-1]) if found else None
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether there is a checkpoint, if only that of what is before round 1."""
+        return any(self._checkpoints())
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(p for p in (self.path / "server").glob("*.safetensors") if AGGREGATE not in p.stem)
+
+    @property
+    def done(self) -> int:
+        """The rounds that are."""
+        last = self.last_shared()
+        return last.round if last else 0
 
     def aggregate(self, round_number: int) -> Checkpoint | None:
         """What a round's releases came to, if it came so far."""
@@ -141,12 +156,17 @@ class RunFolder:
         return int(path.read_text(encoding="ascii"), 16)
 
     def rewind(self, round_number: int) -> None:
-        """Drops the events of what comes after a round, so that it can be done again."""
-        fresh = self.metrics.with_suffix(".new")
+        """Drops the events of what comes after a round, so that it can be done again; says how settings changed."""
+        fresh, more = self.metrics.with_suffix(".new"), False
         with fresh.open("w", encoding="utf-8") as stream:
             for event in self.events():
-                if event["event"] == "run" or _belongs(event, round_number):
+                if event["event"] == "run":
+                    more = event["rounds"] < self.config.rounds
+                    stream.write(json.dumps(_changed(event, self.config, round_number)) + "\n")
+                elif _belongs(event, round_number):
                     stream.write(json.dumps(event) + "\n")
+                elif more and self.config.evaluation.every_round and _is_of_a_curve(event):
+                    stream.write(json.dumps(event | {"final": False}) + "\n")
         fresh.replace(self.metrics)
 
 
@@ -176,6 +196,21 @@ def _belongs(event: Event, round_number: int) -> bool:
     """Whether an event was written in the rounds up to this one; the verdict after the last belongs to none."""
     before = "round" in event and event["round"] <= round_number and not event.get("final")
     return before and round_number > 0  # what is before round 1 is evaluated anew
+
+
+def _is_of_a_curve(event: Event) -> bool:
+    """Whether it is a figure of the last round that those of rounds before the last have too."""
+    return bool(event["event"] == "evaluation" and event["metric"] == "nll" and event["arm"] != "pooled")
+
+
+def _changed(event: Event, config: ExperimentConfig, round_number: int) -> Event:
+    """The event that a run began with, for one that goes on with these settings."""
+    found = changes(ExperimentConfig.model_validate(event["config"]), config)
+    slow = {key: values for key, values in found.items() if not key.startswith(SPEED)}
+    now = event | {"rounds": config.rounds, "config": config.model_dump(mode="json")}
+    if slow:
+        now["changed"] = [*event.get("changed", []), {"after_round": round_number, "settings": told(slow)}]
+    return now
 
 
 def create(path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> RunFolder:
@@ -223,8 +258,23 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
 
 
+def find_run(name: str, overrides: Sequence[str], runs: Path, *, resuming: bool) -> tuple[ExperimentConfig, Path]:
+    """The settings and the folder of a run to begin; or to go on with, where the name may be that of its folder."""
+    given = Path(name)
+    stored = given / "config.toml"
+    if resuming and stored.is_file():
+        return load_config(stored, overrides), given
+    try:
+        settings = load_config(find_config(name), overrides)
+    except ConfigError:
+        if not stored.is_file():
+            raise
+        raise RunError(f"{given} is a run: go on with --resume, or begin another one with {stored} name=…") from None
+    return settings, runs / settings.name
+
+
 def resume(path: Path, config: ExperimentConfig) -> RunFolder:
-    """The run in a folder, if its settings are the same; the processes in [ray] may be others."""
+    """The run in a folder; raises `ConfigError` for settings that it cannot go on with."""
     check_resumable(path, config)
     _write_config(path, config)
     shutil.rmtree(_aside(path), ignore_errors=True)  # of an --overwrite that was killed
@@ -232,11 +282,11 @@ def resume(path: Path, config: ExperimentConfig) -> RunFolder:
 
 
 def check_resumable(path: Path, config: ExperimentConfig) -> None:
-    """Raises `RunError` where there is no run, and `ConfigError` where it has other settings."""
+    """Raises `RunError` where there is no run, and `ConfigError` where it cannot go on with these settings."""
     if not (path / "config.toml").exists():
         raise RunError(f"{path} has no config.toml: there is no run to resume")
-    if RunFolder(path).config.model_copy(update={"ray": config.ray}) != config:
-        raise ConfigError(f"{path}/config.toml differs from the config given; resume with the same settings")
+    run = RunFolder(path)
+    check(run.config, config, run.done, f"{path}/config.toml")
 
 
 def _write_config(path: Path, config: ExperimentConfig) -> None:

@@ -13,9 +13,8 @@ import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from client.lm.adapter import weight_layout
-from client.lm.peft_format import write_peft
-from client.lm.places import resolve
+from client.lm.peft_format import shared_files, write_files, write_peft
+from client.lm.places import ADAPTERS, base_of, copy_base
 from client.terminal import Figures
 from simulation.data.describe import told_before
 from simulation.host import SimulatedDevices
@@ -69,6 +68,7 @@ def summarize(events: Iterable[Event]) -> Summary:
         "name": start["name"],
         "devices": start["devices"],
         "rounds": start["rounds"],
+        "changed": start.get("changed", []),
         "seed": start["seed"],
         "engine": start["engine"],
         "server": start["config"]["server"]["rule"],
@@ -125,16 +125,17 @@ def _mean_lengths(results: list[Event]) -> dict[str, float]:
 
 
 def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Tensor, names: Sequence[str]) -> None:
-    """`adapters/shared`, and of the evaluated devices `adapters/personal/<device>`, as plain `peft` reads them."""
-    site, last = devices.site, devices.site.config.rounds
-    base = str(resolve(site.lm.name).resolve())
-    width = site.shared_layout.width
+    """`adapters/shared`, and of the evaluated devices `adapters/personal/<device>`, as plain `peft` reads them.
+
+    With `adapters/base` where the base is a model that other machines do not find by its name.
+    """
+    site, last, folder = devices.site, devices.site.config.rounds, run.path / ADAPTERS
+    base = base_of(site.lm.name)
+    copy_base(base, folder)
     if not run.config.server.absent:
-        write_peft(run.path / "adapters" / "shared", site.shared_layout, shared[:width], base)
-    if len(shared) > width:
-        write_peft(run.path / "adapters" / "weights", weight_layout(site.shared_layout), shared[width:], base)
+        write_files(folder, shared_files(site.shared_layout, shared, base))
     for name, state in zip(names, devices.states(names, last), strict=True):
-        write_peft(run.path / "adapters" / "personal" / name, site.personal_layout, state.personal, base)
+        write_peft(folder / "personal" / name, site.personal_layout, state.personal, base)
 
 
 def render_summary(summary: Summary) -> RenderableType:
@@ -170,6 +171,7 @@ def render_summary(summary: Summary) -> RenderableType:
         f"{summary['hardware']}: {summary['wall_s']:.0f} s, {summary['peak_rss_bytes'] / 1e9:.2f} GB, "
         f"{summary['tokens_trained']:,} tokens trained",
         f"{summary['devices_bytes'] / 1e6:.1f} MB of devices' states and ledgers on the disk",
+        *(f"went on after round {c['after_round']} with other settings: {c['settings']}" for c in summary["changed"]),
         *([_world(summary["world"])] if summary["world"] else []),
         *(f"newcomers, {_comparison(c)}" for c in summary["newcomers_comparisons"]),
         *([_failures(summary)] if summary["failures"] or summary["refused"] else []),

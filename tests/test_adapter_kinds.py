@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL
-from peft import PeftModel, load_peft_weights
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from client.dialogue import Dialogue
@@ -18,8 +20,9 @@ from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel
 from client.lm.packing import Example
 from client.lm.peft_format import write_peft
-from client.lm.places import nano_folder
+from client.lm.places import Base, nano_folder
 from simulation.config import ConfigError, config_folder, load_config
+from simulation.data.population import load_population
 from simulation.experiment import run_experiment
 
 KINDS = ["ia3", "prompt"]
@@ -44,19 +47,22 @@ def by_peft(folder: Path, examples: Sequence[Example]) -> tuple[list[torch.Tenso
     base = AutoModelForCausalLM.from_pretrained(nano_folder(), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, folder)
     adapter = [p.requires_grad_(True) for n, p in model.named_parameters() if "ia3_l" in n or "prompt_encoder" in n]
-    found = []
-    for e in examples:
-        ids = torch.tensor([e.prompt + e.reply])
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(e.reply) - 1 : -1]
-        found.append(torch.nn.functional.cross_entropy(logits, torch.tensor(e.reply), reduction="sum"))
-    return found, adapter
+    return [loss_of(model, e)[0] for e in examples], adapter
+
+
+def loss_of(model: torch.nn.Module, example: Example) -> tuple[torch.Tensor, int]:
+    """Of a reply, summed, and its tokens; virtual tokens may stand before the prompt."""
+    ids = torch.tensor([example.prompt + example.reply])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(example.reply) - 1 : -1]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(example.reply), reduction="sum")
+    return loss, len(example.reply)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_those_of_peft(lm: LanguageModel, tmp_path: Path, kind: str) -> None:
     layout, examples = layout_of(lm, kind), lm.format.dialogues(TALKS)
     row = moved(layout, 7)
-    write_peft(tmp_path, layout, row, "nano")
+    write_peft(tmp_path, layout, row, Base("nano"))
     theirs, parameters = by_peft(tmp_path, examples)
     adapters = lm.adapters(layout, row)
     ours = [s.nll for s in lm.score(examples, [0] * len(examples), [adapters])]
@@ -104,12 +110,37 @@ def test_kinds_are_added_to_each_other_and_the_base_is_bare_again(lm: LanguageMo
     assert lm.score(examples, range(4), []) == bare
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_with_such_a_personal_adapter_ends_in_peft_format(tmp_path: Path, kind: str) -> None:
+def shown_in_the_readme() -> str:
+    """Its lines on how to use what a run exported."""
+    readme = Path(__file__).parent.parent / "README.md"
+    (lines,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    return str(lines)
+
+
+@pytest.mark.parametrize("kind", ["lora", *KINDS])
+def test_the_readmes_lines_give_the_personal_arm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lm: LanguageModel, kind: str
+) -> None:
+    """In a run's folder that was moved, with nothing but plain peft."""
     overrides = [*SMALL, "data.users=2", "rounds=1", "evaluation.pooled_epochs=0", f"personal.adapter.kind={kind}"]
-    run_experiment(load_config(config_folder() / "quickstart.toml", overrides), tmp_path / "run")
-    written = load_peft_weights(str(tmp_path / "run" / "adapters" / "personal" / "device-00000"), device="cpu")
-    assert sum(t.numel() for t in written.values()) > 100
+    config = load_config(config_folder() / "quickstart.toml", [*overrides, "model.dtype=float32"])
+    run_experiment(config, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert str(tmp_path) not in Path("adapters/personal/device-00000/adapter_config.json").read_text()
+    found: dict[str, torch.nn.Module] = {}
+    exec(shown_in_the_readme(), found)
+    results = [json.loads(line) for line in Path("results.jsonl").read_text().splitlines()]
+    nll = {e["arm"]: e["nll"] for e in results if e["device"] == "device-00000"}
+    user = load_population(config.data, config.seed)[0]
+    examples = lm.format.dialogues(user.held_out)
+    losses, tokens = zip(*(loss_of(found["model"], e) for e in examples), strict=True)
+    assert sum(x.item() for x in losses) / sum(tokens) == pytest.approx(nll["personal"], abs=1e-4)
+    assert min(abs(nll["personal"] - nll[arm]) for arm in ("base", "shared", "local")) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_shared_is_lora(kind: str) -> None:
     with pytest.raises(ConfigError, match="what is shared"):
         load_config(config_folder() / "quickstart.toml", [f"shared.adapter.kind={kind}"])
 

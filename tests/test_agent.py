@@ -29,6 +29,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from keyring.backend import KeyringBackend
 from keyring.errors import KeyringLocked
+from peft import AutoPeftModelForCausalLM
 from scipy.stats import kstest
 
 from client import shared
@@ -646,6 +647,7 @@ def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, t
     assert asked(agent, 4, row)[0] == {"error": "no-release"}  # more rounds than agreed to
     assert [s.kind for s in agent.journal.sent()] == ["release", "release"]
     assert agent.learn()["personal_examples"] and agent._used()[1] == 1
+    assert {"personal/adapter_config.json", "shared/adapter_config.json", "base/config.json"} <= agent.exported().keys()
 
 
 def test_nothing_leaves_without_consent_budget_or_ledger(joined: tuple[Agent, torch.Tensor]) -> None:
@@ -837,7 +839,7 @@ def door(home: Home, lm: LanguageModel) -> Iterator[SimpleNamespace]:
             yield SimpleNamespace(agent=agent, remote=Remote(client), client=client, url=url, token=token)
 
 
-def test_the_socket_is_its_owners(door: SimpleNamespace) -> None:
+def test_the_socket_is_its_owners(door: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert door.agent.home.socket.stat().st_mode & 0o077 == 0
     *grown, last = door.remote.stream("chat", prompt="Do you like music?", conversation="c")
     assert grown and last["done"]["said"] == grown[-1]["text"].strip()
@@ -845,10 +847,14 @@ def test_the_socket_is_its_owners(door: SimpleNamespace) -> None:
     assert [t for t in door.remote.stream("learn")][-1]["done"]["personal_examples"] >= 1
     assert door.remote.read("status")["dialogues"] == 1 and door.remote.read("kept")[0]["reply"]
     packed = zipfile.ZipFile(io.BytesIO(door.remote.export()))
-    assert {"dialogues.jsonl", "profile.json", "ledger.json", "personal/adapter_model.safetensors"} <= set(
+    assert {"dialogues.jsonl", "profile.json", "ledger.json", "adapters/personal/adapter_model.safetensors"} <= set(
         packed.namelist()
     )
     assert all(not Path(name).is_absolute() and ".." not in name for name in packed.namelist())
+    packed.extractall(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    model = AutoPeftModelForCausalLM.from_pretrained("adapters/personal", dtype="float32")  # without us
+    assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
 
 @pytest.mark.parametrize(

@@ -699,8 +699,8 @@ def test_a_folder_that_is_not_set_or_not_there_is_named(monkeypatch: pytest.Monk
 def test_folders_of_the_environment_are_those_of_where_the_program_began(tmp_path: Path) -> None:
     (tmp_path / "sets").mkdir()
     program = (
-        "import client.lm.hub, os\nfrom simulation.data.folder import data_folder\n"
-        "os.chdir('/')\nprint(data_folder(), client.lm.hub.cache_folder(), client.lm.hub.constants.HF_HOME)"
+        "import client.lm.places, os\nfrom simulation.data.folder import data_folder\n"
+        "os.chdir('/')\nprint(data_folder(), client.lm.places.cache_folder(), client.lm.places.constants.HF_HOME)"
     )
     named = {"FLORILEGIUM_DATA": "sets", "FLORILEGIUM_CACHE": "models", "HF_HOME": "hf"}
     known = {"PYTHONPATH": str(Path(hub.__file__).parents[2])}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -18,19 +20,22 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
 
 from client.dialogue import Dialogue
+from client.lm.adapter import Adapters, layout
 from client.lm.config import AdapterConfig, SamplingConfig
-from client.lm.layers import UnsupportedModelError, adapt
+from client.lm.engine import Engine
+from client.lm.layers import UnsupportedModelError, adapt, adapted_layers
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
 from client.lm.optimizer import Moments, adamw_
 from client.lm.packing import Example
 from client.lm.peft_format import read_peft, write_peft
-from client.lm.places import nano_folder
+from client.lm.places import Base, nano_folder
 
 TALKS = [Dialogue(str(i), f"what do you think about {w}?", f"i like {w} a lot, {w} is fun") for i, w in enumerate(
     ["movies", "the sea", "old books and new ones", "rain", "jazz", "cats"])]  # fmt: skip
@@ -86,7 +91,7 @@ def test_example_gradients_add_up_to_the_batch_gradient(lm: LanguageModel) -> No
 def test_peft_loads_an_exported_adapter_and_gives_the_same_logits(lm: LanguageModel, tmp_path: Path) -> None:
     layout = lm.lora_layout(AdapterConfig(rank=2, alpha=6))
     row = torch.randn(layout.width, generator=torch.Generator().manual_seed(2)) * 0.1
-    write_peft(tmp_path, layout, row, "nano")
+    write_peft(tmp_path, layout, row, Base("nano"))
     assert torch.equal(read_peft(tmp_path, layout), row)
     examples = lm.format.dialogues(TALKS)
     base = AutoModelForCausalLM.from_pretrained(nano_folder(), dtype=torch.float32)
@@ -170,7 +175,7 @@ def test_a_family_of_models_learns_as_plain_peft_reads_it(lm: LanguageModel, fam
     lesson = Lesson(other.format.dialogues(TALKS), [[0, 1, 2], [3, 4, 5]])
     start = other.adapters(layout, layout.start(0))
     trained = other.engine.finetune(start, [], [lesson], [[1e-2, 1e-2]])
-    write_peft(tmp_path, layout, trained.adapters.rows[0], "tiny")
+    write_peft(tmp_path, layout, trained.adapters.rows[0], Base("tiny"))
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(
         other.engine.model.config, dtype=torch.float32, attn_implementation="eager"
@@ -186,6 +191,101 @@ def test_a_family_without_linear_projections_is_refused_with_what_was_found(lm: 
     config = GPT2Config(vocab_size=len(lm.tokenizer), n_embd=32, n_layer=1, n_head=2)
     with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel .*c_attn \(Conv1D\)"):
         tiny(lm, config)
+
+
+WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZED = WIDTHS | {"intermediate_size": 48, "head_dim": 8, "vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+OTHER_FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
+    "MambaConfig": ({"state_size": 4}, r"carries a state .*mixer\.conv1d is Conv1d"),
+    "FalconMambaConfig": ({"state_size": 4}, "carries a state"),
+    "Mamba2Config": ({"state_size": 4, "num_heads": 4, "head_dim": 16, "n_groups": 1}, "carries a state"),
+    "RwkvConfig": ({"attention_hidden_size": 32}, "carries a state .*its class says so"),
+    "Lfm2Config": ({"layer_types": ["conv", "full_attention"]}, r"carries a state .*conv\.conv is Conv1d"),
+    "FalconH1Config": ({"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}, "a state"),
+    "Qwen3NextConfig": ({**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16}, "carries a state"),
+    "Qwen3_5TextConfig": (LINEAR, "carries a state"),
+    "MiniMaxConfig": ({"num_local_experts": 2, "layer_types": LINEAR["layer_types"]}, "of the type linear_attention"),
+    "MixtralConfig": ({"num_local_experts": 4}, r"MixtralExperts.* = \['k_proj', 'o_proj', 'q_proj', 'v_proj'\]"),
+    "Qwen3MoeConfig": (EXPERTS, r"Qwen3MoeExperts, experts in one stack .*\[model\] targets = \['k_proj', "),
+    "GPTNeoConfig": (
+        {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4}, "0 of 2 layers of GPTNeo"
+    ),
+}  # fmt: skip
+
+
+def other_family(kind: str, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
+    """A random model with a vocabulary of 64."""
+    torch.manual_seed(0)
+    known = getattr(transformers, kind, None)
+    if known is None:
+        pytest.skip(f"this version of transformers does not know {kind}")
+    sizes = {k: v for k, v in SIZED.items() if k in known().to_dict() or k in ("pad_token_id", "eos_token_id")}
+    return AutoModelForCausalLM.from_config(known(**sizes | more), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", OTHER_FAMILIES)
+def test_a_model_that_is_built_otherwise_is_refused_by_name(kind: str, dtype: torch.dtype) -> None:
+    """In bfloat16 too, where rounding would hide how far packed texts are from texts alone."""
+    more, why = OTHER_FAMILIES[kind]
+    with pytest.raises(UnsupportedModelError, match=why):
+        Engine(other_family(kind, dtype, **more))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "more", "why"),
+    [
+        ("GptOssConfig", {"num_local_experts": 4}, "GptOssAttention attends with sinks"),
+        (
+            "DeepseekV3Config",
+            {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+             "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+            r"DeepseekV3Attention attends with values of another width than its keys \(16\)",
+        ),
+        ("Llama4TextConfig", {}, "does not say which part of it comes before its head"),
+    ],
+)  # fmt: skip
+def test_attention_of_another_kind_is_refused_by_name(
+    kind: str, more: dict[str, Any], why: str, dtype: torch.dtype
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=why):
+        Engine(other_family(kind, dtype, **more), ["o_proj"])
+
+
+@pytest.mark.parametrize(("kind", "more"), [("MixtralConfig", {"num_local_experts": 4}), ("Qwen3MoeConfig", EXPERTS)])
+def test_beside_a_mixtures_experts_the_named_layers_learn_alone_as_in_company(kind: str, more: dict[str, Any]) -> None:
+    engine = Engine(other_family(kind, **more), ["q_proj", "v_proj"])
+    form = layout(adapted_layers(engine.modules), 2, 4)
+    rows = torch.stack([form.start(k) for k in range(3)])
+    lessons = [
+        Lesson([Example(tuple(range(2, 6 + k)), (7, 8 + k, 9), (0, 4 + k), False)], [[0], [0]]) for k in range(3)
+    ]
+    rates = [[1e-2, 1e-2]] * 3
+    together = engine.finetune(Adapters(form, rows), [], lessons, rates).adapters.rows
+    for k in range(3):
+        alone = engine.finetune(Adapters(form, rows[k : k + 1]), [], lessons[k : k + 1], rates[:1]).adapters.rows
+        assert (alone[0] - rows[k]).norm() > 1e-2
+        torch.testing.assert_close(together[k], alone[0], atol=1e-4, rtol=1e-3)
+
+
+def test_a_rank_is_bounded_by_the_widest_layer(lm: LanguageModel) -> None:
+    assert lm.lora_layout(AdapterConfig(rank=192)).rank == 192
+    with pytest.raises(UnsupportedModelError, match=r"rank = 100000 must be <= 192, .*model\.layers\.0\..* \(192 → "):
+        lm.lora_layout(AdapterConfig(rank=100_000))
+    narrow = lm.engine.modules["model.layers.0.self_attn.k_proj"].base.out_features
+    with pytest.raises(UnsupportedModelError, match=rf"must be <= {min(192, narrow)}, .*k_proj"):
+        lm.lora_layout(AdapterConfig(rank=193, targets=("k_proj",)))
+
+
+def test_a_model_that_takes_a_layers_weights_out_of_it_is_told(lm: LanguageModel) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"a linear layer \(192 → 192\).*\[model\] targets"):
+        _ = lm.engine.modules["model.layers.0.self_attn.q_proj"].weight
 
 
 def test_an_attached_head_is_not_adapted(lm: LanguageModel) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
+from functools import partial
 from importlib import metadata, resources
 from io import StringIO
 from pathlib import Path
@@ -13,8 +15,9 @@ from zipfile import ZipFile
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
+from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -27,9 +30,11 @@ from transformers import (
 )
 
 from client.lm import convert, hub, places, processor, pull
+from client.lm.adapter import AdaptedLayer, AdapterLayout
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
-from client.lm.places import ModelError
+from client.lm.peft_format import write_peft
+from client.lm.places import Base, ModelError
 from simulation import doctor
 
 EOS, PAD = "<end>", "<pad>"
@@ -297,6 +302,54 @@ def test_a_torn_file_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match="cannot be loaded"):
         load(folder)
+
+
+# -- the base of an exported adapter ------------------------------------------------------------------------------
+
+
+def test_a_base_from_the_hub_is_its_id_and_revision(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the hub's client lays its cache out; plain `peft` then looks there, or on the hub, for the same."""
+    revision, cache = "0123456789abcdef0123456789abcdef01234567", tmp_path / "hub" / "models--owner--tiny"
+    shutil.copytree(folder, cache / "snapshots" / revision)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(hub, "snapshot_download", partial(snapshot_download, cache_dir=tmp_path / "hub"))
+    assert places.base_of("owner/tiny") == Base("owner/tiny", revision)
+    layout = AdapterLayout((AdaptedLayer("model.layers.0.self_attn.q_proj", 16, 16),), 2, 4, "both")
+    write_peft(tmp_path / "adapter", layout, torch.ones(layout.width), places.base_of("owner/tiny"))
+    stored = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert "snapshots" not in stored and str(tmp_path) not in stored
+    model = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"), cache_dir=tmp_path / "hub")
+    assert model.peft_config["default"].revision == revision
+
+
+def test_a_base_that_nobody_else_has_is_copied_with_its_licence(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places.copy_base(places.base_of("nano"), tmp_path / "adapters")
+    assert {"README.md", "model.safetensors"} <= {p.name for p in (tmp_path / "adapters" / "base").iterdir()}
+    assert places.base_of("nano").name == "./adapters/base" and places.base_of("nano").revision is None
+    assert places.base_of(str(folder)) == Base(str(folder))  # whoever names a folder knows where it is
+    monkeypatch.setenv("FLORILEGIUM_CACHE", str(tmp_path))
+    folder.rename(tmp_path / "smollm2-135m")
+    assert places.base_of("smollm2-135m").name == "./adapters/base"
+    told = {"from": "hub", "id": "owner/name", "revision": "abc"}
+    (tmp_path / "smollm2-135m" / "source.json").write_text(json.dumps(told))
+    assert places.base_of("smollm2-135m") == Base("owner/name", "abc")
+
+
+def test_a_changed_model_has_another_fingerprint(folder: Path) -> None:
+    before, weights = places.fingerprint(folder), folder / "model.safetensors"
+    (folder / "README.md").write_text("not loaded")
+    assert places.fingerprint(folder) == before
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    after = places.fingerprint(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert len({before, after, places.fingerprint(folder)}) == 3
 
 
 # -- nano ---------------------------------------------------------------------------------------------------------

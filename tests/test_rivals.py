@@ -25,6 +25,7 @@ from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel
 from client.lm.packing import Example, Rectangle
 from client.lm.peft_format import AdapterFormatError, write_peft
+from client.lm.places import Base
 from client.phases import Site, annotate, observe
 from client.shared import learn_shared, release_noise
 from privacy.dpsgd import PrivateRow
@@ -243,7 +244,7 @@ def test_gates_learn_alone_as_together_and_their_gradient_is_that_of_torch(lm: L
 def test_gates_have_no_place_in_pefts_format(lm: LanguageModel, tmp_path: Path) -> None:
     layout = gated(ground_of(lm, "fedalt"))
     with pytest.raises(AdapterFormatError, match="gates"):
-        write_peft(tmp_path, layout, torch.zeros(layout.width), "nano")
+        write_peft(tmp_path, layout, torch.zeros(layout.width), Base("nano"))
 
 
 # -- rivals -------------------------------------------------------------------------------------------------------

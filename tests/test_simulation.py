@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ import torch
 from conftest import SMALL
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from peft import AutoPeftModelForCausalLM
 from safetensors.numpy import load_file
 
 from client.app import answer
@@ -28,22 +28,27 @@ from client.shared import planned_event
 from privacy.accounting import BudgetError
 from privacy.plan import RoundPlan
 from server.intake import to_arrays
+from simulation import experiment
+from simulation.changes import check
 from simulation.cli import main
 from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config, with_absolute_paths
+from simulation.data import population
 from simulation.data.errors import DataError
-from simulation.data.population import load_population
+from simulation.data.population import Bootstrapped, DataConfig, load_population
 from simulation.experiment import run_experiment
 from simulation.host import SimulatedDevices, open_devices
+from simulation.inputs import differing, hashes, people_sha256
 from simulation.people import device_name
 from simulation.progress import Pulse
-from simulation.runs import RunError, RunFolder, check_sources, create
+from simulation.runs import RunError, RunFolder, check_sources, create, find_run, resume
 from simulation.who import who, write_who
 
 ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
 
 
 def adapters(run: Path) -> dict[str, dict[str, np.ndarray]]:
-    return {str(p.relative_to(run)): load_file(p) for p in sorted((run / "adapters").rglob("*.safetensors"))}
+    found = sorted((run / "adapters").rglob("adapter_model.safetensors"))
+    return {str(p.relative_to(run)): load_file(p) for p in found}
 
 
 def assert_same_adapters(one: Path, other: Path, *, rounding: bool = False, count: int = 4) -> None:
@@ -115,18 +120,6 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     assert {(r["device"], r["arm"]) for r in results} == {(f"device-0000{k}", a) for k in range(3) for a in ARMS}
     assert "<html" in (finished / "report.html").read_text()
     assert len(adapters(finished)) == 4
-
-
-def test_plain_peft_finds_the_base_model_of_an_exported_adapter(finished: Path) -> None:
-    model = AutoPeftModelForCausalLM.from_pretrained(str(finished / "adapters" / "shared"))
-    ids = torch.tensor([[1, 40, 41, 42]])
-    shared = model(ids).logits
-    model.load_adapter(str(finished / "adapters" / "personal" / "device-00000"), "personal")
-    model.base_model.set_adapter(["default", "personal"])
-    both = model(ids).logits
-    with model.disable_adapter():
-        base = model(ids).logits
-    assert min((shared - base).abs().max(), (both - shared).abs().max(), (both - base).abs().max()) > 1e-3
 
 
 def test_the_shuffled_arm_gives_nobody_the_own_adapter(finished: Path) -> None:
@@ -279,7 +272,7 @@ def test_a_run_stopped_in_round_two_ends_like_one_that_was_not(finished: Path, t
             raise KeyboardInterrupt
 
     pulse.changed = stop_in_round_two
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"what was finished is kept in .*run: go on with --resume"):
         run_experiment(config, tmp_path / "run", pulse=pulse)
     assert "<html" in (tmp_path / "run" / "report.html").read_text()  # what was finished can be read
     run_experiment(config, tmp_path / "run", resuming=True)
@@ -323,6 +316,181 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
     said, _ = run.communicate(timeout=120)
     assert run.returncode == 130 and "go on with --resume" in " ".join(said.split())
     assert "<html" in (tmp_path / "runs" / "small" / "report.html").read_text()
+
+
+def write_chats(path: Path, film: str = "the long one") -> Path:
+    """Four people with twelve replies each."""
+    said = [
+        {
+            "user": f"u{k}",
+            "time": f"2026-03-{t + 1:02d}T10:00:00",
+            "prompt": f"film {t}?",
+            "response": f"{film} {k * t}",
+        }
+        for k in range(4)
+        for t in range(12)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in said))
+    return path
+
+
+OF_CHATS = ("rounds=1", "data.users=2", "data.split=all", "data.min_pairs=4", "evaluation.rouge_queries_per_user=0")
+
+
+@pytest.fixture(scope="module")
+def of_chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over a file, its data beside it."""
+    folder = tmp_path_factory.mktemp("chats")
+    data = f"data.name={write_chats(folder / 'chats.jsonl')}"
+    config = load_config(
+        find_config("quickstart"), [*SMALL, *OF_CHATS, data, "evaluation.every_round=true", "name=run"]
+    )
+    run_experiment(config, folder / "run")
+    return folder
+
+
+def copied(of_chats: Path, tmp_path: Path) -> RunFolder:
+    """The same run, to be gone on with: over the same file."""
+    return RunFolder(Path(shutil.copytree(of_chats / "run", tmp_path / "run")))
+
+
+def test_a_run_whose_data_was_changed_does_not_go_on(of_chats: Path, tmp_path: Path) -> None:
+    run = copied(of_chats, tmp_path)
+    before = (run.path / "metrics.jsonl").read_bytes()
+    write_chats(of_chats / "chats.jsonl", film="a short one")
+    try:
+        with pytest.raises(RunError, match=r"what has changed is what its devices see .*chats\.jsonl"):
+            run_experiment(run.config, run.path, resuming=True)
+        with pytest.raises(RunError, match="old and new would be mixed"):  # as in a worker
+            open_devices(run)
+    finally:
+        write_chats(of_chats / "chats.jsonl")
+    assert (run.path / "metrics.jsonl").read_bytes() == before
+    run_experiment(run.config, run.path, resuming=True)
+
+
+def test_whatever_a_run_reads_has_a_hash(of_chats: Path) -> None:
+    config, noted = RunFolder(of_chats / "run").config, json.loads((of_chats / "run" / "inputs.json").read_text())
+    people = load_population(config.data, config.seed)
+    assert hashes(config, people) == noted
+    other = config.model_copy(update={"selection": config.selection.model_copy(update={"lexicons": ("medical",)})})
+    assert differing(noted, hashes(other, people)) == ["lexicons"]
+    first, *rest = people
+    for changed in (replace(first, held_out=first.held_out[:-1]), replace(first, stream=first.stream[::-1])):
+        assert differing(noted, hashes(config, [changed, *rest])) == ["people"]
+    assert people_sha256(people, 1) == people_sha256(people[:1], 1)  # who comes later does not matter
+
+
+def test_of_resampled_devices_the_people_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    people = load_population(DataConfig(users=2, split="development"), seed=0)
+    monkeypatch.setattr(population, "resampled", lambda *_: pytest.fail("a device was made"))
+    found = {people_sha256(Bootstrapped(people, n, seed), n) for n, seed in ((100_000, 0), (100_001, 0), (100_000, 1))}
+    assert len(found) == 3
+    assert people_sha256(Bootstrapped(people[:1], 5, 0), 5) != people_sha256(Bootstrapped(people, 5, 0), 5)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError("No space left on device")])
+def test_only_what_was_finished_is_said_to_be_kept(
+    of_chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    run, pulse = copied(of_chats, tmp_path), Pulse()
+    kind, before = KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else RunError, (run.path / "metrics.jsonl")
+    text = before.read_bytes()
+
+    def stopped(*_: object) -> None:
+        raise stop
+
+    with monkeypatch.context() as patched, pytest.raises(kind, match=r"nothing was begun: .*run is as it was before"):
+        patched.setattr(experiment, "open_devices", stopped)
+        run_experiment(run.config, run.path, overwrite=True)
+    assert before.read_bytes() == text
+
+    def stopped_before_round_one() -> None:
+        if pulse.phase == "evaluate":
+            raise stop
+
+    pulse.changed = stopped_before_round_one
+    with pytest.raises(kind, match=r"no round was finished: .*run begins anew with --resume"):
+        run_experiment(run.config, run.path, overwrite=True, pulse=pulse)
+    run_experiment(run.config, run.path, resuming=True)
+    pulse.changed, pulse.phase = stopped_before_round_one, "loading"
+    with pytest.raises(kind, match=r"what was finished is kept in .*run: go on with --resume"):
+        run_experiment(run.config, run.path, resuming=True, pulse=pulse)
+
+
+def test_a_runs_folder_is_enough_to_go_on(of_chats: Path, tmp_path: Path) -> None:
+    run = copied(of_chats, tmp_path)
+    assert find_run(str(run.path), [], tmp_path / "elsewhere", resuming=True) == (run.config, run.path)
+    command = [Path(sys.executable).parent / "florilegium", "run", "--resume", "run", "evaluation.replies_shown=1"]
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout
+    assert run.path.name == "run" and not (tmp_path / "runs").exists()
+    assert (
+        "evaluation.replies_shown: 6 → 1"
+        in json.loads((run.path / "summary.json").read_text())["changed"][0]["settings"]
+    )
+    with pytest.raises(RunError, match="is a run: go on with --resume"):
+        find_run(str(run.path), [], tmp_path, resuming=False)
+    with pytest.raises(ConfigError, match="neither a file nor one of"):
+        find_run(str(tmp_path), [], tmp_path, resuming=True)
+
+
+def test_a_finished_run_is_given_more_rounds(of_chats: Path, tmp_path: Path) -> None:
+    """What is done stays what it was, the budget too; the curve has one point more."""
+    run = copied(of_chats, tmp_path)
+    before = [e for e in run.events() if e["event"] in ("round", "device_round")]
+    curve = {e["arm"]: e["mean_per_user"] for e in run.events() if e["event"] == "evaluation" and e["final"]}
+    more = load_config(run.path / "config.toml", ["rounds=2", "privacy.releases=1"])
+    summary = run_experiment(more, run.path, resuming=True)
+    events = list(run.events())
+    assert [e for e in events if e["event"] in ("round", "device_round") and e["round"] == 1] == before
+    points = [(e["round"], e["final"], e["arm"]) for e in events if e["event"] == "evaluation"]
+    arms = ("base", "shared", "local", "personal", "shuffled")
+    assert points == [(0, False, "base"), *((1, False, a) for a in arms), *((2, True, a) for a in (*arms, "pooled"))]
+    assert {e["arm"]: e["mean_per_user"] for e in events if e.get("round") == 1 and "arm" in e}.items() <= curve.items()
+    assert summary["rounds"] == 2 and summary["epsilon"] <= 8
+    assert summary["changed"] == [{"after_round": 1, "settings": "privacy.releases: 0 → 1, rounds: 1 → 2"}]
+    last = [e for e in events if e["event"] == "device_round" and e["round"] == 2]
+    assert {(e["arrived"], e["refusal"]) for e in last} == {(0, "budget-spent")}  # nothing is left to meet or to spend
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["rounds=3"], r"rounds: 2 → 3: the noise of the rounds that are done .* add privacy.releases=2"),
+        (["rounds=1"], r"rounds: 2 → 1: 2 rounds are done"),
+        (["evaluation.users=2"], r"evaluation.users: 0 → 2 cannot be changed after a round"),
+        (["privacy.releases=2"], r"privacy.releases: 0 → 2\); resume with the same"),
+        (["name=other", "ray.actors=1"], r"\(name: 'small' → 'other'\); resume"),
+        (["privacy.epsilon=9", "rounds=3"], r"privacy.epsilon: 8.0 → 9"),
+    ],
+)
+def test_what_would_change_finished_rounds_is_refused(finished: Path, overrides: list[str], why: str) -> None:
+    before = (finished / "config.toml").read_bytes()
+    with pytest.raises(ConfigError, match=why):
+        resume(finished, load_config(finished / "config.toml", overrides))
+    assert (finished / "config.toml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("begun", "done", "why"),
+    [
+        (["privacy.mode=none"], 2, ""),
+        (["server.rule=none"], 2, ""),
+        (["privacy.releases=2"], 2, ""),  # no more releases than were planned
+        (["privacy.mode=none"], 1, "1 of 2 rounds are done"),
+        (["privacy.mode=none", "evaluation.users=2"], 2, "which devices are evaluated"),
+        (["privacy.mode=none", "world.classes=world/devices"], 2, "how long the devices"),
+        (["privacy.mode=user-central", "privacy.delta=1e-5"], 2, "the noise"),
+    ],
+)
+def test_more_rounds_are_had_where_they_change_none_that_is_done(begun: list[str], done: int, why: str) -> None:
+    before = load_config(find_config("quickstart"), [*SMALL, *begun])
+    after = load_config(find_config("quickstart"), [*SMALL, *begun, "rounds=4"])
+    if not why:
+        return check(before, after, done, "here")
+    with pytest.raises(ConfigError, match=why):
+        check(before, after, done, "here")
 
 
 def test_cohorts_of_one_give_the_same_run(finished: Path, tmp_path: Path) -> None:
@@ -544,7 +712,7 @@ def test_a_run_that_exists_is_left_alone(finished: Path, small: ExperimentConfig
     before = (finished / "metrics.jsonl").read_bytes()
     with pytest.raises(RunError, match=r"--resume .* --overwrite"):
         create(finished, small)
-    with pytest.raises(ConfigError, match="same settings"):
+    with pytest.raises(ConfigError, match=r"\(seed: 0 → 5\); resume with the same settings"):
         run_experiment(small.model_copy(update={"seed": 5}), finished, resuming=True)
     with pytest.raises(RunError, match="no run to resume"):
         run_experiment(small, tmp_path / "nothing", resuming=True)

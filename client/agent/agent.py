@@ -35,7 +35,8 @@ from client.lm.adapter import Adapters
 from client.lm.config import ModelConfig
 from client.lm.layers import UnsupportedModelError
 from client.lm.model import LanguageModel
-from client.lm.places import ModelError, base_hash
+from client.lm.peft_format import peft_files, shared_files
+from client.lm.places import BASE_FOLDER, ModelError, base_hash, base_of
 from client.personal.config import ProfileConfig
 from client.personal.profile import Profile
 from client.phases import Site, States, annotate, beneath, observe
@@ -586,6 +587,19 @@ class Agent:
     def personal_row(self) -> torch.Tensor:
         """(P,) of the personal adapter."""
         return self._state().personal
+
+    def exported(self) -> dict[str, bytes]:
+        """The adapters as plain `peft` reads them, by path: the personal one, the shared one beneath it, the base.
+
+        Of bases those alone that are bundled: others are as large as a board's memory, and can be fetched.
+        """
+        base, site, (shared, _) = base_of(self.lm.name), self.site, self._used()
+        files = {f"personal/{n}": c for n, c in peft_files(site.personal_layout, self.personal_row, base).items()}
+        if shared is not None:
+            files |= shared_files(site.shared_layout, shared, base)
+        if self.lm.name == "nano":
+            files |= {f"{BASE_FOLDER}/{path.name}": path.read_bytes() for path in base.files}
+        return files
 
     def _personal(self, state: DeviceState) -> Adapters:
         return self.lm.adapters(self.site.personal_layout, state.personal)

@@ -32,7 +32,7 @@ from client.agent.agent import Agent, AgentError
 from client.agent.config import CONSENTS
 from client.agent.journal import Turn, VaultError
 from client.lm.layers import UnsupportedModelError
-from client.lm.peft_format import peft_files
+from client.lm.places import ADAPTERS
 from client.personal.profile import ProfileError
 from client.state import StateError, StoreError
 from privacy.ledger import LedgerError
@@ -214,7 +214,7 @@ class Service:
         return Response(packed, media_type="application/zip", headers=named)
 
     def _packed(self) -> bytes:
-        """All that is the owner's, readable: dialogues, what is kept, profile, accounts, the personal adapter."""
+        """All that is the owner's, readable: dialogues, what is kept, profile, accounts, the adapters."""
         agent, packed = self.agent, io.BytesIO()
         lists = {
             "dialogues": [_told(t) for t in agent.journal.turns()],
@@ -227,8 +227,8 @@ class Service:
             archive.writestr("profile.json", agent.profile.to_json())
             archive.writestr("ledger.json", json.dumps(self._ledger(), indent=1))
             archive.write(agent.home.settings, "device.toml")
-            for name, content in peft_files(agent.site.personal_layout, agent.personal_row, agent.lm.name).items():
-                archive.writestr(f"personal/{name}", content)
+            for name, content in agent.exported().items():
+                archive.writestr(f"{ADAPTERS}/{name}", content)
         return packed.getvalue()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from client.lm.cache import KeyValues
+from client.lm.layers import UnsupportedModelError
 from client.lm.packing import Band, Texts
 
 NAME = "florilegium"
@@ -32,6 +33,7 @@ class Reading:
 
     texts: Texts | None = None
     cache: KeyValues | None = None
+    layers: set[int] = field(default_factory=set)  # those that have attended here
 
     @contextmanager
     def of(self, texts: Texts | None, cache: KeyValues | None = None) -> Iterator[None]:
@@ -72,6 +74,10 @@ def packed_attention(
     texts, cache = reading.texts, reading.cache
     if texts is None and cache is None:
         raise RuntimeError("this model reads packed texts only: call it through client.lm.engine.Engine")
+    if value.shape[-1] != query.shape[-1] or more.get("s_aux") is not None:
+        what = "sinks" if more.get("s_aux") is not None else f"values of another width than its keys ({key.shape[-1]})"
+        raise UnsupportedModelError(f"{type(module).__name__} attends with {what}, which packed attention has not")
+    reading.layers.add(module.layer_idx)  # type: ignore[arg-type]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
     if cache is not None and cache.decoding:
         return cache.attend(module.layer_idx, q, k, v, scale, sliding_window, softcap)[None], None  # type: ignore[arg-type]

@@ -53,6 +53,7 @@ class Engine:
         if self.device.type == "cpu" and not checkpointing:
             keep_freed_memory()
         layers.refuse_coupling(model)
+        layers.refuse_states(model)
         self.head = layers.head_of(model)
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         expected = layers.probe(model)
@@ -363,6 +364,12 @@ class Engine:
     def _check(self, expected: torch.Tensor) -> None:
         """Refuses a model that packed texts and our own loss do not reproduce."""
         found = [self.logits(h) for _, h in self.hidden(layers.PROBES)]
+        count = self.model.config.get_text_config().num_hidden_layers
+        if len(self.reading.layers) < count:
+            raise layers.UnsupportedModelError(
+                f"{len(self.reading.layers)} of {count} layers of {type(self.model).__name__} attend as transformers' "
+                f"models can be told to: in the others the texts that are packed in one pass would mix"
+            )
         error = float((torch.cat(found).float() - expected).norm() / expected.norm())
         if not error < (1e-3 if self.dtype == torch.float32 else 0.3):  # bfloat16 in 30 layers: 0.11 by rounding
             raise layers.UnsupportedModelError(

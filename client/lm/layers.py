@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -20,6 +21,7 @@ from client.lm.packing import Example, Rectangle
 from client.lm.soft_prompt import AdaptedEmbedding, PromptLayout
 from privacy.errors import UserError
 
+ATTENDING = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # as configs name such layers
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as Llama and its kin name them
 
 
@@ -66,6 +68,15 @@ class AdaptedLinear(nn.Module):
         self.scaled: list[Scaling] = []
         self.siblings = [self]  # layers that are given the same input, in the order in which the model calls them
         self.ready: list[tuple[torch.Tensor, torch.Tensor]] = []  # at most one: an input, and the output for it
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Nothing that a model may multiply with by itself: the adapters would be left out."""
+        size = f"{self.base.in_features} → {self.base.out_features}"
+        raise UnsupportedModelError(
+            f"the model takes the weights of a linear layer ({size}) out of it: no adapter could change what is "
+            f"computed with them; set [model] targets to the layers that it calls, such as ['q_proj', 'v_proj']"
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) → (..., out); the tokens are those of the active factors' rectangles."""
@@ -182,8 +193,33 @@ def refuse_coupling(model: nn.Module) -> None:
             )
 
 
+def refuse_states(model: PreTrainedModel) -> None:
+    """Raises `UnsupportedModelError` for a model in which tokens meet otherwise than by attending to each other.
+
+    Of state-space models, linear attention and short convolutions, alone or between layers that attend.
+    """
+    if found := _state_of(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} carries a state from token to token ({found}): the texts that are packed behind "
+            f"each other in one pass would mix; use a model whose layers all attend, such as Llama, Qwen 3 or Gemma"
+        )
+
+
+def _state_of(model: PreTrainedModel) -> str:
+    """What carries a state; empty: nothing that is known."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d) and max(module.kernel_size) > 1:
+            return f"{name} is {type(module).__name__}"
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if odd := sorted(set(kinds) - ATTENDING):
+        return f"it has layers of the type {odd[0]}"
+    return "its class says so" if getattr(model, "_is_stateful", False) else ""
+
+
 def head_of(model: PreTrainedModel) -> nn.Linear:
-    """The layer that makes logits of the last hidden states."""
+    """The layer that makes logits of the last hidden states; raises `UnsupportedModelError`."""
+    if model.base_model is model:
+        raise UnsupportedModelError(f"{type(model).__name__} does not say which part of it comes before its head")
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UnsupportedModelError(f"the head of {type(model).__name__} is {type(head).__name__}, not nn.Linear")
@@ -203,7 +239,7 @@ def probe(model: PreTrainedModel) -> torch.Tensor:
 def adapt(model: nn.Module, targets: Sequence[str]) -> dict[str, AdaptedLinear]:
     """Puts an `AdaptedLinear` in the place of each linear layer whose name ends in a target; by name.
 
-    Without targets, of every linear layer but the head.
+    Without targets, of every linear layer but the head; a model that has others too is then refused.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
@@ -214,6 +250,8 @@ def adapt(model: nn.Module, targets: Sequence[str]) -> dict[str, AdaptedLinear]:
             f"no layer of {type(model).__name__} {sought}; its layers with weights end in: {_endings(model)}; "
             f"adapters need nn.Linear, as in Llama, Qwen, Gemma or GPT-NeoX; set [model] targets"
         )
+    if not targets:
+        _refuse_stacked(model, names)
     adapted: dict[str, AdaptedLinear] = {}
     for name in names:
         module = model.get_submodule(name)
@@ -233,6 +271,17 @@ def adapt(model: nn.Module, targets: Sequence[str]) -> dict[str, AdaptedLinear]:
     return adapted
 
 
+def _refuse_stacked(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises `UnsupportedModelError` where a mixture's experts would be left out without a word."""
+    for name, module in model.named_modules():
+        if any(p.dim() > 2 for p in module.parameters(recurse=False)) and not isinstance(module, _ConvNd):
+            endings = sorted({n.rpartition(".")[2] for n in names})
+            raise UnsupportedModelError(
+                f"{name} of {type(model).__name__} is {type(module).__name__}, experts in one stack and no nn.Linear: "
+                f"adapters cannot change it; to adapt the other layers alone, set [model] targets = {endings}"
+            )
+
+
 def adapted_layers(modules: dict[str, AdaptedLinear], targets: Sequence[str] = ()) -> tuple[AdaptedLayer, ...]:
     """Names and sizes of the layers that an adapter with these targets changes, in the model's order."""
     chosen = [n for n in modules if not targets or _ends_in(n, targets)]
@@ -240,6 +289,20 @@ def adapted_layers(modules: dict[str, AdaptedLinear], targets: Sequence[str] = (
         endings = sorted({n.rpartition(".")[2] for n in modules})
         raise UnsupportedModelError(f"targets {list(targets)} match no adapted layer; there are {endings}")
     return tuple(AdaptedLayer(n, modules[n].base.in_features, modules[n].base.out_features) for n in chosen)
+
+
+def check_rank(rank: int, chosen: Sequence[AdaptedLayer]) -> None:
+    """Raises `UnsupportedModelError` for a rank that no layer has: its factors would be larger than the layers."""
+    widest = max(chosen, key=_width)
+    if rank > _width(widest):
+        raise UnsupportedModelError(
+            f"rank = {rank} must be <= {_width(widest)}, the rank that a change of the widest adapted layer can have: "
+            f"{widest.name} ({widest.in_features} → {widest.out_features})"
+        )
+
+
+def _width(layer: AdaptedLayer) -> int:
+    return min(layer.in_features, layer.out_features)
 
 
 def scaled_layers(modules: dict[str, AdaptedLinear], model: PreTrainedModel) -> tuple[ScaledLayer, ...]:

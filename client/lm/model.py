@@ -70,8 +70,9 @@ class LanguageModel:
         return self.lora_layout(config)
 
     def lora_layout(self, config: AdapterConfig, public_seed: int = 0) -> AdapterLayout:
-        """That of LoRA; frozen factors lie on the model's device."""
+        """That of LoRA; frozen factors lie on the model's device. Raises `UnsupportedModelError`."""
         chosen = layers.adapted_layers(self.engine.modules, config.targets)
+        layers.check_rank(config.rank, chosen)
         made = layout(chosen, config.rank, config.alpha, config.factors, public_seed)
         made.frozen.update({name: x.to(self.engine.device) for name, x in made.frozen.items()})
         return made

@@ -1,8 +1,13 @@
-"""Adapters in PEFT's own file format, so that their owner can take them to plain `peft`."""
+"""Adapters in PEFT's own file format, so that their owner can take them to plain `peft`.
+
+Adapters of several kinds cannot be active together there: the shared one is merged into the base, and the personal
+one, of whatever kind, put on top of that. README has the lines.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +15,9 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig
 from safetensors.torch import load_file, save
 
-from client.lm.adapter import AdapterLayout, Layout
+from client.lm.adapter import AdapterLayout, Layout, weight_layout
 from client.lm.ia3 import ScalingLayout
+from client.lm.places import Base
 from client.lm.soft_prompt import PromptLayout
 from privacy.errors import UserError
 
@@ -23,20 +29,36 @@ class AdapterFormatError(UserError):
     """A PEFT folder does not fit the layout."""
 
 
-def write_peft(folder: Path, layout: Layout, row: torch.Tensor, base_model: str) -> None:
+def write_peft(folder: Path, layout: Layout, row: torch.Tensor, base: Base) -> None:
     """Writes the files of `peft_files`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in peft_files(layout, row, base_model).items():
+    write_files(folder, peft_files(layout, row, base))
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files by their path in a folder."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
-def peft_files(layout: Layout, row: torch.Tensor, base_model: str) -> dict[str, bytes]:
+def shared_files(layout: AdapterLayout, row: torch.Tensor, base: Base) -> dict[str, bytes]:
+    """Of what a server sends (P,) `shared/…`, and `weights/…` where changes of whole weights are behind it."""
+    own, behind = row[: layout.width], row[layout.width :]
+    found = {f"shared/{name}": content for name, content in peft_files(layout, own, base).items()}
+    if len(behind):
+        more = peft_files(weight_layout(layout), behind, base)
+        found |= {f"weights/{name}": content for name, content in more.items()}
+    return found
+
+
+def peft_files(layout: Layout, row: torch.Tensor, base: Base) -> dict[str, bytes]:
     """One row (P,) as `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises `AdapterFormatError` for an adapter that PEFT does not know, such as a gated one.
     """
     tensors, config = _described(layout, row.detach().cpu().reshape(1, -1))
-    config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base_model, True
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    config.base_model_name_or_path, config.revision = base.name, base.revision
     told = {name: sorted(x) if isinstance(x, set) else x for name, x in config.to_dict().items()}
     weights = save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
     return {"adapter_config.json": json.dumps(told, indent=2, sort_keys=True).encode(), WEIGHTS: weights}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
 from importlib import metadata, resources
@@ -24,9 +26,11 @@ from privacy.errors import UserError
 
 NAMES = ("nano", "smollm2-135m")
 PULL = "florilegium models pull smollm2-135m"
+SOURCE = "source.json"  # beside pulled weights
 HUB_TIMEOUT_S = 5.0
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]  # nothing that holds a pickle
 HUB_SKIPPED = ["*/*", "consolidated*"]  # other formats of the same weights
+FINGERPRINT_STRIDE_BYTES, FINGERPRINT_PART_BYTES = 1 << 24, 1 << 16
 
 
 class ModelError(UserError):
@@ -83,6 +87,61 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
+@dataclass(frozen=True)
+class Base:
+    """What an exported adapter says of its base: what `from_pretrained` takes, and what must lie there for it."""
+
+    name: str
+    revision: str | None = None
+    files: tuple[Path, ...] = ()  # of a model that nobody else has by a name
+
+
+ADAPTERS, BASE_FOLDER = "adapters", "base"
+BESIDE = f"./{ADAPTERS}/{BASE_FOLDER}"  # from the folder that holds both; with two slashes it is no id of the hub
+
+
+def base_of(name: str) -> Base:
+    """The base `name` as another machine finds it: the hub's id and revision, or a copy beside the adapters.
+
+    A folder of the user's stays its path, which holds on this machine alone.
+    """
+    if name in NAMES:
+        folder = resolve(name)
+        source = _source(folder)
+        if source.get("from") == "hub":
+            return Base(source["id"], source["revision"])
+        return Base(BESIDE, files=tuple(sorted(p for p in folder.iterdir() if p.is_file())))  # with its licence
+    folder = Path(name).expanduser()
+    return Base(str(folder)) if folder.is_dir() else Base(name, resolve(name).name)  # .../snapshots/<revision>
+
+
+def _source(folder: Path) -> dict[str, str]:
+    """Where a pulled model came from, as `client.lm.pull` noted it."""
+    path = folder / SOURCE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def copy_base(base: Base, folder: Path) -> None:
+    """Copies into the folder of the adapters what must lie beside them, if anything."""
+    if base.files:
+        (folder / BASE_FOLDER).mkdir(parents=True, exist_ok=True)
+    for path in base.files:
+        shutil.copyfile(path, folder / BASE_FOLDER / path.name)
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of what is loaded from the folder of a model: of large files their sizes and a part in every 16 MB."""
+    digest = sha256()
+    for path in sorted(p for p in folder.iterdir() if any(p.match(pattern) for pattern in HUB_FILES)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, FINGERPRINT_STRIDE_BYTES):
+                file.seek(place)
+                digest.update(file.read(FINGERPRINT_PART_BYTES if size > FINGERPRINT_STRIDE_BYTES else size))
+    return digest.hexdigest()
+
+
 # -- nano ---------------------------------------------------------------------------------------------------------
 
 
@@ -98,12 +157,12 @@ def nano_folder() -> Path:
 
 
 def _nano_candidates() -> Iterator[Path]:
-    yield Path(str(resources.files("client.lm") / "nano"))
+    yield Path(str(resources.files("client.lm") / "nano")).absolute()  # the working directory may change
     try:
         installed = metadata.distribution("florilegium")
     except metadata.PackageNotFoundError:
         return
-    yield Path(str(installed.locate_file("client/lm/nano")))
+    yield Path(str(installed.locate_file("client/lm/nano"))).absolute()
     origin = json.loads(installed.read_text("direct_url.json") or "{}")  # an editable install points at its sources
     url = urlsplit(origin.get("url", ""))
     if url.scheme == "file":
@@ -123,7 +182,7 @@ def hub_folder(name: str) -> Path:
         raise ModelError(f"model {name!r} is not in the local cache and HF_HUB_OFFLINE is set; {way_out}")
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)  # asks once; the download would ask again for a minute
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED)).absolute()
     except RepositoryNotFoundError as error:
         raise ModelError(f"model {name!r}: no such folder, and the hub shows you no such model; {way_out}") from error
     except Exception as error:  # whatever stops the client of the hub, the user's ways out are the same
@@ -140,7 +199,7 @@ def _offline() -> bool:
 def _cached(name: str) -> Path | None:
     """The cached copy of a hub model, if it is complete."""
     try:
-        folder = Path(snapshot_download(name, local_files_only=True))
+        folder = Path(snapshot_download(name, local_files_only=True)).absolute()
         check_weights(folder, name)
     except (OSError, ValueError, ModelError):
         return None

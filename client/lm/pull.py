@@ -19,7 +19,7 @@ from zipfile import BadZipFile, ZipFile
 
 from filelock import FileLock
 
-from client.lm.places import ModelError, cache_folder, has_weights, hub_folder
+from client.lm.places import SOURCE, ModelError, cache_folder, has_weights, hub_folder
 
 NAME = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -67,7 +67,7 @@ def _make(work: Path, report: Callable[[str], None]) -> Path:
     made = work / "made"
     convert(folder, made, gguf_file)
     text = json.dumps({**source, "licence": "Apache-2.0"}, indent=1)
-    (made / "source.json").write_text(text + "\n", encoding="utf-8")
+    (made / SOURCE).write_text(text + "\n", encoding="utf-8")
     return made
 
 
