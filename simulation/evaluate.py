@@ -129,8 +129,7 @@ def reply_arms(
     for name, adapters in arms.items():
         texts = lm.generate([q.prompt for _, q in asked], [k for k, _ in asked], adapters, sampling, seeds)
         replies[name] = [
-            Reply(k, q, t, rouge1(q.response, t), len(lm.tokenizer(t)["input_ids"]))
-            for (k, q), t in zip(asked, texts, strict=True)
+            Reply(k, q, t, rouge1(q.response, t), lm.format.length(t)) for (k, q), t in zip(asked, texts, strict=True)
         ]
     return replies
 

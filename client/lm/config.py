@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -24,10 +25,21 @@ class ModelConfig(Config):
     dtype: str = Field("auto", pattern="^(auto|float32|bfloat16)$", description="auto: bfloat16 where it is fast")
     device: str = Field("auto", pattern="^(auto|cpu|cuda(:[0-9]+)?)$")
     chat_template: str = Field("", description="for a tokenizer that has none: plain, or a Jinja template")
+    date: str = Field(
+        "2026-01-01",
+        pattern=r"^\d{4}-\d\d-\d\d$",
+        description="what a chat template that asks for today is told, always: runs must not differ from day to day",
+    )
     targets: tuple[str, ...] = Field((), description="endings of the linear layers to adapt; empty: all but the head")
     limits: TextLimits = TextLimits()
     max_batch_tokens: int = Field(0, ge=0, description="tokens in one pass; 0: what suits the device")
     checkpointing: bool = Field(False, description="compute activations twice instead of keeping them for learning")
+
+    @field_validator("date")
+    @classmethod
+    def _a_day(cls, value: str) -> str:
+        date.fromisoformat(value)
+        return value
 
 
 class AdapterConfig(Config):

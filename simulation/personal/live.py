@@ -99,7 +99,7 @@ def live(
         for k, (device, m, text) in enumerate(zip(devices, met, said, strict=True)):
             good, wanted = feedback(text, m.response, user, derive_seed(seed, device.id, "feedback", t))
             rouge[k, t], accepted[k, t] = rouge1(m.response, text), good
-            said_tokens[k, t] = len(lm.tokenizer(text)["input_ids"])
+            said_tokens[k, t] = lm.format.length(text)
             devices[k] = asls.observe(device, Interaction(m.prompt, text, good, wanted))
         devices = asls.refresh(devices)
         ready = [k for k, device in enumerate(devices) if asls.wants_to_adapt(device)]
