@@ -16,7 +16,7 @@ from client.dialogue import Dialogue
 from client.lm.adapter import Adapters
 from client.lm.config import SamplingConfig
 from client.lm.model import LanguageModel
-from client.synthesize import rouge1
+from client.rouge import rouge1
 
 Arm = Sequence[Adapters]  # the adapters that are on; a stack's row k is device k's
 Queries = Sequence[Sequence[Dialogue]]  # by device

@@ -23,7 +23,7 @@ from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule
 from client.personal.asls import Asls, AslsConfig, Device, Interaction
 from client.personal.profile import Profile, ProfileConfig, drift
-from client.synthesize import rouge1
+from client.rouge import rouge1
 from privacy.config import Config
 from privacy.seeds import derive_seed
 
