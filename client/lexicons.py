@@ -6,18 +6,26 @@ Lists with a licence that does not let us pass them on are read from the package
 from __future__ import annotations
 
 import json
-import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
+import regex
+
+from client.words import UNSPACED
 from privacy.errors import UserError
 
 Lexicons = Mapping[str, frozenset[str]]
-WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # letters of any script, with apostrophes between
+_LETTERS = rf"[\p{{L}}--{UNSPACED}][[\p{{L}}\p{{M}}]--{UNSPACED}]*"
+_SPACED = rf"{_LETTERS}(?:'{_LETTERS})*"  # with apostrophes between
+_RUN = rf"[[\p{{L}}\p{{M}}]&&{UNSPACED}]+"  # of a script without spaces between words
+WORD = regex.compile(rf"{_SPACED}|{_RUN}", regex.V1)
+_TOKEN = regex.compile(rf"{_SPACED}|[\p{{L}}&&{UNSPACED}]\p{{M}}*", regex.V1)
+_UNSPACED = regex.compile(_RUN, regex.V1)
+LONGEST = 8  # characters of a word that is looked for where there are no spaces
 BUNDLED = ("general", "medical", "vader")
 
 
@@ -26,14 +34,43 @@ class LexiconError(UserError, ValueError):  # the latter so that pydantic names 
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of a text: the tokens that the lexicons count."""
-    return WORD.findall(text.lower())
+    """Lower-case words of a text: the tokens that are counted. Of scripts without spaces, characters."""
+    found: list[str] = _TOKEN.findall(text.lower())
+    return found
+
+
+def runs(text: str) -> list[str]:
+    """Lower-case words of a text; of scripts without spaces, all that stands between signs."""
+    found: list[str] = WORD.findall(text.lower())
+    return found
+
+
+def hits(said: Sequence[str], listed: Collection[str]) -> list[str]:
+    """The listed words in the runs of a text; where there are no spaces, the longest from each place on."""
+    found: list[str] = []
+    for run in said:
+        if run in listed:
+            found.append(run)
+        elif not run.isascii() and _UNSPACED.fullmatch(run):
+            found += _within(run, listed)
+    return found
 
 
 def matches(text: str, lexicons: Lexicons) -> dict[str, list[str]]:
     """The words of a text that each lexicon lists, where there are any."""
-    found = {name: [token for token in words(text) if token in listed] for name, listed in lexicons.items()}
-    return {name: hits for name, hits in found.items() if hits}
+    said = runs(text)
+    found = {name: hits(said, listed) for name, listed in lexicons.items()}
+    return {name: words for name, words in found.items() if words}
+
+
+def _within(run: str, listed: Collection[str]) -> list[str]:
+    found, place = [], 0
+    while place < len(run):
+        ends = range(min(len(run), place + LONGEST), place, -1)
+        word = next((run[place:end] for end in ends if run[place:end] in listed), "")
+        found += [word] if word else []
+        place += len(word) or 1
+    return found
 
 
 @lru_cache(maxsize=8)
@@ -77,10 +114,10 @@ def _parse(text: str, where: str) -> Lexicons:
         raise LexiconError(f"lexicon {where}: not valid TOML: {error}") from None
     if not listed:
         raise LexiconError(f'lexicon {where}: is empty; it must have lines like: domain = "one two three"')
-    wrong = [name for name, value in listed.items() if not isinstance(value, str) or not words(value)]
+    wrong = [name for name, value in listed.items() if not isinstance(value, str) or not WORD.search(value)]
     if wrong:
         raise LexiconError(f'lexicon {where}: {wrong[0]} must be words in one string: {wrong[0]} = "one two three"')
-    return {name: frozenset(words(value)) for name, value in listed.items()}
+    return {name: frozenset(runs(value)) for name, value in listed.items()}
 
 
 def _empath(name: str) -> Lexicons:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from client.lexicons import Lexicons, words
+from client.lexicons import Lexicons, hits, runs, words
 
 if TYPE_CHECKING:
     import torch
@@ -32,19 +32,19 @@ def entropy_over_dimensions(embedding: torch.Tensor) -> float:
 
 def domain_specific_score(text: str, lexicons: Lexicons) -> float:
     """DSS = (1/m) Σ |T ∩ l_i| / n over m lexicons, n words in T; 0 for a text without words."""
-    tokens = words(text)
+    tokens, said = words(text), runs(text)
     if not tokens or not lexicons:
         return 0.0
-    hits = sum(token in listed for listed in lexicons.values() for token in tokens)
-    return hits / len(tokens) / len(lexicons)
+    found = sum(len(hits(said, listed)) for listed in lexicons.values())
+    return found / len(tokens) / len(lexicons)
 
 
 def dominant_domain(text: str, lexicons: Lexicons) -> str:
     """argmax over lexicons of |T ∩ l_i|, the first of equals; empty where no word is in any."""
-    tokens = words(text)
-    hits = {name: sum(token in listed for token in tokens) for name, listed in lexicons.items()}
-    best = max(hits, key=lambda name: hits[name], default="")
-    return best if best and hits[best] else ""
+    said = runs(text)
+    found = {name: len(hits(said, listed)) for name, listed in lexicons.items()}
+    best = max(found, key=lambda name: found[name], default="")
+    return best if best and found[best] else ""
 
 
 def in_domain_dissimilarity(embedding: np.ndarray, neighbours: np.ndarray) -> float:

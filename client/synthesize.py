@@ -7,18 +7,17 @@ The base model writes, adapters off, so that no device's texts colour another's 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
-from rouge_score.rouge_scorer import RougeScorer
 
 from client.lm.config import SamplingConfig
 from client.pii import personal_data
+from client.rouge import rouge1
+from client.words import count, words
 from privacy.config import Config
 
 if TYPE_CHECKING:
@@ -41,7 +40,9 @@ class SynthesisConfig(Config):
     )
     rouge1_min: float = Field(0.3, ge=0, le=1)
     rouge1_max: float = Field(0.95, ge=0, le=1, description="above it, a text is a copy")
-    length_ratio_max: float = Field(3.0, ge=1, description="words of the longer text by words of the shorter")
+    length_ratio_max: float = Field(
+        3.0, ge=1, description="words of the longer text by words of the shorter; characters in scripts without spaces"
+    )
     pii_free: bool = Field(False, description="throw away what looks like an address, a number or a link of a person")
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=48, temperature=0.5)
 
@@ -97,7 +98,7 @@ def synthesize(
 def objection(made: Pair, request: Request, seen: set[tuple[str, str]], config: SynthesisConfig) -> str:
     """Why a synthetic dialogue is thrown away; empty when it may stay. Only what was written anew is judged."""
     for text, original in zip(_new(made, config), _new(request.original, config), strict=True):
-        length, before = len(text.split()), max(1, len(original.split()))
+        length, before = count(text), max(1, count(original))
         score = rouge1(original, text)
         if not text:
             return "empty"
@@ -116,16 +117,6 @@ def unwrap(text: str) -> str:
     """What stands between the first [ and the last ], or the whole text without them."""
     inner = text.partition("[")[2] or text
     return (inner.rpartition("]")[0] or inner).strip()
-
-
-def rouge1(reference: str, text: str) -> float:
-    """ROUGE-1 F1 with stemming (Lin 2004); it counts words of Latin letters and digits alone."""
-    return float(_scorer().score(reference, text)["rouge1"].fmeasure)
-
-
-@lru_cache(maxsize=1)
-def _scorer() -> RougeScorer:
-    return RougeScorer(["rouge1"], use_stemmer=True)
 
 
 def _write(
@@ -157,4 +148,4 @@ def _new(pair: Pair, config: SynthesisConfig) -> list[str]:
 
 def _plain(text: str) -> str:
     """A text without case, spaces and punctuation: what differs in these alone is a copy."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+    return " ".join(words(text))

@@ -16,7 +16,7 @@ from client.dialogue import Dialogue
 from client.lm.adapter import Adapters
 from client.lm.config import SamplingConfig
 from client.lm.model import LanguageModel
-from client.synthesize import rouge1
+from client.rouge import rouge1
 
 Arm = Sequence[Adapters]  # the adapters that are on; a stack's row k is device k's
 Queries = Sequence[Sequence[Dialogue]]  # by device
@@ -129,8 +129,7 @@ def reply_arms(
     for name, adapters in arms.items():
         texts = lm.generate([q.prompt for _, q in asked], [k for k, _ in asked], adapters, sampling, seeds)
         replies[name] = [
-            Reply(k, q, t, rouge1(q.response, t), len(lm.tokenizer(t)["input_ids"]))
-            for (k, q), t in zip(asked, texts, strict=True)
+            Reply(k, q, t, rouge1(q.response, t), lm.format.length(t)) for (k, q), t in zip(asked, texts, strict=True)
         ]
     return replies
 

@@ -72,7 +72,8 @@ class Corpus:
         rng = np.random.default_rng((config.seed, 1))
         exercises = _rewriting_exercises(talks, config, rng)
         turns = [[t.text for t in talk.turns] for talk in talks] + exercises
-        encoded = iter(tokenizer([t for talk in turns for t in talk], add_special_tokens=False)["input_ids"])
+        texts = [t for talk in turns for t in talk]
+        encoded = iter(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
         self.talks = [[next(encoded) for _ in talk] for talk in turns]
         self.fixed = len(talks)  # talks from this index on are exercises and are never cut
 

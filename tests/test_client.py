@@ -26,6 +26,7 @@ from client.phases import Site, annotate, observe, synthesize
 from client.pii import personal_data
 from client.policies import POLICIES
 from client.pool import Pool, poisson_sample
+from client.rouge import rouge1
 from client.round import live
 from client.scores import (
     domain_specific_score,
@@ -35,7 +36,7 @@ from client.scores import (
     unit,
 )
 from client.state import DeviceStore, StateError, stage
-from client.synthesize import Request, SynthesisConfig, Treatment, objection, rouge1, unwrap
+from client.synthesize import Request, SynthesisConfig, Treatment, objection, unwrap
 from client.synthesize import synthesize as synthesize_texts
 from privacy.plan import RoundPlan
 from simulation.data.population import User

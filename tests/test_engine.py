@@ -22,6 +22,7 @@ from client.lm import layers
 from client.lm.adapter import AdapterLayout, Adapters, layout, narrow, widen
 from client.lm.attention import _Attention, _by_sdpa
 from client.lm.config import ModelConfig
+from client.lm.decode import Decoding
 from client.lm.engine import Engine
 from client.lm.lessons import Lesson
 from client.lm.loss import token_losses
@@ -209,15 +210,31 @@ def test_texts_continue_the_same_whoever_stops_before(engine: Engine, temperatur
     prompts = [example(3 + 5 * i, 1, i).prompt for i in range(9)]
     slots = [0, 1, 2] * 3
     longest = engine.generate(
-        prompts, slots, [stack], seeds=range(9), max_new_tokens=24, temperature=temperature, stop_id=-1
+        prompts, slots, [stack], seeds=range(9), max_new_tokens=24, temperature=temperature, stop=()
     )
     assert all(len(ids) == 24 for ids in longest)
     stop = longest[0][5]
     stopped = engine.generate(
-        prompts, slots, [stack], seeds=range(9), max_new_tokens=24, temperature=temperature, stop_id=stop
+        prompts, slots, [stack], seeds=range(9), max_new_tokens=24, temperature=temperature, stop=[stop]
     )
     assert stopped == [ids[: ids.index(stop)] if stop in ids else ids for ids in longest]
     assert len(stopped[0]) <= 5
+
+
+def test_a_reply_ends_before_the_whole_sequence_that_ends_it_and_never_shows_a_part_of_it() -> None:
+    wanted = [[5, 7, 8, 7, 8, 9, 1], [7, 8, 9, 7, 8, 9, 3], [1, 2, 3, 4, 5, 6, 7]]  # 7 8 9 ends one
+    decoding = Decoding([0, 0, 0], 7, 0.0, [7, 8, 9], torch.device("cpu"))
+    told = []
+    while decoding.running:
+        step = len(told)
+        chosen = torch.tensor([wanted[row][step] for row in decoding.rows.tolist()])
+        decoding.take(torch.nn.functional.one_hot(chosen, 10))
+        told.append(decoding.replies)
+        if step == 3:
+            assert decoding.drop_finished().tolist() == [0, 2]
+    assert decoding.replies == [[5, 7, 8], [], [1, 2, 3, 4, 5, 6, 7]]
+    assert [now[0] for now in told] == [[5], [5], [5], [5, 7, 8], [5, 7, 8], [5, 7, 8], [5, 7, 8]]
+    assert all(now[1] == [] for now in told)
 
 
 # -- private gradients ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import subprocess
 import time
 from functools import partial
 from importlib import metadata, resources
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,6 +187,20 @@ def test_a_folder_without_a_tokenizer_is_refused(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ModelError, match="no usable tokenizer"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "package"), [(b"\n\x0e\n\x05", "sentencepiece"), (b"IQ== 0\nIg== 1\n", "tiktoken")]
+)
+def test_a_tokenizer_that_needs_a_package_names_it(folder: Path, content: bytes, package: str) -> None:
+    if find_spec(package):
+        pytest.skip(f"{package} is installed")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')
+    (folder / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ModelError, match=f"pip install {package}\\)"):
         load(folder)
 
 

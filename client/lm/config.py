@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import date
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
@@ -43,6 +44,7 @@ class ModelConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is fast")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     chat_template: str = Field("", description="for a tokenizer that has none: plain, or a Jinja template")
+    date: str = Field("2026-01-01", description="of the day that a chat template is told it is: the same in every run")
     targets: Targets = Field((), description="endings of the linear layers to adapt; empty: all but the head")
     limits: TextLimits = TextLimits()
     max_batch_tokens: int = Field(0, ge=0, description="tokens in one pass; 0: what suits the device")
@@ -63,6 +65,15 @@ class ModelConfig(Config):
             raise ValueError("nothing here was tried on Apple's GPUs; use 'cpu'")
         if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", value):
             raise ValueError("must be 'auto', 'cpu', 'cuda' or, as an example, 'cuda:1'")
+        return value
+
+    @field_validator("date")
+    @classmethod
+    def _is_a_day(cls, value: str) -> str:
+        try:
+            date.fromisoformat(value)
+        except ValueError:
+            raise ValueError("must be a day, as '2026-01-31'") from None
         return value
 
 

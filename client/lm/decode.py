@@ -13,11 +13,16 @@ WORTH_DROPPING = 0.75  # of the rows still running, below which the finished one
 class Decoding:
     """R replies of up to `most` tokens: greedy at temperature 0, else sampled by one uniform number a token."""
 
-    def __init__(self, seeds: Sequence[int], most: int, temperature: float, stop_id: int, device: torch.device) -> None:
-        self.temperature, self.stop_id = temperature, stop_id
-        self.ids = torch.full((len(seeds), most), stop_id, device=device)  # (R, most)
+    def __init__(
+        self, seeds: Sequence[int], most: int, temperature: float, stop: Sequence[int], device: torch.device
+    ) -> None:
+        """A reply ends before the tokens of `stop`, in this order; without any it never does."""
+        self.temperature, self.stop = temperature, list(stop)
+        self.ids = torch.zeros((len(seeds), most), dtype=torch.long, device=device)  # (R, most)
         self.rows = torch.arange(len(seeds), device=device)  # the texts that are still in the batch
         self._running = torch.ones(len(seeds), dtype=torch.bool, device=device)
+        self._lengths = torch.full((len(seeds),), most, device=device)  # of the replies that have ended, else `most`
+        self._end = torch.tensor(self.stop, dtype=torch.long, device=device)
         self._uniform = _uniform(seeds, most, temperature).to(device)  # (R, most)
         self._step = 0
 
@@ -38,10 +43,16 @@ class Decoding:
     def take(self, logits: torch.Tensor) -> None:
         """Chooses the next token of each text from its logits (R', V)."""
         uniform = self._uniform[self.rows, self._step]
-        token = torch.where(self._running, _choose(logits.float(), uniform, self.temperature), self.stop_id)
+        filler = self.stop[-1] if self.stop else 0
+        token = torch.where(self._running, _choose(logits.float(), uniform, self.temperature), filler)
         self.ids[self.rows, self._step] = token
-        self._running = self._running & (token != self.stop_id)
         self._step += 1
+        before = self._step - len(self.stop)
+        if self.stop and before >= 0:
+            newest = self.ids[self.rows, before : self._step]  # (R', tokens of `stop`)
+            ended = self._running & (newest == self._end).all(1)
+            self._lengths[self.rows] = torch.where(ended, before, self._lengths[self.rows])
+            self._running = self._running & ~ended
 
     def drop_finished(self) -> torch.Tensor:
         """Takes finished texts out; the places in the batch that stay."""
@@ -51,9 +62,18 @@ class Decoding:
 
     @property
     def replies(self) -> list[list[int]]:
-        """The ids of each reply, without the stop token."""
+        """The ids of each reply so far, without what ends it, and without what may be the beginning of that."""
         rows: list[list[int]] = self.ids.tolist()
-        return [row[: row.index(self.stop_id)] if self.stop_id in row else row for row in rows]
+        most = self.ids.shape[1]
+        lengths = [min(length, self._step) for length in self._lengths.tolist()]
+        return [
+            row[: n if n < self._step or n == most else n - self._begun(row[:n])]
+            for row, n in zip(rows, lengths, strict=True)
+        ]
+
+    def _begun(self, row: list[int]) -> int:
+        """How many of the last tokens are the first ones of `stop`."""
+        return next((n for n in range(len(self.stop) - 1, 0, -1) if row[-n:] == self.stop[:n]), 0)
 
 
 def _uniform(seeds: Sequence[int], most: int, temperature: float) -> torch.Tensor:

@@ -138,10 +138,10 @@ class Engine:
         seeds: Sequence[int],
         max_new_tokens: int,
         temperature: float,
-        stop_id: int,
+        stop: Sequence[int],
         told: Callable[[list[int], list[list[int]]], None] | None = None,
     ) -> list[list[int]]:
-        """Ids that follow each prompt, without the stop token; row i draws from `seeds[i]` alone.
+        """Ids that follow each prompt, up to the tokens of `stop`; row i draws from `seeds[i]` alone.
 
         `told` hears after each token which prompts are being continued, and how far.
         """
@@ -149,7 +149,7 @@ class Engine:
         replies: dict[int, list[int]] = {}
 
         def continued(group: list[int]) -> list[list[int]]:
-            decoding = Decoding([seeds[i] for i in group], max_new_tokens, temperature, stop_id, self.device)
+            decoding = Decoding([seeds[i] for i in group], max_new_tokens, temperature, stop, self.device)
             pack = self.pack([examples[i] for i in group], [slots[i] for i in group])
             for _ in self._decoded(pack, decoding, adapters):
                 if told:

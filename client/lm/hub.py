@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,16 @@ def _check_device(device: str) -> None:
 
 def _load_tokenizer(folder: Path, name: str, chat_template: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # the kinds of failure are those of many tokenizer libraries
+        package = _lacking(folder)
+        reason = f"tokenizer.model alone needs a package: pip install {package}" if package else first_line(error)
         raise ModelError(
-            f"model {name!r}: no usable tokenizer in {folder} ({first_line(error)}); "
-            "write it with tokenizer.save_pretrained(folder)"
+            f"model {name!r}: no usable tokenizer in {folder} ({reason}); "
+            "write it with tokenizer.save_pretrained(folder), as tokenizer.json"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -91,6 +95,16 @@ def _load_tokenizer(folder: Path, name: str, chat_template: str) -> PreTrainedTo
         tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is masked everywhere
     _set_template(tokenizer, name, chat_template)
     return tokenizer
+
+
+def _lacking(folder: Path) -> str:
+    """The package that reads a tokenizer.model, if it is all there is and the package is not; transformers guesses."""
+    file = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").is_file() or not file.is_file():
+        return ""
+    with file.open("rb") as opened:
+        package = "sentencepiece" if opened.read(1) == b"\n" else "tiktoken"  # a protobuf's first field, or base64
+    return "" if find_spec(package) else package
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, name: str, chat_template: str) -> None:

@@ -45,7 +45,7 @@ class LanguageModel:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.engine = Engine(model, config.targets, config.max_batch_tokens, config.checkpointing)
-        self.format = ChatFormat(tokenizer, config.limits)
+        self.format = ChatFormat(tokenizer, config)
 
     @classmethod
     def load(cls, config: ModelConfig) -> LanguageModel:
@@ -144,7 +144,7 @@ class LanguageModel:
             seeds=seeds,
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
-            stop_id=self.format.stop_id,
+            stop=self.format.stop,
             told=told,
         )
         return self._decoded(ids)

@@ -15,7 +15,7 @@ from client.dialogue import Dialogue
 from client.lm.config import SamplingConfig
 from client.personal.history import Asked, Person
 from client.personal.method import SPARE, Desk, Method
-from client.personal.retrieve import words
+from client.words import words
 from privacy.seeds import derive_seed
 
 PROPOSED, TRIED_ON, IN_A_PROMPT = 6, 6, 3

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
+import regex
 import torch
 
 from client.personal.config import ProfileConfig
@@ -23,6 +24,7 @@ from privacy.errors import UserError
 Embed = Callable[[Sequence[str]], torch.Tensor]  # texts → (n, H)
 LONGEST = 80  # characters of an interest
 _SPACE = re.compile(r"\s+")
+_LONG_WORD = regex.compile(r"[\p{L}\p{M}]{4,}")  # of a script without spaces, what stands between its signs
 
 
 class ProfileError(UserError):
@@ -84,7 +86,7 @@ class Profile:
         """The words that weigh most in it, for a prompt."""
         total = Counter[str]()
         for interest, weight in zip(self.interests, self.weights(config).tolist(), strict=True):
-            for word in set(re.findall(r"[^\W\d_]{4,}", interest.text.lower())):
+            for word in set(_LONG_WORD.findall(interest.text.lower())):
                 total[word] += weight
         return ", ".join(sorted(total, key=lambda w: (-round(total[w], 6), w))[:most])
 

@@ -1,14 +1,13 @@
 """Which of a person's past items a prompt is given: the nearest by words or by the model's own embeddings.
 
-`bm25` is Lucene's BM25 (k1 1.5, b 0.75) over lower-case words by the library `bm25s`; `dense` the cosine of mean hidden
-states of the base model. A question without anything to look by gets the newest. Of items that are equally near the
-newest comes first. Causal: for an item of the history only
-those before it are looked at, and counted for the inverse document frequencies.
+`bm25` is Lucene's BM25 (k1 1.5, b 0.75) over the words of `client.words` by the library `bm25s`; `dense` the cosine
+of mean hidden states of the base model. A question without anything to look by gets the newest. Of items that are
+equally near the newest comes first. Causal: for an item of the history only those
+before it are looked at, and counted for the inverse document frequencies.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import bm25s
@@ -18,10 +17,10 @@ import torch
 from client.lm.model import LanguageModel
 from client.personal.config import Retriever
 from client.personal.history import Asked, History
+from client.words import words
 from privacy.seeds import derive_seed
 
 Ranking = Callable[[Asked, int], list[int]]  # (question, items that are there) → their places, best first
-_WORD = re.compile(r"\w+")
 
 
 def rankings(
@@ -35,10 +34,6 @@ def rankings(
     if kind == "recent":
         return [_newest] * len(histories)
     return [_by_chance(derive_seed(seed, device, "retrieve")) for device in devices]
-
-
-def words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
 
 
 def _by_words(history: History) -> Ranking:

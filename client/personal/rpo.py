@@ -54,7 +54,7 @@ class Rpo(Oppu):
         self.count(read=sum(self.tokens([replace(e, response="")]) for own in examples for e in own))
         said = iter(self.desk.lm.generate(prompts, slots, self.desk.beneath, sampling, range(len(prompts))))
         found = [[next(said) for _ in own] for own in examples]
-        self.count(written=sum(len(self.desk.lm.tokenizer(text)["input_ids"]) for own in found for text in own))
+        self.count(written=sum(self.desk.lm.format.length(text) for own in found for text in own))
         return found
 
     def _preferences(self, own: Sequence[Dialogue], said: Sequence[str], batch: Sequence[int]) -> Preferences:

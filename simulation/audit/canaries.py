@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from client.dialogue import Dialogue
+from client.words import bare
 from privacy.seeds import derive_seed
 from simulation.config import ConfigError
 
@@ -35,7 +36,7 @@ def plant(streams: Streams, count: int, seed: int) -> tuple[list[list[Dialogue]]
     A coin decides of each whether it takes its place. Raises `ConfigError` where there are fewer places.
     """
     rng = np.random.Generator(np.random.Philox(key=derive_seed(seed, "canaries")))
-    words = sorted({w for stream in streams for d in stream for w in d.prompt.split() if w.isalpha()})
+    words = sorted({w for stream in streams for d in stream for w in bare(d.prompt)})
     room = sum(map(len, streams))
     if count > room:
         raise ConfigError(f"{room} dialogues have no place for {count} canaries; ask for fewer, or take more devices")

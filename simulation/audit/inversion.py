@@ -17,6 +17,7 @@ from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lm.adapter import Adapters
 from client.lm.model import LanguageModel
+from client.words import bare
 from privacy.seeds import derive_seed
 from server.config import ServerConfig
 from simulation.audit.attacks import trusted
@@ -33,9 +34,7 @@ def reconstructed(
 ) -> tuple[float, float]:
     """The share of words that are found in so many replies, and the one that guessing finds."""
     rng = np.random.Generator(np.random.Philox(key=derive_seed(seed, "inversion")))
-    often, counts = np.unique(
-        [w for s in streams for d in s for w in d.response.split() if w.isalpha()], return_counts=True
-    )
+    often, counts = np.unique([w for s in streams for d in s for w in bare(d.response)], return_counts=True)
     words = often[np.argsort(-counts, kind="stable")][:LISTED].tolist()
     said = [rng.choice(len(words), size=LONG).tolist() for _ in range(targets)]
     prompts = [streams[k % len(streams)][0] for k in range(targets)]

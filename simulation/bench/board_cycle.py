@@ -40,7 +40,7 @@ def main(model: str, limit: str, threads: str, folder: str, group: str = "") -> 
         agent.rate(agent.journal.add(had.prompt, "?", "").id, None, had.response)
     began = time.monotonic()
     reply = agent.chat(PROMPT).said
-    reply_s, tokens = time.monotonic() - began, len(agent.lm.tokenizer.encode(reply))
+    reply_s, tokens = time.monotonic() - began, agent.lm.format.length(reply)
     began = time.monotonic()
     page = agent.learn()
     told = {

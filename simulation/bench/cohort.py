@@ -64,7 +64,7 @@ class Cohort:
             seeds=[0] * len(prompts),
             max_new_tokens=NEW_TOKENS,
             temperature=0.0,
-            stop_id=-1,  # never: all arms write as much
+            stop=(),  # never: all arms write as much
         )
         each = len(batches[0][0])
         return [[i for ids in written[k * each : (k + 1) * each] for i in ids] for k in range(len(batches))]

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from client.dialogue import Dialogue
+from client.words import count
 from simulation.data.conversations import READERS, locate
 from simulation.data.errors import DataError
 from simulation.data.population import HUB, DataConfig, collect, cut, met_before, streams
@@ -79,8 +80,8 @@ def describe(config: DataConfig, seed: int) -> Description:
         users_eligible=len(eligible),
         pairs=len(pairs),
         pairs_per_user=quantiles(len(said) for said in eligible.values()),
-        words_per_prompt=quantiles(len(pair.prompt.split()) for pair in pairs),
-        words_per_response=quantiles(len(pair.response.split()) for pair in pairs),
+        words_per_prompt=quantiles(count(pair.prompt) for pair in pairs),
+        words_per_response=quantiles(count(pair.response) for pair in pairs),
         domains=tuple(Counter(pair.domain for pair in pairs if pair.domain).most_common()),
         example=pairs[seed % len(pairs)] if pairs else None,
         dropped_empty=replies.empty,
@@ -166,4 +167,4 @@ def _domains(domains: tuple[tuple[str, int], ...], shown: int = 8) -> str:
     if not domains:
         return "none named"
     rest = f" and {len(domains) - shown} more" if len(domains) > shown else ""
-    return ", ".join(f"{domain} {count:,}" for domain, count in domains[:shown]) + rest
+    return ", ".join(f"{domain} {n:,}" for domain, n in domains[:shown]) + rest

@@ -23,7 +23,7 @@ from client.lm.model import LanguageModel, schedule
 from client.personal.asls import Asls, Device, Interaction
 from client.personal.config import AslsConfig, ProfileConfig
 from client.personal.profile import Profile, drift
-from client.synthesize import rouge1
+from client.rouge import rouge1
 from privacy.seeds import derive_seed
 from simulation.personal.config import ReptileConfig, UserConfig
 
@@ -91,7 +91,7 @@ def live(
         for k, (device, m, text) in enumerate(zip(devices, met, said, strict=True)):
             good, wanted = feedback(text, m.response, user, derive_seed(seed, device.id, "feedback", t))
             rouge[k, t], accepted[k, t] = rouge1(m.response, text), good
-            said_tokens[k, t] = len(lm.tokenizer(text)["input_ids"])
+            said_tokens[k, t] = lm.format.length(text)
             devices[k] = asls.observe(device, Interaction(m.prompt, text, good, wanted))
         devices = asls.refresh(devices)
         ready = [k for k, device in enumerate(devices) if asls.wants_to_adapt(device)]

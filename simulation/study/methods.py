@@ -71,7 +71,7 @@ class MethodsCell(Seeded):
 
     def _measured(self, answers: Answers, task: Task, users: list[TaskUser]) -> Result:
         """NLL and the task's metrics, over all, by user and by query, and the mean length of replies."""
-        tokenizer = self.bench.model(self.config.model).tokenizer
+        length = self.bench.model(self.config.model).format.length
         nll = measure_nll([Scored(tuple(s.nll for s in of), tuple(s.tokens for s in of)) for of in answers.scores])
         given = [
             [(reply, q.target) for reply, q in zip(replies, user.queries, strict=True)]
@@ -81,5 +81,5 @@ class MethodsCell(Seeded):
         return {
             "nll": {"by_user": nll.by_user, "by_query": nll.by_query, "pooled": nll.mean_per_query},
             **{metric: asdict(measure(metric, given, task.labels)) for metric in task.metrics},
-            "mean_length_tokens": sum(len(tokenizer(text)["input_ids"]) for text in said) / len(said),
+            "mean_length_tokens": sum(length(text) for text in said) / len(said),
         }

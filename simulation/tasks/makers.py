@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from client.dialogue import Dialogue
+from client.words import count
 from privacy.seeds import derive_seed
 from simulation.data.errors import DataError
 from simulation.data.population import User
@@ -99,4 +100,4 @@ def _rated(card: Dialogue, cuts: Sequence[float]) -> Dialogue:
 
 
 def _words(card: Dialogue) -> int:
-    return len(card.response.split())
+    return count(card.response)
