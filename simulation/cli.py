@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import dumps
@@ -175,7 +174,7 @@ def audit(
     from simulation.audit.report import audit_run
     from simulation.runs import RunFolder
 
-    with Console(stderr=True).status("auditing") as status:
+    with _interruptible(), Console(stderr=True).status("auditing") as status:
         found = audit_run(RunFolder(run), devices, canaries, lambda phase: status.update(f"audit: {phase}"))
     if json:
         print(dumps(as_json(found)))
@@ -252,7 +251,8 @@ def pull(name: str) -> None:
 
     if name != "smollm2-135m":
         raise ModelError(f"model {name!r} cannot be pulled; only smollm2-135m can")
-    console.print(f"{name}: {pull_smollm2(report=console.print)}")
+    with _interruptible():
+        console.print(f"{name}: {pull_smollm2(report=console.print)}")
 
 
 @models.command()
@@ -267,7 +267,8 @@ def pretrain(config: Path) -> None:
 
     tree = read_tree(config)
     tree.pop("name")  # which other configs have
-    console.print(train(validate(PretrainConfig, tree, str(config))))
+    with _interruptible():
+        console.print(train(validate(PretrainConfig, tree, str(config))))
 
 
 @data.command("list")
@@ -349,7 +350,7 @@ def bench_engine(
     from simulation.bench.engine import as_table, measure, numbers
 
     told = Console(stderr=True)
-    with told.status("starting") as status:
+    with _interruptible(), told.status("starting") as status:
         outcome = measure(model, numbers(devices), kinds.split(","), steps, repeats, status.update)
     if as_json:
         print(json.dumps(to_json(outcome), indent=1))
@@ -376,7 +377,7 @@ def bench_selection(
     from simulation.bench.selection import as_table, measure
 
     chosen = policies.split(",") if policies else list(POLICIES)
-    with Console(stderr=True).status("measuring"):
+    with _interruptible(), Console(stderr=True).status("measuring"):
         rows = measure(model, bins, chosen, repeats)
     if as_json:
         print(json.dumps(to_json(rows, model, bins), indent=1))
@@ -400,7 +401,7 @@ def bench_privacy(
     from simulation.bench.privacy import as_json as to_json
     from simulation.bench.privacy import as_table, measure
 
-    with Console(stderr=True).status("loading") as status:
+    with _interruptible(), Console(stderr=True).status("loading") as status:
         rows = measure(model, devices, repeats, status.update)
     if as_json:
         print(json.dumps(to_json(rows, model, devices), indent=1))
@@ -425,7 +426,7 @@ def bench_scale(
     from simulation.bench.scale import as_json as to_json
     from simulation.bench.scale import as_table, measure
 
-    with Console(stderr=True).status("measuring") as status:
+    with _interruptible(), Console(stderr=True).status("measuring") as status:
         rows = measure(numbers(devices), stock_until, actors, status.update)
     if as_json:
         print(json.dumps(to_json(rows), indent=1))
@@ -451,7 +452,7 @@ def bench_board(
     from simulation.bench.engine import numbers
 
     sizes = [float(x) for x in limits.split(",")]
-    with Console(stderr=True).status("measuring") as status:
+    with _interruptible(), Console(stderr=True).status("measuring") as status:
         rows = measure(models.split(","), numbers(threads), sizes, status.update)
     if as_json:
         print(json.dumps(to_json(rows), indent=1))
@@ -460,20 +461,16 @@ def bench_board(
 
 
 @contextmanager
-def _interruptible(text: str) -> Iterator[None]:
-    """Ctrl-C ends what is being done in here, once: another one does not disturb how it is ended."""
-    before = signal.signal(signal.SIGINT, _interrupted)
+def _interruptible(text: str = "stopped") -> Iterator[None]:
+    """Ctrl-C or `kill` ends what is being done in here, with all that it has started."""
+    from simulation.stopping import Stopped, stoppable
+
     try:
-        yield
-    except KeyboardInterrupt:
+        with stoppable():
+            yield
+    except Stopped as stopped:
         console.print(text)
-        raise typer.Exit(130) from None
-    signal.signal(signal.SIGINT, before)
-
-
-def _interrupted(*_: object) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
+        raise typer.Exit(stopped.exit_code) from None
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import chdir
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
@@ -31,7 +30,7 @@ from simulation.clock import BufferedClock, Clock
 from simulation.config import ExperimentConfig, with_absolute_paths
 from simulation.crew import Crew
 from simulation.fates import Work
-from simulation.fleet import open_fleet
+from simulation.fleet import InProcess, open_fleet
 from simulation.grid import CohortGrid, WorldGrid
 from simulation.host import SimulatedDevices, device_name, open_devices
 from simulation.progress import Pulse
@@ -96,12 +95,13 @@ def _on_cohorts(run: RunFolder, pulse: Pulse, board: Board | None) -> None:
 
 def _on_flower(run: RunFolder, pulse: Pulse, board: Board | None) -> None:
     """Flower's stock simulation: a message per device, Ray actors."""
-    from simulation.app import client_app, server_app
-    from simulation.stock import simulate
+    from simulation.app import client_app
+    from simulation.stock import stock_grid
 
     os.environ[RUN_VARIABLE] = str(run.path)
-    with chdir(run.path):  # Ray puts the working directory first on its workers' path: no foreign client.py there
-        simulate(server_app, client_app, run.config.data.users)
+    devices = open_devices(run, pulse.enter)
+    with stock_grid(client_app, run.config.data.users, run.path, pulse.visit) as grid:
+        federate(run, grid, Crew(InProcess(devices), devices, pulse), board=board)
 
 
 ENGINES: dict[str, Callable[[RunFolder, Pulse, Board | None], None]] = {"cohort": _on_cohorts, "flower": _on_flower}
