@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,7 +79,7 @@ class WatchedGrid(Grid):
             self.check()
             replies = list(self.pull_messages(waiting))
             waiting -= {reply.metadata.reply_to_message_id for reply in replies}
-            _refuse_errors(replies, done, len(asked))
+            _refuse_errors(replies, done, len(asked), sought)
             done += len(replies)
             if sought and replies:
                 self.answered(len(replies))
@@ -89,21 +88,22 @@ class WatchedGrid(Grid):
                 time.sleep(PAUSE_S)
 
 
-def _refuse_errors(replies: Iterable[Message], done: int, asked: int) -> None:
+def _refuse_errors(replies: Iterable[Message], done: int, asked: int, sought: bool) -> None:
     """Raises what the replies tell of processes that were lost and of bugs."""
-    failed = deque(reply.error for reply in replies if reply.has_error())
+    failed = [reply.error for reply in replies if reply.has_error()]
     lost = [error for error in failed if error.code in LOST]
     if lost:
+        kept = "; what was finished is kept: go on with --resume" if sought else ""
         raise LostProcessError(
             f"{len(lost)} of {asked} visits were lost after {done} were answered, because a process of Flower's "
-            f"simulation ended: {_first_line(lost[0].reason)}; what was finished is kept: go on with --resume"
+            f"simulation ended: {_last_line(lost[0].reason)}{kept}"
         )
     if failed:
         raise RuntimeError(f"a client's app failed: {failed[0].reason}")
 
 
-def _first_line(reason: str | None) -> str:
-    return (reason or "no reason was given").splitlines()[0]
+def _last_line(reason: str | None) -> str:
+    return (reason or "no reason was given").strip().splitlines()[-1].removesuffix("'>")
 
 
 @contextmanager
@@ -159,17 +159,21 @@ def _handed(handed: Queue[Grid], check: Callable[[], None]) -> Grid:
 
 
 def _end_clients() -> None:
-    """Ends the processes that Ray has begun for this one."""
-    end_all([p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::")])
+    """Ends those of Ray that have devices in them."""
+    end_all([p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::ClientApp")])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Flower says at length what is told here in a line."""
+    """Flower and Ray say at length, of each process and each message, what is told here in a line."""
+    from ray._private import worker  # there is no setting against its notes on processes that are gone
+
     logger = logging.getLogger("flwr")
-    before = logger.level
+    level, told = logger.level, worker.print_to_stdstream
     logger.setLevel(logging.CRITICAL)
+    worker.print_to_stdstream = lambda *_, **__: None
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
+        worker.print_to_stdstream = told
