@@ -35,37 +35,31 @@ class Stopped(KeyboardInterrupt):
 @contextmanager
 def stoppable() -> Iterator[None]:
     """What is done in here ends with `Stopped` at a signal, and nothing that it has started is alive after that."""
-    started: list[psutil.Process] = []
+    numbers, started, over = list[int](), list[psutil.Process](), threading.Event()
 
     def stop(number: int, _: object) -> None:
         for each in before:
             signal.signal(each, signal.SIG_IGN)
         started.extend(psutil.Process().children(recursive=True))  # while it is known who is whose
+        numbers.append(number)
         threading.Thread(target=_end_at_last, args=(number, started, over), daemon=True).start()
         raise Stopped(number)
 
-    over = threading.Event()
     before = {each: signal.signal(each, stop) for each in SIGNALS if _heard(each)}
     try:
         yield
-    except Stopped:
-        end_all(started, GRACE_S)
-        over.set()
-        raise
-    except BaseException:
-        _restore(before)
-        raise
-    _restore(before)
+    finally:
+        if numbers:  # whatever others have made of it: Ray raises an exception of its own
+            end_all(started, GRACE_S)
+            over.set()
+            raise Stopped(numbers[0]) from None
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _heard(number: int) -> bool:
     """Whoever starts a command with `nohup` does not want it to hear that the terminal closes."""
     return number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN
-
-
-def _restore(before: Mapping[int, object]) -> None:
-    for number, handler in before.items():
-        signal.signal(number, handler)  # type: ignore[arg-type]
 
 
 def _end_at_last(number: int, started: list[psutil.Process], over: threading.Event) -> None:
