@@ -10,6 +10,7 @@ FlorilegiumError
 │   ├── BudgetError         a promise that no noise keeps (`privacy.accounting`)
 │   ├── StepTooLargeError   of a server's optimizer (`server.optimizers`)
 │   ├── RunError, ReportError, AbsentError          a run's folder, its events, a benchmark's arm (`simulation`)
+│   ├── ClusterError, LostProcessError              Ray, Flower's own simulation (`simulation`)
 │   ├── NoReleaseError      a round without a single release (`server.strategy`)
 │   └── DeviceError         a real device's home, vault, agent (`client.agent`)
 ├── DeviceFaultError        what the data or the disk of one device can cause
