@@ -3,6 +3,7 @@
 FlorilegiumError
 ├── UserError             settings, files, models, machines: whoever runs it can mend that; told in one line
 │   ├── ConfigError, DataError, RunError, ReportError, TooManyFailedError, ElsewhereError, AbsentError  in `simulation`
+│   ├── ClusterError, LostProcessError              Ray, and Flower's own simulation, in `simulation`
 │   ├── ModelError, UnsupportedModelError, AdapterFormatError, LexiconError, ProfileError      in `client`
 │   ├── DeviceError       HomeError, VaultError, AgentError, RefusedError: a real device's, in `client.agent`
 │   ├── BudgetError       a promise that no noise keeps, in `privacy.accounting`

@@ -1,4 +1,4 @@
-"""The apps that Flower starts: `flwr run .`, or this project's `engine = "flower"`.
+"""The apps that Flower starts with `flwr run .`; the client's is that of this project's `engine = "flower"` too.
 
 A simulated device is named after its partition. Its stream and its state are in the run's folder; nothing of it
 is in Flower's context.
@@ -26,6 +26,7 @@ from simulation.fleet import InProcess
 from simulation.host import SimulatedDevices, devices_of_worker, open_devices
 from simulation.people import device_name
 from simulation.runs import RunFolder, create
+from simulation.stock import WatchedGrid
 from simulation.summary import write_summary
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,6 @@ def main(grid: Grid, context: Context) -> None:
         create(path, load_config(find_config(str(context.run_config["config"])), [f"data.users={nodes}"]))
     run = RunFolder(path)
     devices = open_devices(run)
-    federate(run, grid, Crew(InProcess(devices), devices))
+    federate(run, WatchedGrid(grid), Crew(InProcess(devices), devices))
     write_summary(run)
     log.warning("for the report: florilegium report %s", path)  # its template is not part of a Flower bundle

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,7 +197,7 @@ def audit(
     from simulation.audit.report import audit_run
     from simulation.runs import RunFolder
 
-    with telling("auditing") as tell:
+    with _interruptible(), telling("auditing") as tell:
         found = audit_run(RunFolder(run), devices, canaries, tell)
     if json:
         from simulation.audit.audit import as_json
@@ -280,7 +279,8 @@ def pull(name: str) -> None:
 
     if name != "smollm2-135m":
         raise ModelError(f"model {name!r} cannot be pulled; only smollm2-135m can")
-    console.print(f"{name}: {pull_smollm2(report=console.print)}")
+    with _interruptible():
+        console.print(f"{name}: {pull_smollm2(report=console.print)}")
 
 
 @models.command()
@@ -298,7 +298,8 @@ def pretrain(config: Path) -> None:
 
     from simulation.pretrain import pretrain as train  # and with it torch, now that nothing is left to refuse
 
-    console.print(train(settings))
+    with _interruptible():
+        console.print(train(settings))
 
 
 @data.command("list")
@@ -405,7 +406,7 @@ def bench_engine(
     from simulation.bench.engine import as_json as to_json
     from simulation.bench.engine import as_table, measure
 
-    with telling("starting") as tell:
+    with _interruptible(), telling("starting") as tell:
         outcome = measure(*asked, steps, repeats, tell)
     if as_json:
         print(json.dumps(to_json(outcome), indent=1))
@@ -435,7 +436,7 @@ def bench_selection(
     from simulation.bench.selection import as_json as to_json
     from simulation.bench.selection import as_table, measure
 
-    with telling("measuring"):
+    with _interruptible(), telling("measuring"):
         rows = measure(model, bins, chosen, repeats)
     if as_json:
         print(json.dumps(to_json(rows, model, bins), indent=1))
@@ -463,7 +464,7 @@ def bench_privacy(
     from simulation.bench.privacy import as_json as to_json
     from simulation.bench.privacy import as_table, measure
 
-    with telling("loading") as tell:
+    with _interruptible(), telling("loading") as tell:
         rows = measure(model, devices, repeats, tell)
     if as_json:
         print(json.dumps(to_json(rows, model, devices), indent=1))
@@ -491,7 +492,7 @@ def bench_scale(
     from simulation.bench.scale import as_json as to_json
     from simulation.bench.scale import as_table, measure
 
-    with telling("measuring") as tell:
+    with _interruptible(), telling("measuring") as tell:
         rows = measure(counts, stock_until, actors, tell)
     if as_json:
         print(json.dumps(to_json(rows), indent=1))
@@ -520,7 +521,7 @@ def bench_board(
     from simulation.bench.board import as_json as to_json
     from simulation.bench.board import as_table, measure
 
-    with telling("measuring") as tell:
+    with _interruptible(), telling("measuring") as tell:
         rows = measure(*asked, tell)
     if as_json:
         print(json.dumps(to_json(rows), indent=1))
@@ -529,23 +530,23 @@ def bench_board(
 
 
 @contextmanager
-def _interruptible(text: str) -> Iterator[None]:
-    """Ctrl-C ends what is being done in here, once: another one does not disturb how it is ended.
+def _interruptible(text: str = "stopped") -> Iterator[None]:
+    """Ctrl-C or `kill` ends what is being done in here, with all that it has started.
 
     The text is for an end of which nothing else is told.
     """
-    before = signal.signal(signal.SIGINT, _interrupted)
+    from simulation.stopping import Stopped, stoppable
+
     try:
-        yield
-    except KeyboardInterrupt as stopped:
-        console.print(str(stopped) or text)
-        raise typer.Exit(130) from None
-    signal.signal(signal.SIGINT, before)
-
-
-def _interrupted(*_: object) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
+        with stoppable():
+            try:
+                yield
+            except KeyboardInterrupt as interrupted:
+                text = text if isinstance(interrupted, Stopped) else str(interrupted) or text
+                raise
+    except Stopped as stopped:
+        console.print(text)
+        raise typer.Exit(stopped.exit_code) from None
 
 
 def main() -> None:
@@ -557,7 +558,7 @@ def main() -> None:
     except BrokenDeviceError as error:
         print(error.traced, file=sys.stderr)  # of the process that the device was in
         told.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
-        told.print("what was finished is kept; after the mend, run goes on with --resume, a study by itself")
+        told.print("\n".join(getattr(error, "__notes__", [])), soft_wrap=True)
         raise SystemExit(1) from None
     except UserError as error:
         told.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)

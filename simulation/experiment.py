@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import chdir
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from client.folders import make_absolute
 from client.shared import release_limits, release_noise
 from client.state import StoreError
+from privacy.errors import BrokenDeviceError
 from privacy.ledger import LedgerError
 from privacy.plan import RoundPlan
 from privacy.seeds import derive_key, derive_seed
@@ -32,7 +32,7 @@ from simulation.config import ExperimentConfig, with_absolute_paths
 from simulation.crew import Crew
 from simulation.data.population import User
 from simulation.fates import Work
-from simulation.fleet import open_fleet
+from simulation.fleet import InProcess, open_fleet
 from simulation.grid import CohortGrid, WorldGrid
 from simulation.host import SimulatedDevices, open_devices
 from simulation.people import device_name
@@ -94,6 +94,9 @@ def _run(
         return write_summary(run)
     except (OSError, SafetensorError, StoreError, LedgerError) as error:
         raise RunError(f"{run.path}: {error}; {_way_on(run, begun)}") from error
+    except BrokenDeviceError as error:
+        error.add_note(f"after the mend: {_way_on(run, begun)}")
+        raise
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; {_way_on(run, begun)}") from None
 
@@ -119,12 +122,13 @@ def _on_cohorts(run: RunFolder, pulse: Pulse, board: Board | None, people: Seque
 
 def _on_flower(run: RunFolder, pulse: Pulse, board: Board | None, people: Sequence[User] | None) -> None:
     """Flower's stock simulation: a message per device, Ray actors."""
-    from simulation.app import client_app, server_app
-    from simulation.stock import simulate
+    from simulation.app import client_app
+    from simulation.stock import stock_grid
 
     os.environ[RUN_VARIABLE] = str(run.path)
-    with chdir(run.path):  # Ray puts the working directory first on its workers' path: no foreign client.py there
-        simulate(server_app, client_app, run.config.data.users)
+    devices = open_devices(run, pulse.enter, people)
+    with stock_grid(client_app, run.config.data.users, run.path, pulse.visit) as grid:
+        federate(run, grid, Crew(InProcess(devices), devices, pulse), board=board)
 
 
 Engine = Callable[[RunFolder, Pulse, Board | None, Sequence[User] | None], None]

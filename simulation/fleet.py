@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from simulation.cluster import Wish, open_cluster
 from simulation.host import SimulatedDevices, devices_of_worker
 from simulation.runs import RunError, RunFolder
 
@@ -64,13 +66,14 @@ class InProcess:
 class Worker:
     """One process of a cluster, with the base model in it."""
 
-    def __init__(self, folder: Path, threads: int, opened: Open) -> None:
+    devices: SimulatedDevices
+
+    def begin(self, folder: Path, threads: int, opened: Open) -> int:
+        """Not done by the constructor: what that raises Ray takes for a process that was lost."""
         import torch
 
         torch.set_num_threads(threads)
         self.devices = opened(folder)
-
-    def ready(self) -> int:
         return os.getpid()
 
     def do(self, job: Job, names: Sequence[str], shared: Any) -> Any:
@@ -79,10 +82,11 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """A Ray actor and the home that it is."""
+    """A Ray actor, the home that it is, and its process."""
 
     handle: Any
     home: int
+    pid: int = 0
 
 
 @dataclass
@@ -96,11 +100,9 @@ class Task:
 class Actors:
     """`config.ray.actors` Ray actors. One that is lost is replaced while the cluster has room; else the rest go on."""
 
-    def __init__(self, run: RunFolder, opened: Open) -> None:
-        import ray
-
+    def __init__(self, ray: Any, run: RunFolder, opened: Open) -> None:
         self.ray, self.run, self.opened, self.settings = ray, run, opened, run.config.ray
-        self.starting: dict[Any, Actor] = {}  # by the reference of `ready`
+        self.starting: dict[Any, Actor] = {}  # by the reference of `begin`
         self.idle: list[Actor] = []
         self.lost = 0  # since a cohort last came back
         for home in range(self.settings.actors):
@@ -161,7 +163,7 @@ class Actors:
         try:
             return self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else RunError(str(error)) from None
+            raise _raised_there(error) from None
 
     def _done(self, references: list[Any]) -> list[Any]:
         """Those of the references that are done; at least one."""
@@ -183,15 +185,17 @@ class Actors:
         remote: Any = self.ray.remote(
             num_cpus=self.settings.cpus_per_actor, num_gpus=self.settings.gpus_per_actor, scheduling_strategy="SPREAD"
         )(Worker)
-        threads = max(1, int(self.settings.cpus_per_actor))
-        handle = remote.remote(self.run.path, threads, self.opened)
-        self.starting[handle.ready.remote()] = Actor(handle, home)
+        handle, threads = remote.remote(), max(1, int(self.settings.cpus_per_actor))
+        self.starting[handle.begin.remote(self.run.path, threads, self.opened)] = Actor(handle, home)
 
     def _welcome(self, reference: Any) -> None:
         actor = self.starting.pop(reference)
         try:
-            self._result(reference)
-            self.idle.append(actor)
+            self.idle.append(replace(actor, pid=self._result(reference)))
+        except self.ray.exceptions.RayActorError as error:
+            if error.actor_init_failed:  # our code cannot be imported there: another process would fail alike
+                raise RunError(f"a process with devices cannot begin: {_plain(error).splitlines()[-1]}") from error
+            self._lose(actor, error)
         except self.ray.exceptions.RayError as error:
             self._lose(actor, error)
 
@@ -208,6 +212,20 @@ class Actors:
         if running:
             self.ray.wait(list(running), num_returns=len(running), timeout=60)
         self.idle += [actor for actor, _ in running.values()]
+
+
+def _raised_there(error: Any) -> Exception:
+    """What was raised in another process, with its traceback there."""
+    if not isinstance(error.cause, Exception):  # of a kind that cannot be sent
+        return RuntimeError(_plain(error))
+    found: Exception = error.cause
+    found.add_note(f"raised in another process:\n{_plain(error)}")
+    return found
+
+
+def _plain(error: Exception) -> str:
+    """Without Ray's colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))
 
 
 def _chosen(waiting: list[Task], home: int) -> Task:
@@ -232,20 +250,9 @@ def open_fleet(run: RunFolder, devices: SimulatedDevices, opened: Open = devices
     if not settings.actors:
         yield InProcess(devices)
         return
-    import ray
-
-    with chdir(run.path):  # Ray puts the working directory first on its workers' path: no foreign client.py there
-        own: dict[str, Any] = {"include_dashboard": False, "num_cpus": settings.cpus_needed}
-        try:
-            ray.init(
-                address=settings.address or "local",
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                **({} if settings.address else own),
-            )
-            began = time.perf_counter()
-            fleet = Actors(run, opened)
-            log.info("%d actors after %.1f s", fleet.size, time.perf_counter() - began)
-            yield fleet
-        finally:
-            ray.shutdown()
+    wish = Wish(settings.actors, settings.cpus_per_actor, settings.gpus_per_actor)
+    with open_cluster(run.path, wish, settings.address, settings.cpus_needed) as ray:
+        began = time.perf_counter()
+        fleet = Actors(ray, run, opened)
+        log.info("%d actors after %.1f s", fleet.size, time.perf_counter() - began)
+        yield fleet

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from typing import Any
 from client.agent.board import GIB, thrifty
 from client.lm.config import ModelConfig
 from client.terminal import Figures
+from simulation.stopping import run_child
 
 GROUPS = Path("/sys/fs/cgroup")
 
@@ -66,7 +66,7 @@ def _measured(model: ModelConfig, threads: int, limit_gib: float) -> Cycle:
             folder, *([str(group)] if group else []),
         ]  # fmt: skip
         root = str(Path(__file__).parent.parent.parent)
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True)
+        done = run_child(command, Path.cwd(), {**os.environ, "PYTHONPATH": root})
     known = (model.name, model.dtype, model.checkpointing, threads, limit_gib, group is not None)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [""]

@@ -13,11 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+from simulation.stopping import end_with_parent
+
 DIALOGUES = 8
 PROMPT = "What did you do at the weekend?"
 
 
 def main(model: str, limit: str, threads: str, folder: str, group: str = "") -> None:
+    end_with_parent()
     if group:
         (Path(group) / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
     os.environ["OMP_NUM_THREADS"] = threads

@@ -119,9 +119,12 @@ def measure(
             for dtype in DTYPES:
                 limits[dtype].append(limit_gflops(getattr(torch, dtype), device))
         ours = [w.size for (arm, _), w in workers.items() if arm == OURS]
-    finally:
+    except BaseException:
         for worker in workers.values():
-            worker.close()
+            worker.kill()
+        raise
+    for worker in workers.values():
+        worker.close()
     if not ours:
         raise AbsentError(f"our own arm cannot run here: {absent}")
     measured = [r for r in rows if r.answers]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 
 from simulation.bench.peft_arm import OneByOne
 from simulation.bench.workload import NODES, Workload, adapter_rows
-from simulation.stock import simulate
+from simulation.stock import stock_grid
 
 app = ClientApp()
 
@@ -71,13 +71,7 @@ class Federation:
 
 
 def federate(model: str, dtype: str, device: str, serve: Callable[[Federation], None]) -> None:
-    """Starts the simulation and serves measurements from within its ServerApp until `serve` returns."""
-    server = ServerApp()
-    own = OneByOne(model, getattr(torch, dtype), device)
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
+    """Starts the simulation and serves measurements with its grid until `serve` returns."""
+    own, folder = OneByOne(model, getattr(torch, dtype), device), Path(tempfile.mkdtemp())
+    with stock_grid(app, NODES, folder, gpus_per_client=0.0 if device == "cpu" else 0.5) as grid:
         serve(Federation(grid, own, {"model": model, "dtype": dtype, "device": device}))
-
-    os.chdir(tempfile.mkdtemp())  # Ray puts the working directory first on its workers' path
-    simulate(server, app, NODES, gpus_per_client=0.0 if device == "cpu" else 0.5)

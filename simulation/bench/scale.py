@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from client.terminal import Figures
 from simulation.bench.scale_stock import SAMPLED
+from simulation.stopping import run_child
 
 OURS, STOCK = "florilegium", "flower"
 
@@ -55,7 +55,7 @@ def _measured(engine: str, devices: int, actors: int) -> Scaled:
     with TemporaryDirectory() as folder:
         arm = ["scale_ours", str(devices), str(actors), folder] if engine == OURS else ["scale_stock", str(devices)]
         command = [sys.executable, "-m", f"simulation.bench.{arm[0]}", *arm[1:]]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        done = run_child(command, Path(folder), environment)
     if done.returncode:
         raise RuntimeError(f"{engine} with {devices} devices: {done.stderr.strip()[-800:]}")
     told = json.loads(done.stdout.strip().splitlines()[-1])

@@ -28,6 +28,7 @@ from privacy.release import Release
 from simulation.bench.scale_stock import NUMBERS, ROUNDS, SAMPLED, peak_bytes
 from simulation.config import ExperimentConfig
 from simulation.data.population import User
+from simulation.stopping import end_with_parent
 
 POOLED = tuple((f"d{i}", "") for i in range(16))  # dialogues that each device pays for
 
@@ -131,6 +132,7 @@ def idle_devices(run: Any, lm: Any) -> Any:
 
 
 def main() -> None:
+    end_with_parent()
     began = time.time()
     ended = ours(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
     print("\n" + json.dumps({"began": began, "ended": ended, "peak_bytes": peak_bytes()}))

@@ -11,11 +11,13 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
-from flwr.app import ArrayRecord, Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
+
+from simulation.stopping import end_with_parent
 
 ROUNDS = 4
 SAMPLED = 0.1
@@ -30,22 +32,18 @@ def peak_bytes() -> int:
 def stock(devices: int) -> list[float]:
     """When each round was over, in seconds since the epoch."""
     from simulation.bench.idle_client import app
-    from simulation.stock import simulate
+    from simulation.stock import stock_grid
 
     ended: list[float] = []
-    server = ServerApp()
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
+    with stock_grid(app, devices, Path.cwd()) as grid:
         strategy = FedAvg(fraction_train=SAMPLED, fraction_evaluate=0.0, min_available_nodes=devices)
         start = ArrayRecord([np.zeros(NUMBERS, np.float32)])
         strategy.start(grid, start, ROUNDS, evaluate_fn=lambda number, arrays: ended.append(time.time()))
-
-    simulate(server, app, devices)
     return ended[1:]  # the first call is before round 1
 
 
 def main() -> None:
+    end_with_parent()
     began = time.time()
     ended = stock(int(sys.argv[1]))
     print("\n" + json.dumps({"began": began, "ended": ended, "peak_bytes": peak_bytes()}))

@@ -5,18 +5,23 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from privacy.errors import UserError
 from simulation.bench.workload import Arm, ModelSize, Workload
+from simulation.stopping import end_all, end_with_parent
 
 ARMS = {  # name → module and class, imported in the arm's own process
     "florilegium": ("simulation.bench.cohort", "Cohort"),
@@ -25,6 +30,7 @@ ARMS = {  # name → module and class, imported in the arm's own process
     "pfl": ("simulation.bench.pfl_arm", "Pfl"),
     "flower": ("simulation.bench.flower_arm", "federate"),
 }
+END_TIMEOUT_S = 30.0  # of Ray
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,11 @@ class Worker:
         self._process = context.Process(target=_serve, args=(theirs, arm, model, dtype, device))
         self._process.start()
         theirs.close()
-        self.size: ModelSize = self._receive()
+        try:
+            self.size: ModelSize = self._receive()
+        except BaseException:
+            self.kill()
+            raise
 
     def measure(self, work: Workload, *, memory: bool) -> Answer:
         """Time, or memory: to measure this one, what was freed is first handed back, which costs time after.
@@ -62,8 +72,16 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        if self._process.is_alive():
+        """Its process ends when it has nothing to do; one that does not is ended."""
+        with suppress(OSError):
             self._pipe.send(None)
+        self._process.join(END_TIMEOUT_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the process, and what it has started, whatever it does."""
+        with suppress(psutil.NoSuchProcess):
+            end_all([psutil.Process(self._process.pid)])
         self._process.join()
 
     def _receive(self) -> Any:
@@ -79,6 +97,9 @@ class Worker:
 
 def _serve(pipe: Connection, arm: str, model: str, dtype: str, device: str) -> None:
     """Runs in the arm's process: says the model's size, then answers measurements until it is told None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all: the parent ends this one
+    parent = parent_process()
+    end_with_parent(parent.pid if parent else None)
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     module, name = ARMS[arm]
     try:
