@@ -42,7 +42,9 @@ class Config(BaseModel):
         if isinstance(values, cls):
             return values
         if not isinstance(values, dict):
-            raise ValueError(f"is a section, not a value; it has the settings {', '.join(cls.model_fields)}")
+            raise ValueError(  # noqa: TRY004  # pydantic tells where a ValueError belongs
+                f"is a section, not a value; it has the settings {', '.join(cls.model_fields)}"
+            )
         for key, value in values.items():
             if key not in cls.model_fields:
                 raise ValueError(f"unknown key {key!r}; {cls._meant(str(key))}")

@@ -117,7 +117,7 @@ class Intake:
                 return MALFORMED
             row, places = self._row(to_numpy(reply.content.array_records["arrays"]))
             norm = float(np.linalg.norm(row.astype(np.float64)))
-        except Exception:  # numpy, of bytes that are no array: EOFError, BadZipFile, MemoryError, …
+        except Exception:  # noqa: BLE001  # numpy, of bytes that are no array: EOFError, BadZipFile, MemoryError, …
             return MALFORMED
         if norm > self.limits.largest_norm_l2:
             return "too-large"

@@ -55,7 +55,7 @@ def _answer(message: Message, context: Context) -> Message:
         if not found.failed:
             return on_a_wire(found.results[0][1])
         leave(run.faults, name, what, found.failed[name])
-    except Exception as error:  # the driver raises it
+    except Exception as error:  # noqa: BLE001  # the driver raises it
         leave(run.faults, name, what, error)
     return refusal(FAILED).to(message)
 

@@ -563,7 +563,7 @@ def main() -> None:
     except UserError as error:
         told.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)
         raise SystemExit(2) from None
-    except Exception:
+    except Exception:  # noqa: BLE001  # the end of the program: all of it is told
         print_exc()
         told.print(OURS, soft_wrap=True)
         raise SystemExit(1) from None

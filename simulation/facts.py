@@ -12,6 +12,7 @@ from simulation.config import ExperimentConfig
 from simulation.data.population import Bootstrapped, met_before
 from simulation.host import SimulatedDevices
 from simulation.people import People
+from simulation.runs import sources_sha256
 
 
 def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, A
             "steps_per_round": event.steps,
             "accountant": "PLD",
         },
+        "sources": sources_sha256(),
         "config": config.model_dump(mode="json"),
     }
 

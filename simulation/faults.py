@@ -40,7 +40,7 @@ def tried(work: Callable[[Sequence[int]], Result], names: Sequence[str]) -> Resu
         return work(range(len(names)))
     except (*NO_DEVICES_FAULT, BrokenDeviceError):
         raise
-    except Exception as error:  # is raised, by name
+    except Exception as error:  # noqa: BLE001  # is raised, by name
         raised = error
     raise _found(raised, work, names) from raised  # not while it is handled: it would be the context of what is tried
 
@@ -62,7 +62,7 @@ def _failure(work: Callable[[Sequence[int]], Any], group: Sequence[int]) -> Exce
         work(group)
     except NO_DEVICES_FAULT:
         raise
-    except Exception as error:  # which one it is is what is asked
+    except Exception as error:  # noqa: BLE001  # which one it is is what is asked
         return error
     return None
 
@@ -119,7 +119,7 @@ def attempt(job: Callable[..., Any], counting: bool, devices: Any, names: Sequen
     except DeviceFaultError as error:
         if len(names) == 1:
             return Attempt(failed={names[0]: named(error)})
-    except Exception:  # no fault of a device's: as where nothing is counted
+    except Exception:  # noqa: BLE001  # no fault of a device's: as where nothing is counted
         return Attempt([(tuple(names), tried(work, names))])
     half = len(names) // 2
     first, rest = (attempt(job, counting, devices, part, shared) for part in (names[:half], names[half:]))

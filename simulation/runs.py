@@ -28,6 +28,7 @@ Event = dict[str, Any]
 MOMENTS = "optimizer."  # begins the names of what a server's optimizer remembers
 AGGREGATE = "-aggregate"  # ends the names of checkpoints of rounds that are not over
 SHARDS_OF_AN_ACTOR = 4  # so that a run can be resumed with more actors, and that a lost one's are shared out
+OTHER_CODE = "another version of the code"
 PACKAGES = ("privacy", "client", "server", "simulation")
 
 
@@ -207,9 +208,11 @@ def _changed(event: Event, config: ExperimentConfig, round_number: int) -> Event
     """The event that a run began with, for one that goes on with these settings."""
     found = changes(ExperimentConfig.model_validate(event["config"]), config)
     slow = {key: values for key, values in found.items() if not key.startswith(SPEED)}
-    now = event | {"rounds": config.rounds, "config": config.model_dump(mode="json")}
-    if slow:
-        now["changed"] = [*event.get("changed", []), {"after_round": round_number, "settings": told(slow)}]
+    code = {"sources": sources_sha256()}
+    now = event | {"rounds": config.rounds, "config": config.model_dump(mode="json"), **code}
+    news = [*([told(slow)] if slow else []), *([OTHER_CODE] if event["sources"] != code["sources"] else [])]
+    if news:
+        now["changed"] = [*event.get("changed", []), {"after_round": round_number, "settings": ", ".join(news)}]
     return now
 
 
@@ -224,7 +227,7 @@ def create(path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> 
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     _write_config(fresh, config)
-    (fresh / "sources.sha256").write_text(sources_sha256() + "\n", encoding="utf-8")
+    _write_sources(fresh)
     Shards.create(fresh / "devices", config.ray.shards or max(1, SHARDS_OF_AN_ACTOR * config.ray.actors))
     if path.exists() and any(path.iterdir()):
         shutil.rmtree(_aside(path), ignore_errors=True)
@@ -277,6 +280,7 @@ def resume(path: Path, config: ExperimentConfig) -> RunFolder:
     """The run in a folder; raises `ConfigError` for settings that it cannot go on with."""
     check_resumable(path, config)
     _write_config(path, config)
+    _write_sources(path)  # which may have been mended; that is told in the run's event
     shutil.rmtree(_aside(path), ignore_errors=True)  # of an --overwrite that was killed
     return RunFolder(path)
 
@@ -293,6 +297,10 @@ def _write_config(path: Path, config: ExperimentConfig) -> None:
     fresh = path / "config.new"
     fresh.write_text(dump_config(config), encoding="utf-8")
     fresh.replace(path / "config.toml")
+
+
+def _write_sources(path: Path) -> None:
+    (path / "sources.sha256").write_text(sources_sha256() + "\n", encoding="utf-8")
 
 
 @lru_cache(maxsize=1)

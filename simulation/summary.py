@@ -171,7 +171,7 @@ def render_summary(summary: Summary) -> RenderableType:
         f"{summary['hardware']}: {summary['wall_s']:.0f} s, {summary['peak_rss_bytes'] / 1e9:.2f} GB, "
         f"{summary['tokens_trained']:,} tokens trained",
         f"{summary['devices_bytes'] / 1e6:.1f} MB of devices' states and ledgers on the disk",
-        *(f"went on after round {c['after_round']} with other settings: {c['settings']}" for c in summary["changed"]),
+        *(f"went on after round {c['after_round']} with {c['settings']}" for c in summary["changed"]),
         *([_world(summary["world"])] if summary["world"] else []),
         *(f"newcomers, {_comparison(c)}" for c in summary["newcomers_comparisons"]),
         *([_failures(summary)] if summary["failures"] or summary["refused"] else []),

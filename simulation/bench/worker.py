@@ -110,7 +110,7 @@ def _serve(pipe: Connection, arm: str, model: str, dtype: str, device: str) -> N
             import torch
 
             _answer(pipe, make(model, getattr(torch, dtype), device), device)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # whatever keeps the arm away is told in the table
         pipe.send(_reason(error))
 
 
@@ -125,7 +125,7 @@ def _answer(pipe: Connection, arm: Arm, device: str) -> None:
             results = run()
             seconds = time.perf_counter() - began
             pipe.send(Answer(seconds, peak.bytes() if peak else None, results))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # another process tells it, with its traceback
             traceback.print_exc()
             pipe.send(_reason(error))
 
