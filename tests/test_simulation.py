@@ -30,6 +30,7 @@ from privacy.plan import RoundPlan
 from server.intake import to_arrays
 from simulation.cli import main
 from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config, with_absolute_paths
+from simulation.data.errors import DataError
 from simulation.data.population import load_population
 from simulation.experiment import run_experiment
 from simulation.host import SimulatedDevices, device_name, open_devices
@@ -551,7 +552,7 @@ def test_a_replacement_that_cannot_begin_leaves_the_old_run(
 ) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "small"))
     wrong = small.model_copy(update={"data": small.data.model_copy(update={"users": 2_000})})
-    with pytest.raises(ValueError, match="set users <="):
+    with pytest.raises(DataError, match="set users <="):
         run_experiment(wrong, run, overwrite=True)
     assert (run / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
