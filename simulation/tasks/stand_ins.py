@@ -74,7 +74,8 @@ def _of_people(by_user: Callable[[DataConfig], populations.People], unique: str)
 
 def _of_cards(cards: Callable[[], Iterable[Dialogue]], unique: str) -> Load:
     def load(data: DataConfig, seed: int) -> list[User]:
-        hands, everybody = dealt(once(cards(), unique), data, seed)
+        in_order = sorted(cards(), key=lambda card: card.id)  # whatever the order of the file
+        hands, everybody = dealt(once(in_order, unique), data, seed)
         return people(hands, everybody, seed, unique=unique)
 
     return load
