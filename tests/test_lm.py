@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from transformers import (
 )
 
 from client.dialogue import Dialogue
+from client.lm import attention
 from client.lm.adapter import Adapters, layout
+from client.lm.cache import KeyValues
 from client.lm.config import AdapterConfig, SamplingConfig
 from client.lm.engine import Engine
 from client.lm.layers import UnsupportedModelError, adapt, adapted_layers
@@ -291,3 +294,33 @@ def test_a_model_that_takes_a_layers_weights_out_of_it_is_told(lm: LanguageModel
 def test_an_attached_head_is_not_adapted(lm: LanguageModel) -> None:
     with pytest.raises(UnsupportedModelError, match="outside the head"):
         adapt(AutoModelForCausalLM.from_pretrained(str(nano_folder())), ["lm_head"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_of_ours_goes_through_the_models_signatures(
+    lm: LanguageModel, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass hands over what every transformers 5 takes; what else it needs is set on the modules beforehand."""
+    kind, more = FAMILIES[family]
+    other = tiny(
+        lm, kind(vocab_size=len(lm.tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, **SIZES, **more)
+    )
+    body, handed = other.engine.model.base_model, []
+    whole = body.forward
+
+    def forward(*args: object, **named: object) -> object:
+        handed.append((args, set(named)))
+        return whole(*args, **named)
+
+    monkeypatch.setattr(body, "forward", forward)
+    other.generate(["hi"], [0], [], SamplingConfig(max_new_tokens=2), [0])
+    other.score(other.format.dialogues(TALKS[:1]), [0], [])
+    assert len(handed) >= 2 and all(found == ((), {"input_ids", "position_ids", "use_cache"}) for found in handed)
+    assert {"input_ids", "position_ids", "use_cache"} <= set(inspect.signature(type(body).forward).parameters)
+    attending = [m for m in body.modules() if hasattr(m, attention.READING)]
+    assert attending and not any(attention.READING in m.state_dict() for m in attending)
+
+
+def test_no_class_of_transformers_that_moves_is_built_upon() -> None:
+    """Its `Cache` has had three signatures in one major version."""
+    assert KeyValues.__mro__[1:] == (object,)

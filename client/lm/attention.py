@@ -24,7 +24,7 @@ from client.lm.layers import UnsupportedModelError
 from client.lm.packing import Band, Texts
 
 NAME = "florilegium"
-_READING = "florilegium_reading"  # the attribute of the modules that attend
+READING = "florilegium_reading"  # the attribute of the modules that attend
 
 
 @dataclass
@@ -51,7 +51,7 @@ def attend_packed(model: PreTrainedModel) -> Reading:
     reading = Reading()
     for module in model.modules():
         if hasattr(module, "layer_idx"):
-            object.__setattr__(module, _READING, reading)  # beside torch's own registers
+            object.__setattr__(module, READING, reading)  # beside torch's own registers
     model.set_attn_implementation(NAME)
     return reading
 
@@ -70,7 +70,7 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention in the form that `transformers` calls: q (1, h, N, d), k and v (1, g, N, d) → (1, N, h, d)."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    reading: Reading = getattr(module, _READING, Reading())
+    reading: Reading = getattr(module, READING, Reading())
     texts, cache = reading.texts, reading.cache
     if texts is None and cache is None:
         raise RuntimeError("this model reads packed texts only: call it through client.lm.engine.Engine")
