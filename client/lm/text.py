@@ -68,7 +68,7 @@ class ChatFormat:
 
     def beginning(self, text: str, tokens: int) -> str:
         """At most so many tokens of a text."""
-        whole, reach = plain(text), tokens * CHARACTERS + SPARE
+        whole, reach = plain(text), (tokens + SPARE) * CHARACTERS
         while True:
             part = _start(whole, reach)
             offsets = self._encode([part.text])[0].offsets
@@ -93,9 +93,10 @@ class ChatFormat:
         """
         found: dict[int, Example] = {}
         left, reach = list(range(len(prompts))), CHARACTERS
+        most = (self.limits.prompt_tokens + SPARE, self.limits.reply_tokens + SPARE)
         while left:
-            asked = [_end(prompts[i], self.limits.prompt_tokens * reach) for i in left]
-            said = [_start(replies[i], self.limits.reply_tokens * reach) for i in left] if replies is not None else []
+            asked = [_end(prompts[i], most[0] * reach) for i in left]
+            said = [_start(replies[i], most[1] * reach) for i in left] if replies is not None else []
             made = self._cut(asked, said)
             found.update({i: example for i, example in zip(left, made, strict=True) if example})
             left, reach = [i for i in left if i not in found], reach * CHARACTERS
