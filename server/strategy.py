@@ -25,7 +25,7 @@ from privacy.release import Schema
 from privacy.seeds import derive_seed
 from server.config import ServerConfig, devices_to_ask
 from server.factors import MeanOfProducts
-from server.intake import Intake, Limits, RoundFacts, signal_to_noise, to_arrays, to_numpy
+from server.intake import Intake, Limits, RoundFacts, signal_to_noise, signal_to_noise_floor, to_arrays, to_numpy
 from server.optimizers import OPTIMIZERS, Moments, step_at
 from server.rules import TooFewReleasesError
 
@@ -183,6 +183,7 @@ class ReleaseStrategy(Strategy):
         divisors = np.broadcast_to(by or rule.senders, places.shape)
         noise_std = self.noise.of_mean(intake.weight_squares[places], divisors[places])
         facts.signal_to_noise = signal_to_noise(facts.change_norm_l2, noise_std, change.size)
+        facts.signal_to_noise_floor = signal_to_noise_floor(change.size)
         row, self.moments = step_at(self.optimizer, intake.before, change, self.moments, places)
         return self._sent(row, intake.products)
 
