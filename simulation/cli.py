@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from client.agent.cli import app as device
-from client.agent.cli import plain_errors
 from privacy.errors import UserError
+from simulation.deployment.cli import app as server
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads spin for each other: ruinous beside other work
@@ -34,7 +34,6 @@ app.add_typer(data, name="data")
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine with what it is asked to do.")
 app.add_typer(bench, name="bench")
 app.add_typer(device, name="device")
-server = typer.Typer(no_args_is_help=True, help="A server for real devices: terms, certificates, rounds.")
 app.add_typer(server, name="server")
 console = Console()
 
@@ -72,81 +71,6 @@ def run(
         )
     console.print(render_summary(summary))
     console.print(f"report: {folder / 'report.html'}")
-
-
-@server.command()
-def init(
-    folder: Path,
-    name: Annotated[str, typer.Option(help="Of the federation.")],
-    host: Annotated[list[str], typer.Option(help="Names and addresses that devices know the server by.")],
-    model: str = "nano",
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
-    min_devices: Annotated[int, typer.Option(min=1, help="That must be there before a round begins.")] = 1,
-    patience_s: Annotated[float, typer.Option(min=1, help="For the answers of a round.")] = 600.0,
-) -> None:
-    """Make FOLDER with the terms of a federation and the certificates of its server.
-
-    Devices' owners need FOLDER/terms.toml and FOLDER/ca.pem; their public keys go into FOLDER/nodes.
-    """
-    from secrets import randbits
-
-    from client.agent.agent import base_hash
-    from client.agent.terms import Terms, write_terms
-    from simulation.deployment import NODES, TERMS, make_certificates
-
-    folder = folder.resolve()
-    with plain_errors():
-        terms = Terms(
-            name=name, model=model, base=base_hash(model), rounds=rounds, seed=randbits(48), min_devices=min_devices,
-            patience_s=patience_s,
-        )  # fmt: skip
-        make_certificates(folder, host)
-        write_terms(folder / TERMS, terms)
-        (folder / NODES).mkdir()
-    console.print(f"{folder}: give terms.toml and ca.pem to the devices' owners, put their node.pub into nodes/")
-
-
-@server.command()
-def start(
-    folder: Path,
-    host: Annotated[str, typer.Option(help="To listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
-) -> None:
-    """Run the rounds of FOLDER's terms with the devices whose keys are in FOLDER/nodes.
-
-    Goes on where it was stopped.
-    """
-    from client.agent.terms import read_terms
-    from simulation.deployment import TERMS, all_done, register, run_rounds, superlink
-
-    folder, address = folder.resolve(), _own_address(host, port)
-    with plain_errors():
-        terms = read_terms(folder / TERMS)
-        if not all_done(folder):
-            with superlink(folder, host, port):
-                console.print(
-                    f"{register(folder, address)} devices may connect to {host}:{port}; a round begins when "
-                    f"{terms.min_devices} are there"
-                )
-                run_rounds(folder, address, console.print)
-    console.print(f"all rounds are done: {folder / 'server'}")
-
-
-@server.command("register")
-def register_devices(
-    folder: Path,
-    host: Annotated[str, typer.Option(help="That it listens on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
-) -> None:
-    """Let those in whose keys were put into FOLDER/nodes after the server's start."""
-    from simulation.deployment import register
-
-    with plain_errors():
-        console.print(f"{register(folder.resolve(), _own_address(host, port))} devices may connect")
-
-
-def _own_address(host: str, port: int) -> str:
-    return f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
 @app.command()

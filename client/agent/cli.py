@@ -221,6 +221,7 @@ def status(home: HomeOption = HOME) -> None:
             f"{told['unanswered']} wait for a reply of yours",
             "federation": f"{there['name']} at {there['server']}, {there['rounds']} rounds" if there else "none",
             "sent": f"{told['releases']} releases; ε {spent} of {told['epsilon_budget']:g} for {told['unit']}",
+            "turned away": ", ".join(f"{n} × {what}" for what, n in told["turned away"].items()) or "nothing",
             "disk, memory": f"{told['vault_bytes'] / 1e6:.1f} MB, {told['memory_bytes'] / 1e6:.0f} MB",
         }
         table = Table(show_header=False)

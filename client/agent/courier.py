@@ -40,6 +40,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from client.agent.agent import Agent
 from client.agent.home import DeviceError, write_private
+from client.agent.seal import is_sealed
 from client.app import answer, refusal
 from client.records import on_a_wire
 from privacy.gate import BAD_MESSAGE, FAILED, NO_DEVICE
@@ -64,6 +65,11 @@ def answered(message: Message, agent: Agent) -> Message:
         arrays = [a for record in message.content.array_records.values() for a in record.values()]
         if sum(len(array.data) for array in arrays) > largest_question(agent):
             log.warning("a server's message was too large")
+            return refusal(BAD_MESSAGE).to(message)
+        federation = agent.federation
+        if federation is not None and not is_sealed(message, federation.name, federation.operator):
+            log.warning("a question was not signed by the operator of %s", federation.name)
+            agent.turn_away("a question that its operator did not sign")
             return refusal(BAD_MESSAGE).to(message)
         found = answer([message], [agent.config.name], agent)[0] if agent.federating else None
         if found is None or not agent.federating:  # which its owner may have ended meanwhile
