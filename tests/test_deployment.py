@@ -114,7 +114,7 @@ def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: Language
     """
     folder, port = tmp_path / "server", free_port()
     told("server", "init", folder, "--name", "orchard", "--host", "127.0.0.1", "--host", "localhost", "--rounds", 3,
-         "--min-devices", 2, "--patience-s", 75, "--least-epsilon", 0.5)  # fmt: skip
+         "--min-devices", 2, "--patience-s", 240, "--least-epsilon", 0.5)  # fmt: skip
     homes = [Home(tmp_path / name) for name in ("steady", "spent", "silent")]
     steady, spent, silent = (
         new_device(home, lm, **({"epsilon": 1.0, "releases": 1} if home is homes[1] else {})) for home in homes
@@ -135,7 +135,7 @@ def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: Language
     )
     try:
         run = RunFolder(folder)
-        until = time.monotonic() + 240
+        until = time.monotonic() + 400
         while not (run.aggregate(1) or (run.last_shared() and run.last_shared().round >= 1)):  # type: ignore[union-attr]
             assert time.monotonic() < until and server.poll() is None, (folder / "server.log").read_text()[-3000:]
             time.sleep(0.2)
@@ -188,7 +188,7 @@ def test_who_does_not_know_the_other_stays_apart(
         link = running.enter_context(serving(folder, "127.0.0.1", port))
         for agent in agents.values():
             running.enter_context(connected(agent))
-        until = time.monotonic() + 90
+        until = time.monotonic() + 300
         while not all(text in caplog.text for text in REASONS.values()) or set(link.online()) != {"known"}:
             assert time.monotonic() < until, caplog.text
             time.sleep(1)

@@ -307,15 +307,8 @@ def test_a_head_without_end_is_ended(narrow: Served) -> None:
 
 def test_garbage_writes_no_traceback(narrow: Served, capfd: pytest.CaptureFixture[str]) -> None:
     upgrade = (
-        b"GET /v1/fleet/x HTTP/1.1
-host: x
-connection: upgrade
-upgrade: websocket
-"
-        b"sec-websocket-version: 13
-sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==
-
-"
+        b"GET /v1/fleet/x HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+        b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
     )
     for garbage in (b"\x00" * 100 + b"\r\n\r\n", upgrade, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/9\r\n\r\n"):
         with raw(narrow) as connection:
