@@ -12,6 +12,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from client.agent.agent import Agent, base_hash
 from client.agent.config import new_config
 from client.agent.home import Home
+from client.agent.seal import new_key, public_half
 from client.agent.serve import showing
 from client.agent.terms import Terms
 from client.lm.config import ModelConfig
@@ -35,7 +36,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Iterat
         agent.rate(agent.journal.add(prompt, "hm", "").id, False, wanted)
     agent.journal.add("<b>Is this bold?</b><script>alert(1)</script>", "no", "")
     agent.learn()
-    agent.join(Terms(name="orchard", base=base_hash("nano")), "127.0.0.1:9092")
+    agent.join(Terms(name="orchard", base=base_hash("nano"), operator=public_half(new_key())), "127.0.0.1:9092")
     agent.contribute([config.name], agent.site.shared_layout.start(0), RoundPlan(1, 0))
     with showing(agent, 0):
         yield agent, agent.page_address

@@ -36,7 +36,7 @@ from client.lm.config import ModelConfig
 from client.lm.hub import ModelError, resolve
 from client.lm.layers import UnsupportedModelError
 from client.lm.model import LanguageModel
-from client.personal.profile import Profile, ProfileConfig
+from client.personal.profile import Profile, ProfileConfig, ProfileError
 from client.phases import Site, States, annotate, beneath, observe
 from client.round import contribute, live
 from client.shared import planned_event, release_limits, resend
@@ -290,7 +290,10 @@ class Agent:
     @property
     def profile(self) -> Profile:
         told = self.journal.fact("profile")
-        return Profile.from_json(told) if told else Profile()
+        try:
+            return Profile.from_json(_mended(told)) if told else Profile()
+        except ProfileError:  # of an earlier version, which took more; learning notices interests anew
+            return Profile()
 
     def edit_profile(self, text: str) -> Profile:
         """As its owner wants it; raises `ProfileError` for what is not one."""
@@ -455,7 +458,7 @@ class Agent:
             site = self._site_in(_federation(terms, ""))
             planned_event(site.config)
             longest = release_limits(site.config, site.schema)[0]
-        except UserError as error:
+        except (UserError, ValueError) as error:
             raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
         if terms.largest_norm_l2 and longest > terms.largest_norm_l2:
             raise AgentError(
@@ -689,6 +692,11 @@ def _held(state: DeviceState) -> set[str]:
 
 def _hashed(text: str) -> str:
     return sha256(text.encode()).hexdigest()
+
+
+def _mended(text: str) -> str:
+    """Without halves of surrogates, which an earlier version took and no answer can be written with."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _no_shared(connection: Any) -> None:

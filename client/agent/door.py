@@ -45,7 +45,7 @@ class Bounds:
 
 
 @contextmanager
-def opened(
+def open_door(
     app: ASGIApp,
     listening: socket.socket,
     bounds: Bounds,

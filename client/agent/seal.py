@@ -74,7 +74,7 @@ def _told(content: RecordDict, kind: str, federation: str, arrays_hash: str = ""
         "plan": dict(plan),
         "arrays": arrays_hash or hash_of(content.array_records["arrays"]),
     }
-    return DOMAIN + json.dumps(told, sort_keys=True).encode()
+    return DOMAIN + json.dumps(told, sort_keys=True, default=repr).encode()
 
 
 def _private(pem: bytes) -> Ed25519PrivateKey:

@@ -35,7 +35,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from client.agent.door import Bounds, Door, opened
+from client.agent.door import Bounds, Door, open_door
 from client.agent.home import DeviceError
 from simulation.deployment.link import Link
 
@@ -219,7 +219,7 @@ def fleet_door(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
-    with opened(FleetDoor(link, allowed), _listening(host, port), bounds, secured=context) as door:
+    with open_door(FleetDoor(link, allowed), _listening(host, port), bounds, secured=context) as door:
         yield door
 
 
