@@ -34,7 +34,7 @@ from scipy.stats import kstest
 
 from client import shared
 from client.agent import board
-from client.agent.agent import Agent, AgentError, base_hash, restore
+from client.agent.agent import Agent, AgentError, _federation, base_hash, restore
 from client.agent.config import new_config
 from client.agent.courier import SuperNode, answered
 from client.agent.home import Home, HomeError
@@ -47,7 +47,7 @@ from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
 from client.personal.profile import ProfileError
 from client.records import to_record
-from client.shared import noisy_steps, release_noise
+from client.shared import noisy_steps, release_limits, release_noise
 from client.state import StoreError
 from privacy import database
 from privacy.dpsgd import PrivateRow
@@ -636,7 +636,6 @@ def joined(home: Home, lm: LanguageModel) -> tuple[Agent, torch.Tensor]:
 
 def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, torch.Tensor]) -> None:
     agent, row = joined
-    assert asked(agent, 1, row, "query")[0] == {"device": agent.config.name}
     header, arrays = asked(agent, 1, row)
     assert set(header) == {"protocol", "version", "head"} and set(arrays) == {n for n, _ in agent.schema.shapes}
     again_header, again = asked(reopened(agent), 1, row)
@@ -789,6 +788,57 @@ PLAN = {"round": 1, "version": 0, "head": ""}
 def test_what_is_no_question_is_refused(joined: tuple[Agent, torch.Tensor], content: RecordDict) -> None:
     assert sent(joined[0], "train", content)[0]["error"] in ("bad-message", "failed")
     assert joined[0].account and not joined[0].account.entries
+
+
+def forged(agent: Agent, content: RecordDict, kind: str = "train") -> dict[str, Any]:
+    """Header of the answer to a message that is sent as it is."""
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    message = Message(content, dst_node_id=1, message_type=kind)
+    return dict(answered(message, agent).content.config_records["header"])
+
+
+def test_only_the_operators_questions_are_answered(joined: tuple[Agent, torch.Tensor]) -> None:
+    """A stranger's, whatever of a true one is in it, costs nothing: not a round, not a bit of the budget."""
+    agent, row = joined
+    plan = ConfigRecord({"round": 1, "version": 0, "head": ""})
+    arrays = to_record(agent.schema.split(row.numpy()))
+    plain = RecordDict({"plan": plan, "arrays": arrays})
+    true = sealed(plain, "train", "orchard", OPERATOR)
+    other = to_record(agent.schema.split((row + 1).numpy()))
+    strange = [
+        plain,
+        sealed(plain, "train", "orchard", new_key()),
+        sealed(plain, "train", "meadow", OPERATOR),
+        sealed(plain, "evaluate", "orchard", OPERATOR),
+        RecordDict({**true, "plan": ConfigRecord({**plan, "round": 3})}),
+        RecordDict({**true, "plan": ConfigRecord({**plan, "head": "0" * 64})}),
+        RecordDict({**true, "arrays": other}),
+        RecordDict({**true, "more": other}),
+        RecordDict({**true, "seal": ConfigRecord({"seal": b"x" * 64})}),
+        RecordDict({**true, "seal": ConfigRecord({"seal": "x"})}),
+        RecordDict({**true, "seal": ConfigRecord()}),
+        RecordDict(),
+    ]
+    for content in strange:
+        assert forged(agent, content) == {"error": "bad-message"}
+    for kind, content in (("query", true), ("query", RecordDict()), ("evaluate", true), ("train.other", true)):
+        assert forged(agent, content, kind) == {"error": "bad-message"}
+    assert agent.account and not agent.account.entries and not agent.journal.sent() and agent._newest()[1] == 0
+    assert agent.status()["turned away"] == {"a question that its operator did not sign": len(strange) + 4}
+    assert "error" not in forged(agent, true) and forged(agent, true) == forged(agent, true)  # the round is there
+
+
+def test_terms_without_an_operator_or_with_a_bound_below_its_noise_are_not_joined(
+    home: Home, lm: LanguageModel
+) -> None:
+    agent = made(home, lm)
+    with pytest.raises(AgentError, match="no key of its operator"):
+        agent.join(TERMS.model_copy(update={"operator": ""}), SERVER)
+    bound = release_limits(agent._site_in(_federation(TERMS, "")).config, agent.schema)[0]
+    with pytest.raises(AgentError, match="refuses releases longer than"):
+        agent.join(TERMS.model_copy(update={"largest_norm_l2": bound / 2}), SERVER)
+    agent.join(TERMS.model_copy(update={"largest_norm_l2": 2 * bound}), SERVER)
+    assert agent.federation and agent.federation.operator == public_half(OPERATOR)
 
 
 def test_a_server_cannot_ask_for_more(joined: tuple[Agent, torch.Tensor]) -> None:
