@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
@@ -137,3 +140,45 @@ def test_another_page_cannot_speak_for_its_owner(page: Page, shown: tuple[Agent,
     other.wait_for_load_state()
     assert "error" in other.content() or "403" in other.content() or "401" in other.content()
     assert shown[0].consents["learn"]
+
+
+class Neighbour(BaseHTTPRequestHandler):
+    """Somebody else's server on another port of this machine: what it is told, and a page that tries the agent's."""
+
+    told: ClassVar[list[str]] = []
+    target: ClassVar[str] = ""
+
+    def do_GET(self) -> None:
+        self.told.append(f"{self.path} {dict(self.headers)}")
+        page = f"""<!doctype html><iframe id="f" src="{self.target}"></iframe>
+<img src="{self.target}api/status"><script src="{self.target}api/export"></script>"""
+        self.send_response(200)
+        self.send_header("content-type", "text/html")
+        self.end_headers()
+        self.wfile.write(page.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_another_port_of_this_machine_learns_nothing(page: Page, shown: tuple[Agent, str]) -> None:
+    """The token is not in the page's address any more, goes to no other port, and a frame or a script gets nothing."""
+    agent, address = shown
+    assert "token" not in page.url and agent.page_token not in page.content()
+    page.reload()
+    expect(page.locator("#about")).to_contain_text(agent.config.name)
+    Neighbour.told, Neighbour.target = [], address.partition("#")[0]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Neighbour) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        other = f"http://127.0.0.1:{server.server_address[1]}/"
+        page.goto(other)
+        ask = "async (to) => { try { return await (await fetch(to)).text() } catch (e) { return `refused: ${e}` } }"
+        assert page.evaluate(ask, Neighbour.target + "api/export").startswith("refused")
+        send = """async (to) => { try { await fetch(to, {method: 'POST', mode: 'no-cors',
+            body: '{"item": "learn", "given": false}'}); return 'sent' } catch (e) { return `refused: ${e}` } }"""
+        page.evaluate(send, Neighbour.target + "api/consent")
+        assert page.evaluate("sessionStorage.getItem('token')") is None
+        assert not page.frames[1].locator("#about").count()  # the page is not shown in a frame
+        server.shutdown()
+    assert Neighbour.told and not any(agent.page_token in line for line in Neighbour.told)
+    assert agent.consents["learn"]
