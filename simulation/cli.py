@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -357,6 +358,48 @@ def bench_scale(
         Console(width=max(console.width, 100)).print(as_table(rows))
 
 
+@bench.command("poison")
+def bench_poison(
+    devices: Annotated[int, typer.Option(min=10, help="Of which none, one and three are false.")] = 10,
+    least_epsilon: Annotated[float, typer.Option(help="As for server init: it bounds a release.")] = 4.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Federations of each kind.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One list instead of the table.")] = False,
+) -> None:
+    """What devices that send what they like do to the shared adapter, under each of the server's rules."""
+    import json
+
+    from simulation.bench.poison import as_json as to_json
+    from simulation.bench.poison import as_table, measure
+
+    with Console(stderr=True).status("measuring"):
+        rows = measure(devices, least_epsilon, seeds)
+    if as_json:
+        print(json.dumps(to_json(rows, devices), indent=1))
+    else:
+        Console(width=max(console.width, 100)).print(as_table(rows, devices))
+
+
+@bench.command("door")
+def bench_door(
+    devices: Annotated[int, typer.Option(min=1, help="Registered ones, all of this machine.")] = 1000,
+    seconds: Annotated[float, typer.Option(min=1, help="After all have connected.")] = 60.0,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 19092,
+    as_json: Annotated[bool, typer.Option("--json", help="One object instead of the table.")] = False,
+) -> None:
+    """The server's door under many devices that ask, every three seconds, whether there is something to do."""
+    import json
+
+    from simulation.bench.door import as_json as to_json
+    from simulation.bench.door import as_table, measure
+
+    with Console(stderr=True).status("measuring"):
+        found = measure(devices, seconds, port)
+    if as_json:
+        print(json.dumps(to_json(found), indent=1))
+    else:
+        console.print(as_table(found))
+
+
 @bench.command("board")
 def bench_board(
     models: Annotated[str, typer.Option(help="With commas.")] = "nano,smollm2-135m",
@@ -400,9 +443,19 @@ def _interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _umask(text: str) -> int:
+    if not re.fullmatch("0?[0-7]{3}", text):
+        raise UserError(f"FLORILEGIUM_UMASK = {text!r} must be three octal digits, as 077 or 022")
+    return int(text, 8)
+
+
 def main() -> None:
-    """Runs the command; a user's mistake is told in a line, a fault of ours by its traceback."""
+    """Runs the command; a user's mistake is told in a line, a fault of ours by its traceback.
+
+    What it writes, people's words among it, is for whoever runs it alone; FLORILEGIUM_UMASK=022 lets others read.
+    """
     try:
+        os.umask(_umask(os.environ.get("FLORILEGIUM_UMASK", "077")))
         app()
     except UserError as error:
         console.print(Text("error:", style="bold red"), Text(str(error)), soft_wrap=True)

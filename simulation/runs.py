@@ -186,7 +186,8 @@ def create(path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> 
             raise RunError(f"{path} is not the folder of a run (no config.toml); it is left alone")
     fresh = path.with_name(f".{path.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    fresh.parent.mkdir(parents=True, exist_ok=True)
+    fresh.mkdir(mode=0o700)  # it will hold what people said
     _write_config(fresh, config)
     (fresh / "sources.sha256").write_text(sources_sha256() + "\n", encoding="utf-8")
     Shards.create(fresh / "devices", config.ray.shards or max(1, SHARDS_OF_AN_ACTOR * config.ray.actors))

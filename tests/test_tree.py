@@ -45,6 +45,7 @@ WITH_FLOWER = {
     "simulation/deployment/link.py",
     "simulation/deployment/rounds.py",
     "client/agent/seal.py",
+    "simulation/bench/door.py",
 }
 
 

@@ -106,6 +106,8 @@ def serve(
             seen = agent.page_address if sys.stdout.isatty() else f"{address} (florilegium device page opens it)"
             print(f"{agent.config.name}: {seen}", flush=True)  # a log may be read by others
             over.wait()
+    logging.shutdown()
+    os._exit(0)  # a thread may still be at work in the model; what was written is whole
 
 
 @app.command()

@@ -8,8 +8,10 @@ is answered with a code. Written for Flower 1.41, whose private parts it uses.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -56,6 +58,8 @@ REASONS = {
     "Failed to activate": "the server does not know this device's key: its operator needs courier/node.pub of its home",
     "CERTIFICATE_VERIFY_FAILED": "the server is not the one whose certificate was given to join",
 }
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: after a fork nothing is
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -98,7 +102,9 @@ def connected(agent: Agent) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(PATIENCE_S)
+        if thread.is_alive():  # a round is being worked on: it is not sent any more
+            _end_orphans(agent.home.courier)
 
 
 def _keep_in_touch(agent: Agent, over: threading.Event) -> None:
@@ -162,7 +168,9 @@ def _supernode(server: str, folder: Path) -> Iterator[SuperNode]:
         "--isolation", "process", "--superexec-auth-secret-file", str(secret), "--host", LOOPBACK, "--port", str(port),
     ]  # fmt: skip
     with open(folder / "supernode.log", "wb") as written:
-        process = subprocess.Popen(command, env=flower_environment(folder / "flower"), stdout=written, stderr=written)
+        process = subprocess.Popen(
+            command, env=flower_environment(folder / "flower"), stdout=written, stderr=written, preexec_fn=_end_with_us
+        )
     try:
         yield SuperNode(process, port, secret.read_bytes(), folder / "supernode.log")
     finally:
@@ -185,8 +193,14 @@ def flower_environment(home: Path) -> dict[str, str]:
     }
 
 
+def _end_with_us() -> None:
+    """In the new process, of Linux: it is told to end when the agent does, however that comes about."""
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _end_orphans(folder: Path) -> None:
-    """Of an agent that was killed: the server would let no other node in with its key."""
+    """Of an agent that was killed, where the system does not end them: a server lets no other node in with its key."""
     for process in psutil.process_iter(["cmdline"]):
         if str(folder / KEY) in (process.info["cmdline"] or ()):
             with suppress(psutil.Error):
