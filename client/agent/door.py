@@ -8,6 +8,7 @@ newest is refused at once. Nothing of a request is logged, of an error its kind 
 from __future__ import annotations
 
 import asyncio
+import asyncio.sslproto
 import logging
 import socket
 import ssl
@@ -29,6 +30,7 @@ from client.agent.home import DeviceError
 
 log = logging.getLogger(__name__)
 READY_S = 30.0
+RECORD_BYTES = 2**14
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Door(uvicorn.Server):
         )  # fmt: skip
         super().__init__(config)
         self.bounds, self.secured = bounds, secured
+        if secured is not None:  # asyncio keeps 256 KiB ready for each connection; a record of TLS has 16 at most
+            asyncio.sslproto.SSLProtocol.max_size = RECORD_BYTES
         self.inside = Counter[str]()  # address → connections
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -21,7 +21,7 @@ from client.agent.service import HEADERS, application, page_application
 log = logging.getLogger(__name__)
 LOOK_S = 30.0  # between two looks at whether it is time to learn
 STOP_S = 3.0  # for learning that is going on
-PAGES = Bounds(connections=64, of_an_address=64)  # of every user of this machine together
+PAGES = Bounds(connections=128, of_an_address=128)  # of every user of this machine together
 OWNERS = Bounds(connections=256, of_an_address=256)  # of the owner's own commands, which others cannot reach
 
 
@@ -44,7 +44,7 @@ def listening(agent: Agent) -> Iterator[None]:
 @contextmanager
 def showing(agent: Agent, port: int) -> Iterator[str]:
     """The page is there while this lasts; yields its address without the token that opens it. Raises `HomeError`."""
-    listens = socket.socket()
+    listens = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio lets it wait
     listens.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listens.bind(("127.0.0.1", port))

@@ -51,7 +51,7 @@ HEADERS = {
 }
 CONVERSATION = re.compile(r"[A-Za-z0-9_-]{0,64}")
 URGENT = {"/api/consent", "/api/leave"}  # what an owner can always do, whatever else goes on
-URGENT_THREADS = 8
+THREADS = 4  # more of them would wait for each other's transactions
 Handler = Callable[[Request], Awaitable[Response]]
 Told = Callable[[dict[str, Any]], None]
 
@@ -100,7 +100,7 @@ class Service:
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
-        self._urgent: CapacityLimiter | None = None
+        self._threads: dict[bool, CapacityLimiter] = {}  # of what is urgent, and of the rest
 
     @property
     def routes(self) -> list[Route]:
@@ -155,10 +155,10 @@ class Service:
 
     async def _answered(self, work: Callable[[], Any], urgent: bool = False) -> Response:
         """`urgent`: by threads that nothing else keeps busy."""
-        if urgent and self._urgent is None:
-            self._urgent = CapacityLimiter(URGENT_THREADS)
+        if urgent not in self._threads:
+            self._threads[urgent] = CapacityLimiter(THREADS)
         try:
-            return JSONResponse(await to_thread.run_sync(work, limiter=self._urgent if urgent else None))
+            return JSONResponse(await to_thread.run_sync(work, limiter=self._threads[urgent]))
         except Exception as error:
             status, text = _said(error)
             return _error(status, text)

@@ -41,7 +41,7 @@ from simulation.deployment.link import Link
 
 log = logging.getLogger(__name__)
 PREFIX, ACTIVATE = "/v1/fleet/", "activate-node"
-BOUNDS = Bounds(connections=4096, of_an_address=1024, body_s=120.0, idle_s=120.0)
+BOUNDS = Bounds(connections=2048, of_an_address=1024, body_s=120.0, idle_s=120.0)
 STRANGERS_BYTES = 4096  # of the one request that a key which is not admitted may make: to be told so
 _Handler = Callable[[Any, Link], Any]
 HANDLERS: dict[str, _Handler] = {
@@ -225,7 +225,7 @@ def fleet_door(
 
 def _listening(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family)
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio lets answers wait
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
