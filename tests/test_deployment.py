@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cryptography.x509 import load_pem_x509_certificate
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from client.agent.agent import Agent
 from client.agent.config import new_config
@@ -23,9 +25,16 @@ from client.agent.home import DeviceError, Home
 from client.agent.terms import Terms, read_terms, write_terms
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
+from privacy.release import PROTOCOL
+from server.config import ServerConfig
+from server.intake import to_arrays
+from simulation.bench.poison import RULES, Measured, _measured
+from simulation.config import find_config, load_config
+from simulation.data.population import load_population
 from simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
+from simulation.deployment.link import Link
 from simulation.deployment.register import admit
-from simulation.deployment.rounds import serving
+from simulation.deployment.rounds import make_folder, serving, strategy_of
 from simulation.runs import RunFolder
 
 FLORILEGIUM = (sys.executable, "-m", "simulation")
@@ -104,6 +113,56 @@ class Serving:
         """The whole group at once, as when the power fails; or the agent alone, as when the memory is full."""
         (os.kill if alone else os.killpg)(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def test_a_release_is_bounded_by_what_its_noise_allows(tmp_path: Path) -> None:
+    """The norm that the terms name passes a device's longest honest release and nothing like a poisoned one."""
+    for name in ("strict", "loose"):
+        (tmp_path / name).mkdir()
+    terms = Terms(name="orchard", min_devices=2)
+    strict, loose = (
+        make_folder(tmp_path / name, terms, ServerConfig(rule="trimmed-mean"), epsilon)
+        for name, epsilon in (("strict", 8.0), ("loose", 1.0))
+    )
+    assert 1 < strict.largest_norm_l2 < loose.largest_norm_l2 < 100
+    strategy, arrays = strategy_of(tmp_path / "strict", Link(), print)
+    assert (strategy.limits.largest_norm_l2, strategy.config.rule) == (strict.largest_norm_l2, "trimmed-mean")
+    strategy.nodes = {f"device-{k}": k for k in range(4)}
+    strategy.names, strategy.devices = sorted(strategy.nodes), {k: name for name, k in strategy.nodes.items()}
+    strategy.arrays = arrays
+    width, places = strategy.schema.width, strategy.schema.of_round(1)
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+    def sent(node: int, norm: float) -> Message:
+        row = np.full(width, norm / np.sqrt(width), np.float32)
+        header = ConfigRecord({"protocol": PROTOCOL, "version": 0, "head": "0" * 64})
+        content = RecordDict({"header": header, "arrays": to_arrays(places.split(row))})
+        asked = Message(RecordDict(), dst_node_id=node, message_type="train")
+        reply = Message(content, reply_to=asked)
+        reply.metadata.__dict__["_src_node_id"] = node
+        return reply
+
+    honest, false = 0.9 * strict.largest_norm_l2, (1.01 * strict.largest_norm_l2, 1e6, float("inf"))
+    one, _ = strategy.aggregate_train(1, [sent(0, honest), *(sent(k + 1, norm) for k, norm in enumerate(false))])
+    assert one is None and strategy.facts[1].releases == 1  # and one alone is not aggregated
+    assert strategy.facts[1].refused == {"too-large": 2, "malformed": 1, "too-few": 1}
+    two, _ = strategy.aggregate_train(1, [sent(0, honest), sent(1, 0.0), sent(2, 1e6)])
+    assert two is not None and strategy.facts[1].releases == 2
+
+
+@pytest.mark.slow
+def test_a_poisoned_minority_is_measured() -> None:
+    """Three of ten send what they like: unbounded they are refused; bounded, a trimmed mean holds, a mean does not."""
+    config = load_config(find_config("quickstart"), ["data.users=10", "data.min_pairs=60"])
+    lm, users = LanguageModel.load(config.model), load_population(config.data, config.seed)
+    mean, trimmed = RULES[:2]
+
+    def seen(rule: ServerConfig, way: str) -> Measured:
+        return _measured(lm, config, users, rule, 3, way, 4.0, 0)
+
+    beyond, against, held = seen(mean, "unbounded"), seen(mean, "against"), seen(trimmed, "against")
+    assert beyond.refused == 9 and abs(beyond.nll - beyond.base) < 0.1
+    assert against.refused == 0 and against.nll > against.base + 0.5 and held.nll < held.base + 0.2
 
 
 @pytest.mark.slow
