@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -31,10 +32,12 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 
 from client.agent.door import Bounds, Door
 from client.agent.home import DeviceError
+from client.agent.invitation import JOIN, accept, read_invitation, write_invitation
+from client.agent.terms import Terms, write_terms
 from simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
 from simulation.deployment.door import BOUNDS, HANDLERS, PREFIX, Allowed, Rate, fleet_door
 from simulation.deployment.link import Link, pem_of
-from simulation.deployment.register import admit, admitted, expel
+from simulation.deployment.register import admit, admitted, expel, invite, welcome
 
 BIN = Path(sys.executable).parent
 SMALL = Allowed(body_bytes=10_000, bytes_at_once=30_000, bytes_a_minute=60, requests_at_once=30, requests_a_minute=60)
@@ -354,6 +357,58 @@ def test_a_name_is_bound_to_its_key(tmp_path: Path) -> None:
         expel(tmp_path, "alice")
     admit(tmp_path, "bob", keys[0])
     assert list(admitted(tmp_path)) == ["bob"]
+
+
+def public_of(device: Device) -> str:
+    return device.key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def test_an_invitation_works_once(tmp_path: Path) -> None:
+    """For the first who shows it, under the name that is in it; whatever else is shown lets nobody in."""
+    make_certificates(tmp_path, ["127.0.0.1"])
+    write_terms(tmp_path / "terms.toml", Terms(name="orchard", operator="0" * 64))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    void = invite(tmp_path, "alice", f"127.0.0.1:{port}")
+    made = invite(tmp_path, "alice", f"127.0.0.1:{port}")
+    write_invitation(tmp_path / "alice.invitation", made)
+    assert (tmp_path / "alice.invitation").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(DeviceError, match="there already"):
+        write_invitation(tmp_path / "alice.invitation", made)
+    read = read_invitation(tmp_path / "alice.invitation")
+    assert read == made and read_invitation(tmp_path / "terms.toml") is None and made.secret != void.secret
+    assert made.secret not in (tmp_path / "invitations" / "alice").read_text()
+    alice, mallory = (Device(ec.generate_private_key(ec.SECP384R1()), made.server, tmp_path / CA) for _ in range(2))
+    with fleet_door(Link(), "127.0.0.1", port, tmp_path / CERTIFICATE, tmp_path / KEY, Allowed(),
+                    welcome=partial(welcome, tmp_path)):  # fmt: skip
+        for other in (
+            void,
+            made.model_copy(update={"secret": "0" * 64}),
+            made.model_copy(update={"device": "bob"}),
+            made.model_copy(update={"device": "../invitations/alice"}),
+        ):
+            with pytest.raises(DeviceError, match="does not take this invitation"):
+                accept(other, public_of(mallory))
+        with pytest.raises(DeviceError, match="does not take"):
+            accept(made, "/etc/passwd")
+        with alice.client() as client:
+            for body in (b"", b"[]", b"{}", b"[" * 3000, b'{"device": 1, "secret": 2, "key": 3}', b"\xff"):
+                assert client.post(JOIN, content=body).status_code == 401
+            assert client.post(JOIN, content=b"x" * 5000).status_code == 413
+            assert client.get(JOIN).status_code == 404
+        assert admitted(tmp_path) == {}
+        accept(made, public_of(alice))
+        assert admitted(tmp_path) == {"alice": alice.pem}
+        for device in (mallory, alice):
+            with pytest.raises(DeviceError, match="does not take"):
+                accept(made, public_of(device))
+    with pytest.raises(DeviceError, match="was not reached"):
+        accept(made, public_of(alice))
+    for name, server in (("alice", "x:1"), ("a b", "x:1"), ("bob", "nowhere")):
+        with pytest.raises(DeviceError):
+            invite(tmp_path, name, server)
+    assert admitted(tmp_path) == {"alice": alice.pem}
 
 
 # -- Flower's own commands, in a stranger's hands ---------------------------------------------------------------------

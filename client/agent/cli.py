@@ -247,21 +247,32 @@ def consent(
 @app.command()
 def join(
     terms: Path,
-    server: Annotated[str, typer.Option(help="host:port of the SuperLink.")],
-    certificates: Annotated[Path, typer.Option(help="The server's CA, as its operator gave it to you.")],
+    server: Annotated[str, typer.Option(help="host:port of the server; an invitation has it.")] = "",
+    certificates: Annotated[
+        Path | None, typer.Option(help="The server's CA, as its operator gave it to you; an invitation has it.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     home: HomeOption = HOME,
 ) -> None:
-    """Join a federation on the TERMS that its server gives out. `serve` then keeps in touch with it."""
+    """Join a federation on the TERMS that its server gives out, or by an invitation, which has all that is needed.
+
+    `serve` then keeps in touch with it.
+    """
     from client.agent.agent import Agent
     from client.agent.courier import prepare
+    from client.agent.invitation import accept, read_invitation
     from client.agent.terms import read_terms
 
+    with plain_errors():
+        invitation = read_invitation(terms)
+    server = invitation.server if invitation else server
+    if not invitation and certificates is None:
+        raise typer.BadParameter("--certificates FILE is needed: ca.pem of the server's operator")
     host, _, port = server.rpartition(":")
     if not host or "/" in server or not port.isdigit():
         raise typer.BadParameter(f"--server {server}: host:port, as server.example:9092")
     with plain_errors():
-        place, asked = Home(home), read_terms(terms)
+        place, asked = Home(home), invitation.terms if invitation else read_terms(terms)
         with place.locked():
             agent = Agent.open(place)
             agent.check_terms(asked)
@@ -278,9 +289,13 @@ def join(
                 )
             if not yes and not typer.confirm("Join?", default=False):
                 raise typer.Exit(1)
-            public = prepare(place.courier, certificates)
+            given = invitation.certificates.encode() if invitation else certificates or Path()
+            public = prepare(place.courier, given)
+            if invitation:
+                accept(invitation, public.read_text(encoding="utf-8"))
             agent.join(asked, server)
-        console.print(f"joined; give {public} to the server's operator, then: {place.command('serve')}")
+        to_do = "" if invitation else f"give {public} to the server's operator, then: "
+        console.print(f"joined; {to_do}{place.command('serve')}")
 
 
 @app.command()

@@ -273,22 +273,23 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def prepare(folder: Path, certificates: Path) -> Path:
+def prepare(folder: Path, certificates: Path | bytes) -> Path:
     """Keeps the server's certificates and makes this node a key, if it has none; returns the public key's file.
 
     Raises `DeviceError` for certificates that are not any.
     """
+    told = "what was given" if isinstance(certificates, bytes) else str(certificates)
     try:
-        given = certificates.read_bytes()
+        given = certificates if isinstance(certificates, bytes) else certificates.read_bytes()
         authorities = [
             c.extensions.get_extension_for_class(BasicConstraints) for c in load_pem_x509_certificates(given)
         ]
     except FileNotFoundError:
-        raise DeviceError(f"there is no file {certificates}") from None
+        raise DeviceError(f"there is no file {told}") from None
     except (OSError, ValueError, ExtensionNotFound):
         authorities = []
     if not authorities or not all(a.value.ca for a in authorities):
-        raise DeviceError(f"{certificates} holds no CA's certificate; the server's operator has one: ca.pem") from None
+        raise DeviceError(f"{told} holds no CA's certificate; the server's operator has one: ca.pem") from None
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     (folder / CERTIFICATES).write_bytes(given)
     if not (folder / KEY).exists():

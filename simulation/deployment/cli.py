@@ -119,6 +119,22 @@ def admit(
 
 
 @app.command()
+def invite(
+    folder: Path,
+    name: str,
+    server: Annotated[str, typer.Option(help="host:port as the device reaches it.")],
+) -> None:
+    """Make NAME.invitation, the one file that a device needs to join under this NAME; it works once."""
+    from client.agent.invitation import write_invitation
+    from simulation.deployment import register
+
+    with plain_errors():
+        path = Path(f"{name}.invitation").resolve()
+        write_invitation(path, register.invite(folder.resolve(), name, server))
+        console.print(f"{path}: for {name} alone; florilegium device join {path.name}")
+
+
+@app.command()
 def expel(folder: Path, name: str) -> None:
     """Let a device in no more; a server that runs ends its connection at once."""
     from simulation.deployment import register

@@ -1,4 +1,4 @@
-"""The server's door: TLS, the twelve requests that a registered device makes, and nothing else.
+"""The server's door: TLS, the requests that a registered device makes, an invitation, and nothing else.
 
 Whoever's key was not admitted is turned away by the head of a request: no body of theirs is read. There is no page, no
 documentation, no way to start, list or stop a run, to register a key, or to take a task. Requests and bytes are
@@ -8,6 +8,7 @@ bounded for each device. Not covered: that a registered device answers with some
 from __future__ import annotations
 
 import binascii
+import json
 import logging
 import socket
 import ssl
@@ -37,12 +38,14 @@ from starlette.types import Receive, Scope, Send
 
 from client.agent.door import Bounds, Door, open_door
 from client.agent.home import DeviceError
+from client.agent.invitation import JOIN
 from simulation.deployment.link import Link
 
 log = logging.getLogger(__name__)
 PREFIX, ACTIVATE = "/v1/fleet/", "activate-node"
 BOUNDS = Bounds(connections=2048, of_an_address=1024, body_s=120.0, idle_s=120.0)
 STRANGERS_BYTES = 4096  # of the one request that a key which is not admitted may make: to be told so
+Welcome = Callable[[str, str, str], bool]  # device, secret, public key
 _Handler = Callable[[Any, Link], Any]
 HANDLERS: dict[str, _Handler] = {
     ACTIVATE: lambda r, link: fleet_handlers.activate_node(r, link.state),
@@ -110,8 +113,8 @@ class Allowed:
 class FleetDoor:
     """The requests of registered devices, an ASGI application."""
 
-    def __init__(self, link: Link, allowed: Allowed) -> None:
-        self.link, self.allowed = link, allowed
+    def __init__(self, link: Link, allowed: Allowed, welcome: Welcome) -> None:
+        self.link, self.allowed, self.welcome = link, allowed, welcome
         self._rates: dict[str, tuple[Rate, Rate]] = {}  # device → of requests, of bytes
         self._keys: dict[bytes, Any] = {}  # PEM → the key, read once
 
@@ -128,6 +131,8 @@ class FleetDoor:
     async def _answer(self, request: Request) -> Response:
         """Of what is asked under the fleet's prefix, by its raw path: nothing in it is decoded or resolved."""
         path = request.scope["raw_path"].decode("latin-1")
+        if path == JOIN and request.method == "POST":
+            return await run_in_threadpool(self._welcomed, await self._body(request, ""))
         handler = HANDLERS.get(path.removeprefix(PREFIX)) if path.startswith(PREFIX) else None
         if handler is None or request.method != "POST" or request.scope["query_string"]:
             raise TurnedAwayError(404, "Not Found")
@@ -153,6 +158,17 @@ class FleetDoor:
         except (KeyError, ValueError, TypeError, binascii.Error):
             raise TurnedAwayError(401, "a device signs its requests") from None
         return name, key
+
+    def _welcomed(self, body: bytes) -> Response:
+        """Of a device that shows an invitation."""
+        try:
+            told = json.loads(body)
+            fits = set(told) == {"device", "secret", "key"} and all(type(text) is str for text in told.values())
+        except (ValueError, TypeError, RecursionError):
+            fits = False
+        if not fits or not self.welcome(told["device"], told["secret"], told["key"]):
+            raise TurnedAwayError(401, "no such invitation")
+        return Response()
 
     def _key(self, pem: bytes) -> Any:
         if pem not in self._keys:
@@ -213,13 +229,22 @@ class FleetDoor:
 
 @contextmanager
 def fleet_door(
-    link: Link, host: str, port: int, certificate: Path, key: Path, allowed: Allowed, bounds: Bounds = BOUNDS
+    link: Link,
+    host: str,
+    port: int,
+    certificate: Path,
+    key: Path,
+    allowed: Allowed,
+    bounds: Bounds = BOUNDS,
+    welcome: Welcome = lambda device, secret, key: False,
 ) -> Iterator[Door]:
-    """Open on this address while this lasts. Raises `DeviceError` where it cannot be."""
+    """Open on this address while this lasts; `welcome` says of whoever shows an invitation whether it is one.
+
+    Raises `DeviceError` where it cannot be."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
-    with open_door(FleetDoor(link, allowed), _listening(host, port), bounds, secured=context) as door:
+    with open_door(FleetDoor(link, allowed, welcome), _listening(host, port), bounds, secured=context) as door:
         yield door
 
 

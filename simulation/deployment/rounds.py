@@ -36,7 +36,7 @@ from server.strategy import NoReleaseError, ReleaseStrategy
 from simulation.deployment.certificates import CA, CERTIFICATE, KEY
 from simulation.deployment.door import Allowed, fleet_door
 from simulation.deployment.link import Link, LinkGrid
-from simulation.deployment.register import NODES, admitted
+from simulation.deployment.register import NODES, admitted, welcome
 from simulation.experiment import commit, committed
 from simulation.runs import RunFolder
 
@@ -211,7 +211,7 @@ def serving(folder: Path, host: str, port: int) -> Iterator[Link]:
         _alone(folder),
         _logged(folder),
         _watched(folder, link),
-        fleet_door(link, host, port, folder / CERTIFICATE, folder / KEY, allowed),
+        fleet_door(link, host, port, folder / CERTIFICATE, folder / KEY, allowed, welcome=partial(welcome, folder)),
     ):
         yield link
 
