@@ -204,16 +204,17 @@ def run_rounds(folder: Path, link: Link, tell: Tell) -> None:
 def serving(folder: Path, host: str, port: int) -> Iterator[Link]:
     """The door of this folder's server is open while this lasts, for whoever is admitted. Raises `DeviceError`."""
     _check(folder)
-    terms, link = read_terms(folder / TERMS), Link()
-    link.set_admitted(admitted(folder))
+    terms = read_terms(folder / TERMS)
     allowed = Allowed.of(_schema(terms).size_bytes)
-    with (
-        _alone(folder),
-        _logged(folder),
-        _watched(folder, link),
-        fleet_door(link, host, port, folder / CERTIFICATE, folder / KEY, allowed, welcome=partial(welcome, folder)),
-    ):
-        yield link
+    with _alone(folder), _logged(folder):
+        link = Link()
+        link.set_admitted(admitted(folder))
+        welcomed = partial(welcome, folder)
+        with (
+            _watched(folder, link),
+            fleet_door(link, host, port, folder / CERTIFICATE, folder / KEY, allowed, welcome=welcomed),
+        ):
+            yield link
 
 
 @contextmanager
