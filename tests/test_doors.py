@@ -34,6 +34,7 @@ from client.agent.door import Bounds, Door
 from client.agent.home import DeviceError
 from client.agent.invitation import JOIN, accept, read_invitation, write_invitation
 from client.agent.terms import Terms, write_terms
+from simulation.bench.door import measure
 from simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
 from simulation.deployment.door import BOUNDS, HANDLERS, PREFIX, Allowed, Rate, fleet_door
 from simulation.deployment.link import Link, pem_of
@@ -326,6 +327,17 @@ def test_garbage_writes_no_traceback(narrow: Served, capfd: pytest.CaptureFixtur
         old.maximum_version = ssl.TLSVersion.TLSv1_1
         old.wrap_socket(socket.create_connection(("127.0.0.1", narrow.port)), server_hostname="127.0.0.1")
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_thousand_devices_are_borne() -> None:
+    """Registered ones that poll, all at once: none is lost, and each costs the door little memory."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    found = measure(1000, 9.0, port)
+    assert found.failed == 0 and found.requests_s > 200
+    assert found.memory_largest_mb - found.memory_before_mb < 200
 
 
 # -- who may join -----------------------------------------------------------------------------------------------------

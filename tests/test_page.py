@@ -104,6 +104,9 @@ def test_the_profile_is_edited_and_settings_are_kept(page: Page, shown: tuple[Ag
 def test_what_has_left_is_shown_and_a_federation_is_left(page: Page, shown: tuple[Agent, str]) -> None:
     expect(page.locator("#sent")).to_contain_text("orchard")
     expect(page.locator("#budget")).to_contain_text("of 8 is spent")
+    shown[0].turn_away("a question that its operator did not sign")
+    page.reload()
+    expect(page.locator("#federation")).to_contain_text("1 × a question that its operator did not sign")
     page.get_by_role("button", name="Leave the federation").click()
     expect(page.locator("#federation")).to_contain_text("in no federation")
     assert shown[0].federation is None

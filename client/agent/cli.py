@@ -328,8 +328,10 @@ def ledger(home: HomeOption = HOME) -> None:
 @app.command()
 def export(file: Path, home: HomeOption = HOME) -> None:
     """Write everything that is yours to FILE, a zip. It is readable by whoever has it."""
-    if file.exists() or not file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{file} exists" if file.exists() else f"there is no folder {file.absolute().parent}")
+    if os.path.lexists(file) or not file.absolute().parent.is_dir():
+        raise typer.BadParameter(
+            f"{file} exists" if os.path.lexists(file) else f"there is no folder {file.absolute().parent}"
+        )
     with _remote(home) as agent:
         packed = agent.export()
         write_private(file, packed)

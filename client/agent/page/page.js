@@ -206,6 +206,7 @@ async function showLeft(status) {
     return line;
   }));
   at("federation").textContent = status.federation ? `Joined ${status.federation.name} at ${status.federation.server}.` : "This device is in no federation.";
+  for (const [what, count] of Object.entries(status["turned away"])) at("federation").textContent += ` Turned away since the start: ${count} × ${what}.`;
   at("leave").hidden = !status.federation;
 }
 on(at("leave"), "click", async () => {
