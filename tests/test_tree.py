@@ -47,7 +47,11 @@ WITH_FLOWER = {
     "simulation/session.py",
     "simulation/federation.py",
     "simulation/audit/inventory.py",
-    "simulation/deployment.py",
+    "simulation/deployment/door.py",
+    "simulation/deployment/link.py",
+    "simulation/deployment/rounds.py",
+    "client/agent/seal.py",
+    "simulation/bench/door.py",
 }
 
 
