@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from client.app import refusal
+from privacy.gate import FAILED
 from simulation.cohorts import pack
 from simulation.faults import Failure, TooManyFailedError, attempt, left
 from simulation.fleet import Cohort, Done, Fleet, Job
 from simulation.host import SimulatedDevices
 from simulation.progress import Pulse
 
-FAILED = {"released": "release", "adopted": "adoption", "learn_without_server": "control"}  # by the job
+ASKED_FOR = {"released": "release", "adopted": "adoption", "learn_without_server": "control"}  # by the job
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Crew:
 
         Without those that failed, where that is counted.
         """
-        what = FAILED.get(job.__name__, "evaluation")
+        what = ASKED_FOR.get(job.__name__, "evaluation")
         careful = partial(attempt, job, self.devices.run.config.engine.on_device_error == "count")
         self.asked[what] += len(names)
         for cohort, found in self.fleet.map(careful, self.cohorts(names), shared):
@@ -73,10 +75,14 @@ class Crew:
                 )
 
     def ask(self, job: Job, names: Sequence[str], shared: Any = None) -> Iterator[Done]:
-        """As `map`, of what the server asks: it is told to whoever watches."""
+        """As `map`, of what the server asks, told to whoever watches. A device that failed answers that it did."""
+        before = len(self.failures)
         for cohort, result in self.map(job, names, shared):
             self.pulse.visit(len(cohort.names))
             yield cohort, result
+        failed = tuple(f.device for f in self.failures[before:])
+        if failed:
+            yield Cohort(failed), [(name, refusal(FAILED)) for name in failed]
 
     def gather(self, job: Job, names: Sequence[str], shared: Any = None) -> dict[str, Any]:
         """The results by device, of a job that returns them so or returns nothing."""

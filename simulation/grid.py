@@ -16,8 +16,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity  # private: a message cannot be made outside a run without it
 
-from client.app import Devices, Question, Reply, greeting, read_question, refusal, replies
-from privacy.gate import FAILED
+from client.app import Devices, Question, Reply, greeting, read_question, replies
 from privacy.release import Schema
 from simulation.clock import WAITED_FOR, Clock
 from simulation.fleet import Done, Job
@@ -77,8 +76,7 @@ class CohortGrid(Grid):
         question = read_question(messages, list(by_name), self.schema)
         asked = released if question.kind == MessageType.TRAIN else adopted
         for _, answers in self.spread(asked, list(by_name), question):
-            yield from (reply.to(by_name.pop(name)) for name, reply in answers)
-        yield from (refusal(FAILED).to(message) for message in by_name.values())  # of devices whose fault was counted
+            yield from (reply.to(by_name[name]) for name, reply in answers)
 
 
 class WorldGrid(CohortGrid):

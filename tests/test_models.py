@@ -331,7 +331,7 @@ def test_a_base_from_the_hub_is_its_id_and_revision(
     shutil.copytree(folder, cache / "snapshots" / revision)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(revision)
-    monkeypatch.setattr(hub, "snapshot_download", partial(snapshot_download, cache_dir=tmp_path / "hub"))
+    monkeypatch.setattr(places, "snapshot_download", partial(snapshot_download, cache_dir=tmp_path / "hub"))
     assert places.base_of("owner/tiny") == Base("owner/tiny", revision)
     layout = AdapterLayout((AdaptedLayer("model.layers.0.self_attn.q_proj", 16, 16),), 2, 4, "both")
     write_peft(tmp_path / "adapter", layout, torch.ones(layout.width), places.base_of("owner/tiny"))

@@ -37,7 +37,7 @@ from client.app import Question
 from client.lm.model import LanguageModel
 from client.records import to_record
 from client.state import DeviceState
-from privacy.gate import FAILED
+from privacy.errors import DeviceFaultError
 from privacy.noise import ReleaseNoise
 from privacy.plan import RoundPlan
 from privacy.release import Array
@@ -47,8 +47,9 @@ from server.strategy import NoReleaseError, ReleaseStrategy
 from simulation.config import ExperimentConfig, config_folder, load_config
 from simulation.crew import Crew
 from simulation.experiment import federate, run_experiment
+from simulation.faults import attempt
 from simulation.fleet import Actors, Cohort, Fleet, InProcess, open_fleet
-from simulation.grid import CohortGrid, answered
+from simulation.grid import CohortGrid, released
 from simulation.host import SimulatedDevices, open_devices
 from simulation.people import device_name
 from simulation.runs import RunError, RunFolder, create
@@ -335,51 +336,16 @@ def test_a_well_formed_lie_moves_the_mean_and_hardly_a_robust_rule(
 # -- a device's own faults ----------------------------------------------------------------------------------------
 
 
-def _chats(path: Path, broken: str = "") -> Path:
-    """Ten people of 44 replies; with `broken` that person's fourth prompt cannot be encoded."""
-    words, rng = (
-        ["tea", "green", "garden", "music", "walk", "rain", "river", "market", "train", "morning"],
-        random.Random(0),
-    )
-    with path.open("w", encoding="utf-8") as stream:
-        for user in "abcdefghij":
-            for number in range(44):
-                prompt, response = (" ".join(rng.choices(words, k=5)) for _ in range(2))
-                spoiled = " \ud800" if user == broken and number == 3 else ""
-                line = {"user": user, "prompt": f"{prompt} {number}?{spoiled}", "response": response}
-                stream.write(json.dumps(line) + "\n")
-    return path
-
-
-def test_a_device_with_broken_data_fails_alone(tmp_path: Path) -> None:
-    """A lone surrogate is JSON, but no text that can be stored; the user's other data are as everybody's."""
-    whole = quick(f"data.name={_chats(tmp_path / 'chats.jsonl')}", "data.split=all")
-    run_experiment(whole, tmp_path / "whole")
-    user = open_devices(RunFolder(tmp_path / "whole")).users[NAMES[2]].id
-    _chats(tmp_path / "chats.jsonl", broken=user)
-    run_experiment(whole, tmp_path / "broken")
-    rounds = [e for e in RunFolder(tmp_path / "broken").events() if e["event"] == "round"]
-    assert [(e["releases"], e["refused"]) for e in rounds] == [(4, {FAILED: 1})] * 2
-    stored = RunFolder(tmp_path / "broken").shards.states.find(NAMES)
-    others = [NAMES[k] for k in (0, 1, 3, 4)]
-    for name, mine in zip(NAMES, states(tmp_path / "whole"), strict=True):
-        found = stored[name]
-        if name in others:
-            assert found and found[1].pool == mine.pool and found[1].replies == mine.replies
-            assert found[1].synthetic == mine.synthetic
-            assert [k.id for k in found[1].buffer.bins] == [k.id for k in mine.buffer.bins]
-    assert charged(tmp_path / "broken") == {name: [1, 2] for name in others}  # it failed before it paid
-
-
 def test_the_company_of_a_broken_device_releases_what_it_would_without(tmp_path: Path) -> None:
     runs = [create(tmp_path / name, quick()) for name in ("whole", "broken")]
     whole, healthy = (open_devices(run) for run in runs)
     model: Any = _Choking(healthy.site.lm, healthy.users[NAMES[2]].stream[0].prompt)
     broken = replace(healthy, site=replace(healthy.site, lm=model))
     question = Question("train", RoundPlan(1, 0), torch.zeros(whole.schema.width))
-    mine, yours = (dict(answered(devices, NAMES, question)) for devices in (whole, broken))
-    assert dict(yours.pop(NAMES[2]).header) == {"error": FAILED}
-    for name, reply in yours.items():
+    mine = dict(released(whole, NAMES, question))
+    found = attempt(released, True, broken, NAMES, question)
+    assert list(found.failed) == [NAMES[2]]
+    for name, reply in (pair for _, answers in found.results for pair in answers):
         ours, theirs = (_row(dict(r.arrays or {})) for r in (mine[name], reply))  # type: ignore[arg-type]
         assert np.linalg.norm(ours - theirs) < 1e-5 < np.linalg.norm(ours)
         assert mine[name].header == reply.header
@@ -396,7 +362,7 @@ class _Choking:
 
     def embed(self, texts: Sequence[str], readings: Sequence[str]) -> Any:
         if self.text in texts:
-            raise RuntimeError("the tokenizer crashed")
+            raise DeviceFaultError("its text cannot be read")
         return self.lm.embed(texts, readings)
 
 
@@ -594,7 +560,7 @@ def _deadly(devices: SimulatedDevices, names: Sequence[str], question: Any) -> A
     """The job that answers a server, until it meets one of the devices."""
     if NAMES[3] in names:
         os.kill(os.getpid(), signal.SIGKILL)
-    return answered(devices, names, question)
+    return released(devices, names, question)
 
 
 @pytest.mark.slow

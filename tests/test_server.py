@@ -12,6 +12,8 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
+from client.app import refusal
+from privacy.gate import FAILED
 from privacy.noise import ReleaseNoise
 from privacy.plan import RoundPlan
 from privacy.release import Array, Release, Schema
@@ -31,7 +33,7 @@ Row = np.ndarray[Any, np.dtype[np.float32]]
 
 @dataclass
 class Scripted:
-    """Devices that send what they are told to: a row, or None for no release; one without an entry breaks."""
+    """Devices that send what they are told to: a row, or None for no release."""
 
     rows: Mapping[str, Row | None]
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -56,10 +58,13 @@ class Scripted:
         pass
 
 
-def grid_of(devices: Scripted, names: Sequence[str], silent: Sequence[str] = ()) -> CohortGrid:
+def grid_of(
+    devices: Scripted, names: Sequence[str], silent: Sequence[str] = (), failing: Sequence[str] = ()
+) -> CohortGrid:
     def spread(job: Job, asked: Sequence[str], question: Any) -> Iterator[Done]:
-        here = tuple(n for n in asked if n not in silent)
+        here = tuple(n for n in asked if n not in (*silent, *failing))
         yield Cohort(here), job(devices, here, question) if here else []
+        yield Cohort(tuple(failing)), [(name, refusal(FAILED)) for name in failing]
 
     return CohortGrid(spread, SCHEMA, names)
 
@@ -121,11 +126,11 @@ def test_of_noise_alone_there_is_no_signal_whatever_the_ranks(ranks: dict[str, i
 def test_a_round_in_which_one_fails_and_the_others_are_silent_changes_nothing() -> None:
     devices = Scripted({"b": None})
     server = strategy(ServerConfig())
-    found = server.start(grid_of(devices, ["a", "b"], silent=["b"]), start(drawn(0, 1)[0]), 1)
+    found = server.start(grid_of(devices, ["a", "b"], silent=["b"], failing=["a"]), start(drawn(0, 1)[0]), 1)
     assert np.array_equal(row_of(found.arrays), drawn(0, 1)[0])
     assert (server.facts[1].releases, server.facts[1].silent, server.facts[1].refused) == (0, 1, {"failed": 1})
     with pytest.raises(NoReleaseError, match="failed"):
-        strategy(ServerConfig()).start(grid_of(devices, ["a"]), start(), 1)
+        strategy(ServerConfig()).start(grid_of(devices, ["a"], failing=["a"]), start(), 1)
 
 
 def test_a_release_whose_product_is_too_large_is_refused_whole() -> None:

@@ -431,7 +431,7 @@ def test_a_runs_folder_is_enough_to_go_on(of_chats: Path, tmp_path: Path) -> Non
     )
     with pytest.raises(RunError, match="is a run: go on with --resume"):
         find_run(str(run.path), [], tmp_path, resuming=False)
-    with pytest.raises(ConfigError, match="neither a file nor one of"):
+    with pytest.raises(ConfigError, match="is no file nor one of"):
         find_run(str(tmp_path), [], tmp_path, resuming=True)
 
 

@@ -298,5 +298,5 @@ def test_a_template_that_asks_for_today_is_told_the_date_of_the_settings(inside:
 
 
 def test_a_date_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="month must be in"):
+    with pytest.raises(ValueError, match="must be a day"):
         ModelConfig(date="2026-13-01")

@@ -274,7 +274,7 @@ def test_a_file_needs_sources_and_unique_names(tmp_path: Path) -> None:
     path.write_text(tomli_w.dumps({"classes": [{k: v for k, v in half.items() if k != "source"}]}), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"classes\.0\.source: Field required"):
         load_classes(path)
-    with pytest.raises(ConfigError, match="neither a file nor one of"):
+    with pytest.raises(ConfigError, match="is no file nor one of"):
         load_classes("world/nothing")
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from client.lm import attention, layers
-from client.lm.adapter import Adapters
+from client.lm.adapter import Adapters, Layout
 from client.lm.cache import KeyValues
 from client.lm.decode import Decoding
 from client.lm.lessons import Lesson, Training, objection
@@ -21,7 +21,7 @@ from client.lm.loss import logits, token_losses
 from client.lm.memory import Allowance, keep_freed_memory
 from client.lm.norms import replace_norms
 from client.lm.optimizer import Moments, adamw_
-from client.lm.packing import Example, Pack, Rectangle, Texts, owned_by
+from client.lm.packing import OWN_TOKENS, Example, OwnPack, Pack, Rectangle, Texts, own_width, owned_by
 from client.lm.passes import by_device, by_tokens
 from client.lm.soft_prompt import PromptLayout, behind
 
@@ -33,6 +33,7 @@ TOKENS = {  # in one pass, if it is not said: what fits the caches of a CPU, wha
 }
 CONTINUING = 4  # times as many tokens when nothing is kept for a derivative
 PASSES_PER_BLOCK = 4  # of training: more make passes of devices that are more alike, and more optimizer state
+LARGE = 0.1  # numbers of the adapters with which it is tried whether examples go apart
 EVEN = 8  # numbers of owners in a pass are multiples of it, so that there are few shapes
 
 
@@ -64,6 +65,7 @@ class Engine:
             layers.forget_activations(model)
         self.reading = attention.attend_packed(model)
         self.allowance = Allowance(max_batch_tokens or TOKENS.get((self.device.type, self.dtype), 2048))
+        self._apart: dict[tuple[str, int, int, int], bool] = {}  # by layout, width and rows
         self._check(expected)
 
     def pack(self, examples: Sequence[Example], slots: Sequence[int]) -> Pack:
@@ -193,25 +195,74 @@ class Engine:
         """Gradient of each example's weighted loss in its own copy of its device's row.
 
         Yields groups: indices of the examples, gradients (R, P), summed token losses (R,) in nats. The loss of
-        an example is `weight · Σ NLL over its own reply tokens`: no example can rescale another, which is what
-        bounds its influence once its gradient is clipped.
+        an example is `weight · Σ NLL over its own reply tokens`. To the bit, its gradient follows from itself, its
+        row and what is frozen alone: no other example can rescale it, nor reach it through rounding, which a crafted
+        adapter could make as large as it likes. That is what bounds its influence once the gradient is clipped.
         """
         examples = self.prompted(examples, [*frozen, trained])
-        order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
 
-        def differentiate(group: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-            pack = self.pack([examples[i] for i in group], range(len(group)))  # each its own owner
-            devices = [slots[i] for i in group]
-            rows = trained.rows[devices if len(trained.rows) > 1 else [0] * len(group)].detach().requires_grad_(True)
-            weight = torch.tensor([weights[i] for i in group], device=self.device)
-            own = Adapters(trained.layout, rows)
-            with torch.enable_grad(), self.active([*(a.pick(devices) for a in frozen), own], pack.owned, pack.texts):
-                losses = self.losses(pack)
-                (gradient,) = torch.autograd.grad((losses * weight).sum(), rows)
-            return gradient, losses.detach()
+        def differentiate(group: list[int], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+            own, *others = (
+                Adapters(a.layout, a.rows[[slots[i] if len(a.rows) > 1 else 0 for i in group]])
+                for a in (trained, *frozen)
+            )
+            return self._own_gradients(own, others, [examples[i] for i in group], [weights[i] for i in group], rows)
 
-        for group, found in self.allowance.each(order, by_tokens([e.length for e in examples], EVEN), differentiate):
-            yield group, *found
+        by_width: dict[int, list[int]] = {}
+        for i, example in enumerate(examples):
+            by_width.setdefault(own_width(example.length), []).append(i)
+        for width, some in sorted(by_width.items(), reverse=True):
+            rows = self._rows_at(trained.layout, width, OWN_TOKENS[len(set(slots)) > 1])
+            for start in range(0, len(some), rows):
+                group = some[start : start + rows]
+                yield group, *differentiate(group, rows)
+
+    def _rows_at(self, layout: Layout, width: int, tokens: int) -> int:
+        """How many examples of a width go through together, always; one where they would reach each other."""
+        rows = max(1, min(tokens, self.allowance.tokens) // width)
+        kind = type(layout).__name__, layout.width, width, rows
+        if kind not in self._apart:
+            self._apart[kind] = rows == 1 or self.rows_apart(layout, width, rows)
+        return rows if self._apart[kind] else 1
+
+    def rows_apart(self, layout: Layout, width: int, rows: int) -> bool:
+        """Whether an example's gradient is the same to the bit in each place and in any company of its width."""
+        generator, vocabulary = torch.Generator().manual_seed(width), self.embedding.weight.shape[0]
+
+        def some(count: int) -> list[Example]:
+            ids = torch.randint(vocabulary, (count, width), generator=generator).tolist()
+            return [Example(tuple(i[: width // 2]), tuple(i[width // 2 : width - k % 3]), (0, 1), False)
+                    for k, i in enumerate(ids)]  # fmt: skip
+
+        (one,) = some(1)
+        noise = LARGE * torch.randn(rows, layout.width, generator=generator)
+        adapters = Adapters(layout, (layout.start(width) + noise).to(self.device))
+        found = []
+        for place in sorted({0, 1, rows // 2, rows - 1} & set(range(rows))):
+            company = some(rows - 1)
+            examples = [*company[:place], one, *company[place:]]
+            own = adapters.rows.roll(place, 0)  # row 0 is with the example
+            found.append(self._own_gradients(Adapters(layout, own), [], examples, [1.0] * rows, rows)[0][place])
+        found.append(self._own_gradients(adapters.pick([0]), [], [one], [1.0], rows)[0][0])
+        return all(torch.equal(found[0], other) for other in found[1:])
+
+    def _own_gradients(
+        self,
+        adapters: Adapters,
+        frozen: Sequence[Adapters],
+        examples: Sequence[Example],
+        weights: Sequence[float],
+        rows: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients (n, P) and summed token losses (n,) of n examples of one width, each with a row of its own."""
+        pack, count = OwnPack(examples, rows, self.device), len(examples)
+        parameters = _filled(adapters, rows).rows.detach().clone().requires_grad_(True)
+        weight = torch.tensor(weights, device=self.device)
+        active = [*(_filled(a, rows) for a in frozen), Adapters(adapters.layout, parameters)]
+        with torch.enable_grad(), self.active(active, pack.owned, pack.texts):
+            losses = self._losses(pack.ids, pack.positions, pack.targets, rows + 1)[:count]
+            (gradient,) = torch.autograd.grad((losses * weight).sum(), parameters)
+        return gradient[:count], losses.detach()
 
     def dp_gradients(
         self, trained: Adapters, frozen: Sequence[Adapters], batches: Sequence[Sequence[Example]]
@@ -355,10 +406,15 @@ class Engine:
 
     def losses(self, pack: Pack) -> torch.Tensor:
         """Σ NLL over the targets of each example, (R,) nats; only targets pass the head."""
-        places, ids, rows = pack.targets
-        hidden = self._forward(pack.ids, pack.positions)[places]  # (M, H)
-        losses = token_losses(hidden, self.head.weight, self.head.bias, ids, self.softcap)
-        return torch.zeros(len(pack.examples), device=self.device).index_add(0, rows, losses)
+        return self._losses(pack.ids, pack.positions, pack.targets, len(pack.examples))
+
+    def _losses(
+        self, ids: torch.Tensor, positions: torch.Tensor, targets: tuple[torch.Tensor, ...], count: int
+    ) -> torch.Tensor:
+        places, replies, rows = targets
+        hidden = self._forward(ids, positions)[places]  # (M, H)
+        losses = token_losses(hidden, self.head.weight, self.head.bias, replies, self.softcap)
+        return torch.zeros(count, device=self.device).index_add(0, rows, losses)
 
     @torch.inference_mode()
     def _check(self, expected: torch.Tensor) -> None:
@@ -376,6 +432,11 @@ class Engine:
                 f"{type(self.model).__name__} computes attention or logits in a way that is not supported: "
                 f"packed texts differ by {error:.2g} of the logits' norm"
             )
+
+
+def _filled(adapters: Adapters, rows: int) -> Adapters:
+    """With rows of zeros behind, up to so many."""
+    return Adapters(adapters.layout, torch.nn.functional.pad(adapters.rows, (0, 0, 0, rows - len(adapters.rows))))
 
 
 def _mean_of_tokens(batch: Sequence[Example]) -> list[float]:

@@ -46,7 +46,7 @@ class _TokenLosses(torch.autograd.Function):
     ) -> torch.Tensor:
         losses = torch.empty(len(hidden), device=hidden.device)
         derivative = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        step = max(1, PIECE // len(weight))
+        step = max(16, PIECE // len(weight) // 16 * 16)  # so that no piece is of fewer rows, but the last of few
         for start in range(0, len(hidden), step):
             piece = slice(start, start + step)
             scores, target = logits(hidden[piece], weight, bias, softcap), targets[piece, None]

@@ -163,6 +163,46 @@ def owned_by(
     return list(tokens), Rectangle(list(tokens.values()), device)
 
 
+LEAST_WIDTH = 16  # tokens
+OWN_TOKENS = 128, 512  # of a pass of private examples, fillers included: of one device, of several
+
+
+def own_width(length: int) -> int:
+    """The width that a text of so many tokens gets where it must follow from the text alone: 16, 24, 32, 48, 64, …"""
+    width = LEAST_WIDTH
+    while width < length:
+        width += width // 2 if width.bit_count() == 1 else width // 3
+    return width
+
+
+class OwnPack:
+    """Examples of one width, each its own owner, for gradients that must not depend on the company, not by a bit.
+
+    The pass has a shape that follows from the width alone: so many rows, filled up with examples that do not count;
+    their tokens filled up to the width with ones that nothing before them looks at, their targets to as many as
+    there are tokens. Then an example's numbers are the same in each place, whatever stands in the others
+    (`client.lm.engine.Engine.rows_apart` tries that on this machine).
+    """
+
+    def __init__(self, examples: Sequence[Example], rows: int, device: torch.device) -> None:
+        """All of the examples, at most `rows`, must have the same `own_width`."""
+        width, filler = own_width(examples[0].length), rows - len(examples)
+        self.examples, self.rows = examples, rows
+        tokens = [[*e.prompt, *e.reply, *[0] * (width - e.length)] for e in examples] + [[0] * width] * filler
+        self.ids = torch.tensor(tokens, device=device).view(1, -1)  # (1, R T)
+        self.positions = torch.arange(width, device=device).repeat(rows)[None]
+        self.owned = Rectangle([width] * rows, device)
+        self.texts = Texts([width] * rows, device)
+        places = torch.arange(rows * width)
+        ids, owners = torch.zeros_like(places), torch.full_like(places, rows)  # of nobody
+        for row, example in enumerate(examples):
+            end = row * width + example.length
+            targets = slice(end - example.targets - 1, end - 1)
+            ids[targets] = torch.tensor(example.reply[len(example.reply) - example.targets :])
+            owners[targets] = row
+        self.targets = places.to(device), ids.to(device), owners.to(device)
+
+
 class Pack:
     """Examples, each of a device, as one row of tokens."""
 

@@ -37,10 +37,10 @@ def init(
     min_devices: Annotated[int, typer.Option(min=1, help="Releases below which a round is not aggregated.")] = 1,
     patience_s: Annotated[float, typer.Option(min=1, help="For the answers of a round.")] = 600.0,
     least_epsilon: Annotated[float, typer.Option(min=0.01, help="Of devices: it bounds the norm of a release.")] = 4.0,
-    rule: Annotated[str, typer.Option(help="What a round's releases become: mean, trimmed-mean, krum.")] = "mean",
-    trimmed_share: Annotated[float, typer.Option(help="trimmed-mean: of the releases, at both ends.")] = 0.1,
-    byzantine: Annotated[int, typer.Option(help="krum: releases of a round that may be false.")] = 0,
-    krum_keep: Annotated[int, typer.Option(help="krum: releases that are averaged.")] = 1,
+    rule: Annotated[str, typer.Option(help="mean, trimmed-mean or krum.")] = "mean",
+    trimmed_share: Annotated[float, typer.Option(help="Of the releases, left out at both ends by trimmed-mean.")] = 0.1,
+    byzantine: Annotated[int, typer.Option(help="Releases of a round that may be false, for krum.")] = 0,
+    krum_keep: Annotated[int, typer.Option(help="Releases that krum averages.")] = 1,
 ) -> None:
     """Make FOLDER with the terms of a federation, the certificates of its server and the key of its operator.
 
