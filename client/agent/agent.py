@@ -23,6 +23,7 @@ import psutil
 import torch
 from pydantic import ValidationError
 
+from client.agent.acceptance import check_promise, check_settings, check_work, unprotected
 from client.agent.config import CONSENTS, AgentConfig, Consent, When
 from client.agent.home import DeviceError, Home, HomeError, replace_file
 from client.agent.journal import Journal, Sent, Turn, write_fact, write_sent
@@ -50,7 +51,6 @@ from privacy.release import Release, Schema
 from privacy.seeds import fresh_secret
 
 log = logging.getLogger(__name__)
-LARGEST_RANK = 256  # of a shared adapter
 LOST = "lost"  # in place of a head that should be there
 Progress = Callable[[str], None]
 
@@ -421,16 +421,17 @@ class Agent:
 
     @property
     def federating(self) -> bool:
-        """Whether a server is answered."""
-        return self.federation is not None and all(self.consents.values())
+        """Whether a server is answered: by settings that its owner has changed since joining, maybe no more."""
+        protects = not unprotected(self.config.device.privacy)
+        return self.federation is not None and all(self.consents.values()) and protects
 
     def check_terms(self, terms: Terms) -> None:
         """Raises `AgentError` for terms that do not fit this device, or that its owner has not consented to."""
         missing = [item for item, given in self.consents.items() if not given]
         if missing:
             raise AgentError(f"not consented to: {' and '.join(missing)}; florilegium device consent {missing[0]} yes")
-        if self.config.device.privacy.mode == "none":
-            raise AgentError("privacy.mode = 'none' is for simulations: nothing would be protected")
+        if why := unprotected(self.config.device.privacy):
+            raise AgentError(why)
         if terms.base != self.journal.fact("base"):
             raise AgentError(
                 f"the federation is for the weights {terms.base[:12]!r} of {terms.model!r}; this device has "
@@ -439,12 +440,23 @@ class Agent:
         there = self.federation
         if there and there.name != terms.name:
             raise AgentError(f"this device is in {there.name!r}; leave it first: florilegium device leave")
-        if terms.shared.adapter.rank > LARGEST_RANK:
-            raise AgentError(f"the terms want an adapter of rank {terms.shared.adapter.rank}, above {LARGEST_RANK}")
+        self._check_cost(terms)
         try:
             planned_event(self._site_in(_federation(terms, "")).config)
         except (UserError, ValidationError) as error:
             raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
+
+    def _check_cost(self, terms: Terms) -> None:
+        """Raises `AgentError` for terms that cost more than a device gives, or leave too little of its promise."""
+        try:
+            check_settings(terms.shared, terms.rounds)
+            site = self._site_in(_federation(terms, ""))
+            check_work(site.shared_layout, site.config)
+            check_promise(site.config, terms.min_devices)
+        except (UserError, ValidationError) as error:
+            raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
+        except MemoryError:
+            raise AgentError(f"the terms of {terms.name!r} need more memory than this device has") from None
 
     def join(self, terms: Terms, server: str) -> None:
         """Agrees to a federation's terms: from now on its server is answered. Raises as `check_terms`."""
@@ -553,6 +565,7 @@ class Agent:
             "pooled": len(state.pool.slots),
             "unanswered": len(_held(state) - state.replies.keys()),
             "federation": asdict(federation) if federation else None,
+            "unprotected": unprotected(privacy),
             "releases": len(self.releases),
             "epsilon": self.epsilon(),
             "epsilon_budget": privacy.epsilon,

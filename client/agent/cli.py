@@ -227,6 +227,7 @@ def status(home: HomeOption = HOME) -> None:
             "kept": f"{told['buffered']} of {told['bins']} in the buffer, {told['pooled']} in the pool; "
             f"{told['unanswered']} wait for a reply of yours",
             "federation": f"{there['name']} at {there['server']}, {there['rounds']} rounds" if there else "none",
+            **({"not answered": told["unprotected"]} if there and told["unprotected"] else {}),
             "sent": f"{told['releases']} releases; ε {spent} of {told['epsilon_budget']:g} for {told['unit']}",
             "disk, memory": f"{told['vault_bytes'] / 1e6:.1f} MB, {told['memory_bytes'] / 1e6:.0f} MB",
         }
