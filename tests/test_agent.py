@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -670,6 +671,35 @@ def test_nothing_leaves_without_consent_budget_or_ledger(joined: tuple[Agent, to
     old = reopened(agent)
     assert asked(old, 1, row)[0] == {"error": "no-release"} and asked(old, 2, row)[0] == {"error": "no-release"}
     assert old.journal.sent()[-1].kind == "ledger-missing"
+
+
+def test_a_question_with_a_wrong_head_uses_nothing_up(joined: tuple[Agent, torch.Tensor]) -> None:
+    """Neither the round that it was for, nor the release of the round before, which may be asked for again."""
+    agent, row = joined
+    header, first = asked(agent, 1, row)
+    for _ in range(3):
+        assert asked(agent, 2, row, head="ab" * 32)[0] == {"error": "no-release"}
+    assert [s.kind for s in agent.journal.sent()] == ["release", "ledger-behind"]  # told once
+    again_header, again = asked(agent, 1, row)
+    assert again_header == header and all(np.array_equal(first[n], again[n]) for n in first)
+    assert "error" not in asked(agent, 2, row, head=header["head"])[0]
+    assert agent.account and [e.round for e in agent.account.entries] == [1, 2]
+
+
+def test_a_home_that_was_set_back_is_noticed_by_the_head_of_the_other_payment(
+    joined: tuple[Agent, torch.Tensor], tmp_path: Path
+) -> None:
+    agent, row = joined
+    asked(agent, 1, row)
+    shutil.copytree(agent.home.folder, tmp_path / "old")
+    header, _ = asked(agent, 2, row)
+    old = Agent(Home(tmp_path / "old"), agent.config, agent.lm, agent.home.read_key(agent.config))
+    other, _ = asked(old, 2, row)
+    assert other["head"] != header["head"]
+    assert asked(old, 3, row, head=header["head"])[0] == {"error": "no-release"}
+    assert (
+        old.journal.sent()[-1].kind == "ledger-behind" and "error" not in asked(agent, 3, row, head=header["head"])[0]
+    )
 
 
 def test_a_budget_that_is_spent_stays_spent(home: Home, lm: LanguageModel) -> None:

@@ -496,8 +496,10 @@ class Agent:
             if plan.round <= answered.get(federation.name, 0):
                 again = plan.round == answered[federation.name]
                 return [resend(state, received, plan, site) if again else None]
-            state = self._gathered(self._with_spent_head(state), site)
-            (state,), (release,), (page,) = contribute([state], [[]], received, plan, site)
+            before = self._gathered(self._with_spent_head(state), site)
+            (state,), (release,), (page,) = contribute([before], [[]], received, plan, site)
+            if release is None and not self._has_paid(state, federation.name, plan.round):
+                return self._unanswered(replace(state, sent=before.sent, asked=before.asked), plan, page)
             if state.head:
                 replace_file(self.home.spent, state.head)
             if not self.federating:  # any more
@@ -515,6 +517,25 @@ class Agent:
             self._save(state, also)
             self._retire(state)
             return [release]
+
+    def _has_paid(self, state: DeviceState, federation: str, number: int) -> bool:
+        account = self.ledger.account(state.id, state.genesis)
+        return account is not None and any((e.experiment, e.round) == (federation, number) for e in account.entries)
+
+    def _unanswered(self, state: DeviceState, plan: RoundPlan, page: dict[str, Any]) -> list[Release | None]:
+        """A question that the ledger refuses, by a wrong head say: noted once, and the round may be asked for again."""
+        federation = self.federation
+        if federation is None:
+            return [None]
+        told = Sent(time.time(), federation.name, plan.round, page.get("refusal", "no-release"), 0, page.get("epsilon"))
+        known = {(s.federation, s.round, s.kind) for s in self.journal.sent()}
+
+        def also(connection: Any) -> None:
+            if (told.federation, told.round, told.kind) not in known:
+                write_sent(connection, told)
+
+        self._save(state, also)
+        return [None]
 
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
         """Keeps the aggregated adapter for the next learning, if it is newer than the last."""
