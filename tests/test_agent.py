@@ -524,7 +524,7 @@ def test_what_is_erased_was_never_said(home: Home, lm: LanguageModel, tmp_path: 
     agent.learn()
     assert marker.encode() in decrypted(home.vault, home.read_key(agent.config))
     erased = agent.erase([planted])
-    assert erased == {"retrained": True, "dialogues": 6, "cannot be recalled": 0}
+    assert erased == {"retrained": True, "dialogues": 6, "cannot be recalled": 0, "replies": 0}
     for path in home.folder.iterdir():
         if path.is_file():
             assert marker.encode() not in path.read_bytes()
@@ -559,6 +559,98 @@ def test_erasing_reaches_what_quoted_it(home: Home, lm: LanguageModel) -> None:
     assert b"4711-zebra" not in decrypted(home.vault, home.read_key(agent.config))
     with pytest.raises(KeyError):
         agent.erase([first.id])
+
+
+def parrot(home: Home, lm: LanguageModel) -> Agent:
+    """A device whose model soon says again what its owner has taught it, and always the same."""
+    agent = made(home, lm)
+    device = agent.config.device
+    personal = device.personal.model_copy(update={"epochs": 40, "learning_rate": 5e-3})
+    synthesis = device.synthesis.model_copy(update={"per_dialogue": 0})
+    device = device.model_copy(update={"personal": personal, "synthesis": synthesis})
+    chat = agent.config.chat.model_copy(update={"temperature": 0.0, "max_new_tokens": 24})
+    agent.config = agent.config.model_copy(update={"chat": chat, "device": device})
+    return agent
+
+
+def taught(agent: Agent, secret: str, conversation: str = "") -> str:
+    """Its owner corrects one reply; the dialogue's id."""
+    turn = agent.chat("Where is the key?", conversation)
+    agent.rate(turn.id, None, secret)
+    agent.learn()
+    return turn.id
+
+
+LATER = ("Do you know where the key is?", "Where do I keep it?")
+
+
+def test_what_the_model_said_is_no_users_own_word(home: Home, lm: LanguageModel, tmp_path: Path) -> None:
+    """One correction changed, the same questions and 👍 after it: of the pool that dialogue alone is another."""
+    pooled, said = [], []
+    for number, secret in enumerate(("It is under the blue flower pot.", "My brother has it in Lisbon.")):
+        agent = parrot(Home(tmp_path / str(number)), lm)
+        taught(agent, secret)
+        later = [agent.chat(question) for question in LATER]
+        for turn in later:
+            agent.rate(turn.id, True)
+        agent.learn()
+        state = reopened(agent)._state()
+        assert {state.replies[t.id] for t in later} == {t.said for t in later}  # the personal adapter learns from them
+        said.append([t.said for t in later])
+        pooled.append([[d.response for d in texts] for texts in shared._pooled(state)])
+    assert said[0] != said[1]
+    assert pooled == [[["It is under the blue flower pot."], [], []], [["My brother has it in Lisbon."], [], []]]
+
+
+@pytest.mark.parametrize("own", ["", "hm"])
+def test_a_reply_is_the_owners_own_where_its_owner_wrote_it(home: Home, lm: LanguageModel, own: str) -> None:
+    """Not where the model's is liked, or sent back as it was; a correction afterwards makes it so."""
+    agent = made(home, lm)
+    turn = agent.journal.add("Hello", "hm", "")
+    agent.rate(turn.id, True, own)
+    agent.learn()
+    assert agent._state().replies == {turn.id: "hm"} and agent._state().own == {}
+    agent.rate(turn.id, True, "Good morning.")
+    agent.learn()
+    assert agent._state().own == agent._state().replies == {turn.id: "Good morning."}
+
+
+@pytest.mark.parametrize("liked", [True, None])
+def test_what_went_through_a_reply_is_erased_with_it(home: Home, lm: LanguageModel, liked: bool | None) -> None:
+    """By what the adapter had learned, or by what stood before it: in no file, in nothing that is kept, not said."""
+    agent = parrot(home, lm)
+    planted = taught(agent, "It is under the blue flower pot.")
+    for question in LATER:
+        turn = agent.chat(question)
+        agent.rate(turn.id, liked)
+    agent.rate(turn.id, liked, "In the drawer.")
+    agent.learn()
+    assert any("flower pot" in t.said for t in agent.journal.turns() if t.id != planted)
+    under = agent.said_under([planted])
+    assert [t.prompt for t in under] == list(LATER)
+    assert agent.erase([planted])["replies"] == 2
+    assert agent._state().replies == {turn.id: "In the drawer."}  # what the owner wrote stays
+    assert agent.said_under([turn.id]) == []
+    for path in home.folder.glob("*.db"):
+        assert b"flower pot" not in decrypted(path, home.read_key(agent.config)), path
+    assert "flower pot" not in str(agent._state()) + agent.chat("Where is the key?").said + agent.chat(LATER[0]).said
+
+
+def test_provenance_goes_through_replies_and_is_kept_where_a_dialogue_grew_old(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    first = agent.journal.add("a", "b", "talk")
+    second = agent.chat("And then?", "talk")
+    elsewhere = agent.chat("What is new?")
+    third = agent.chat("And then?", "talk")  # two lines of context: the second alone
+    agent.journal.forget([second.id])  # dropped, not erased
+    assert [t.id for t in agent.said_under([first.id])] == [third.id]
+    assert agent.said_under([elsewhere.id]) == []
+    agent.rate(elsewhere.id, None, "Nothing.")
+    agent.learn()
+    fourth = agent.chat("Hello")
+    assert [t.id for t in agent.said_under([elsewhere.id])] == [fourth.id]
+    done = agent.erase([elsewhere.id], keep_replies=True)
+    assert done["replies"] == 0 and agent.journal.turn(fourth.id).said == fourth.said
 
 
 def test_an_erasure_that_cannot_end_is_tried_again(

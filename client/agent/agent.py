@@ -26,12 +26,21 @@ from pydantic import ValidationError
 from client.agent.acceptance import check_promise, check_settings, check_work, unprotected
 from client.agent.config import CONSENTS, AgentConfig, Consent, When
 from client.agent.home import DeviceError, Home, HomeError, replace_file
-from client.agent.journal import Journal, Sent, Turn, write_fact, write_sent
+from client.agent.journal import (
+    Journal,
+    Sent,
+    Turn,
+    forget_origins,
+    unsay,
+    write_fact,
+    write_learned,
+    write_sent,
+)
 from client.agent.terms import Terms
 from client.budget import planned_event
 from client.buffer import Buffer
 from client.config import DeviceConfig
-from client.dialogue import Dialogue
+from client.dialogue import Dialogue, Echo
 from client.lm.adapter import Adapters
 from client.lm.config import ModelConfig
 from client.lm.layers import UnsupportedModelError
@@ -153,11 +162,13 @@ class Agent:
             state, site = self._state(), self.site
             received, _ = self._used()
             on = [*([] if received is None else beneath(received, [state.id], site)), self._personal(state)]
-            asked = Dialogue("", prompt, "", context=self._context(conversation)).in_context.prompt
+            sight = self._in_sight(conversation)
+            asked = Dialogue("", prompt, "", context="\n".join(line for _, line in sight)).in_context.prompt
             said = self.lm.reply(asked, on, self.config.chat, fresh_secret() >> 65, told)
             if not self.consents["learn"]:
                 return Turn(0, "", time.time(), conversation, prompt, said, None, "", None)
-            return self.journal.add(prompt, said, conversation)
+            causes = list(dict.fromkeys(i for i, _ in sight))
+            return self.journal.add(prompt, said, conversation, self._cycle(), causes)
 
     def rate(self, identity: str, liked: bool | None, wanted: str = "") -> Turn:
         """👍, 👎, and what the owner would have said. Raises KeyError for a dialogue that is not there."""
@@ -173,13 +184,17 @@ class Agent:
 
     def _context(self, conversation: str, before: int | None = None) -> str:
         """The last turns of a conversation, a line each."""
+        return "\n".join(line for _, line in self._in_sight(conversation, before))
+
+    def _in_sight(self, conversation: str, before: int | None = None) -> list[tuple[str, str]]:
+        """The lines of `_context`, each with the dialogue that it is from."""
         turns = self.config.context_turns
         if not turns or not conversation:
-            return ""
+            return []
         values: tuple[object, ...] = (conversation, before or math.inf)
         past = self.journal.turns("WHERE conversation = ? AND number < ?", values)
-        lines = [line for turn in past for line in (turn.prompt, turn.wanted or turn.said)]
-        return "\n".join(lines[-turns:])
+        lines = [(turn.id, line) for turn in past for line in (turn.prompt, turn.wanted or turn.said) if line]
+        return lines[-turns:]
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -215,6 +230,7 @@ class Agent:
                 write_fact(connection, "profile", profile.to_json())
                 write_fact(connection, "learned", {"at": time.time(), "page": page})
                 write_fact(connection, "used", version, _bytes(received))
+                write_learned(connection, (k.id for k in state.annotated), cycle)
 
             self._save(state, also)
             self._retire(state)
@@ -264,6 +280,7 @@ class Agent:
         return replace(
             state,
             replies=now,
+            echoes=frozenset(i for i, reply in now.items() if isinstance(reply, Echo)),
             synthetic={i: made for i, made in state.synthetic.items() if i in same},
             descendants={i: made for i, made in state.descendants.items() if i in same},
         )
@@ -322,8 +339,22 @@ class Agent:
             for i in dict.fromkeys([*bins, *pool])
         ]  # fmt: skip
 
-    def erase(self, identities: Sequence[str], progress: Progress = lambda phase: None) -> dict[str, Any]:
+    def said_under(self, identities: Sequence[str]) -> list[Turn]:
+        """What the model may have said of these: its replies since it learned from them, or with them in sight.
+
+        Raises KeyError for a dialogue that is not there.
+        """
+        for identity in identities:
+            self.journal.turn(identity)
+        return self.journal.said_under(identities)
+
+    def erase(
+        self, identities: Sequence[str], progress: Progress = lambda phase: None, *, keep_replies: bool = False
+    ) -> dict[str, Any]:
         """Removes dialogues, what was made from them, and what they did to the buffer, the profile and the adapter.
+
+        With them go the model's replies that `said_under` finds, unless `keep_replies`: their words may be in them.
+        What the owner wrote in those dialogues stays.
 
         The buffer and the profile are made anew from what remains, as if the erased had never been said; but for older
         dialogues that were dropped meanwhile, maybe in their favour. The personal adapter is trained anew from its
@@ -333,8 +364,15 @@ class Agent:
             self.journal.turn(identity)
         with self._busy, self._telling(progress):
             self._tell("forget")
-            self.journal.forget(identities, lambda connection: write_fact(connection, "erasing", True))
-            return self._erased()
+            under = [] if keep_replies else self.journal.said_under(identities)
+
+            def also(connection: Any) -> None:
+                write_fact(connection, "erasing", True)
+                unsay(connection, [t.id for t in under])
+                forget_origins(connection, identities)
+
+            self.journal.forget(identities, also)
+            return {**self._erased(), "replies": len(under)}
 
     def _erased(self) -> dict[str, Any]:
         """What comes after the dialogues are gone; begun anew where it was stopped."""
@@ -372,6 +410,7 @@ class Agent:
 
         def all_of_it(connection: Any) -> None:
             write_fact(connection, "profile", profile.to_json())
+            write_learned(connection, (k.id for k in state.annotated), self._cycle())
             also(connection)
 
         self._save(state, all_of_it, only=True)
