@@ -182,9 +182,8 @@ def annotate(states: States, site: Site) -> tuple[States, list[Observation]]:
             waiting = sorted(waiting, key=lambda i: derive_seed(site.seed, state.id, i, "ask"))[:limit]
         kept = [k.id for k in state.buffer.bins if k.id in state.replies] + waiting + pool
         replies = {i: reply for i in kept if (reply := state.replies.get(i) or site.user(state.id, i))}
-        echoes = frozenset(
-            i for i, r in replies.items() if isinstance(r, Echo) or i in state.echoes & state.replies.keys()
-        )
+        before = state.echoes & state.replies.keys()
+        echoes = frozenset(i for i, reply in replies.items() if isinstance(reply, Echo) or i in before)
         asked = state.annotations + sum(i not in state.replies for i in replies)
         after.append(replace(state, replies=replies, echoes=echoes, annotations=asked))
         notes.append({"annotations": asked})
@@ -197,7 +196,8 @@ def descend(states: States, site: Site) -> tuple[States, list[Observation]]:
     Each is judged by its own original alone: no dialogue decides what becomes of another.
     """
     settings = site.config.synthesis.model_copy(update={"per_dialogue": site.config.shared.synthetic})
-    fresh = [(s, i, p) for s in states for i, p in s.pool.slots if i in s.own and i not in s.descendants]
+    own = {s.id: s.own for s in states}
+    fresh = [(s, i, p) for s in states for i, p in s.pool.slots if i in own[s.id] and i not in s.descendants]
     requests = [
         Request(f"{s.id}/{i}", (p, s.replies[i]), derive_seed(site.seed, s.id, i, "descendants")) for s, i, p in fresh
     ]
@@ -205,7 +205,9 @@ def descend(states: States, site: Site) -> tuple[States, list[Observation]]:
     after = [
         replace(
             s,
-            descendants={i: made.get(f"{s.id}/{i}", s.descendants.get(i, ())) for i, _ in s.pool.slots if i in s.own},
+            descendants={
+                i: made.get(f"{s.id}/{i}", s.descendants.get(i, ())) for i, _ in s.pool.slots if i in own[s.id]
+            },
         )
         for s in states
     ]

@@ -229,7 +229,7 @@ def _private_row(state: DeviceState, received: torch.Tensor, plan: RoundPlan, si
 def _pooled(state: DeviceState) -> Texts:
     """Of each slot of the pool the original, with the user's own reply, and its synthetic descendants.
 
-    A slot whose reply is not known, or is the model's, has nothing to learn, and keeps its coin: its reply changes no other's.
+    A slot whose reply is not known, or is the model's, has nothing to learn, and keeps its coin: it changes no other's.
     """
     own = state.own
     return [

@@ -72,7 +72,7 @@ def _epsilon(events: tuple[Event, ...], delta: float, adjacency: Adjacency) -> f
     return float(_accountant(events, adjacency).get_epsilon(delta)) if events else 0.0
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)  # each holds up to some megabytes
 def _accountant(events: tuple[Event, ...], adjacency: Adjacency) -> PLDAccountant:
     accountant = PLDAccountant(NEIGHBOURS[adjacency], value_discretization_interval=interval(events, adjacency))
     for e in events:

@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
 from client.lm.places import base_hash
 from client.personal.profile import ProfileError
+from client.phases import descend
 from client.records import to_record
 from client.shared import noisy_steps, release_noise
 from client.state import StoreError
@@ -610,6 +612,10 @@ def test_a_reply_is_the_owners_own_where_its_owner_wrote_it(home: Home, lm: Lang
     agent.rate(turn.id, True, own)
     agent.learn()
     assert agent._state().replies == {turn.id: "hm"} and agent._state().own == {}
+    config = agent.site.config
+    synthetic = config.model_copy(update={"shared": config.shared.model_copy(update={"synthetic": 2})})
+    [after], _ = descend([agent._state()], replace(agent.site, config=synthetic))
+    assert after.descendants == {}  # nor is anything written like it for the shared adapter
     agent.rate(turn.id, True, "Good morning.")
     agent.learn()
     assert agent._state().own == agent._state().replies == {turn.id: "Good morning."}
