@@ -21,6 +21,7 @@ from server.rules import RULES, Places
 
 BOTH = {"lora_A", "lora_B"}
 MALFORMED = "malformed"
+ONE_IN_TWENTY = 1.645  # standard deviations of a normal distribution, on one side
 PRODUCTS_LIMIT = 2**22  # numbers of the adapted weights up to which the error of averaging factors is always computed
 
 
@@ -33,6 +34,7 @@ class RoundFacts:
     refused: dict[str, int] = field(default_factory=dict)  # error code → devices
     change_norm_l2: float = 0.0
     signal_to_noise: float = math.nan
+    signal_to_noise_floor: float = math.nan  # what is below it cannot be told from 0
     averaging_error: float | None = None  # of A and B averaged apart, by the mean of their products
     held_bytes: int = 0  # what was kept of the releases
     failed_adoptions: int = 0  # devices that did not take what the round became
@@ -164,6 +166,14 @@ def signal_to_noise(change_norm_l2: float, noise_std: float, width: int) -> floa
     """
     noise = noise_std * math.sqrt(width)
     return math.sqrt(max(0.0, change_norm_l2**2 - noise**2)) / noise if noise else math.nan
+
+
+def signal_to_noise_floor(width: int) -> float:
+    """The ratio that noise alone seems to have one time in twenty, in a mean release of P numbers.
+
+    ‖noise‖² / (P σ²) is χ² of P degrees of freedom over P, near 1 ± √(2 / P); the ratio is the root of what is above 1.
+    """
+    return math.sqrt(ONE_IN_TWENTY * math.sqrt(2 / width)) if width else math.nan
 
 
 def to_numpy(arrays: ArrayRecord) -> dict[str, Numbers]:

@@ -25,7 +25,7 @@ from privacy.release import Schema
 from privacy.seeds import derive_seed
 from server.config import ServerConfig, devices_to_ask
 from server.factors import MeanOfProducts
-from server.intake import Intake, Limits, RoundFacts, signal_to_noise, to_arrays, to_numpy
+from server.intake import Intake, Limits, RoundFacts, signal_to_noise, signal_to_noise_floor, to_arrays, to_numpy
 from server.optimizers import OPTIMIZERS, Moments, step_at
 from server.rules import TooFewReleasesError
 
@@ -48,6 +48,7 @@ class Aggregate:
 
 
 NO_LIMITS = Limits()
+TOO_FEW = "too-few"  # releases for the rule, or for the terms
 Commit = Callable[[Aggregate], None]
 Plan = dict[str, Any]
 
@@ -64,17 +65,18 @@ class ReleaseStrategy(Strategy):
         *,
         limits: Limits = NO_LIMITS,
         over_sampling: float = 1.0,
+        least_releases: int = 0,
         first_round: int = 1,
         commit: Commit | None = None,
         committed: Aggregate | None = None,
     ) -> None:
         """`noise` says what devices have added, a public value, and what is added here where they trust the server.
 
-        `limits` bound what a release may be. `commit` stores an aggregate before any device gets it;
-        `committed` is the one of a round that was not ended.
+        `limits` bound what a release may be; of fewer than `least_releases` nothing is made. `commit` stores an
+        aggregate before any device gets it; `committed` is the one of a round that was not ended.
         """
         self.config, self.schema, self.seed, self.noise, self.first_round = config, schema, seed, noise, first_round
-        self.limits, self.over_sampling = limits, over_sampling
+        self.limits, self.over_sampling, self.least_releases = limits, over_sampling, least_releases
         self.commit, self.committed = commit, committed
         self.optimizer = OPTIMIZERS[config.optimizer](config)
         self.moments = self.optimizer.start(schema.width)
@@ -171,18 +173,22 @@ class ReleaseStrategy(Strategy):
             if not facts.silent and set(facts.refused) - {NO_RELEASE}:
                 raise NoReleaseError(f"round {number}: no device sent a release: {facts.refused}")
             return None
+        if rule.count < self.least_releases:
+            facts.refused[TOO_FEW] = rule.count
+            return None
         noise = np.zeros(places.size)
         noise[places] = self.noise.drawn(number, int(places.sum()))
         by = over or (intake.asked if self.noise.on_sum else 0)
         try:
             change = rule.change(noise, by)[places]
         except TooFewReleasesError:
-            facts.refused["too-few"] = rule.count
+            facts.refused[TOO_FEW] = rule.count
             return None
         facts.change_norm_l2 = float(np.linalg.norm(change))
         divisors = np.broadcast_to(by or rule.senders, places.shape)
         noise_std = self.noise.of_mean(intake.weight_squares[places], divisors[places])
         facts.signal_to_noise = signal_to_noise(facts.change_norm_l2, noise_std, change.size)
+        facts.signal_to_noise_floor = signal_to_noise_floor(change.size)
         row, self.moments = step_at(self.optimizer, intake.before, change, self.moments, places)
         return self._sent(row, intake.products)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,9 @@ from rich.console import Console
 from rich.text import Text
 
 from client.agent.cli import app as device
-from client.agent.cli import plain_errors
 from client.terminal import speak_plainly, telling, wide
 from privacy.errors import BrokenDeviceError, UserError
+from simulation.deployment.cli import app as server
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads spin for each other: ruinous beside other work
@@ -39,7 +40,6 @@ app.add_typer(data, name="data")
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine with what it is asked to do.")
 app.add_typer(bench, name="bench")
 app.add_typer(device, name="device")
-server = typer.Typer(no_args_is_help=True, help="A server for real devices: terms, certificates, rounds.")
 app.add_typer(server, name="server")
 OURS = (
     "this is a fault of Florilegium's: please report it with the traceback above and what `florilegium doctor` prints"
@@ -85,91 +85,6 @@ def run(
         )
     console.print(render_summary(summary))
     console.print(f"report: {folder / 'report.html'}")
-
-
-@server.command()
-def init(
-    folder: Path,
-    name: Annotated[str, typer.Option(help="Of the federation.")],
-    host: Annotated[list[str], typer.Option(help="Names and addresses that devices know the server by.")],
-    model: str = "nano",
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
-    min_devices: Annotated[int, typer.Option(min=1, help="That must be there before a round begins.")] = 1,
-    patience_s: Annotated[float, typer.Option(min=1, help="For the answers of a round.")] = 600.0,
-) -> None:
-    """Make FOLDER with the terms of a federation and the certificates of its server.
-
-    Devices' owners need FOLDER/terms.toml and FOLDER/ca.pem; their public keys go into FOLDER/nodes.
-    """
-    from secrets import randbits
-
-    from client.agent.terms import Terms, write_terms
-    from client.lm.places import base_hash
-    from simulation.certificates import NODES, TERMS, make_certificates
-    from simulation.config import validate
-
-    folder = folder.resolve()
-    with plain_errors():
-        told = {
-            "name": name, "model": model, "base": base_hash(model), "rounds": rounds, "seed": randbits(48),
-            "min_devices": min_devices, "patience_s": patience_s,
-        }  # fmt: skip
-        terms = validate(Terms, told, "server init")
-        make_certificates(folder, host)
-        write_terms(folder / TERMS, terms)
-        (folder / NODES).mkdir()
-    console.print(f"{folder}: give terms.toml and ca.pem to the devices' owners, put their node.pub into nodes/")
-
-
-@server.command()
-def start(
-    folder: Path,
-    host: Annotated[str, typer.Option(help="To listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
-) -> None:
-    """Run the rounds of FOLDER's terms with the devices whose keys are in FOLDER/nodes.
-
-    Goes on where it was stopped.
-    """
-    from client.agent.terms import read_terms
-    from simulation.certificates import TERMS, check_folder
-
-    folder, address = folder.resolve(), _own_address(host, port)
-    with plain_errors():
-        check_folder(folder)
-        terms = read_terms(folder / TERMS)
-
-        from simulation.deployment import all_done, register, run_rounds, superlink  # and with it torch and flwr
-
-        if not all_done(folder):
-            with superlink(folder, host, port):
-                console.print(
-                    f"{register(folder, address)} devices may connect to {host}:{port}; a round begins when "
-                    f"{terms.min_devices} are there"
-                )
-                run_rounds(folder, address, console.print)
-    console.print(f"all rounds are done: {folder / 'server'}")
-
-
-@server.command("register")
-def register_devices(
-    folder: Path,
-    host: Annotated[str, typer.Option(help="That it listens on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
-) -> None:
-    """Let those in whose keys were put into FOLDER/nodes after the server's start."""
-    from simulation.certificates import check_folder
-
-    with plain_errors():
-        check_folder(folder)
-
-        from simulation.deployment import register  # and with it torch and flwr
-
-        console.print(f"{register(folder.resolve(), _own_address(host, port))} devices may connect")
-
-
-def _own_address(host: str, port: int) -> str:
-    return f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
 @app.command()
@@ -500,6 +415,48 @@ def bench_scale(
         wide(console, 100).print(as_table(rows))
 
 
+@bench.command("poison")
+def bench_poison(
+    devices: Annotated[int, typer.Option(min=10, help="Of which none, one and three are false.")] = 10,
+    least_epsilon: Annotated[float, typer.Option(help="As for server init: it bounds a release.")] = 4.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Federations of each kind.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One list instead of the table.")] = False,
+) -> None:
+    """What devices that send what they like do to the shared adapter, under each of the server's rules."""
+    import json
+
+    from simulation.bench.poison import as_json as to_json
+    from simulation.bench.poison import as_table, measure
+
+    with Console(stderr=True).status("measuring"):
+        rows = measure(devices, least_epsilon, seeds)
+    if as_json:
+        print(json.dumps(to_json(rows, devices), indent=1))
+    else:
+        Console(width=max(console.width, 100)).print(as_table(rows, devices))
+
+
+@bench.command("door")
+def bench_door(
+    devices: Annotated[int, typer.Option(min=1, help="Registered ones, all of this machine.")] = 1000,
+    seconds: Annotated[float, typer.Option(min=1, help="After all have connected.")] = 60.0,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 19092,
+    as_json: Annotated[bool, typer.Option("--json", help="One object instead of the table.")] = False,
+) -> None:
+    """The server's door under many devices that ask, every three seconds, whether there is something to do."""
+    import json
+
+    from simulation.bench.door import as_json as to_json
+    from simulation.bench.door import as_table, measure
+
+    with Console(stderr=True).status("measuring"):
+        found = measure(devices, seconds, port)
+    if as_json:
+        print(json.dumps(to_json(found), indent=1))
+    else:
+        console.print(as_table(found))
+
+
 @bench.command("board")
 def bench_board(
     models: Annotated[str, typer.Option(help="With commas.")] = "nano,smollm2-135m",
@@ -549,11 +506,21 @@ def _interruptible(text: str = "stopped") -> Iterator[None]:
         raise typer.Exit(stopped.exit_code) from None
 
 
+def _umask(text: str) -> int:
+    if not re.fullmatch("0?[0-7]{3}", text):
+        raise UserError(f"FLORILEGIUM_UMASK = {text!r} must be three octal digits, as 077 or 022")
+    return int(text, 8)
+
+
 def main() -> None:
-    """Runs the command; a user's mistake is told in a line, a fault of ours by its traceback."""
+    """Runs the command; a user's mistake is told in a line, a fault of ours by its traceback.
+
+    What it writes, people's words among it, is for whoever runs it alone; FLORILEGIUM_UMASK=022 lets others read.
+    """
     speak_plainly()
     told = Console(stderr=True, markup=False, highlight=False)
     try:
+        os.umask(_umask(os.environ.get("FLORILEGIUM_UMASK", "077")))
         app()
     except BrokenDeviceError as error:
         print(error.traced, file=sys.stderr)  # of the process that the device was in

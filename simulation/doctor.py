@@ -12,6 +12,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import psutil
+from packaging.version import Version
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +21,15 @@ from client.lm.processor import bfloat16_flags, cpu_flags, multiplies_bfloat16
 from simulation.data.errors import DataError
 from simulation.data.folder import data_folder
 
-PACKAGES = ("florilegium", "torch", "transformers", "peft", "opacus", "flwr", "ray", "dp-accounting")
+TRIED = {  # package → the lowest and the newest version that the tests were run with; pyproject.toml goes from one to
+    "torch": ("2.6.0", "2.13.0"),  # the next minor after the other, since we lean on internals of these
+    "transformers": ("5.0.0", "5.24.0"),
+    "peft": ("0.18.0", "0.21.2"),
+    "opacus": ("1.6.0", "1.6.0"),
+    "flwr": ("1.41.0", "1.42.0"),
+    "ray": ("2.55.1", "2.55.1"),  # Flower's choice
+}
+OTHERS = ("dp-accounting", "pydantic", "numpy")
 WIDE = ("avx2", "avx512f", "asimd", "sve")  # instructions that a pass is as fast as
 FULL = "florilegium doctor --full asks torch"
 GPU_PLACES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of drivers: Nvidia's, AMD's, that of WSL
@@ -54,13 +63,29 @@ def facts(full: bool = False) -> Facts:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    found = {"python": platform.python_version(), "florilegium": _version("florilegium")}
+    return found | {p: _against_tried(p) for p in TRIED} | {p: _version(p) for p in OTHERS}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _against_tried(package: str) -> str:
+    """The version that is installed, and whether it lies between those that were tried."""
+    version, (lowest, newest) = _version(package), TRIED[package]
+    if version == "not installed":
+        return version
+    if Version(lowest) <= Version(Version(version).public) <= Version(newest):
+        return f"{version} (tried: {lowest} to {newest})"
+    age = "older" if Version(version) < Version(lowest) else "newer"
+    return (
+        f"{version}: {age} than what was tried ({lowest} to {newest}); pip install '{package}=={newest}', or try it: "
+        f"pip install '.[test]' && pip install --no-deps '{package}=={version}' && pytest"
+    )
 
 
 def _machine(full: bool) -> dict[str, str]:

@@ -140,14 +140,17 @@ def play(
         return federate(InMemory(site, streams, at_once), server)
 
 
-def federate(cohort: InMemory, server: ServerConfig) -> Federated:
-    """All rounds, by the strategy that every engine runs. Raises `ConfigError` for a server that has no rounds."""
+def federate(cohort: InMemory, server: ServerConfig, limits: Limits | None = None) -> Federated:
+    """All rounds, by the strategy that every engine runs, within the devices' own limits or these.
+
+    Raises `ConfigError` for a server that has no rounds.
+    """
     if not server.by_rounds:
         raise ConfigError("studies and audits ask by rounds; server.buffer and server.rule = 'none' do not")
     site = cohort.site
     secret = fresh_secret() if site.config.privacy.secret == "os" else derive_key(site.seed, "server")
     noise = release_noise(site.config, server.noise_bands, secret)
-    limits = Limits(*release_limits(site.config, cohort.schema))
+    limits = limits or Limits(*release_limits(site.config, cohort.schema))
     strategy = ReleaseStrategy(server, cohort.schema, site.seed, noise, limits=limits)
     start = site.shared_layout.start(derive_seed(site.seed, "shared"))
     arrays = strategy.first(start.numpy())

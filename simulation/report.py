@@ -203,7 +203,11 @@ def _cost(record: Record) -> Iterator[str]:
             yield f"The privacy budget was exceeded: a device spent ε = {max(spent):.2f} of {budget:g} ({kind})."
         else:
             yield f"No device spent more than ε = {max(spent):.2f} of its budget of {budget:g} ({kind})."
-    if record.round and is_number(ratio := record.round[-1].get("signal_to_noise")) and ratio < 1:
+    last = record.round[-1] if record.round else {}
+    ratio, floor = last.get("signal_to_noise"), last.get("signal_to_noise_floor")
+    if is_number(ratio) and is_number(floor) and ratio < floor:
+        yield f"In the last round no signal could be told from the noise: a ratio below {floor:.2f} is not measurable."
+    elif is_number(ratio) and ratio < 1:
         yield f"The noise outweighed the shared update: its signal-to-noise ratio was {ratio:.2f} in the last round."
 
 
@@ -240,7 +244,8 @@ def render_report(run: Path) -> Path:
     record = collect(events)
     return page.write(
         run / "report.html", "report.html.j2", filters={"outcome": outcome, "capital": _capital}, plots=_plots(record),
-        record=record, run=record.run, sentences=verdict(events), arm_of=arm_of, metric_names=_METRIC_NAMES,
+        record=record, run=record.run, sentences=verdict(events),
+        ratio_in_words=figures.ratio_in_words, arm_of=arm_of, metric_names=_METRIC_NAMES,
         started=datetime.fromtimestamp(record.run["time"], UTC) if "time" in record.run else None,
         totals=(totals := figures.device_totals(record.device_round)), most_listed=MOST_DEVICES_LISTED,
         spread=lambda key: figures.spread(totals, key), lengths=figures.mean_lengths(record.result),

@@ -71,6 +71,17 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def ratio_in_words(ratio: object, floor: object) -> str:
+    """A signal to noise; one that noise alone could seem to have is told as such.
+
+    >>> ratio_in_words(0.0, 0.2), ratio_in_words(0.26, 0.2), ratio_in_words(None, None)
+    ('not measurable, < 0.20', '0.26', 'no noise')
+    """
+    if not is_number(ratio):
+        return "no noise"
+    return f"not measurable, < {floor:.2f}" if is_number(floor) and ratio < floor else f"{ratio:.2f}"
+
+
 def gains_by_arm(results: Sequence[Event]) -> dict[str, list[float]]:
     """NLL of the base minus NLL of each arm, nats per token, one value a user; positive is a gain.
 

@@ -225,7 +225,8 @@ def create(path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> 
     check_new(path, overwrite=overwrite)
     fresh = path.with_name(f".{path.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    fresh.parent.mkdir(parents=True, exist_ok=True)
+    fresh.mkdir(mode=0o700)  # it will hold what people said
     _write_config(fresh, config)
     _write_sources(fresh)
     Shards.create(fresh / "devices", config.ray.shards or max(1, SHARDS_OF_AN_ACTOR * config.ray.actors))

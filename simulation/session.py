@@ -169,6 +169,7 @@ class Session:
             held_bytes=facts.held_bytes,
             seconds={k: round(v, 3) for k, v in seconds.items()},
             signal_to_noise=None if math.isnan(ratio) else ratio,
+            signal_to_noise_floor=None if math.isnan(ratio) else facts.signal_to_noise_floor,
             change_norm_l2=facts.change_norm_l2,
             shared_norm_l2=float(shared.norm()),
             download_bytes=self._download_bytes,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from client.lm.places import ADAPTERS, base_of, copy_base
 from client.terminal import Figures
 from simulation.data.describe import told_before
 from simulation.host import SimulatedDevices
+from simulation.report_figures import ratio_in_words
 from simulation.runs import Event, RunFolder
 
 Summary = dict[str, Any]
@@ -93,6 +93,7 @@ def summarize(events: Iterable[Event]) -> Summary:
         "adjacency": start["privacy"]["adjacency"],
         "trust": start["privacy"]["trust"],
         "signal_to_noise": [e["signal_to_noise"] for e in rounds],
+        "signal_to_noise_floor": [e["signal_to_noise_floor"] for e in rounds],
         "upload_bytes_per_release": devices.upload_bytes,
         "download_bytes_per_round": rounds[-1]["download_bytes"],
         "newcomers": {e["arm"]: _figures(e) for e in by_kind.get("newcomers", [])},
@@ -151,7 +152,8 @@ def render_summary(summary: Summary) -> RenderableType:
             cells = (*_cells(summary["nll"][arm]), *_cells(summary["rouge1"].get(arm)))
             table.add_row(arm, *cells, "–" if length is None else f"{length:.1f}")
     lines = [_comparison(c) for c in summary["comparisons"]]
-    ratios = ", ".join("no noise" if r is None or math.isnan(r) else f"{r:.2f}" for r in summary["signal_to_noise"])
+    measured = zip(summary["signal_to_noise"], summary["signal_to_noise_floor"], strict=True)
+    ratios = ", ".join(ratio_in_words(ratio, floor) for ratio, floor in measured)
     protection = (
         "privacy: without a server nothing leaves a device"
         if summary["server"] == "none"

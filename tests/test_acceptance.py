@@ -27,8 +27,9 @@ from privacy.accounting import Event, calibrate, epsilon
 from privacy.dpsgd import PrivateRow
 from privacy.plan import RoundPlan
 from privacy.policy import Mode
-from simulation.deployment import strategy_of
-from simulation.runs import RunFolder
+from server.config import ServerConfig
+from simulation.deployment.link import Link
+from simulation.deployment.rounds import make_folder, strategy_of
 
 SERVER = "127.0.0.1:9092"
 SAID = (("Do you like apples?", "Only the green ones."), ("What shall we cook?", "Pumpkin soup."), ("And?", "Nothing."))
@@ -54,7 +55,8 @@ def set_privacy(agent: Agent, **privacy: object) -> None:
 
 def terms(**changes: Any) -> Terms:
     """The usual ones; sections are given in part."""
-    return Terms.model_validate({"name": "orchard", "rounds": 3, "seed": 1, "base": base_hash("nano"), **changes})
+    usual = {"name": "orchard", "rounds": 3, "seed": 1, "base": base_hash("nano"), "operator": "ab" * 32}
+    return Terms.model_validate({**usual, **changes})
 
 
 @pytest.fixture
@@ -79,7 +81,9 @@ def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
     agent = made(home, lm)
     agent.join(terms(), SERVER)
     set_privacy(agent, mode=mode, clip_norm_l2=0.05)
-    strategy, _ = strategy_of(terms(), RunFolder(home.folder.parent / "server"))
+    server = home.folder.parent / "server"
+    make_folder(server, terms(), ServerConfig(), 8.0)
+    strategy, _ = strategy_of(server, Link(), lambda line: None)
     assert strategy.noise.on_sum == 0
     monkeypatch.setattr(shared, "fresh_secret", lambda: 7)
     row, plan = agent.site.shared_layout.start(0), RoundPlan(1, 0)

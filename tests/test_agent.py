@@ -14,10 +14,11 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,12 +37,13 @@ from scipy.stats import kstest
 
 from client import shared
 from client.agent import board
-from client.agent.agent import Agent, AgentError, restore
+from client.agent.agent import Agent, AgentError, _federation, restore
 from client.agent.config import new_config
 from client.agent.courier import SuperNode, answered
 from client.agent.home import Home, HomeError
-from client.agent.journal import Journal, VaultError
+from client.agent.journal import Journal, Turn, VaultError
 from client.agent.remote import Remote
+from client.agent.seal import new_key, public_half, sealed
 from client.agent.serve import listening, showing
 from client.agent.terms import Terms
 from client.lm.config import ModelConfig
@@ -50,7 +52,7 @@ from client.lm.places import base_hash
 from client.personal.profile import ProfileError
 from client.phases import descend
 from client.records import to_record
-from client.shared import noisy_steps, release_noise
+from client.shared import noisy_steps, release_limits, release_noise
 from client.state import StoreError
 from privacy import database
 from privacy.dpsgd import PrivateRow
@@ -64,7 +66,9 @@ SAID = (
     ("Where do you want to travel?", "To the sea, in a slow train."),
     ("Any plans for the weekend?", "Repairing my old bicycle."),
 )
-TERMS, SERVER = Terms(name="orchard", rounds=3, seed=1, base=base_hash("nano")), "127.0.0.1:9092"
+OPERATOR = new_key()
+TERMS = Terms(name="orchard", rounds=3, seed=1, base=base_hash("nano"), operator=public_half(OPERATOR))
+SERVER = "127.0.0.1:9092"
 PAGE = 4096  # bytes
 
 
@@ -710,6 +714,8 @@ def test_erasing_all_leaves_a_device_that_knows_nothing(home: Home, lm: Language
 def sent(agent: Agent, kind: str, content: RecordDict) -> tuple[dict[str, Any], dict[str, Any]]:
     """Header and arrays of what the agent answers to a message of a server's."""
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    if set(content) == {"plan", "arrays"} and agent.federation:
+        content = sealed(content, kind, agent.federation.name, OPERATOR)
     message = Message(content, dst_node_id=1, message_type=kind)
     reply = answered(message, agent).content
     arrays = reply.array_records.get("arrays", {})
@@ -731,7 +737,6 @@ def joined(home: Home, lm: LanguageModel) -> tuple[Agent, torch.Tensor]:
 
 def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, torch.Tensor]) -> None:
     agent, row = joined
-    assert asked(agent, 1, row, "query")[0] == {"device": agent.config.name}
     header, arrays = asked(agent, 1, row)
     assert set(header) == {"protocol", "version", "head"} and set(arrays) == {n for n, _ in agent.schema.shapes}
     again_header, again = asked(reopened(agent), 1, row)
@@ -916,6 +921,57 @@ def test_what_is_no_question_is_refused(joined: tuple[Agent, torch.Tensor], cont
     assert joined[0].account and not joined[0].account.entries
 
 
+def forged(agent: Agent, content: RecordDict, kind: str = "train") -> dict[str, Any]:
+    """Header of the answer to a message that is sent as it is."""
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    message = Message(content, dst_node_id=1, message_type=kind)
+    return dict(answered(message, agent).content.config_records["header"])
+
+
+def test_only_the_operators_questions_are_answered(joined: tuple[Agent, torch.Tensor]) -> None:
+    """A stranger's, whatever of a true one is in it, costs nothing: not a round, not a bit of the budget."""
+    agent, row = joined
+    plan = ConfigRecord({"round": 1, "version": 0, "head": ""})
+    arrays = to_record(agent.schema.split(row.numpy()))
+    plain = RecordDict({"plan": plan, "arrays": arrays})
+    true = sealed(plain, "train", "orchard", OPERATOR)
+    other = to_record(agent.schema.split((row + 1).numpy()))
+    strange = [
+        plain,
+        sealed(plain, "train", "orchard", new_key()),
+        sealed(plain, "train", "meadow", OPERATOR),
+        sealed(plain, "evaluate", "orchard", OPERATOR),
+        RecordDict({**true, "plan": ConfigRecord({**plan, "round": 3})}),
+        RecordDict({**true, "plan": ConfigRecord({**plan, "head": "0" * 64})}),
+        RecordDict({**true, "arrays": other}),
+        RecordDict({**true, "more": other}),
+        RecordDict({**true, "seal": ConfigRecord({"seal": b"x" * 64})}),
+        RecordDict({**true, "seal": ConfigRecord({"seal": "x"})}),
+        RecordDict({**true, "seal": ConfigRecord()}),
+        RecordDict(),
+    ]
+    for content in strange:
+        assert forged(agent, content) == {"error": "bad-message"}
+    for kind, content in (("query", true), ("query", RecordDict()), ("evaluate", true), ("train.other", true)):
+        assert forged(agent, content, kind) == {"error": "bad-message"}
+    assert agent.account and not agent.account.entries and not agent.journal.sent() and agent._newest()[1] == 0
+    assert agent.status()["turned away"] == {"a question that its operator did not sign": len(strange) + 4}
+    assert "error" not in forged(agent, true) and forged(agent, true) == forged(agent, true)  # the round is there
+
+
+def test_terms_without_an_operator_or_with_a_bound_below_its_noise_are_not_joined(
+    home: Home, lm: LanguageModel
+) -> None:
+    agent = made(home, lm)
+    with pytest.raises(AgentError, match="no key of its operator"):
+        agent.join(TERMS.model_copy(update={"operator": ""}), SERVER)
+    bound = release_limits(agent._site_in(_federation(TERMS, "")).config, agent.schema)[0]
+    with pytest.raises(AgentError, match="refuses releases longer than"):
+        agent.join(TERMS.model_copy(update={"largest_norm_l2": bound / 2}), SERVER)
+    agent.join(TERMS.model_copy(update={"largest_norm_l2": 2 * bound}), SERVER)
+    assert agent.federation and agent.federation.operator == public_half(OPERATOR)
+
+
 def test_a_server_cannot_ask_for_more(joined: tuple[Agent, torch.Tensor]) -> None:
     agent, row = joined
     for more in ({"epsilon": 100.0}, {"noise_multiplier": 0.0}, {"round": -1}, {"round": "1e9"}, {"version": 2**40}):
@@ -1013,20 +1069,178 @@ def test_bad_input_is_told_and_changes_nothing(
 
 def test_the_page_is_for_its_owner_alone(door: SimpleNamespace) -> None:
     page = httpx.Client(base_url=door.url)
-    assert page.get("/").status_code == 401 and page.get("/api/status").status_code == 401
-    assert page.get("/?token=guess").status_code == 401
-    opened = page.get(f"/?token={door.token}")
-    assert opened.status_code == 303 and "HttpOnly" in opened.headers["set-cookie"]
-    assert "SameSite=strict" in opened.headers["set-cookie"]
-    assert page.get("/").status_code == 200 and page.get("/api/status").json()["consents"]["learn"]
-    assert page.get("/api/../../key").status_code == 404 and page.get("/page.py").status_code == 404
-    evil = {"origin": "http://evil.example"}
-    assert page.post("/api/consent", json={"item": "learn", "given": False}, headers=evil).status_code == 403
-    cross = {"sec-fetch-site": "cross-site"}
-    assert page.post("/api/consent", json={"item": "learn", "given": False}, headers=cross).status_code == 403
-    rebound = {"host": "evil.example"}
-    assert page.get("/api/status", headers=rebound).status_code == 403
+    own = {"authorization": f"Bearer {door.token}"}
+    assert page.get("/").status_code == 200 and door.token not in page.get("/").text  # there is nothing in it
+    assert page.get("/api/status").status_code == 401
+    for guess in ("guess", "", "Bearer", "Bearer é", f"Basic {door.token}", f"Bearer {door.token}x"):
+        assert page.get("/api/status", headers={"authorization": guess.encode()}).status_code == 401
+    assert page.get(f"/api/status?token={door.token}").status_code == 401
+    assert (
+        page.get("/api/status", headers={"cookie": f"florilegium={door.token}; token={door.token}"}).status_code == 401
+    )
+    answer = page.get("/api/status", headers=own)
+    assert answer.json()["consents"]["learn"] and "set-cookie" not in answer.headers
+    assert page.get("/api/../../key", headers=own).status_code == 404
+    assert page.get("/page.py", headers=own).status_code == 404
+    no = {"item": "learn", "given": False}
+    for foreign in (
+        {"origin": "http://evil.example"}, {"origin": "null"}, {"origin": door.url.replace("http:", "https:")},
+        {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"}, {"host": "evil.example"},
+        {"host": "127.0.0.1"},
+    ):  # fmt: skip
+        assert page.post("/api/consent", json=no, headers={**own, **foreign}).status_code == 403
+        assert page.get("/", headers=foreign).status_code == 403
     assert door.agent.consents["learn"]
+
+
+def test_every_answer_has_the_headers_that_keep_other_pages_out(door: SimpleNamespace) -> None:
+    own = {"authorization": f"Bearer {door.token}"}
+    with httpx.Client(base_url=door.url) as page:
+        answers = [page.get("/"), page.get("/api/status"), page.get("/nothing", headers=own), page.get("/page.js"),
+                   page.put("/api/consent", headers=own), page.get("/api/status", headers={"host": "x"}),
+                   page.get("/api/export", headers=own)]  # fmt: skip
+    assert [a.status_code for a in answers] == [200, 401, 404, 200, 405, 403, 200]
+    for answer in answers:
+        assert answer.headers["content-security-policy"].count("'none'") == 2 and "set-cookie" not in answer.headers
+        assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["cache-control"] == "no-store"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+
+
+def port_of(door: SimpleNamespace) -> int:
+    return int(door.url.rpartition(":")[2])
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    found = b""
+    with suppress(ConnectionError):
+        while part := connection.recv(65536):
+            found += part
+    return found
+
+
+def test_idle_connections_do_not_shut_the_owner_out(door: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's, more than the page takes: the newest are refused, the owner's socket does not notice."""
+    silent = [socket.create_connection(("127.0.0.1", port_of(door)), timeout=20) for _ in range(250)]
+    for connection in silent[::2]:
+        connection.sendall(b"GET / HTTP/1.1\r\nx: ")
+    refused = sum(until_closed(connection) == b"" for connection in silent[150:])
+    assert refused == 100  # at once: the first 128 are still there
+    assert door.remote.read("status")["dialogues"] == 0
+    door.remote.write("consent", item="federate", given=False)
+    assert not door.agent.consents["federate"]
+    assert all(until_closed(connection) == b"" for connection in silent)  # and those in time
+    assert httpx.get(door.url + "/").status_code == 200
+    for connection in silent:
+        connection.close()
+
+
+def test_a_head_without_end_is_ended(door: SimpleNamespace) -> None:
+    with socket.create_connection(("127.0.0.1", port_of(door)), timeout=20) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nx: ")
+        sent = 0
+        with suppress(ConnectionError):
+            while sent < 200_000_000:
+                sent += connection.send(b"a" * 65536)
+        assert sent < 50_000_000
+    assert httpx.get(door.url + "/").status_code == 200
+
+
+def test_what_is_no_http_writes_no_traceback(door: SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
+    upgrade = (
+        "GET / HTTP/1.1\r\nhost: {}\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+        "sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    ).format(door.url.removeprefix("http://"))
+    half = "POST /api/chat HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {}\r\ncontent-length: 100\r\n\r\n{{".format(
+        door.url.removeprefix("http://"), door.token
+    )
+    for text in (upgrade, half, "\0\0\0\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", port_of(door)), timeout=20) as connection:
+            connection.sendall(text.encode())
+            connection.shutdown(socket.SHUT_WR)
+            answered = until_closed(connection)
+            assert answered.startswith(b"HTTP/1.1 200" if text is upgrade else b"HTTP/1.1 4") or not answered
+    assert httpx.get(door.url + "/").status_code == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat", b'{"prompt": "a", "conversation": "' + b"x" * 65 + b'"}'),
+        ("chat", b'{"prompt": "a", "conversation": "<b>"}'),
+        ("chat", b'{"prompt": "\\ud800x"}'),
+        ("profile", b'{"interests": [{"text": "\\ud800x"}], "interactions": 0}'),
+        ("profile", b'{"interests": [], "interactions": Infinity}'),
+        ("profile", b'{"interests": [], "interactions": 1e999}'),
+        ("profile", b'{"interests": [], "interactions": -1}'),
+        ("profile", b'{"interests": [], "interactions": 2147483648}'),
+        ("profile", b'{"interests": [], "interactions": 1' + b"0" * 400 + b"}"),
+        ("profile", b'{"interests": [{"text": "a", "feedback": NaN}], "interactions": 0}'),
+        ("profile", b'{"interests": [{"text": "a", "count": 99999999999}], "interactions": 0}'),
+    ],
+)
+def test_what_could_not_be_written_again_is_refused_before(door: SimpleNamespace, path: str, body: bytes) -> None:
+    reply = door.client.post(f"http://agent/api/{path}", content=body)
+    last = json.loads(reply.text.splitlines()[-1])
+    assert reply.status_code in (200, 400) and "error" in last and "done" not in last
+    assert door.remote.read("profile") == {"interests": [], "interactions": 0} and door.agent.journal.count() == 0
+    assert door.remote.export()
+
+
+def test_a_vault_with_half_a_surrogate_is_repaired(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    agent.journal.set_fact("profile", '{"interests": [{"text": "\ud800 apples"}], "interactions": 3}')
+    assert [i.text for i in agent.profile.interests] == ["? apples"] and agent.profile.interactions == 3
+    agent.journal.set_fact("profile", '{"interests": [{"text": "apples"}], "interactions": -3}')
+    assert not agent.profile.interests
+    agent.edit_profile('{"interests": [{"text": "pears"}], "interactions": 3}')
+    assert [i.text for i in reopened(agent).profile.interests] == ["pears"]
+
+
+def test_consents_do_not_wait_for_talk(door: SimpleNamespace) -> None:
+    """Sixty talks at once, of which one is answered at a time: consent is taken back meanwhile."""
+    own = {"authorization": f"Bearer {door.token}"}
+    over = Event()
+
+    def talk(prompt: str, conversation: str, told: Callable[[str], None]) -> Turn:
+        over.wait(60)
+        raise AgentError("too late")
+
+    door.agent.chat = talk
+    talks = [Thread(target=lambda: httpx.post(f"{door.url}/api/chat", json={"prompt": "a"}, headers=own, timeout=60))
+             for _ in range(50)]  # fmt: skip
+    for one in talks:
+        one.start()
+    time.sleep(1)
+    no = {"item": "learn", "given": False}
+    assert httpx.post(f"{door.url}/api/consent", json=no, headers=own, timeout=20).status_code == 200
+    assert not door.agent.consents["learn"] and all(one.is_alive() for one in talks)
+    over.set()
+    for one in talks:
+        one.join()
+
+
+def test_a_request_that_does_not_end_does_not_hold_up_a_stop(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    with home.locked(), listening(agent), showing(agent, 0) as address:
+        port = int(address.rstrip("/").rpartition(":")[2])
+        connection = socket.create_connection(("127.0.0.1", port), timeout=60)
+        heads = f"host: 127.0.0.1:{port}\r\nauthorization: Bearer {agent.page_token}\r\ncontent-length: 100"
+        connection.sendall(f"POST /api/chat HTTP/1.1\r\n{heads}\r\n\r\n{{".encode())
+        over = Event()
+        agent.chat = lambda *_: over.wait(60)  # type: ignore[method-assign,assignment,return-value]
+        talking = Thread(target=lambda: _talk(address, agent.page_token))
+        talking.start()
+        time.sleep(0.5)
+    assert not over.is_set() and b"200" not in until_closed(connection)[:12]  # closed, with both still under way
+    over.set()
+    talking.join()
+    connection.close()
+
+
+def _talk(address: str, token: str) -> None:
+    with suppress(httpx.TransportError):
+        httpx.post(f"{address}api/chat", json={"prompt": "a"}, headers={"authorization": f"Bearer {token}"}, timeout=60)
 
 
 @pytest.mark.parametrize(

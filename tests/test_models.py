@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -554,6 +555,16 @@ def test_the_flags_of_a_cpu(tmp_path: Path, line: str) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     assert len(processor.cpu_flags(tmp_path / "cpuinfo") & set(processor.BF16_FLAGS)) == 1
     assert processor.cpu_flags(tmp_path / "absent") == frozenset()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_emulated_bfloat16_has_its_price_told(
+    fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("client.lm.model.multiplies_bfloat16", lambda _: fast)
+    LanguageModel.load(ModelConfig(device="cpu", dtype="bfloat16"))
+    found = re.findall(r"emulated on this processor: (\S+) GFLOPS, float32 (\S+);", caplog.text)
+    assert len(found) == (0 if fast else 1) and all(float(x) > 0 for pair in found for x in pair)
 
 
 @pytest.mark.parametrize("flags", [frozenset({"avx2"}), frozenset({"avx2", "avx512_bf16"}), frozenset()])

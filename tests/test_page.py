@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
@@ -12,6 +15,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from client.agent.agent import Agent
 from client.agent.config import new_config
 from client.agent.home import Home
+from client.agent.seal import new_key, public_half
 from client.agent.serve import showing
 from client.agent.terms import Terms
 from client.lm.config import ModelConfig
@@ -36,7 +40,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Iterat
         agent.rate(agent.journal.add(prompt, "hm", "").id, False, wanted)
     agent.journal.add("<b>Is this bold?</b><script>alert(1)</script>", "no", "")
     agent.learn()
-    agent.join(Terms(name="orchard", base=base_hash("nano")), "127.0.0.1:9092")
+    agent.join(Terms(name="orchard", base=base_hash("nano"), operator=public_half(new_key())), "127.0.0.1:9092")
     agent.contribute([config.name], agent.site.shared_layout.start(0), RoundPlan(1, 0))
     with showing(agent, 0):
         yield agent, agent.page_address
@@ -101,6 +105,9 @@ def test_the_profile_is_edited_and_settings_are_kept(page: Page, shown: tuple[Ag
 def test_what_has_left_is_shown_and_a_federation_is_left(page: Page, shown: tuple[Agent, str]) -> None:
     expect(page.locator("#sent")).to_contain_text("orchard")
     expect(page.locator("#budget")).to_contain_text("of 8 is spent")
+    shown[0].turn_away("a question that its operator did not sign")
+    page.reload()
+    expect(page.locator("#federation")).to_contain_text("1 × a question that its operator did not sign")
     page.get_by_role("button", name="Leave the federation").click()
     expect(page.locator("#federation")).to_contain_text("in no federation")
     assert shown[0].federation is None
@@ -137,3 +144,45 @@ def test_another_page_cannot_speak_for_its_owner(page: Page, shown: tuple[Agent,
     other.wait_for_load_state()
     assert "error" in other.content() or "403" in other.content() or "401" in other.content()
     assert shown[0].consents["learn"]
+
+
+class Neighbour(BaseHTTPRequestHandler):
+    """Somebody else's server on another port of this machine: what it is told, and a page that tries the agent's."""
+
+    told: ClassVar[list[str]] = []
+    target: ClassVar[str] = ""
+
+    def do_GET(self) -> None:
+        self.told.append(f"{self.path} {dict(self.headers)}")
+        page = f"""<!doctype html><iframe id="f" src="{self.target}"></iframe>
+<img src="{self.target}api/status"><script src="{self.target}api/export"></script>"""
+        self.send_response(200)
+        self.send_header("content-type", "text/html")
+        self.end_headers()
+        self.wfile.write(page.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_another_port_of_this_machine_learns_nothing(page: Page, shown: tuple[Agent, str]) -> None:
+    """The token is not in the page's address any more, goes to no other port, and a frame or a script gets nothing."""
+    agent, address = shown
+    assert "token" not in page.url and agent.page_token not in page.content()
+    page.reload()
+    expect(page.locator("#about")).to_contain_text(agent.config.name)
+    Neighbour.told, Neighbour.target = [], address.partition("#")[0]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Neighbour) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        other = f"http://127.0.0.1:{server.server_address[1]}/"
+        page.goto(other)
+        ask = "async (to) => { try { return await (await fetch(to)).text() } catch (e) { return `refused: ${e}` } }"
+        assert page.evaluate(ask, Neighbour.target + "api/export").startswith("refused")
+        send = """async (to) => { try { await fetch(to, {method: 'POST', mode: 'no-cors',
+            body: '{"item": "learn", "given": false}'}); return 'sent' } catch (e) { return `refused: ${e}` } }"""
+        page.evaluate(send, Neighbour.target + "api/consent")
+        assert page.evaluate("sessionStorage.getItem('token')") is None
+        assert not page.frames[1].locator("#about").count()  # the page is not shown in a frame
+        server.shutdown()
+    assert Neighbour.told and not any(agent.page_token in line for line in Neighbour.told)
+    assert agent.consents["learn"]

@@ -17,7 +17,7 @@ from privacy.gate import check_reply
 from privacy.noise import ReleaseNoise, column, inverse_column
 from privacy.release import Release, ReleaseRefusedError, Schema
 from privacy.seeds import derive_key, derive_seed
-from server.intake import signal_to_noise
+from server.intake import signal_to_noise, signal_to_noise_floor
 from server.rules import Mean
 
 
@@ -104,6 +104,14 @@ def test_the_order_of_arrival_never_changes_the_mean(order: list[int]) -> None:
 def test_signal_to_noise_by_hand() -> None:
     assert signal_to_noise(5.0, ReleaseNoise(on_device=4.0 * 0.75).of_mean(4), 4) == pytest.approx(4 / 3)
     assert signal_to_noise(1.0, ReleaseNoise(on_device=3.0).of_mean(4), 4) == 0
+
+
+def test_noise_alone_seems_to_have_a_signal_one_time_in_twenty() -> None:
+    rng, width = np.random.default_rng(0), 3072
+    floor = signal_to_noise_floor(width)
+    assert floor == pytest.approx(0.2049, abs=1e-4)  # √(1.645 √(2 / 3072))
+    found = [signal_to_noise(float(np.linalg.norm(rng.normal(0, 2, width))), 2.0, width) for _ in range(2000)]
+    assert 0.03 < np.mean([ratio > floor for ratio in found]) < 0.07
     assert ReleaseNoise(on_sum=6.0).of_mean(4) == 1.5
 
 

@@ -59,7 +59,7 @@ def finished_round(round: int, signal_to_noise: float = 2.0) -> Event:
     seconds = {"observe": 1.5, "learn_shared": 4.5}
     return {
         "event": "round", "round": round, "devices": 2, "seconds": seconds, "signal_to_noise": signal_to_noise,
-        "shared_norm_l2": 0.41, "download_bytes": 100,
+        "signal_to_noise_floor": 0.2, "shared_norm_l2": 0.41, "download_bytes": 100,
     }  # fmt: skip
 
 
@@ -413,3 +413,13 @@ def test_a_browser_draws_every_figure(tmp_path: Path) -> None:
     ]  # fmt: skip
     drawn = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert len(re.findall(r'class="plot js-plotly-plot"', drawn)) == 5
+
+
+@pytest.mark.parametrize(
+    ("ratio", "told"),
+    [(0.1, "no signal could be told from the noise: a ratio below 0.20"), (0.5, "its signal-to-noise ratio was 0.50")],
+)
+def test_a_ratio_that_cannot_be_measured_is_told_as_such(ratio: float, told: str) -> None:
+    run = {"event": "run", "privacy": {"mode": "example-local"}, "rounds": 1}
+    sentences = verdict([run, finished_round(1, ratio)])
+    assert any(told in sentence for sentence in sentences), sentences

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,11 @@ from zipfile import ZipFile
 
 import psutil
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from simulation.doctor import TRIED
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parent.parent
@@ -41,7 +47,11 @@ WITH_FLOWER = {
     "simulation/session.py",
     "simulation/federation.py",
     "simulation/audit/inventory.py",
-    "simulation/deployment.py",
+    "simulation/deployment/door.py",
+    "simulation/deployment/link.py",
+    "simulation/deployment/rounds.py",
+    "client/agent/seal.py",
+    "simulation/bench/door.py",
 }
 
 
@@ -69,9 +79,24 @@ def test_imports_point_one_way(path: Path) -> None:
         assert str(path.relative_to(ROOT)) in WITH_FLOWER
 
 
-def test_the_private_import_of_flower_is_of_a_version_that_was_tried() -> None:
-    """`TaskIdentity` is private: a newer Flower has to be tried before the bound in pyproject.toml is raised."""
-    assert version("flwr").startswith("1.41.")
+def test_what_is_installed_was_tried_and_nothing_else_is_asked_for() -> None:
+    """Where we lean on internals, the bounds are the lowest version tried and the minor after the newest."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    for package, (lowest, newest) in TRIED.items():
+        assert Version(lowest) <= Version(Version(version(package)).public) <= Version(newest), package
+        if package != "ray":  # which Flower fixes
+            beyond = f"{Version(newest).major}.{Version(newest).minor + 1}"
+            bounds = SpecifierSet(f">={'.'.join(lowest.split('.')[:2])},<{beyond}")
+            assert asked[package] == bounds, (package, str(asked[package]))
+
+
+def test_the_classifiers_are_the_pythons_of_the_table_of_wheels() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    said = [c.rpartition(" ")[2] for c in project["classifiers"] if "Python :: 3." in c]
+    checked = re.search(r"for version in (.*); do", (ROOT / ".ci" / "wheels").read_text(encoding="utf-8"))
+    table = re.findall(r"^\| (3\.\d+) \| x86_64 aarch64", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+    assert checked and said == checked[1].split() == table
 
 
 def test_the_help_loads_no_model_library() -> None:

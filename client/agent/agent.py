@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,6 @@ from client.agent.journal import (
     write_sent,
 )
 from client.agent.terms import Terms
-from client.budget import planned_event
 from client.buffer import Buffer
 from client.config import DeviceConfig
 from client.dialogue import Dialogue, Echo
@@ -48,10 +48,10 @@ from client.lm.model import LanguageModel
 from client.lm.peft_format import peft_files, shared_files
 from client.lm.places import BASE_FOLDER, ModelError, base_hash, base_of
 from client.personal.config import ProfileConfig
-from client.personal.profile import Profile
+from client.personal.profile import Profile, ProfileError
 from client.phases import Site, States, annotate, beneath, observe
 from client.round import contribute, live
-from client.shared import resend
+from client.shared import release_limits, resend
 from client.state import DeviceState, DeviceStore, StoreError
 from privacy.errors import UserError
 from privacy.ledger import Account, Ledger
@@ -77,6 +77,7 @@ class Federation:
     rounds: int
     public_seed: int  # of the shared adapter's start, the same on all its devices
     shared: dict[str, Any]  # a `SharedConfig`, in place of the device's own while it is in
+    operator: str = ""  # public half of the key that signs its questions; without one none is answered
 
     def settings(self, device: DeviceConfig) -> DeviceConfig:
         """The device's own, where the federation's terms do not say otherwise. Raises ValueError."""
@@ -99,6 +100,7 @@ class Agent:
         self.store, self.ledger = DeviceStore(home.vault, key), Ledger(home.vault, key)
         self._busy = threading.RLock()
         self.doing = ""  # the phase that is being worked on
+        self.turned_away = Counter[str]()  # what a server sent that was not answered, since the start
         known = self.journal.fact("base")
         if known is None:
             self.journal.set_fact("base", base_hash(config.device.model.name))
@@ -299,7 +301,10 @@ class Agent:
     @property
     def profile(self) -> Profile:
         told = self.journal.fact("profile")
-        return Profile.from_json(told) if told else Profile()
+        try:
+            return Profile.from_json(_mended(told)) if told else Profile()
+        except ProfileError:  # of an earlier version, which took more; learning notices interests anew
+            return Profile()
 
     def edit_profile(self, text: str) -> Profile:
         """As its owner wants it; raises `ProfileError` for what is not one."""
@@ -476,17 +481,28 @@ class Agent:
                 f"the federation is for the weights {terms.base[:12]!r} of {terms.model!r}; this device has "
                 f"{self.lm.name!r} with others: ask the server's operator, or florilegium device rebase"
             )
+        if not terms.operator:
+            raise AgentError(f"the terms of {terms.name!r} name no key of its operator: whom would this device answer?")
         there = self.federation
         if there and there.name != terms.name:
             raise AgentError(f"this device is in {there.name!r}; leave it first: florilegium device leave")
-        self._check_cost(terms)
-        try:
-            planned_event(self._site_in(_federation(terms, "")).config)
-        except (UserError, ValidationError) as error:
-            raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
+        site = self._affordable_site(terms)
+        longest = release_limits(site.config, site.schema)[0]
+        if terms.largest_norm_l2 and longest > terms.largest_norm_l2:
+            raise AgentError(
+                f"{terms.name!r} refuses releases longer than {terms.largest_norm_l2:.3g}; with its noise this "
+                f"device's are up to {longest:.3g}: ask the operator for terms with a smaller --least-epsilon"
+            )
 
-    def _check_cost(self, terms: Terms) -> None:
-        """Raises `AgentError` for terms that cost more than a device gives, or leave too little of its promise."""
+    def turn_away(self, what: str) -> None:
+        """Counts something that was not answered, for its owner to see."""
+        self.turned_away[what] += 1
+
+    def _affordable_site(self, terms: Terms) -> Site:
+        """The site under these terms.
+
+        Raises `AgentError` for terms that cost more than a device gives, or leave too little of its promise.
+        """
         try:
             check_settings(terms.shared, terms.rounds)
             site = self._site_in(_federation(terms, ""))
@@ -496,6 +512,7 @@ class Agent:
             raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
         except MemoryError:
             raise AgentError(f"the terms of {terms.name!r} need more memory than this device has") from None
+        return site
 
     def join(self, terms: Terms, server: str) -> None:
         """Agrees to a federation's terms: from now on its server is answered. Raises as `check_terms`."""
@@ -627,6 +644,7 @@ class Agent:
             "federation": asdict(federation) if federation else None,
             "unprotected": unprotected(privacy),
             "releases": len(self.releases),
+            "turned away": dict(self.turned_away),
             "epsilon": self.epsilon(),
             "epsilon_budget": privacy.epsilon,
             "delta": privacy.delta,
@@ -729,7 +747,9 @@ def restore(home: Home) -> None:
 
 
 def _federation(terms: Terms, server: str) -> Federation:
-    return Federation(terms.name, server, terms.rounds, terms.seed, terms.shared.model_dump(mode="json"))
+    return Federation(
+        terms.name, server, terms.rounds, terms.seed, terms.shared.model_dump(mode="json"), terms.operator
+    )
 
 
 def _held(state: DeviceState) -> set[str]:
@@ -739,6 +759,11 @@ def _held(state: DeviceState) -> set[str]:
 
 def _hashed(text: str) -> str:
     return sha256(text.encode()).hexdigest()
+
+
+def _mended(text: str) -> str:
+    """Without halves of surrogates, which an earlier version took and no answer can be written with."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _no_shared(connection: Any) -> None:

@@ -113,6 +113,8 @@ def serve(
             seen = agent.page_address if sys.stdout.isatty() else f"{address} (florilegium device page opens it)"
             print(f"{agent.config.name}: {seen}", flush=True)  # a log may be read by others
             over.wait()
+    logging.shutdown()
+    os._exit(0)  # a thread may still be at work in the model; what was written is whole
 
 
 @app.command()
@@ -229,6 +231,7 @@ def status(home: HomeOption = HOME) -> None:
             "federation": f"{there['name']} at {there['server']}, {there['rounds']} rounds" if there else "none",
             **({"not answered": told["unprotected"]} if there and told["unprotected"] else {}),
             "sent": f"{told['releases']} releases; ε {spent} of {told['epsilon_budget']:g} for {told['unit']}",
+            "turned away": ", ".join(f"{n} × {what}" for what, n in told["turned away"].items()) or "nothing",
             "disk, memory": f"{told['vault_bytes'] / 1e6:.1f} MB, {told['memory_bytes'] / 1e6:.0f} MB",
         }
         table = Table(show_header=False)
@@ -252,19 +255,30 @@ def consent(
 @app.command()
 def join(
     terms: Path,
-    server: Annotated[str, typer.Option(help="host:port of the SuperLink.")],
-    certificates: Annotated[Path, typer.Option(help="The server's CA, as its operator gave it to you.")],
+    server: Annotated[str, typer.Option(help="host:port of the server; an invitation has it.")] = "",
+    certificates: Annotated[
+        Path | None, typer.Option(help="The server's CA, as its operator gave it to you; an invitation has it.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     home: HomeOption = HOME,
 ) -> None:
-    """Join a federation on the TERMS that its server gives out. `serve` then keeps in touch with it."""
+    """Join a federation on the TERMS that its server gives out, or by an invitation, which has all that is needed.
+
+    `serve` then keeps in touch with it.
+    """
+    from client.agent.invitation import accept, read_invitation
     from client.agent.terms import read_terms
 
+    with plain_errors():
+        invitation = read_invitation(terms)
+    server = invitation.server if invitation else server
+    if not invitation and certificates is None:
+        raise typer.BadParameter("--certificates FILE is needed: ca.pem of the server's operator")
     host, _, port = server.rpartition(":")
     if not host or "/" in server or not port.isdigit():
         raise typer.BadParameter(f"--server {server}: host:port, as server.example:9092")
     with plain_errors():
-        place, asked = Home(home), read_terms(terms)
+        place, asked = Home(home), invitation.terms if invitation else read_terms(terms)
         with place.locked():
             place.check()
 
@@ -284,9 +298,13 @@ def join(
                 console.print(f"{told}: what cannot be paid for is not sent, and spent budget does not return.")
             if not yes and not typer.confirm("Join?", default=False):
                 raise typer.Exit(1)
-            public = prepare(place.courier, certificates)
+            given = invitation.certificates.encode() if invitation else certificates or Path()
+            public = prepare(place.courier, given)
+            if invitation:
+                accept(invitation, public.read_text(encoding="utf-8"))
             agent.join(asked, server)
-        console.print(f"joined; give {public} to the server's operator, then: {place.command('serve')}")
+        to_do = "" if invitation else f"give {public} to the server's operator, then: "
+        console.print(f"joined; {to_do}{place.command('serve')}")
 
 
 @app.command()
@@ -319,8 +337,10 @@ def ledger(home: HomeOption = HOME) -> None:
 @app.command()
 def export(file: Path, home: HomeOption = HOME) -> None:
     """Write everything that is yours to FILE, a zip. It is readable by whoever has it."""
-    if file.exists() or not file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{file} exists" if file.exists() else f"there is no folder {file.absolute().parent}")
+    if os.path.lexists(file) or not file.absolute().parent.is_dir():
+        raise typer.BadParameter(
+            f"{file} exists" if os.path.lexists(file) else f"there is no folder {file.absolute().parent}"
+        )
     with _remote(home) as agent:
         packed = agent.export()
         write_private(file, packed)

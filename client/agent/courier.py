@@ -8,8 +8,10 @@ is answered with a code. Written for Flower 1.41, whose private parts it uses.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +42,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from client.agent.agent import Agent
 from client.agent.home import DeviceError, write_private
+from client.agent.seal import is_sealed
 from client.app import answer, refusal
 from client.records import on_a_wire
 from privacy.gate import BAD_MESSAGE, FAILED, NO_DEVICE
@@ -55,6 +58,8 @@ REASONS = {
     "Failed to activate": "the server does not know this device's key: its operator needs courier/node.pub of its home",
     "CERTIFICATE_VERIFY_FAILED": "the server is not the one whose certificate was given to join",
 }
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: after a fork nothing is
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -65,11 +70,16 @@ def answered(message: Message, agent: Agent) -> Message:
         if sum(len(array.data) for array in arrays) > largest_question(agent):
             log.warning("a server's message was too large")
             return refusal(BAD_MESSAGE).to(message)
+        federation = agent.federation
+        if federation is not None and not is_sealed(message, federation.name, federation.operator):
+            log.warning("a question was not signed by the operator of %s", federation.name)
+            agent.turn_away("a question that its operator did not sign")
+            return refusal(BAD_MESSAGE).to(message)
         found = answer([message], [agent.config.name], agent)[0] if agent.federating else None
         if found is None or not agent.federating:  # which its owner may have ended meanwhile
             return refusal(NO_DEVICE).to(message)
-        return found
-    except Exception as error:
+        return found  # noqa: TRY300  # what is refused above is caught as well
+    except Exception as error:  # noqa: BLE001  # its text would go to the server
         log.error("a server's message could not be answered: %s", type(error).__name__)
         return refusal(FAILED).to(message)
 
@@ -92,7 +102,9 @@ def connected(agent: Agent) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(PATIENCE_S)
+        if thread.is_alive():  # a round is being worked on: it is not sent any more
+            _end_orphans(agent.home.courier)
 
 
 def _keep_in_touch(agent: Agent, over: threading.Event) -> None:
@@ -106,7 +118,7 @@ def _keep_in_touch(agent: Agent, over: threading.Event) -> None:
             if agent.federating and not over.is_set():  # it ended by itself
                 log.warning("the SuperNode ended: %s; the next try is in %d s", node.reason, AGAIN_S)
                 over.wait(AGAIN_S)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # the device goes on without its server, and tries again
             log.error("no touch with the server: %s; the next try is in %d s", type(error).__name__, AGAIN_S)
             over.wait(AGAIN_S)
 
@@ -156,7 +168,9 @@ def _supernode(server: str, folder: Path) -> Iterator[SuperNode]:
         "--isolation", "process", "--superexec-auth-secret-file", str(secret), "--host", LOOPBACK, "--port", str(port),
     ]  # fmt: skip
     with open(folder / "supernode.log", "wb") as written:
-        process = subprocess.Popen(command, env=flower_environment(folder / "flower"), stdout=written, stderr=written)
+        process = subprocess.Popen(
+            command, env=flower_environment(folder / "flower"), stdout=written, stderr=written, preexec_fn=_end_with_us
+        )
     try:
         yield SuperNode(process, port, secret.read_bytes(), folder / "supernode.log")
     finally:
@@ -179,8 +193,14 @@ def flower_environment(home: Path) -> dict[str, str]:
     }
 
 
+def _end_with_us() -> None:
+    """In the new process, of Linux: it is told to end when the agent does, however that comes about."""
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _end_orphans(folder: Path) -> None:
-    """Of an agent that was killed: the server would let no other node in with its key."""
+    """Of an agent that was killed, where the system does not end them: a server lets no other node in with its key."""
     for process in psutil.process_iter(["cmdline"]):
         if str(folder / KEY) in (process.info["cmdline"] or ()):
             with suppress(psutil.Error):
@@ -202,7 +222,7 @@ def _carry(node: SuperNode, agent: Agent, over: threading.Event) -> None:
     while node.process.poll() is None and agent.federating and not over.is_set():
         try:
             got = acquirer.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-        except Exception:  # it is starting, or ending
+        except Exception:  # noqa: BLE001  # it is starting, or ending
             over.wait(LOOK_S)
             continue
         if not got.HasField("task") or not got.token:
@@ -217,7 +237,7 @@ def _carry(node: SuperNode, agent: Agent, over: threading.Event) -> None:
         beat.start()
         try:
             _carry_one(client, agent)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # the next one may be
             log.error("a message was not carried: %s", type(error).__name__)
         finally:
             beat.stop()
@@ -253,22 +273,23 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def prepare(folder: Path, certificates: Path) -> Path:
+def prepare(folder: Path, certificates: Path | bytes) -> Path:
     """Keeps the server's certificates and makes this node a key, if it has none; returns the public key's file.
 
     Raises `DeviceError` for certificates that are not any.
     """
+    told = "what was given" if isinstance(certificates, bytes) else str(certificates)
     try:
-        given = certificates.read_bytes()
+        given = certificates if isinstance(certificates, bytes) else certificates.read_bytes()
         authorities = [
             c.extensions.get_extension_for_class(BasicConstraints) for c in load_pem_x509_certificates(given)
         ]
     except FileNotFoundError:
-        raise DeviceError(f"there is no file {certificates}") from None
+        raise DeviceError(f"there is no file {told}") from None
     except (OSError, ValueError, ExtensionNotFound):
         authorities = []
     if not authorities or not all(a.value.ca for a in authorities):
-        raise DeviceError(f"{certificates} holds no CA's certificate; the server's operator has one: ca.pem") from None
+        raise DeviceError(f"{told} holds no CA's certificate; the server's operator has one: ca.pem") from None
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     (folder / CERTIFICATES).write_bytes(given)
     if not (folder / KEY).exists():

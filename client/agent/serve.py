@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import psutil
-import uvicorn
-from starlette.types import ASGIApp
 
 from client.agent.board import limit_memory
+from client.agent.door import Bounds, open_door
 from client.agent.home import Home, HomeError
 from client.lm.places import check_model
 
@@ -24,7 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LOOK_S = 30.0  # between two looks at whether it is time to learn
-READY_S = 30.0
+STOP_S = 3.0  # for learning that is going on
+PAGES = Bounds(connections=128, of_an_address=128)  # of every user of this machine together
+OWNERS = Bounds(connections=256, of_an_address=256)  # of the owner's own commands, which others cannot reach
 
 
 @contextmanager
@@ -36,11 +37,11 @@ def listening(agent: Agent) -> Iterator[None]:
     path.unlink(missing_ok=True)  # of an agent that was killed
     before = os.umask(0o177)
     try:
-        opened = socket.socket(socket.AF_UNIX)
-        opened.bind(str(path))
+        listens = socket.socket(socket.AF_UNIX)
+        listens.bind(str(path))
     finally:
         os.umask(before)
-    with _served(application(agent), opened):
+    with open_door(application(agent), listens, OWNERS):
         yield
     path.unlink(missing_ok=True)
 
@@ -48,19 +49,21 @@ def listening(agent: Agent) -> Iterator[None]:
 @contextmanager
 def showing(agent: Agent, port: int) -> Iterator[str]:
     """The page is there while this lasts; yields its address without the token that opens it. Raises `HomeError`."""
-    from client.agent.service import page_application
+    from client.agent.service import HEADERS, page_application
 
-    opened = socket.socket()
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listens = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio lets it wait
+    listens.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        opened.bind(("127.0.0.1", port))
+        listens.bind(("127.0.0.1", port))
     except OSError:
+        listens.close()
         raise HomeError(
             f"port {port} of 127.0.0.1 is taken: florilegium device serve --port 0 takes a free one"
         ) from None
-    address = f"http://127.0.0.1:{opened.getsockname()[1]}/"
-    with _served(page_application(agent), opened):
-        agent.page_address = f"{address}?token={agent.page_token}"
+    port = listens.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/"
+    with open_door(page_application(agent, port), listens, PAGES, headers=HEADERS):
+        agent.page_address = f"{address}#token={agent.page_token}"
         yield address
     agent.page_address = ""
 
@@ -75,39 +78,22 @@ def learning(agent: Agent, clock: Callable[[], time.struct_time] = time.localtim
             try:
                 if agent.due(clock(), plugged()):
                     agent.learn()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # the agent goes on answering its owner
                 log.error("learning went wrong: %s", type(error).__name__)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    yield
-    over.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(STOP_S)  # what is learned meanwhile is whole or not there
 
 
 def plugged() -> bool | None:
     """Whether the machine draws from the mains; None where nothing tells."""
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     return None if battery is None else battery.power_plugged
-
-
-@contextmanager
-def _served(app: ASGIApp, opened: socket.socket) -> Iterator[None]:
-    config = uvicorn.Config(app, log_level="error", access_log=False, lifespan="off", server_header=False)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([opened],), daemon=True)
-    thread.start()
-    until = time.monotonic() + READY_S
-    while not server.started:
-        if not thread.is_alive() or time.monotonic() > until:
-            raise HomeError("the agent could not open its door")
-        time.sleep(0.01)
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        thread.join()
-        opened.close()
 
 
 @contextmanager

@@ -1,30 +1,34 @@
 """The agent's door: a socket for its owner's own commands, a page on 127.0.0.1.
 
 The socket lies in a folder that is its owner's alone. The page's port can be reached by every user of the machine and,
-through a browser, by every page that is open in it: it wants the token that `serve` prints, in a cookie that other
-sites do not get sent, and requests of its own origin and name. Nothing that a person said is logged.
+through a browser, by every page that is open in it. The page itself is no secret; what it asks of the agent wants the
+token that `serve` prints, in a header, and the page's own origin and name. The token comes to the page in its address'
+fragment, which no browser sends, and stays in the tab's storage, which no other port of this machine shares; a cookie
+would go to all of them. Nothing that a person said is logged.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
+import re
 import zipfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from hmac import compare_digest
 from importlib import resources
-from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -46,6 +50,9 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
+CONVERSATION = re.compile(r"[A-Za-z0-9_-]{0,64}")
+URGENT = {"/api/consent", "/api/leave"}  # what an owner can always do, whatever else goes on
+THREADS = 4  # more of them would wait for each other's transactions
 Handler = Callable[[Request], Awaitable[Response]]
 Told = Callable[[dict[str, Any]], None]
 
@@ -59,44 +66,34 @@ def application(agent: Agent) -> Starlette:
     return Starlette(routes=Service(agent).routes)
 
 
-def page_application(agent: Agent) -> ASGIApp:
-    """The same for the page, behind its guard."""
-    return Guard(Starlette(routes=Service(agent).routes), agent.page_token)
+def page_application(agent: Agent, port: int) -> ASGIApp:
+    """The same for the page on this port, behind its guard."""
+    return Guard(Starlette(routes=Service(agent).routes), agent.page_token, port)
 
 
 class Guard:
     """Lets through what comes from the page of this agent, opened by its owner."""
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self.app, self.token = app, token
+    def __init__(self, app: ASGIApp, token: str, port: int) -> None:
+        self.app, self.token, self.port = app, token, port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
-        request = Request(scope, receive)
-        response = self._refusal(request)
-        if response is None and "token" in request.query_params:
-            response = RedirectResponse("/", status_code=303)
-            response.set_cookie(_cookie(request), self.token, httponly=True, samesite="strict")
-        await (response or self.app)(scope, receive, send)
+        if scope["type"] == "http":
+            await (self._refusal(Request(scope)) or self.app)(scope, receive, send)
 
     def _refusal(self, request: Request) -> Response | None:
-        host, port = Headers(scope=request.scope).get("host", ""), (request.scope.get("server") or ("", 0))[1]
-        own = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
+        own = {f"{name}:{self.port}" for name in ("127.0.0.1", "localhost")}
         origin = request.headers.get("origin")
-        if host not in own or (origin is not None and origin not in {f"http://{name}" for name in own}):
+        if request.headers.getlist("host") not in [[name] for name in own] or (
+            origin is not None and origin not in {f"http://{name}" for name in own}
+        ):
             return _error(403, "this page belongs to 127.0.0.1")
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             return _error(403, "asked by another page")
-        shown = request.query_params.get("token") or request.cookies.get(_cookie(request), "")
-        if not compare_digest(shown.encode(), self.token.encode()):
+        shown = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if request.url.path not in PAGE and not compare_digest(shown.encode(), self.token.encode()):
             return _error(401, "open the address that `florilegium device page` prints")
         return None
-
-
-def _cookie(request: Request) -> str:
-    """A name with the port: cookies are not kept apart by ports."""
-    return f"florilegium-{(request.scope.get('server') or ('', 0))[1]}"
 
 
 class Service:
@@ -104,6 +101,7 @@ class Service:
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
+        self._threads: dict[bool, CapacityLimiter] = {}  # of what is urgent, and of the rest
 
     @property
     def routes(self) -> list[Route]:
@@ -136,32 +134,36 @@ class Service:
         return [
             *(Route(path, self._page) for path in PAGE),
             *(Route(path, partial(self._read, ask=ask)) for path, ask in reads.items()),
-            *(Route(path, partial(self._write, do=do), methods=["POST"]) for path, do in writes.items()),
+            *(Route(path, partial(self._write, do=do, urgent=path in URGENT), methods=["POST"])
+              for path, do in writes.items()),
             *(Route(path, partial(self._stream, do=do), methods=["POST"]) for path, do in streams.items()),
             Route("/api/export", self._export),
-        ]
+        ]  # fmt: skip
 
     # -- forms of answers ---------------------------------------------------------------------------------------------
 
     async def _page(self, request: Request) -> Response:
         name = "page.html" if request.url.path == "/" else request.url.path[1:]
         text = (resources.files("client.agent") / "page" / name).read_text(encoding="utf-8")
-        return Response(text, media_type=PAGE[request.url.path], headers=HEADERS)
+        return Response(text, media_type=PAGE[request.url.path])
 
     async def _read(self, request: Request, ask: Callable[[], Any]) -> Response:
         return await self._answered(ask)
 
-    async def _write(self, request: Request, do: Callable[[dict[str, Any]], Any]) -> Response:
+    async def _write(self, request: Request, do: Callable[[dict[str, Any]], Any], urgent: bool) -> Response:
         try:
             body = await _json(request)
         except ValueError as error:
             return _error(413 if isinstance(error, TooLargeError) else 400, str(error))
-        return await self._answered(lambda: do(body))
+        return await self._answered(lambda: do(body), urgent)
 
-    async def _answered(self, work: Callable[[], Any]) -> Response:
+    async def _answered(self, work: Callable[[], Any], urgent: bool = False) -> Response:
+        """`urgent`: by threads that nothing else keeps busy."""
+        if urgent not in self._threads:
+            self._threads[urgent] = CapacityLimiter(THREADS)
         try:
-            return JSONResponse(await run_in_threadpool(work), headers=HEADERS)
-        except Exception as error:
+            return JSONResponse(await to_thread.run_sync(work, limiter=self._threads[urgent]))
+        except Exception as error:  # noqa: BLE001  # the owner is told its kind
             status, text = _said(error)
             return _error(status, text)
 
@@ -171,23 +173,27 @@ class Service:
             body = await _json(request)
         except ValueError as error:
             return _error(413 if isinstance(error, TooLargeError) else 400, str(error))
-        lines: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        lines, loop = asyncio.Queue[dict[str, Any] | None](), asyncio.get_running_loop()
+
+        def told(line: dict[str, Any] | None) -> None:
+            with suppress(RuntimeError):  # the door is closed
+                loop.call_soon_threadsafe(lines.put_nowait, line)
 
         def work() -> None:
             try:
-                lines.put({"done": do(body, lines.put)})
-            except Exception as error:
-                lines.put({"error": _said(error)[1]})
-            lines.put(None)
+                told({"done": do(body, told)})
+            except Exception as error:  # noqa: BLE001  # the owner is told its kind
+                told({"error": _said(error)[1]})
+            told(None)
 
         Thread(target=work, daemon=True).start()
-        return StreamingResponse(_lines(lines), media_type="application/x-ndjson", headers=HEADERS)
+        return StreamingResponse(_lines(lines), media_type="application/x-ndjson")
 
     # -- what they do -------------------------------------------------------------------------------------------------
 
     def _chat(self, body: dict[str, Any], told: Told) -> dict[str, Any]:
         turn = self.agent.chat(
-            _text(body, "prompt"), _text(body, "conversation", ""), lambda text: told({"text": text})
+            _text(body, "prompt"), _conversation(body), lambda text: told({"text": text})
         )  # fmt: skip
         return _told(turn)
 
@@ -211,9 +217,9 @@ class Service:
     async def _export(self, request: Request) -> Response:
         try:
             packed = await run_in_threadpool(self._packed)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # the owner is told its kind
             return _error(*_said(error))
-        named = {**HEADERS, "content-disposition": 'attachment; filename="florilegium-device.zip"'}
+        named = {"content-disposition": 'attachment; filename="florilegium-device.zip"'}
         return Response(packed, media_type="application/zip", headers=named)
 
     def _packed(self) -> bytes:
@@ -235,8 +241,8 @@ class Service:
         return packed.getvalue()
 
 
-def _lines(lines: SimpleQueue[dict[str, Any] | None]) -> Iterator[str]:
-    while (line := lines.get()) is not None:
+async def _lines(lines: asyncio.Queue[dict[str, Any] | None]) -> AsyncIterator[str]:
+    while (line := await lines.get()) is not None:
         yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
@@ -256,7 +262,7 @@ def _said(error: Exception) -> tuple[int, str]:
 
 
 def _error(status: int, text: str) -> Response:
-    return JSONResponse({"error": text}, status_code=status, headers=HEADERS)
+    return JSONResponse({"error": text}, status_code=status)
 
 
 async def _read_body(request: Request, most: int) -> bytes:
@@ -273,10 +279,11 @@ async def _json(request: Request) -> dict[str, Any]:
     body = await _read_body(request, LARGEST)
     try:
         found = json.loads(body or b"{}")
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate, NaN and 1e999 are no JSON
     except (ValueError, RecursionError):
         raise ValueError("the request is not JSON") from None
     if not isinstance(found, dict):
-        raise ValueError("the request is not an object of JSON")
+        raise ValueError("the request is not an object of JSON")  # noqa: TRY004  # as all that is wrong with a request
     return found
 
 
@@ -288,6 +295,13 @@ def _text(body: dict[str, Any], name: str, default: str | None = None) -> str:
     found = body.get(name, default)
     if type(found) is not str:
         raise ValueError(f"{name} must be a text")
+    return found
+
+
+def _conversation(body: dict[str, Any]) -> str:
+    found = _text(body, "conversation", "")
+    if not CONVERSATION.fullmatch(found):
+        raise ValueError("conversation must be at most 64 letters, digits, - and _")
     return found
 
 

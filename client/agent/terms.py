@@ -22,11 +22,13 @@ class Terms(Config):
     name: PlainName
     model: str = Field("nano", max_length=256, description="whose layers the shared adapter is for")
     base: str = Field("", max_length=64, description="SHA-256 of the model's weights")
+    operator: str = Field("", pattern=r"^([0-9a-f]{64})?$", description="public half of the key that signs questions")
     rounds: int = Field(3, ge=1, le=10_000)
     seed: int = Field(0, ge=0, description="of the shared adapter's start, and of who is asked in a round")
     shared: SharedConfig = SharedConfig(adapter=AdapterConfig(rank=4, alpha=64, factors="b", targets=("v_proj",)))
     fraction: float = Field(1.0, gt=0, le=1, description="of the devices, asked in each round")
-    min_devices: int = Field(1, ge=1, description="that must be there before a round begins")
+    min_devices: int = Field(1, ge=1, description="releases below which a round is not aggregated")
+    largest_norm_l2: float = Field(0.0, ge=0, description="above which a release is refused; 0: none is")
     patience_s: float = Field(600.0, gt=0, description="for the answers of a round")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +22,9 @@ from client.lm.processor import multiplies_bfloat16
 from client.lm.readings import READINGS, Reading, Sight
 from client.lm.soft_prompt import PromptLayout
 from client.lm.text import ChatFormat
+
+log = logging.getLogger(__name__)
+MEASURED = 128  # rows and columns of the matrices whose product is timed
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class LanguageModel:
         device = default_device() if config.device == "auto" else config.device
         fallback = "bfloat16" if multiplies_bfloat16(device) else "float32"
         dtype = getattr(torch, fallback if config.dtype == "auto" else config.dtype)
+        if dtype == torch.bfloat16 and fallback != "bfloat16":
+            log.warning(
+                "model.dtype = 'bfloat16' is emulated on this processor: %.2g GFLOPS, float32 %.2g; 'auto' takes that",
+                gflops(torch.bfloat16), gflops(torch.float32),
+            )  # fmt: skip
         model, tokenizer = load(config.name, dtype=dtype, device=device, chat_template=config.chat_template)
         return cls(model, tokenizer, config)
 
@@ -151,6 +161,15 @@ class LanguageModel:
 
     def _decoded(self, replies: list[list[int]]) -> list[str]:
         return [text.strip() for text in self.tokenizer.batch_decode(replies, skip_special_tokens=True)]
+
+
+def gflops(dtype: torch.dtype) -> float:
+    """Of a product of small matrices on the CPU, measured now: milliseconds, or tens of them where it is emulated."""
+    x = torch.ones(MEASURED, MEASURED, dtype=dtype)
+    x @ x  # kernels are made at the first
+    began = time.perf_counter()
+    x @ x
+    return 2 * MEASURED**3 / (time.perf_counter() - began) / 1e9
 
 
 def schedule(count: int, size: int, epochs: int, seed: int) -> list[list[int]]:

@@ -100,20 +100,32 @@ class Profile:
         try:
             told = json.loads(text)
             interests = tuple(Interest(**i) for i in told["interests"])
-            profile = cls(interests, int(told["interactions"]))
-        except (ValueError, TypeError, KeyError) as error:
+            profile = cls(interests, told["interactions"])
+            text.encode()
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ProfileError(
-                f"this is not a profile: {error}; its form is {{interests: […], interactions: n}}"
+                f"this is not a profile: {type(error).__name__}; its form is {{interests: […], interactions: n}}"
             ) from None
+        if not _is_count(profile.interactions):
+            raise ProfileError("interactions must be a whole number from 0 to 2³¹ − 1")
         for i in interests:
-            numbers = type(i.count) is int and type(i.last) is int and type(i.feedback) in (int, float)
-            sound = type(i.text) is str and len(i.text) <= LONGEST and numbers
-            if not sound or not 0 <= i.feedback <= 1 or i.count < 1 or i.last < 0:
+            numbers = _is_count(i.count) and _is_count(i.last) and type(i.feedback) in (int, float)
+            sound = type(i.text) is str and len(i.text) <= LONGEST and _is_text(i.text) and numbers
+            if not sound or not 0 <= i.feedback <= 1 or i.count < 1:
                 raise ProfileError(
                     f"interest {str(i.text)[:20]!r}: a text of at most {LONGEST} characters, whole numbers count >= 1 "
                     f"and last >= 0, feedback from 0 to 1"
                 )
         return profile
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_text(value: str) -> bool:
+    """Half a surrogate, which JSON can name, is none: nothing could be written with it."""
+    return not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def drift(before: torch.Tensor, now: torch.Tensor) -> float:

@@ -1,6 +1,23 @@
 "use strict";
 const at = (id) => document.getElementById(id);
+const token = handedOver();
 let conversation = fresh();
+
+/* In the address' fragment, which is not sent; kept for this tab and this port alone. */
+function handedOver() {
+  const given = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (given) {
+    sessionStorage.setItem("token", given);
+    history.replaceState(null, "", "/");
+  }
+  return sessionStorage.getItem("token") ?? "";
+}
+addEventListener("hashchange", () => { if (location.hash.startsWith("#token=")) location.reload(); });
+
+function send(path, told = {}) {
+  const headers = { authorization: `Bearer ${token}`, "content-type": "application/json" };
+  return fetch(`/api/${path}`, { ...told, headers }).catch(() => { throw new Error("the agent does not answer"); });
+}
 
 function fresh() {
   return Array.from(crypto.getRandomValues(new Uint8Array(8)), (b) => b.toString(16).padStart(2, "0")).join("");
@@ -19,15 +36,14 @@ function complain(text) {
 }
 
 async function ask(path, body) {
-  const told = body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" } };
-  const response = await fetch(`/api/${path}`, told).catch(() => { throw new Error("the agent does not answer"); });
+  const response = await send(path, body === undefined ? {} : { method: "POST", body: JSON.stringify(body) });
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error);
   return answer;
 }
 
 async function follow(path, body, tell) {
-  const response = await fetch(`/api/${path}`, { method: "POST", body: JSON.stringify(body) });
+  const response = await send(path, { method: "POST", body: JSON.stringify(body) });
   if (!response.ok) throw new Error((await response.json()).error);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = "", part = await reader.read(); !part.done; part = await reader.read()) {
@@ -190,10 +206,19 @@ async function showLeft(status) {
     return line;
   }));
   at("federation").textContent = status.federation ? `Joined ${status.federation.name} at ${status.federation.server}.` : "This device is in no federation.";
+  for (const [what, count] of Object.entries(status["turned away"])) at("federation").textContent += ` Turned away since the start: ${count} × ${what}.`;
   at("leave").hidden = !status.federation;
 }
 on(at("leave"), "click", async () => {
   if (confirm("Leave the federation? What was sent cannot be taken back.")) { await ask("leave", {}); await refresh(); }
+});
+
+on(at("export"), "click", async () => {
+  const response = await send("export");
+  if (!response.ok) throw new Error((await response.json()).error);
+  const address = URL.createObjectURL(await response.blob());
+  made("a", "", { href: address, download: "florilegium-device.zip" }).click();
+  URL.revokeObjectURL(address);
 });
 
 on(at("erase-all"), "click", async () => {

@@ -1,4 +1,4 @@
-"""The folder of a server for real devices: terms, certificates, and the devices' public keys."""
+"""The files of a server for real devices, and its certificates: an authority that is used once, and what it signed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from client.agent.home import DeviceError, write_private
 
-TERMS, CA, CERTIFICATE, KEY, NODES = "terms.toml", "ca.pem", "server.pem", "server.key", "nodes"
+TERMS, OPERATOR_KEY, SETTINGS = "terms.toml", "operator.key", "server.toml"
+CA, CERTIFICATE, KEY = "ca.pem", "server.pem", "server.key"
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
 HOST = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 YEAR = timedelta(days=365)
@@ -24,7 +25,7 @@ YEAR = timedelta(days=365)
 
 def check_folder(folder: Path) -> None:
     """Raises `DeviceError` where a part is missing."""
-    for name in (TERMS, CA, CERTIFICATE, KEY):
+    for name in (TERMS, OPERATOR_KEY, SETTINGS, CA, CERTIFICATE, KEY):
         if not (folder / name).exists():
             raise DeviceError(f"{folder / name} is missing: florilegium server init")
 

@@ -1,0 +1,84 @@
+"""What a federation's operator signs of each question, so that a device answers nobody else.
+
+Ed25519 over the federation's name, the kind of message, the plan and a hash of the arrays. The private half stays in
+the server's folder, the public one is in the terms. Not covered: that an operator asks the same twice, which costs a
+device nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+SEAL = "seal"  # the record of a message, and its one value
+DOMAIN = b"florilegium question 1\n"
+
+
+def new_key() -> bytes:
+    """A private key, in PEM."""
+    return Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def public_half(private: bytes) -> str:
+    """Of a private key in PEM: 64 hexadecimal digits. Raises ValueError for what is not one."""
+    return _private(private).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
+
+
+def sealed(content: RecordDict, kind: str, federation: str, private: bytes, arrays_hash: str = "") -> RecordDict:
+    """The same question with its signature; a hash of the arrays that is known already is not made again."""
+    signature = _private(private).sign(_told(content, kind, federation, arrays_hash))
+    arrays, plan = content.array_records["arrays"], content.config_records["plan"]
+    return RecordDict({"arrays": arrays, "plan": plan, SEAL: ConfigRecord({SEAL: signature})})
+
+
+def is_sealed(message: Message, federation: str, public: str) -> bool:
+    """Whether this federation's operator has signed what is asked, and nothing else is in it."""
+    content = message.content
+    try:
+        signature = content.config_records[SEAL][SEAL]
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+        key.verify(bytes(signature), _told(content, message.metadata.message_type, federation))  # type: ignore[arg-type]
+    except (InvalidSignature, KeyError, ValueError, TypeError):
+        return False
+    return set(content) == {"plan", "arrays", SEAL}
+
+
+def hash_of(arrays: ArrayRecord) -> str:
+    """SHA-256 of their names, types, shapes and bytes."""
+    found = sha256()
+    for name, array in sorted(arrays.items()):
+        head = [name, array.dtype, list(array.shape), array.stype, len(array.data)]
+        found.update(json.dumps(head).encode() + b"\n")
+        found.update(array.data)
+    return found.hexdigest()
+
+
+def _told(content: RecordDict, kind: str, federation: str, arrays_hash: str = "") -> bytes:
+    plan: Mapping[str, Any] = content.config_records["plan"]
+    told = {
+        "federation": federation,
+        "kind": kind,
+        "plan": dict(plan),
+        "arrays": arrays_hash or hash_of(content.array_records["arrays"]),
+    }
+    return DOMAIN + json.dumps(told, sort_keys=True, default=repr).encode()
+
+
+def _private(pem: bytes) -> Ed25519PrivateKey:
+    key = load_pem_private_key(pem, None)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ValueError("not an Ed25519 key")  # noqa: TRY004  # of what is in a file
+    return key

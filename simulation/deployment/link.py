@@ -1,0 +1,148 @@
+"""The messages between a server's rounds and its devices, in this process' memory.
+
+Flower's link state and object store hold them, and Flower's own handlers put them in and take them out; its SuperLink,
+which would also run whatever bundle somebody sends to its control interface, is not started. There is one run, one
+process, and no other way in than the door (`simulation.deployment.door`). Written for Flower 1.41 and 1.42, whose
+private parts it uses.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from flwr.app import Message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.proto.task_pb2 import Task
+from flwr.server.superlink.linkstate import InMemoryLinkState
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.superlink.grid.http_grid import HttpGrid
+from flwr.superlink.servicer.runtime import runtime_handlers
+
+HANDLERS = {
+    "GetNodes": runtime_handlers.get_nodes,
+    "PushMessages": runtime_handlers.push_messages,
+    "PullMessages": runtime_handlers.pull_messages,
+    "PushObject": runtime_handlers.push_object,
+    "PullObject": runtime_handlers.pull_object,
+    "ConfirmMessageReceived": runtime_handlers.confirm_message_received,
+}
+LOOK_S = 0.5  # between two looks for answers
+BUNDLE = """[project]
+name = "florilegium-server"
+version = "1"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "florilegium"
+
+[tool.flwr.app.components]
+serverapp = "nothing:server"
+clientapp = "nothing:client"
+"""
+
+
+class Link:
+    """Of one server: its devices by name, one run that lasts as long as the process."""
+
+    def __init__(self) -> None:
+        store = ObjectStoreFactory(FLWR_IN_MEMORY_DB_NAME).store()
+        self.state = InMemoryLinkState(NoOpFederationManager(), store)
+        bundle = self.state.store_fab(Fab("", _bundle(), {}))
+        self.run_id = self.state.create_run(
+            "florilegium/florilegium-server", "1", bundle, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID,
+            TaskType.SERVER_APP,
+        )  # fmt: skip
+        (self.run,) = self.state.get_run_info(run_ids=[self.run_id])
+        self.task = Task(task_id=self.run.primary_task_id or 0, run_id=self.run_id)
+        self.state.claim_task(self.task.task_id)
+        self.state.activate_task(self.task.task_id)
+        self.state.task_token_store.clear()  # or the run would end without a worker's heartbeats
+        self.nodes: dict[str, int] = {}  # device → Flower's node id
+        self.keys: dict[bytes, str] = {}  # a public key in PEM → device
+
+    def set_admitted(self, keys: Mapping[str, bytes]) -> None:
+        """These devices, by their keys in PEM, may connect, and no others any more."""
+        for name in [n for n, key in ((n, k) for k, n in self.keys.items()) if keys.get(n) != key]:
+            self.state.delete_node(NOOP_FLWR_AID, self.nodes.pop(name))
+            self.keys = {k: n for k, n in self.keys.items() if n != name}
+        for name, key in keys.items():
+            if name not in self.nodes:
+                self.state.node_public_key_to_node_id.pop(key, None)  # of a device that was expelled before
+                self.nodes[name] = self.state.create_node(
+                    NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_DEFAULT_INTERVAL, name=name
+                )
+                self.keys[key] = name
+
+    def online(self) -> dict[str, int]:
+        """The nodes of devices that are connected."""
+        there = {node.node_id for node in self.state.get_node_info(statuses=[NodeStatus.ONLINE])}
+        return {name: node for name, node in self.nodes.items() if node in there}
+
+
+class LinkGrid(HttpGrid):
+    """Flower's grid over a link of this process: nothing of it goes over a network."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(token="none")
+        self._link = link
+        self.set_run(link.run)
+        TaskIdentity.task_id, TaskIdentity.run_id = link.task.task_id, link.run_id
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+    @property
+    def _runtime_client(self) -> RuntimeHttpClient:
+        return _Handlers(self._link)  # type: ignore[return-value]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """What was not answered in time is not asked any more: a device would spend on a round that is over."""
+        waiting = set(filter(None, self.push_messages(list(messages))))
+        until, found = time.monotonic() + (timeout or 0.0), list[Message]()
+        while waiting and (timeout is None or time.monotonic() < until):
+            for reply in self.pull_messages(waiting):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                found.append(reply)
+            if waiting:
+                time.sleep(LOOK_S)
+        self._link.state.delete_messages(waiting)
+        for left in waiting:
+            self._link.state.object_store.delete(left)
+        return found
+
+
+class _Handlers:
+    """What a client of Flower's runtime would ask over HTTP."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+
+    def __getattr__(self, name: str) -> Any:
+        handler = HANDLERS[name]
+        return lambda request: handler(request, self.link.state, self.link.task)
+
+
+def pem_of(public_key: str) -> bytes:
+    """A device's public key, from OpenSSH's form, as Flower's messages name it. Raises ValueError."""
+    try:
+        key = load_ssh_public_key(public_key.strip().encode())
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from None
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _bundle() -> bytes:
+    """Flower hands a run's bundle to each device; ours run nothing of it, and there is nothing in it."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("pyproject.toml", BUNDLE)
+    return packed.getvalue()

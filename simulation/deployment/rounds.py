@@ -1,0 +1,265 @@
+"""The rounds of a federation of real devices: asked with the operator's signature, aggregated, stored, told."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import tomli_w
+from filelock import FileLock, Timeout
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from client.agent.agent import Federation
+from client.agent.config import new_config
+from client.agent.home import DeviceError, write_private
+from client.agent.seal import hash_of, new_key, public_half, sealed
+from client.agent.terms import Terms, read_terms, write_terms
+from client.lm.config import ModelConfig
+from client.lm.model import LanguageModel
+from client.phases import release_schema
+from client.shared import release_limits
+from privacy.noise import ReleaseNoise
+from privacy.release import Schema
+from privacy.seeds import derive_seed
+from server.config import ServerConfig
+from server.intake import Limits, to_arrays, to_numpy
+from server.optimizers import Moments
+from server.strategy import NoReleaseError, ReleaseStrategy
+from simulation.deployment.certificates import CERTIFICATE, KEY, OPERATOR_KEY, SETTINGS, TERMS, check_folder
+from simulation.deployment.door import Allowed, fleet_door
+from simulation.deployment.link import Link, LinkGrid
+from simulation.deployment.register import NODES, admitted, welcome
+from simulation.experiment import commit, committed
+from simulation.runs import RunFolder
+
+log = logging.getLogger(__name__)
+LOG = "server.log"
+LOOK_S = 1.0  # between two looks at who is there, and who may be
+TRIES = 3  # at a round that too few releases came for
+Tell = Callable[[str], None]
+
+
+# -- a server's folder ------------------------------------------------------------------------------------------------
+
+
+def make_folder(folder: Path, terms: Terms, settings: ServerConfig, least_epsilon: float) -> Terms:
+    """The terms with the operator's key and the bound of a release in them, and all that a server needs beside its
+    certificates; raises `DeviceError`."""
+    private = new_key()
+    told = terms.model_copy(update={"operator": public_half(private)})
+    told = told.model_copy(update={"largest_norm_l2": largest_norm(told, least_epsilon)})
+    write_private(folder / OPERATOR_KEY, private)
+    write_terms(folder / TERMS, told)
+    rule = settings.model_dump(include={"rule", "trimmed_share", "byzantine", "krum_keep"})
+    (folder / SETTINGS).write_text(tomli_w.dumps(rule), encoding="utf-8")
+    (folder / NODES).mkdir(mode=0o700)
+    return told
+
+
+def largest_norm(terms: Terms, epsilon: float) -> float:
+    """No honest release of a device with this ε or more, and else the settings of a new one, is longer."""
+    device = new_config(ModelConfig(name=terms.model)).device
+    privacy = device.privacy.model_copy(update={"epsilon": epsilon})
+    asked = Federation(terms.name, "", terms.rounds, terms.seed, terms.shared.model_dump(mode="json"))
+    settings = asked.settings(device.model_copy(update={"privacy": privacy}))
+    return release_limits(settings, _schema(terms))[0]
+
+
+def all_done(folder: Path) -> bool:
+    """Whether the last round of the terms is stored."""
+    last = RunFolder(folder).last_shared()
+    return last is not None and last.round >= read_terms(folder / TERMS).rounds
+
+
+def read_settings(folder: Path) -> ServerConfig:
+    """How the server aggregates. Raises `DeviceError` for a file that does not say so."""
+    try:
+        return ServerConfig.model_validate(tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DeviceError(f"{folder / SETTINGS}: {error}") from None
+
+
+def _schema(terms: Terms) -> Schema:
+    lm = LanguageModel.load(ModelConfig(name=terms.model, dtype="float32"))
+    return release_schema(lm.lora_layout(terms.shared.adapter, public_seed=terms.seed), terms.shared.upload)
+
+
+# -- rounds -----------------------------------------------------------------------------------------------------------
+
+
+class OperatorStrategy(ReleaseStrategy):
+    """Asks devices that were admitted, under the names that the operator gave them, with the operator's signature."""
+
+    link: Link
+    terms: Terms
+    operator_key: bytes
+    tell: Tell
+
+    def greet(self, grid: Grid) -> None:
+        """Nobody is asked for a name: names are bound to keys by the operator."""
+
+    def messages(
+        self, names: Iterable[str], number: int, version: int, arrays: ArrayRecord, kind: str
+    ) -> list[Message]:
+        known = hash_of(arrays)
+        return [
+            Message(
+                sealed(m.content, kind, self.terms.name, self.operator_key, known),
+                dst_node_id=m.metadata.dst_node_id,
+                message_type=kind,
+            )
+            for m in super().messages(names, number, version, arrays, kind)
+        ]
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self.look()
+        return super().configure_evaluate(server_round, arrays, config, grid)
+
+    def look(self) -> None:
+        """Who is connected now."""
+        self.nodes = self.link.online()
+        self.names, self.devices = sorted(self.nodes), {node: name for name, node in self.nodes.items()}
+
+    def collected(self, number: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord | None:
+        """As the others do; a round that too few releases came for is asked again, which costs no device anything."""
+        for attempt in range(TRIES):
+            if attempt:
+                self.tell(f"round {number}: {self.facts[number].releases} of {self.least_releases} releases; once more")
+            while len(self.link.online()) < self.terms.min_devices:
+                time.sleep(LOOK_S)
+            self.look()
+            try:
+                found = super().collected(number, arrays, grid, timeout)
+            except NoReleaseError as error:
+                log.warning("%s", error)
+            else:
+                if found is not None:
+                    return found
+        return None
+
+
+def strategy_of(folder: Path, link: Link, tell: Tell) -> tuple[OperatorStrategy, ArrayRecord]:
+    """Where the last process left off: a round that was aggregated is not asked for again."""
+    terms, run = read_terms(folder / TERMS), RunFolder(folder)
+    settings = read_settings(folder)
+    lm = LanguageModel.load(ModelConfig(name=terms.model, dtype="float32"))
+    layout = lm.lora_layout(terms.shared.adapter, public_seed=terms.seed)
+    last = run.last_shared()
+    number = last.round + 1 if last else 1
+    strategy = OperatorStrategy(
+        settings.model_copy(update={"sampled_share": terms.fraction, "reply_timeout_s": terms.patience_s}),
+        release_schema(layout, terms.shared.upload),
+        terms.seed,
+        ReleaseNoise(),  # how much devices add is theirs to know
+        limits=Limits(largest_norm_l2=terms.largest_norm_l2 or float("inf")),
+        least_releases=terms.min_devices,
+        first_round=number,
+        commit=partial(commit, run),
+        committed=committed(run, number),
+    )
+    strategy.link, strategy.terms, strategy.tell = link, terms, tell
+    strategy.operator_key = (folder / OPERATOR_KEY).read_bytes()
+    arrays = strategy.first(layout.start(derive_seed(terms.seed, "shared")).numpy())
+    if last:
+        arrays, strategy.heads, strategy.moments = to_arrays(last.shared), last.heads, Moments.of(last.moments)
+    return strategy, arrays
+
+
+def run_rounds(folder: Path, link: Link, tell: Tell) -> None:
+    """All rounds of the terms that are left; what a round came to is stored before any device gets it."""
+    run = RunFolder(folder)
+    strategy, arrays = strategy_of(folder, link, tell)
+
+    def over(number: int, shared: ArrayRecord) -> None:
+        run.save_shared(number, to_numpy(shared), strategy.heads, strategy.moments.arrays())
+        if number:
+            facts = strategy.facts[number]
+            run.record("round", round=number, **asdict(facts))
+            refused = "".join(f", {count} {code}" for code, count in sorted(facts.refused.items()))
+            tell(f"round {number}: {facts.releases} releases{refused}")
+
+    strategy.start(LinkGrid(link), arrays, strategy.terms.rounds, strategy.terms.patience_s, evaluate_fn=over)
+
+
+# -- the process ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(folder: Path, host: str, port: int) -> Iterator[Link]:
+    """The door of this folder's server is open while this lasts, for whoever is admitted. Raises `DeviceError`."""
+    check_folder(folder)
+    terms = read_terms(folder / TERMS)
+    allowed = Allowed.of(_schema(terms).size_bytes)
+    with _alone(folder), _logged(folder):
+        link = Link()
+        link.set_admitted(admitted(folder))
+        welcomed = partial(welcome, folder)
+        with (
+            _watched(folder, link),
+            fleet_door(link, host, port, folder / CERTIFICATE, folder / KEY, allowed, welcome=welcomed),
+        ):
+            yield link
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    try:
+        with FileLock(folder / "server.lock", timeout=0):
+            yield
+    except Timeout:
+        raise DeviceError(f"a server is running on {folder} already") from None
+
+
+@contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    """What Flower's parts say goes into the folder, not onto the terminal."""
+    flower, file = logging.getLogger("flwr"), logging.FileHandler(folder / LOG)
+    file.setLevel(logging.INFO)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before, flower.handlers, flower.propagate = flower.handlers, [file], False
+    try:
+        yield
+    finally:
+        flower.handlers, flower.propagate = before, True
+        file.close()
+
+
+@contextmanager
+def _watched(folder: Path, link: Link) -> Iterator[None]:
+    """Who is admitted or expelled while this lasts is so at once."""
+    over = threading.Event()
+
+    def watch() -> None:
+        seen = _stamps(folder)
+        while not over.wait(LOOK_S):
+            if (now := _stamps(folder)) != seen:
+                seen = now
+                link.set_admitted(admitted(folder))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _stamps(folder: Path) -> set[tuple[str, int]]:
+    found = set()
+    for path in (folder / NODES).glob("*.pub"):
+        try:
+            found.add((path.name, path.stat().st_mtime_ns))
+        except FileNotFoundError:
+            continue
+    return found

@@ -1,0 +1,135 @@
+"""What is started ends with whoever started it, and what is written is its owner's alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from client.agent.agent import Agent
+from client.agent.config import new_config
+from client.agent.courier import prepare
+from client.agent.home import Home
+from client.agent.seal import new_key, public_half
+from client.agent.terms import Terms, read_terms
+from client.lm.config import ModelConfig
+from client.lm.model import LanguageModel
+from server.config import ServerConfig
+from simulation.config import ExperimentConfig
+from simulation.deployment.certificates import CA, make_certificates
+from simulation.deployment.rounds import make_folder
+from simulation.runs import create
+
+FLORILEGIUM = (sys.executable, "-m", "simulation")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def until(true: object, seconds: float = 60) -> bool:
+    """Whether a condition comes about."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if true():  # type: ignore[operator]
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in processes)
+
+
+def others_may(path: Path) -> list[Path]:
+    """What in a folder somebody else could read, write or enter."""
+    return [p for p in (path, *path.rglob("*")) if not p.is_symlink() and p.stat().st_mode & 0o077]
+
+
+def test_a_runs_folder_is_its_owners_alone(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        run = create(tmp_path / "runs" / "new", ExperimentConfig())
+    finally:
+        os.umask(before)
+    assert run.path.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_servers_folder_is_its_operators_alone(tmp_path: Path) -> None:
+    before = os.umask(0o077)  # as its command sets it
+    try:
+        make_certificates(tmp_path / "server", ["127.0.0.1"])
+        terms = make_folder(tmp_path / "server", Terms(name="orchard"), ServerConfig(), 4.0)
+    finally:
+        os.umask(before)
+    assert not others_may(tmp_path / "server")
+    key = (tmp_path / "server" / "operator.key").read_bytes()
+    assert terms == read_terms(tmp_path / "server" / "terms.toml") and terms.operator == public_half(key)
+    assert terms.operator.encode() not in key and public_half(new_key()) != terms.operator
+
+
+@pytest.mark.slow
+def test_all_that_a_run_writes_is_its_owners_alone(tmp_path: Path) -> None:
+    command = [*FLORILEGIUM, "run", "quickstart", "--runs", str(tmp_path / "runs"), "name=t", "rounds=1",
+               "data.users=4", "evaluation.every_round=false"]  # fmt: skip
+    environment = {**os.environ, "FLORILEGIUM_UMASK": ""}
+    assert subprocess.run(command, capture_output=True, env=environment).returncode == 2  # no such umask
+    environment.pop("FLORILEGIUM_UMASK")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, umask=0o022)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs" / "t" / "report.html").exists() and not others_may(tmp_path / "runs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_ends_as_a_whole(tmp_path: Path, number: signal.Signals) -> None:
+    make_certificates(tmp_path, ["127.0.0.1"])
+    make_folder(tmp_path, Terms(name="orchard"), ServerConfig(), 4.0)
+    port = free_port()
+    command = [*FLORILEGIUM, "server", "start", str(tmp_path), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert server.stdout and "0 devices may connect" in server.stdout.readline()
+    children = psutil.Process(server.pid).children(recursive=True)
+    server.send_signal(number)
+    said, _ = server.communicate(timeout=60)
+    assert server.returncode == 130 and "goes on" in said.replace("\n", " ")
+    assert not children  # one process: there is nothing that could be left behind
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the next start ends what was left")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_device_ends_with_its_supernode(tmp_path: Path, lm: LanguageModel, number: signal.Signals) -> None:
+    """Whose server is not there: it tries to reach it for ever."""
+    home, config = Home(tmp_path / "device"), new_config(ModelConfig(name="nano"))
+    agent = Agent(home, config, lm, home.make(config))
+    for item in ("learn", "federate"):
+        agent.consent(item, True)  # type: ignore[arg-type]
+    prepare(home.courier, make_certificates(tmp_path / "server", ["127.0.0.1"]))
+    terms = make_folder(
+        tmp_path / "server", Terms(name="orchard", base=agent.journal.fact("base")), ServerConfig(), 1.0
+    )
+    agent.join(terms, f"127.0.0.1:{free_port()}")
+    assert (tmp_path / "server" / CA).exists()
+    command = [*FLORILEGIUM, "device", "serve", "--home", str(home.folder), "--port", "0"]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert serving.stdout and "http://127.0.0.1" in serving.stdout.readline()
+    process = psutil.Process(serving.pid)
+    assert until(lambda: process.children(recursive=True))
+    time.sleep(5)
+    children = process.children(recursive=True)
+    assert any("flower-supernode" in " ".join(c.cmdline()) for c in children)
+    serving.send_signal(number)
+    assert serving.wait(60) == (0 if number is signal.SIGTERM else -signal.SIGKILL)
+    assert until(lambda: gone(children))
