@@ -82,6 +82,7 @@ def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
     agent.join(terms(), SERVER)
     set_privacy(agent, mode=mode, clip_norm_l2=0.05)
     server = home.folder.parent / "server"
+    server.mkdir()
     make_folder(server, terms(), ServerConfig(), 8.0)
     strategy, _ = strategy_of(server, Link(), lambda line: None)
     assert strategy.noise.on_sum == 0
