@@ -15,9 +15,15 @@ def planned_event(config: DeviceConfig) -> Event:
     if shared.source == "pool" and not shared.pool_capacity:
         alone = "set it above 0, or server.rule = 'none' for devices that learn alone"
         raise BudgetError(f"shared.pool_capacity = 0 leaves nothing to train a shared adapter on; {alone}")
-    rate, steps = (shared.sampling_rate, shared.steps_per_round) if privacy.by_dialogue else (1.0, 1)
+    rate, steps, releases = planned_steps(config)
     if privacy.mode == "none":
         return Event(0.0, rate, steps)
-    releases = min(config.rounds, privacy.releases or config.rounds)
     sigma = calibrate(privacy.epsilon, privacy.delta, rate, steps * releases, privacy.promise.adjacency)
     return Event(sigma, rate, steps)
+
+
+def planned_steps(config: DeviceConfig) -> tuple[float, int, int]:
+    """The chance of being drawn in a step, the steps of a release, and the releases that one budget is for."""
+    shared, privacy = config.shared, config.privacy
+    rate, steps = (shared.sampling_rate, shared.steps_per_round) if privacy.by_dialogue else (1.0, 1)
+    return rate, steps, min(config.rounds, privacy.releases or config.rounds)

@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 
+class Echo(str):
+    """A reply in the model's words, which its user only liked: nothing that the user has said."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Dialogue:
     """A prompt and the reply that the device's user recorded for it.

@@ -23,7 +23,7 @@ import torch
 
 from client.buffer import candidate
 from client.config import DeviceConfig
-from client.dialogue import Dialogue
+from client.dialogue import Dialogue, Echo
 from client.lexicons import load_lexicons
 from client.lm.adapter import AdapterLayout, Adapters, Layout, weight_layout
 from client.lm.lessons import Lesson
@@ -45,7 +45,9 @@ def full_rank(device: str) -> int:
 
 States = list[DeviceState]
 Observation = dict[str, Any]  # what a simulation notes about a device; never sent
-User = Callable[[str, str], str]  # (device, dialogue id) → this user's reply; empty where there is no answer yet
+User = Callable[
+    [str, str], str
+]  # (device, dialogue id) → this user's reply, or an `Echo`; empty where there is none yet
 
 
 @dataclass(frozen=True)
@@ -180,19 +182,22 @@ def annotate(states: States, site: Site) -> tuple[States, list[Observation]]:
             waiting = sorted(waiting, key=lambda i: derive_seed(site.seed, state.id, i, "ask"))[:limit]
         kept = [k.id for k in state.buffer.bins if k.id in state.replies] + waiting + pool
         replies = {i: reply for i in kept if (reply := state.replies.get(i) or site.user(state.id, i))}
+        before = state.echoes & state.replies.keys()
+        echoes = frozenset(i for i, reply in replies.items() if isinstance(reply, Echo) or i in before)
         asked = state.annotations + sum(i not in state.replies for i in replies)
-        after.append(replace(state, replies=replies, annotations=asked))
+        after.append(replace(state, replies=replies, echoes=echoes, annotations=asked))
         notes.append({"annotations": asked})
     return after, notes
 
 
 def descend(states: States, site: Site) -> tuple[States, list[Observation]]:
-    """Writes dialogues like each one of the pool that is new there, for the shared adapter.
+    """Writes dialogues like each one of the pool that is new there, and whose reply is its user's own.
 
     Each is judged by its own original alone: no dialogue decides what becomes of another.
     """
     settings = site.config.synthesis.model_copy(update={"per_dialogue": site.config.shared.synthetic})
-    fresh = [(s, i, p) for s in states for i, p in s.pool.slots if i in s.replies and i not in s.descendants]
+    own = {s.id: s.own for s in states}
+    fresh = [(s, i, p) for s in states for i, p in s.pool.slots if i in own[s.id] and i not in s.descendants]
     requests = [
         Request(f"{s.id}/{i}", (p, s.replies[i]), derive_seed(site.seed, s.id, i, "descendants")) for s, i, p in fresh
     ]
@@ -201,7 +206,7 @@ def descend(states: States, site: Site) -> tuple[States, list[Observation]]:
         replace(
             s,
             descendants={
-                i: made.get(f"{s.id}/{i}", s.descendants.get(i, ())) for i, _ in s.pool.slots if i in s.replies
+                i: made.get(f"{s.id}/{i}", s.descendants.get(i, ())) for i, _ in s.pool.slots if i in own[s.id]
             },
         )
         for s in states

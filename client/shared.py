@@ -227,21 +227,21 @@ def _private_row(state: DeviceState, received: torch.Tensor, plan: RoundPlan, si
 
 
 def _pooled(state: DeviceState) -> Texts:
-    """Of each slot of the pool the original, with the user's reply, and its synthetic descendants.
+    """Of each slot of the pool the original, with the user's own reply, and its synthetic descendants.
 
-    A slot whose reply is not known has nothing to learn, and keeps its coin: its reply changes no other's.
+    A slot whose reply is not known, or is the model's, has nothing to learn, and keeps its coin: it changes no other's.
     """
+    own = state.own
     return [
-        tuple(Dialogue(i, *pair) for pair in ((prompt, state.replies[i]), *state.descendants.get(i, ())))
-        if i in state.replies
-        else ()
+        tuple(Dialogue(i, *pair) for pair in ((prompt, own[i]), *state.descendants.get(i, ()))) if i in own else ()
         for i, prompt in state.pool.slots
     ]
 
 
 def _buffered(state: DeviceState) -> Texts:
-    """Of each bin the original, with the user's reply."""
-    return [(Dialogue(k.id, k.prompt, state.replies[k.id]),) for k in state.annotated]
+    """Of each bin the original, with the user's own reply."""
+    own = state.own
+    return [(Dialogue(k.id, k.prompt, own[k.id]),) for k in state.annotated if k.id in own]
 
 
 def drawn(state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:

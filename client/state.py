@@ -69,6 +69,7 @@ class DeviceState:
     secret: int  # 128 bits, from which noise and coins are drawn; never leaves
     arrived: int = 0  # dialogues taken from the stream
     replies: dict[str, str] = field(default_factory=dict)  # dialogue id → the user's annotation
+    echoes: frozenset[str] = frozenset()  # those of `replies` that are the model's words, which the user liked
     annotations: int = 0  # times the user was asked
     synthetic: dict[str, tuple[Pair, ...]] = field(default_factory=dict)  # dialogue id → those made from it
     descendants: dict[str, tuple[Pair, ...]] = field(default_factory=dict)  # as `synthetic`, of the pool's dialogues
@@ -84,6 +85,14 @@ class DeviceState:
     def genesis(self) -> str:
         """What the device's chain in the ledger begins with."""
         return f"{derive_key(self.secret, 'ledger'):032x}"
+
+    @property
+    def own(self) -> dict[str, str]:
+        """The replies in the user's own words: what the shared adapter can learn from.
+
+        What the model said holds what it had learned from and what stood before it: other dialogues than that one.
+        """
+        return {i: reply for i, reply in self.replies.items() if i not in self.echoes}
 
     @property
     def annotated(self) -> tuple[Kept, ...]:
@@ -179,6 +188,7 @@ def _facts(state: DeviceState) -> dict[str, Any]:
         "head": state.head,
         "asked": state.asked,
         "replies": state.replies,
+        "echoes": sorted(state.echoes),
         "annotations": state.annotations,
         "synthetic": state.synthetic,
         "descendants": state.descendants,
@@ -216,6 +226,7 @@ def _state(told: str, stored: bytes) -> DeviceState:
         sent=None if sent is None else torch.from_numpy(sent),
         asked=facts["asked"],
         replies=facts["replies"],
+        echoes=frozenset(facts["echoes"]),
         annotations=facts["annotations"],
         synthetic=_pairs(facts["synthetic"]),
         descendants=_pairs(facts["descendants"]),

@@ -4,6 +4,10 @@ An event says what happened (σ, q, T), not what it cost, so that every accounta
 neighbours differ in the content of one example ("replace one"): a pool of fixed size drops one dialogue when it
 takes another in. PLD: Sommer et al. 2019; Koskela et al. 2020; computed by `dp-accounting`. The Gaussian-DP
 approximation under-reports and is not offered.
+
+The losses are put on a grid, rounded up: a coarser one costs less memory and reports more, never less. It is as fine as
+`DISCRETIZATION` where `STEP_POINTS` of it hold the losses of one step and `POINTS` those of all, and coarser beyond, so
+that whatever is asked takes some tens of megabytes.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ import dp_accounting
 import numpy as np
 import numpy.typing as npt
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld.common import compute_self_convolve_bounds
+from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
 from privacy.errors import UserError
 
@@ -26,7 +32,11 @@ NEIGHBOURS = {
     "replace-one": dp_accounting.NeighboringRelation.REPLACE_ONE,
     "add-or-remove-one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
 }
+SENSITIVITY = {"replace-one": 2.0, "add-or-remove-one": 1.0}  # of a clipped sum, in clipping norms
 DISCRETIZATION = 1e-3  # of the privacy loss; pessimistic, so that ε is an upper bound
+STEP_POINTS, POINTS, ROUGH_POINTS = 2**16, 2**18, 2**11  # at most: of one step, of all events; to find how many
+TAIL, TAIL_MASS = 10.0, 1e-15  # standard deviations of noise that count; what `dp-accounting` leaves out of a product
+SMALLEST_NOISE = 2**-5  # multiplier that is ever planned with
 
 
 class BudgetError(UserError):
@@ -62,14 +72,41 @@ def _epsilon(events: tuple[Event, ...], delta: float, adjacency: Adjacency) -> f
     return float(_accountant(events, adjacency).get_epsilon(delta)) if events else 0.0
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)  # each holds up to some megabytes
 def _accountant(events: tuple[Event, ...], adjacency: Adjacency) -> PLDAccountant:
-    accountant = PLDAccountant(NEIGHBOURS[adjacency], value_discretization_interval=DISCRETIZATION)
+    accountant = PLDAccountant(NEIGHBOURS[adjacency], value_discretization_interval=interval(events, adjacency))
     for e in events:
         gaussian = dp_accounting.GaussianDpEvent(e.noise_multiplier)
         step = dp_accounting.PoissonSampledDpEvent(e.sampling_rate, gaussian)
         accountant.compose(dp_accounting.SelfComposedDpEvent(step, e.steps))
     return accountant
+
+
+def interval(events: Iterable[Event], adjacency: Adjacency) -> float:
+    """Of the grid for the losses of all these together."""
+    largest = max((_largest_loss(e.noise_multiplier, adjacency) for e in events), default=0.0)
+    together = sum(_span(e, adjacency) for e in events)
+    return max(DISCRETIZATION, largest / STEP_POINTS, together / POINTS)
+
+
+def _largest_loss(noise_multiplier: float, adjacency: Adjacency) -> float:
+    """Of one step, whatever is sampled, but for a chance that is left out anyway."""
+    shift = SENSITIVITY[adjacency] / noise_multiplier
+    return shift**2 + 2 * TAIL * shift  # from one end to the other
+
+
+def _span(event: Event, adjacency: Adjacency) -> float:
+    """How far apart the losses of all steps of an event lie, found on a rough grid."""
+    rough = _largest_loss(event.noise_multiplier, adjacency) / ROUGH_POINTS
+    step = from_gaussian_mechanism(
+        event.noise_multiplier, value_discretization_interval=rough, sampling_prob=event.sampling_rate,
+        neighboring_relation=NEIGHBOURS[adjacency],
+    )  # fmt: skip
+    widths = list[float]()
+    for pmf in {id(p): p.to_dense_pmf() for p in (step._pmf_remove, step._pmf_add)}.values():
+        low, high = compute_self_convolve_bounds(pmf._probs, event.steps, TAIL_MASS)
+        widths.append(max(high - low, len(pmf._probs)) * rough)
+    return max(widths)
 
 
 @lru_cache(maxsize=256)
@@ -78,8 +115,15 @@ def calibrate(
 ) -> float:
     """The smallest noise multiplier, to 0.1 %, whose `steps` steps cost at most `target_epsilon`.
 
-    Raises `BudgetError` when even the noise multiplier 1,000 is too little.
+    Never below `SMALLEST_NOISE`. Raises `BudgetError` where chance alone would keep the promise, with no noise at all,
+    and when even the noise multiplier 1,000 is too little.
     """
+    if sampling_rate * steps <= delta:
+        raise BudgetError(
+            f"sampling rate {sampling_rate:g} in {steps:,} steps: that anything is drawn has a chance below "
+            f"delta = {delta:g}, so that no noise would be added to what is drawn; lower [privacy] delta or raise "
+            f"[shared] sampling_rate"
+        )
     low, high = 0.0, 0.5
     while epsilon([Event(high, sampling_rate, steps)], delta, adjacency) > target_epsilon:
         low, high = high, high * 2
@@ -88,7 +132,7 @@ def calibrate(
                 f"epsilon = {target_epsilon} cannot be reached with {steps} steps at sampling rate {sampling_rate}; "
                 f"raise [privacy] epsilon or lower the rounds or [shared] steps_per_round"
             )
-    while high - low > 1e-3 * high:
+    while high - low > 1e-3 * high and high > SMALLEST_NOISE:
         middle = (low + high) / 2
         cost = epsilon([Event(middle, sampling_rate, steps)], delta, adjacency)
         low, high = (low, middle) if cost <= target_epsilon else (middle, high)

@@ -4,7 +4,9 @@ One SQLite file holds the accounts of the devices of one host: a real device has
 An entry says what is about to happen (σ, q, T, and to which dialogues), never what it costs. Each is chained to the
 one before by a hash whose beginning is the device's secret: an entry that was changed, or left out, breaks the chain.
 What a chain cannot show is that its end was cut off; so the newest head is also kept by the device's other state and
-by the server, and an account that does not hold a head that they have seen pays for nothing any more.
+by the server, and an account that does not hold a head that they have seen pays for nothing any more. Where noise is
+drawn anew each time, an entry holds a random number as well: a device that is set back to an old state and pays for a
+round again comes to another head, and the one that the server has seen is then missing.
 
 A crash after a reservation counts as spent. Refused is one device, never its company.
 """
@@ -13,11 +15,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from secrets import token_hex
 from threading import Lock
 from typing import Protocol
 
@@ -26,15 +30,16 @@ from privacy.database import connected
 from privacy.errors import DeviceFaultError
 
 # Why nothing is released. GRANTED is the only answer that allows it.
-GRANTED, SPENT, ANSWERED, MISSING, BEHIND, BROKEN, OTHER_UNIT = (
+GRANTED, SPENT, ANSWERED, MISSING, BEHIND, BROKEN, OTHER_UNIT, TWICE = (
     "", "budget-spent", "already-answered", "ledger-missing", "ledger-behind", "ledger-broken", "other-unit",
+    "asked-twice",
 )  # fmt: skip
 NAME_BYTES = 8  # of a dialogue in an entry
 KNOWN = 2048  # accounts that a ledger keeps in memory
 _TABLE = """
 CREATE TABLE IF NOT EXISTS entry (
     device TEXT, number INTEGER, experiment TEXT, round INTEGER, received TEXT,
-    noise_multiplier REAL, sampling_rate REAL, steps INTEGER, unit TEXT, dialogues BLOB, head TEXT,
+    noise_multiplier REAL, sampling_rate REAL, steps INTEGER, unit TEXT, nonce TEXT, dialogues BLOB, head TEXT,
     PRIMARY KEY (device, number)
 ) WITHOUT ROWID
 """
@@ -95,12 +100,13 @@ class Entry:
     event: Event
     unit: str  # what the event was spent for: "dialogue" or "device"
     dialogues: tuple[bytes, ...]
+    nonce: str = ""  # of what is drawn anew each time
 
     @property
     def facts(self) -> tuple[object, ...]:
         event = self.event
         spent = (event.noise_multiplier, event.sampling_rate, event.steps)
-        return (self.experiment, self.round, self.received, *spent, self.unit)
+        return (self.experiment, self.round, self.received, *spent, self.unit, self.nonce)
 
     def chained(self, before: str, genesis: str) -> str:
         """The head after this entry: without the device's secret nobody can tell what it is made of."""
@@ -162,7 +168,7 @@ class Ledger:
             connection.execute(_TABLE)
 
     def reserve(self, requests: Sequence[Request], budget: Budget) -> list[Answer]:
-        """Pays for what is affordable, all in one write; one answer a request.
+        """Pays for what is affordable, all in one write; one answer a request, none granted to who asks twice.
 
         Asked again for the same, a round is granted and not paid for twice; asked for a round with something else
         received, or for an earlier one, it is refused: the same noise on two adapters would cancel. Where noise is
@@ -170,10 +176,16 @@ class Ledger:
         """
         with self._lock, self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
-            judged = [_judged(r, budget, self._read(r.device, r.genesis, connection)) for r in requests]
+            asked = Counter(r.device for r in requests)
+            judged = [
+                _judged(r, budget, self._read(r.device, r.genesis, connection))
+                if asked[r.device] == 1
+                else (Answer(TWICE), None)
+                for r in requests
+            ]
             new = [(r.device, entry, answer.head) for r, (answer, entry) in zip(requests, judged, strict=True) if entry]
             rows = [self._row(device, entry, head) for device, entry, head in new]
-            connection.executemany(f"INSERT INTO entry VALUES ({', '.join('?' * 11)})", rows)
+            connection.executemany(f"INSERT INTO entry VALUES ({', '.join('?' * 12)})", rows)
             connection.execute("COMMIT")
             for device, entry, head in new:
                 self._known[device].add(entry, head)
@@ -205,13 +217,14 @@ class Ledger:
         if account.heads[0] != genesis:
             return None
         found = connection.execute(
-            "SELECT number, experiment, round, received, noise_multiplier, sampling_rate, steps, unit, dialogues, head "
+            "SELECT number, experiment, round, received, noise_multiplier, sampling_rate, steps, unit, nonce, "
+            "dialogues, head "
             "FROM entry WHERE device = ? AND number >= ? ORDER BY number",
             (device, len(account.entries)),
         )
-        for number, experiment, round_number, received, sigma, rate, steps, unit, dialogues, head in found:
+        for number, experiment, round_number, received, sigma, rate, steps, unit, nonce, dialogues, head in found:
             names = tuple(dialogues[i : i + NAME_BYTES] for i in range(0, len(dialogues), NAME_BYTES))
-            entry = Entry(experiment, round_number, received, Event(sigma, rate, steps), unit, names)
+            entry = Entry(experiment, round_number, received, Event(sigma, rate, steps), unit, names, nonce)
             if (number, head) != (len(account.entries), account.next_head(entry)):
                 return None
             account.add(entry, head)
@@ -253,7 +266,8 @@ def _judged(request: Request, budget: Budget, account: Account | None) -> tuple[
         if request.dialogues and not names:
             return Answer(SPENT), None
     paid_for = tuple(names.values()) if budget.of == "dialogue" else ()
-    entry = Entry(request.experiment, request.round, request.received, request.event, budget.of, paid_for)
+    nonce = "" if request.repeatable else token_hex(16)
+    entry = Entry(request.experiment, request.round, request.received, request.event, budget.of, paid_for, nonce)
     return Answer(GRANTED, account.next_head(entry), frozenset(names)), entry
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -14,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Event, Thread
@@ -48,6 +50,7 @@ from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
 from client.lm.places import base_hash
 from client.personal.profile import ProfileError
+from client.phases import descend
 from client.records import to_record
 from client.shared import noisy_steps, release_limits, release_noise
 from client.state import StoreError
@@ -527,7 +530,7 @@ def test_what_is_erased_was_never_said(home: Home, lm: LanguageModel, tmp_path: 
     agent.learn()
     assert marker.encode() in decrypted(home.vault, home.read_key(agent.config))
     erased = agent.erase([planted])
-    assert erased == {"retrained": True, "dialogues": 6, "cannot be recalled": 0}
+    assert erased == {"retrained": True, "dialogues": 6, "cannot be recalled": 0, "replies": 0}
     for path in home.folder.iterdir():
         if path.is_file():
             assert marker.encode() not in path.read_bytes()
@@ -562,6 +565,102 @@ def test_erasing_reaches_what_quoted_it(home: Home, lm: LanguageModel) -> None:
     assert b"4711-zebra" not in decrypted(home.vault, home.read_key(agent.config))
     with pytest.raises(KeyError):
         agent.erase([first.id])
+
+
+def parrot(home: Home, lm: LanguageModel) -> Agent:
+    """A device whose model soon says again what its owner has taught it, and always the same."""
+    agent = made(home, lm)
+    device = agent.config.device
+    personal = device.personal.model_copy(update={"epochs": 40, "learning_rate": 5e-3})
+    synthesis = device.synthesis.model_copy(update={"per_dialogue": 0})
+    device = device.model_copy(update={"personal": personal, "synthesis": synthesis})
+    chat = agent.config.chat.model_copy(update={"temperature": 0.0, "max_new_tokens": 24})
+    agent.config = agent.config.model_copy(update={"chat": chat, "device": device})
+    return agent
+
+
+def taught(agent: Agent, secret: str, conversation: str = "") -> str:
+    """Its owner corrects one reply; the dialogue's id."""
+    turn = agent.chat("Where is the key?", conversation)
+    agent.rate(turn.id, None, secret)
+    agent.learn()
+    return turn.id
+
+
+LATER = ("Do you know where the key is?", "Where do I keep it?")
+
+
+def test_what_the_model_said_is_no_users_own_word(home: Home, lm: LanguageModel, tmp_path: Path) -> None:
+    """One correction changed, the same questions and 👍 after it: of the pool that dialogue alone is another."""
+    pooled, said = [], []
+    for number, secret in enumerate(("It is under the blue flower pot.", "My brother has it in Lisbon.")):
+        agent = parrot(Home(tmp_path / str(number)), lm)
+        taught(agent, secret)
+        later = [agent.chat(question) for question in LATER]
+        for turn in later:
+            agent.rate(turn.id, True)
+        agent.learn()
+        state = reopened(agent)._state()
+        assert {state.replies[t.id] for t in later} == {t.said for t in later}  # the personal adapter learns from them
+        said.append([t.said for t in later])
+        pooled.append([[d.response for d in texts] for texts in shared._pooled(state)])
+    assert said[0] != said[1]
+    assert pooled == [[["It is under the blue flower pot."], [], []], [["My brother has it in Lisbon."], [], []]]
+
+
+@pytest.mark.parametrize("own", ["", "hm"])
+def test_a_reply_is_the_owners_own_where_its_owner_wrote_it(home: Home, lm: LanguageModel, own: str) -> None:
+    """Not where the model's is liked, or sent back as it was; a correction afterwards makes it so."""
+    agent = made(home, lm)
+    turn = agent.journal.add("Hello", "hm", "")
+    agent.rate(turn.id, True, own)
+    agent.learn()
+    assert agent._state().replies == {turn.id: "hm"} and agent._state().own == {}
+    config = agent.site.config
+    synthetic = config.model_copy(update={"shared": config.shared.model_copy(update={"synthetic": 2})})
+    [after], _ = descend([agent._state()], replace(agent.site, config=synthetic))
+    assert after.descendants == {}  # nor is anything written like it for the shared adapter
+    agent.rate(turn.id, True, "Good morning.")
+    agent.learn()
+    assert agent._state().own == agent._state().replies == {turn.id: "Good morning."}
+
+
+@pytest.mark.parametrize("liked", [True, None])
+def test_what_went_through_a_reply_is_erased_with_it(home: Home, lm: LanguageModel, liked: bool | None) -> None:
+    """By what the adapter had learned, or by what stood before it: in no file, in nothing that is kept, not said."""
+    agent = parrot(home, lm)
+    planted = taught(agent, "It is under the blue flower pot.")
+    for question in LATER:
+        turn = agent.chat(question)
+        agent.rate(turn.id, liked)
+    agent.rate(turn.id, liked, "In the drawer.")
+    agent.learn()
+    assert any("flower pot" in t.said for t in agent.journal.turns() if t.id != planted)
+    under = agent.said_under([planted])
+    assert [t.prompt for t in under] == list(LATER)
+    assert agent.erase([planted])["replies"] == 2
+    assert agent._state().replies == {turn.id: "In the drawer."}  # what the owner wrote stays
+    assert agent.said_under([turn.id]) == []
+    for path in home.folder.glob("*.db"):
+        assert b"flower pot" not in decrypted(path, home.read_key(agent.config)), path
+    assert "flower pot" not in str(agent._state()) + agent.chat("Where is the key?").said + agent.chat(LATER[0]).said
+
+
+def test_provenance_goes_through_replies_and_is_kept_where_a_dialogue_grew_old(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm)
+    first = agent.journal.add("a", "b", "talk")
+    second = agent.chat("And then?", "talk")
+    elsewhere = agent.chat("What is new?")
+    third = agent.chat("And then?", "talk")  # two lines of context: the second alone
+    agent.journal.forget([second.id])  # dropped, not erased
+    assert [t.id for t in agent.said_under([first.id])] == [third.id]
+    assert agent.said_under([elsewhere.id]) == []
+    agent.rate(elsewhere.id, None, "Nothing.")
+    agent.learn()
+    fourth = agent.chat("Hello")
+    assert [t.id for t in agent.said_under([elsewhere.id])] == [fourth.id]
+    done = agent.erase([elsewhere.id], keep_replies=True)
+    assert done["replies"] == 0 and agent.journal.turn(fourth.id).said == fourth.said
 
 
 def test_an_erasure_that_cannot_end_is_tried_again(
@@ -675,6 +774,35 @@ def test_nothing_leaves_without_consent_budget_or_ledger(joined: tuple[Agent, to
     old = reopened(agent)
     assert asked(old, 1, row)[0] == {"error": "no-release"} and asked(old, 2, row)[0] == {"error": "no-release"}
     assert old.journal.sent()[-1].kind == "ledger-missing"
+
+
+def test_a_question_with_a_wrong_head_uses_nothing_up(joined: tuple[Agent, torch.Tensor]) -> None:
+    """Neither the round that it was for, nor the release of the round before, which may be asked for again."""
+    agent, row = joined
+    header, first = asked(agent, 1, row)
+    for _ in range(3):
+        assert asked(agent, 2, row, head="ab" * 32)[0] == {"error": "no-release"}
+    assert [s.kind for s in agent.journal.sent()] == ["release", "ledger-behind"]  # told once
+    again_header, again = asked(agent, 1, row)
+    assert again_header == header and all(np.array_equal(first[n], again[n]) for n in first)
+    assert "error" not in asked(agent, 2, row, head=header["head"])[0]
+    assert agent.account and [e.round for e in agent.account.entries] == [1, 2]
+
+
+def test_a_home_that_was_set_back_is_noticed_by_the_head_of_the_other_payment(
+    joined: tuple[Agent, torch.Tensor], tmp_path: Path
+) -> None:
+    agent, row = joined
+    asked(agent, 1, row)
+    shutil.copytree(agent.home.folder, tmp_path / "old")
+    header, _ = asked(agent, 2, row)
+    old = Agent(Home(tmp_path / "old"), agent.config, agent.lm, agent.home.read_key(agent.config))
+    other, _ = asked(old, 2, row)
+    assert other["head"] != header["head"]
+    assert asked(old, 3, row, head=header["head"])[0] == {"error": "no-release"}
+    assert (
+        old.journal.sent()[-1].kind == "ledger-behind" and "error" not in asked(agent, 3, row, head=header["head"])[0]
+    )
 
 
 def test_a_budget_that_is_spent_stays_spent(home: Home, lm: LanguageModel) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from shutil import copy
 
 import pytest
 
@@ -21,6 +22,7 @@ from privacy.ledger import (
     MISSING,
     OTHER_UNIT,
     SPENT,
+    TWICE,
     Budget,
     Entry,
     Ledger,
@@ -64,6 +66,35 @@ def test_what_would_be_drawn_anew_is_not_granted_again(tmp_path: Path) -> None:
         ANSWERED,
         GRANTED,
     ]
+
+
+def test_two_payments_of_a_round_have_two_heads(tmp_path: Path) -> None:
+    """A device that is set back with its ledger: the head of its other payment is not known to it."""
+    ledger = Ledger(tmp_path / "ledger.db")
+    ledger.reserve([request(repeatable=False)], LIFE)
+    copy(tmp_path / "ledger.db", tmp_path / "old.db")
+    [paid] = ledger.reserve([request(2, repeatable=False)], LIFE)
+    old = Ledger(tmp_path / "old.db")
+    [again] = old.reserve([request(2, repeatable=False)], LIFE)
+    assert paid.refusal == again.refusal == GRANTED and paid.head != again.head
+    assert refusals(old, request(3, repeatable=False, heads=(paid.head,))) == [BEHIND]
+    assert refusals(old, request(3, repeatable=False, heads=(again.head,))) == [GRANTED]
+    assert [Ledger(tmp_path / n).account("d", GENESIS) is None for n in ("ledger.db", "old.db")] == [False, False]
+
+
+def test_what_is_drawn_as_before_has_the_head_of_before(tmp_path: Path) -> None:
+    """A simulation that is resumed equals one that was not stopped."""
+    heads = {Ledger(tmp_path / name).reserve([request()], LIFE)[0].head for name in ("a.db", "b.db")}
+    assert len(heads) == 1
+
+
+def test_who_asks_twice_at_once_is_refused_alone(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    company = [request(device="a"), request(device="b"), request(2, device="a"), request(device="c")]
+    answers = ledger.reserve(company, LIFE)
+    assert [a.refusal for a in answers] == [TWICE, GRANTED, TWICE, GRANTED]
+    assert [entries(ledger, device) for device in "abc"] == [0, 1, 1]
+    assert refusals(ledger, request(device="a")) == [GRANTED]
 
 
 def test_who_looks_meanwhile_breaks_nothing(tmp_path: Path) -> None:

@@ -24,14 +24,23 @@ import psutil
 import torch
 from pydantic import ValidationError
 
+from client.agent.acceptance import check_promise, check_settings, check_work, unprotected
 from client.agent.config import CONSENTS, AgentConfig, Consent, When
 from client.agent.home import DeviceError, Home, HomeError, replace_file
-from client.agent.journal import Journal, Sent, Turn, write_fact, write_sent
+from client.agent.journal import (
+    Journal,
+    Sent,
+    Turn,
+    forget_origins,
+    unsay,
+    write_fact,
+    write_learned,
+    write_sent,
+)
 from client.agent.terms import Terms
-from client.budget import planned_event
 from client.buffer import Buffer
 from client.config import DeviceConfig
-from client.dialogue import Dialogue
+from client.dialogue import Dialogue, Echo
 from client.lm.adapter import Adapters
 from client.lm.config import ModelConfig
 from client.lm.layers import UnsupportedModelError
@@ -51,7 +60,6 @@ from privacy.release import Release, Schema
 from privacy.seeds import fresh_secret
 
 log = logging.getLogger(__name__)
-LARGEST_RANK = 256  # of a shared adapter
 LOST = "lost"  # in place of a head that should be there
 Progress = Callable[[str], None]
 
@@ -156,11 +164,13 @@ class Agent:
             state, site = self._state(), self.site
             received, _ = self._used()
             on = [*([] if received is None else beneath(received, [state.id], site)), self._personal(state)]
-            asked = Dialogue("", prompt, "", context=self._context(conversation)).in_context.prompt
+            sight = self._in_sight(conversation)
+            asked = Dialogue("", prompt, "", context="\n".join(line for _, line in sight)).in_context.prompt
             said = self.lm.reply(asked, on, self.config.chat, fresh_secret() >> 65, told)
             if not self.consents["learn"]:
                 return Turn(0, "", time.time(), conversation, prompt, said, None, "", None)
-            return self.journal.add(prompt, said, conversation)
+            causes = list(dict.fromkeys(i for i, _ in sight))
+            return self.journal.add(prompt, said, conversation, self._cycle(), causes)
 
     def rate(self, identity: str, liked: bool | None, wanted: str = "") -> Turn:
         """👍, 👎, and what the owner would have said. Raises KeyError for a dialogue that is not there."""
@@ -176,13 +186,17 @@ class Agent:
 
     def _context(self, conversation: str, before: int | None = None) -> str:
         """The last turns of a conversation, a line each."""
+        return "\n".join(line for _, line in self._in_sight(conversation, before))
+
+    def _in_sight(self, conversation: str, before: int | None = None) -> list[tuple[str, str]]:
+        """The lines of `_context`, each with the dialogue that it is from."""
         turns = self.config.context_turns
         if not turns or not conversation:
-            return ""
+            return []
         values: tuple[object, ...] = (conversation, before or math.inf)
         past = self.journal.turns("WHERE conversation = ? AND number < ?", values)
-        lines = [line for turn in past for line in (turn.prompt, turn.wanted or turn.said)]
-        return "\n".join(lines[-turns:])
+        lines = [(turn.id, line) for turn in past for line in (turn.prompt, turn.wanted or turn.said) if line]
+        return lines[-turns:]
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -218,6 +232,7 @@ class Agent:
                 write_fact(connection, "profile", profile.to_json())
                 write_fact(connection, "learned", {"at": time.time(), "page": page})
                 write_fact(connection, "used", version, _bytes(received))
+                write_learned(connection, (k.id for k in state.annotated), cycle)
 
             self._save(state, also)
             self._retire(state)
@@ -267,6 +282,7 @@ class Agent:
         return replace(
             state,
             replies=now,
+            echoes=frozenset(i for i, reply in now.items() if isinstance(reply, Echo)),
             synthetic={i: made for i, made in state.synthetic.items() if i in same},
             descendants={i: made for i, made in state.descendants.items() if i in same},
         )
@@ -328,8 +344,22 @@ class Agent:
             for i in dict.fromkeys([*bins, *pool])
         ]  # fmt: skip
 
-    def erase(self, identities: Sequence[str], progress: Progress = lambda phase: None) -> dict[str, Any]:
+    def said_under(self, identities: Sequence[str]) -> list[Turn]:
+        """What the model may have said of these: its replies since it learned from them, or with them in sight.
+
+        Raises KeyError for a dialogue that is not there.
+        """
+        for identity in identities:
+            self.journal.turn(identity)
+        return self.journal.said_under(identities)
+
+    def erase(
+        self, identities: Sequence[str], progress: Progress = lambda phase: None, *, keep_replies: bool = False
+    ) -> dict[str, Any]:
         """Removes dialogues, what was made from them, and what they did to the buffer, the profile and the adapter.
+
+        With them go the model's replies that `said_under` finds, unless `keep_replies`: their words may be in them.
+        What the owner wrote in those dialogues stays.
 
         The buffer and the profile are made anew from what remains, as if the erased had never been said; but for older
         dialogues that were dropped meanwhile, maybe in their favour. The personal adapter is trained anew from its
@@ -339,8 +369,15 @@ class Agent:
             self.journal.turn(identity)
         with self._busy, self._telling(progress):
             self._tell("forget")
-            self.journal.forget(identities, lambda connection: write_fact(connection, "erasing", True))
-            return self._erased()
+            under = [] if keep_replies else self.journal.said_under(identities)
+
+            def also(connection: Any) -> None:
+                write_fact(connection, "erasing", True)
+                unsay(connection, [t.id for t in under])
+                forget_origins(connection, identities)
+
+            self.journal.forget(identities, also)
+            return {**self._erased(), "replies": len(under)}
 
     def _erased(self) -> dict[str, Any]:
         """What comes after the dialogues are gone; begun anew where it was stopped."""
@@ -378,6 +415,7 @@ class Agent:
 
         def all_of_it(connection: Any) -> None:
             write_fact(connection, "profile", profile.to_json())
+            write_learned(connection, (k.id for k in state.annotated), self._cycle())
             also(connection)
 
         self._save(state, all_of_it, only=True)
@@ -427,16 +465,17 @@ class Agent:
 
     @property
     def federating(self) -> bool:
-        """Whether a server is answered."""
-        return self.federation is not None and all(self.consents.values())
+        """Whether a server is answered: by settings that its owner has changed since joining, maybe no more."""
+        protects = not unprotected(self.config.device.privacy)
+        return self.federation is not None and all(self.consents.values()) and protects
 
     def check_terms(self, terms: Terms) -> None:
         """Raises `AgentError` for terms that do not fit this device, or that its owner has not consented to."""
         missing = [item for item, given in self.consents.items() if not given]
         if missing:
             raise AgentError(f"not consented to: {' and '.join(missing)}; florilegium device consent {missing[0]} yes")
-        if self.config.device.privacy.mode == "none":
-            raise AgentError("privacy.mode = 'none' is for simulations: nothing would be protected")
+        if why := unprotected(self.config.device.privacy):
+            raise AgentError(why)
         if terms.base != self.journal.fact("base"):
             raise AgentError(
                 f"the federation is for the weights {terms.base[:12]!r} of {terms.model!r}; this device has "
@@ -447,14 +486,8 @@ class Agent:
         there = self.federation
         if there and there.name != terms.name:
             raise AgentError(f"this device is in {there.name!r}; leave it first: florilegium device leave")
-        if terms.shared.adapter.rank > LARGEST_RANK:
-            raise AgentError(f"the terms want an adapter of rank {terms.shared.adapter.rank}, above {LARGEST_RANK}")
-        try:
-            site = self._site_in(_federation(terms, ""))
-            planned_event(site.config)
-            longest = release_limits(site.config, site.schema)[0]
-        except (UserError, ValidationError) as error:
-            raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
+        site = self._affordable_site(terms)
+        longest = release_limits(site.config, site.schema)[0]
         if terms.largest_norm_l2 and longest > terms.largest_norm_l2:
             raise AgentError(
                 f"{terms.name!r} refuses releases longer than {terms.largest_norm_l2:.3g}; with its noise this "
@@ -464,6 +497,22 @@ class Agent:
     def turn_away(self, what: str) -> None:
         """Counts something that was not answered, for its owner to see."""
         self.turned_away[what] += 1
+
+    def _affordable_site(self, terms: Terms) -> Site:
+        """The site under these terms.
+
+        Raises `AgentError` for terms that cost more than a device gives, or leave too little of its promise.
+        """
+        try:
+            check_settings(terms.shared, terms.rounds)
+            site = self._site_in(_federation(terms, ""))
+            check_work(site.shared_layout, site.config)
+            check_promise(site.config, terms.min_devices)
+        except (UserError, ValidationError) as error:
+            raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
+        except MemoryError:
+            raise AgentError(f"the terms of {terms.name!r} need more memory than this device has") from None
+        return site
 
     def join(self, terms: Terms, server: str) -> None:
         """Agrees to a federation's terms: from now on its server is answered. Raises as `check_terms`."""
@@ -503,8 +552,10 @@ class Agent:
             if plan.round <= answered.get(federation.name, 0):
                 again = plan.round == answered[federation.name]
                 return [resend(state, received, plan, site) if again else None]
-            state = self._gathered(self._with_spent_head(state), site)
-            (state,), (release,), (page,) = contribute([state], [[]], received, plan, site)
+            before = self._gathered(self._with_spent_head(state), site)
+            (state,), (release,), (page,) = contribute([before], [[]], received, plan, site)
+            if release is None and not self._has_paid(state, federation.name, plan.round):
+                return self._unanswered(replace(state, sent=before.sent, asked=before.asked), plan, page)
             if state.head:
                 replace_file(self.home.spent, state.head)
             if not self.federating:  # any more
@@ -522,6 +573,25 @@ class Agent:
             self._save(state, also)
             self._retire(state)
             return [release]
+
+    def _has_paid(self, state: DeviceState, federation: str, number: int) -> bool:
+        account = self.ledger.account(state.id, state.genesis)
+        return account is not None and any((e.experiment, e.round) == (federation, number) for e in account.entries)
+
+    def _unanswered(self, state: DeviceState, plan: RoundPlan, page: dict[str, Any]) -> list[Release | None]:
+        """A question that the ledger refuses, by a wrong head say: noted once, and the round may be asked for again."""
+        federation = self.federation
+        if federation is None:
+            return [None]
+        told = Sent(time.time(), federation.name, plan.round, page.get("refusal", "no-release"), 0, page.get("epsilon"))
+        known = {(s.federation, s.round, s.kind) for s in self.journal.sent()}
+
+        def also(connection: Any) -> None:
+            if (told.federation, told.round, told.kind) not in known:
+                write_sent(connection, told)
+
+        self._save(state, also)
+        return [None]
 
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
         """Keeps the aggregated adapter for the next learning, if it is newer than the last."""
@@ -572,6 +642,7 @@ class Agent:
             "pooled": len(state.pool.slots),
             "unanswered": len(_held(state) - state.replies.keys()),
             "federation": asdict(federation) if federation else None,
+            "unprotected": unprotected(privacy),
             "releases": len(self.releases),
             "turned away": dict(self.turned_away),
             "epsilon": self.epsilon(),

@@ -229,6 +229,7 @@ def status(home: HomeOption = HOME) -> None:
             "kept": f"{told['buffered']} of {told['bins']} in the buffer, {told['pooled']} in the pool; "
             f"{told['unanswered']} wait for a reply of yours",
             "federation": f"{there['name']} at {there['server']}, {there['rounds']} rounds" if there else "none",
+            **({"not answered": told["unprotected"]} if there and told["unprotected"] else {}),
             "sent": f"{told['releases']} releases; ε {spent} of {told['epsilon_budget']:g} for {told['unit']}",
             "turned away": ", ".join(f"{n} × {what}" for what, n in told["turned away"].items()) or "nothing",
             "disk, memory": f"{told['vault_bytes'] / 1e6:.1f} MB, {told['memory_bytes'] / 1e6:.0f} MB",
@@ -350,12 +351,21 @@ def export(file: Path, home: HomeOption = HOME) -> None:
 def erase(
     dialogues: Annotated[list[str] | None, typer.Argument(help="Dialogues to erase; none: the whole device.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    keep_replies: Annotated[
+        bool, typer.Option("--keep-replies", help="Keep what the model said since it had learned from them.")
+    ] = False,
     home: HomeOption = HOME,
 ) -> None:
-    """Erase dialogues and what they left in the device, or the whole device."""
+    """Erase dialogues and what they left in the device, the model's replies since among it, or the whole device."""
     if dialogues:
         with _remote(home) as agent:
-            for told in agent.stream("erase", ids=dialogues):
+            under = [] if keep_replies or yes else agent.write("said-under", ids=dialogues)
+            for turn in under:
+                console.print(Text(f"{turn['id']} "), _short(turn["said"]))
+            if under:
+                asked = f"Erase these {len(under)} replies of the model too? It may have had them from what is erased."
+                keep_replies = not typer.confirm(asked, default=True)
+            for told in agent.stream("erase", ids=dialogues, keep_replies=keep_replies):
                 console.print(told.get("phase") or _anew(told["done"]))
         return
     if not Home(home).exists:
@@ -372,7 +382,8 @@ def erase(
 def _anew(done: dict[str, Any]) -> str:
     learned = "the adapter was trained anew" if done["retrained"] else "there was nothing to train on"
     sent = f"; {done['cannot be recalled']} releases were sent before and cannot be recalled"
-    return f"{done['dialogues']} dialogues are left; {learned}{sent if done['cannot be recalled'] else ''}"
+    said = f"; {done['replies']} replies of the model were erased with them" if done.get("replies") else ""
+    return f"{done['dialogues']} dialogues are left; {learned}{said}{sent if done['cannot be recalled'] else ''}"
 
 
 @app.command()

@@ -6,9 +6,10 @@ All in the vault, the encrypted file that the states and the ledger are in too.
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from secrets import token_hex
 from typing import Any
 
 from client.agent.home import DeviceError, sync_folder, with_journal
+from client.dialogue import Echo
 from privacy.database import connected
 
 _TABLES = """
@@ -23,6 +25,10 @@ CREATE TABLE IF NOT EXISTS dialogue (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, time REAL, conversation TEXT, prompt TEXT, said TEXT,
     liked INTEGER, wanted TEXT NOT NULL DEFAULT '', cycle INTEGER
 );
+CREATE TABLE IF NOT EXISTS origin (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, dialogue TEXT UNIQUE, after INTEGER, causes TEXT
+);
+CREATE TABLE IF NOT EXISTS learned (dialogue TEXT PRIMARY KEY, cycle INTEGER);
 CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value TEXT, bytes BLOB);
 CREATE TABLE IF NOT EXISTS sent (
     number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, federation TEXT, round INTEGER, kind TEXT, bytes INTEGER,
@@ -52,8 +58,10 @@ class Turn:
 
     @property
     def reply(self) -> str:
-        """What to learn; empty where there is none."""
-        return self.wanted or (self.said if self.liked else "")
+        """What to learn; empty where there is none, an `Echo` where it is the model's words."""
+        if self.wanted.strip() not in ("", self.said.strip()):
+            return self.wanted
+        return Echo(self.wanted or (self.said if self.liked else ""))
 
     @property
     def feedback(self) -> float:
@@ -94,14 +102,19 @@ class Journal:
 
     # -- dialogues ----------------------------------------------------------------------------------------------------
 
-    def add(self, prompt: str, said: str, conversation: str) -> Turn:
-        """A dialogue that has just been had."""
+    def add(self, prompt: str, said: str, conversation: str, after: int = 0, causes: Sequence[str] = ()) -> Turn:
+        """A dialogue that has just been had; said by what was learned in cycle `after`, with `causes` in sight."""
         identity = token_hex(8)
         with self.open() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(
+                "INSERT INTO origin (dialogue, after, causes) VALUES (?, ?, ?)", (identity, after, json.dumps(causes))
+            )
             connection.execute(
                 "INSERT INTO dialogue (id, time, conversation, prompt, said) VALUES (?, ?, ?, ?, ?)",
                 (identity, time.time(), conversation, prompt, said),
             )
+            connection.execute("COMMIT")
         return self.turn(identity)
 
     def rate(self, identity: str, liked: bool | None, wanted: str) -> Turn:
@@ -141,6 +154,19 @@ class Journal:
             if also:
                 also(connection)
             connection.execute("COMMIT")
+
+    def said_under(self, identities: Collection[str]) -> list[Turn]:
+        """What the model said after it had learned from these, or with them in sight, or through other such replies."""
+        with self.open() as connection:
+            origins = connection.execute("SELECT dialogue, after, causes FROM origin ORDER BY number").fetchall()
+            learned = dict(connection.execute("SELECT dialogue, cycle FROM learned").fetchall())
+        reached = set(identities)
+        since = min((learned[i] for i in reached if i in learned), default=math.inf)
+        for dialogue, after, causes in origins:  # in the order of time: what a reply came from was there before it
+            if after >= since or not reached.isdisjoint(json.loads(causes)):
+                reached.add(dialogue)
+                since = min(since, learned.get(dialogue, math.inf))
+        return [t for t in self.turns() if t.id in reached and t.id not in identities and t.said]
 
     def compact(self) -> None:
         """Gives back the room of what was deleted."""
@@ -203,6 +229,26 @@ def write_sent(connection: sqlite3.Connection, sent: Sent) -> None:
         "INSERT INTO sent (time, federation, round, kind, bytes, epsilon) VALUES (?, ?, ?, ?, ?, ?)",
         (sent.time, sent.federation, sent.round, sent.kind, sent.bytes, sent.epsilon),
     )
+
+
+def write_learned(connection: sqlite3.Connection, dialogues: Iterable[str], cycle: int) -> None:
+    """That the adapter has learned from these since this cycle, within a transaction of its caller's."""
+    connection.executemany("INSERT OR IGNORE INTO learned VALUES (?, ?)", [(d, cycle) for d in dialogues])
+
+
+def unsay(connection: sqlite3.Connection, replies: Iterable[str]) -> None:
+    """Erases the model's words in these dialogues, not its owner's, within a transaction of its caller's."""
+    connection.executemany(
+        "UPDATE dialogue SET said = '', wanted = CASE trim(wanted) WHEN trim(said) THEN '' ELSE wanted END "
+        "WHERE id = ?",
+        [(i,) for i in replies],
+    )
+
+
+def forget_origins(connection: sqlite3.Connection, dialogues: Iterable[str]) -> None:
+    """Of what is erased, within a transaction of its caller's; what only grew old keeps them: others came from it."""
+    for table in ("origin", "learned"):
+        connection.executemany(f"DELETE FROM {table} WHERE dialogue = ?", [(i,) for i in dialogues])
 
 
 def write_fact(connection: sqlite3.Connection, name: str, value: Any, data: bytes = b"") -> None:

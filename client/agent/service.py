@@ -122,11 +122,14 @@ class Service:
             "/api/learns": lambda b: self.agent.learn_when(b.get("when")),  # type: ignore[arg-type]
             "/api/profile": lambda b: json.loads(self.agent.edit_profile(json.dumps(b)).to_json()),
             "/api/leave": lambda b: self.agent.leave(),
+            "/api/said-under": lambda b: [_told(turn) for turn in self.agent.said_under(_names(b))],
         }
         streams: dict[str, Callable[[dict[str, Any], Told], Any]] = {
             "/api/chat": self._chat,
             "/api/learn": lambda b, told: self.agent.learn(lambda phase: told({"phase": phase})),
-            "/api/erase": lambda b, told: self.agent.erase(_names(b), lambda phase: told({"phase": phase})),
+            "/api/erase": lambda b, told: self.agent.erase(
+                _names(b), lambda phase: told({"phase": phase}), keep_replies=_flag(b, "keep_replies", False)
+            ),
         }
         return [
             *(Route(path, self._page) for path in PAGE),
@@ -302,8 +305,8 @@ def _conversation(body: dict[str, Any]) -> str:
     return found
 
 
-def _flag(body: dict[str, Any], name: str) -> bool:
-    found = body.get(name)
+def _flag(body: dict[str, Any], name: str, default: bool | None = None) -> bool:
+    found = body.get(name, default)
     if type(found) is not bool:
         raise ValueError(f"{name} must be true or false")
     return found

@@ -13,13 +13,15 @@ from client.config import SharedConfig
 from client.lm.config import AdapterConfig
 from privacy.config import Config, PlainName
 
+LARGEST_FILE = 2**16  # bytes
+
 
 class Terms(Config):
     """All public. A device's budget, its noise and its clipping are not among them: they are its owner's."""
 
     name: PlainName
-    model: str = Field("nano", description="whose layers the shared adapter is for")
-    base: str = Field("", description="SHA-256 of the model's weights")
+    model: str = Field("nano", max_length=256, description="whose layers the shared adapter is for")
+    base: str = Field("", max_length=64, description="SHA-256 of the model's weights")
     operator: str = Field("", pattern=r"^([0-9a-f]{64})?$", description="public half of the key that signs questions")
     rounds: int = Field(3, ge=1, le=10_000)
     seed: int = Field(0, ge=0, description="of the shared adapter's start, and of who is asked in a round")
@@ -33,9 +35,18 @@ class Terms(Config):
 def read_terms(path: Path) -> Terms:
     """Raises `DeviceError` for a file that is not one."""
     try:
-        return Terms.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+        return Terms.model_validate(tomllib.loads(_beginning(path).decode("utf-8-sig")))
     except (OSError, ValueError, RecursionError) as error:
         raise DeviceError(f"{path} is not the terms of a federation: {error}") from None
+
+
+def _beginning(path: Path) -> bytes:
+    """All of a file; raises ValueError for one that is longer than terms are, without reading on."""
+    with open(path, "rb") as file:
+        written = file.read(LARGEST_FILE + 1)
+    if len(written) > LARGEST_FILE:
+        raise ValueError(f"it is longer than {LARGEST_FILE:,} bytes")
+    return written
 
 
 def write_terms(path: Path, terms: Terms) -> None:

@@ -1,0 +1,113 @@
+"""Whether a device may do what a federation's terms ask: what it would cost, and what of its promise would be left.
+
+All is reckoned before anything is joined, paid for or sent, within seconds and some tens of megabytes whatever the
+terms say. Not covered: what a server makes of the releases.
+"""
+
+from __future__ import annotations
+
+from client.agent.home import DeviceError
+from client.budget import planned_event, planned_steps
+from client.config import DeviceConfig, SharedConfig
+from client.lm.adapter import AdapterLayout
+from privacy.accounting import Event, epsilon
+from privacy.policy import PrivacyConfig
+
+LARGEST_RANK = 256  # of a shared adapter
+BOUNDS: dict[str, tuple[float, float]] = {  # of `shared` and `shared.adapter`: the least and the most
+    "adapter.rank": (1, LARGEST_RANK),
+    "adapter.alpha": (1e-3, 4096),
+    "pool_capacity": (0, 4096),
+    "sampling_rate": (1e-3, 1),
+    "steps_per_round": (1, 1000),
+    "batch_size": (1, 1024),
+    "learning_rate": (1e-6, 1000),
+    "adamw_learning_rate": (1e-9, 1),
+}
+MOST_STEPS = 100_000  # in all rounds
+MOST_TEXTS = 20_000  # learned from in a round
+MOST_BYTES = 2**30  # of the gradients of a pool that is drawn as a whole
+MOST_TARGETS, LONGEST_TARGET = 64, 128  # names of layers, and characters of each
+LEAST_NOISE = 0.3  # in clipping norms: below, coins that nobody may guess are all that is left
+
+
+class RefusedTermsError(DeviceError):
+    """Terms that a device does not accept; the message says why."""
+
+
+def unprotected(privacy: PrivacyConfig) -> str:
+    """Why a device with these settings answers no server, in a sentence; empty where it may."""
+    if privacy.mode == "none":
+        return "privacy.mode = 'none' is for simulations: nothing would be protected"
+    if privacy.mode == "user-central":
+        return (
+            "privacy.mode = 'user-central' leaves the noise to the server, and no server of real devices adds any: "
+            "your change would arrive as it is; set 'example-local' or 'user-local', which add it on this device"
+        )
+    if privacy.secret != "os":
+        return (
+            "privacy.secret = 'seed' is for simulations: whoever knows the seed can take the noise off again; "
+            "set privacy.secret = 'os'"
+        )
+    return ""
+
+
+def check_settings(shared: SharedConfig, rounds: int) -> None:
+    """Raises `RefusedTermsError` for numbers beyond what a device is made for."""
+    for name, (least, most) in BOUNDS.items():
+        section, _, last = name.rpartition(".")
+        value = getattr(getattr(shared, section) if section else shared, last)
+        if not least <= value <= most:
+            side = f"above {most:g}" if value > most else f"below {least:g}"
+            raise RefusedTermsError(f"the terms want shared.{name} = {value:g}, {side}: no device takes that")
+    targets = shared.adapter.targets
+    if len(targets) > MOST_TARGETS or any(len(t) > LONGEST_TARGET for t in targets):
+        raise RefusedTermsError(
+            f"the terms name {len(targets):,} layers; {MOST_TARGETS} names of {LONGEST_TARGET} characters are the most"
+        )
+    steps = rounds * shared.steps_per_round
+    if steps > MOST_STEPS:
+        raise RefusedTermsError(
+            f"the terms want {rounds:,} rounds of {shared.steps_per_round:,} steps, more than {MOST_STEPS:,} in all"
+        )
+
+
+def check_work(layout: AdapterLayout, config: DeviceConfig) -> None:
+    """Raises `RefusedTermsError` for more memory or more texts in a round than a device gives."""
+    shared = config.shared
+    needed = 4 * layout.width * shared.pool_capacity
+    if config.privacy.by_dialogue and needed > MOST_BYTES:
+        raise RefusedTermsError(
+            f"the terms want gradients of {layout.width:,} numbers for each of {shared.pool_capacity:,} dialogues, "
+            f"{needed / 2**30:.1f} GiB; {MOST_BYTES / 2**30:g} is the most"
+        )
+    drawn = shared.sampling_rate * shared.pool_capacity if config.privacy.by_dialogue else shared.batch_size
+    texts = drawn * shared.steps_per_round * (1 + shared.synthetic)
+    if texts > MOST_TEXTS:
+        raise RefusedTermsError(
+            f"the terms want {texts:,.0f} texts learned from in a round; {MOST_TEXTS:,} is the most"
+        )
+
+
+def check_promise(config: DeviceConfig, devices: int) -> None:
+    """Raises `RefusedTermsError` where δ is too large for what it is a chance of, or hardly any noise would be added.
+
+    `devices` that there are at least. Raises `BudgetError` where no noise keeps the budget, or chance alone does.
+    """
+    privacy = config.privacy
+    units, what = (config.shared.pool_capacity, "dialogues") if privacy.by_dialogue else (devices, "devices")
+    if units and privacy.delta * units >= 1:
+        raise RefusedTermsError(
+            f"privacy.delta = {privacy.delta:g} must be below 1/{units:,}, as there are {units:,} {what}: "
+            f"else one of them could be told whole within the promise; lower it in this device's settings"
+        )
+    rate, steps, releases = planned_steps(config)
+    if rate * steps * releases > privacy.delta:  # else the next line says what is wrong
+        least = epsilon([Event(LEAST_NOISE, rate, steps * releases)], privacy.delta, privacy.promise.adjacency)
+        if least <= privacy.epsilon:
+            raise RefusedTermsError(
+                f"with epsilon = {privacy.epsilon:g} these terms leave noise of less than {LEAST_NOISE:g} of what one "
+                f"of the {what} may move: only not knowing what is drawn would protect it; lower privacy.epsilon in "
+                f"this device's settings"
+            )
+    planned_event(config)

@@ -1,0 +1,296 @@
+"""What a device accepts of a federation: modes that protect it, and terms that it can bear."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from client import shared
+from client.agent import acceptance
+from client.agent.agent import Agent, AgentError
+from client.agent.config import new_config
+from client.agent.home import DeviceError, Home
+from client.agent.terms import LARGEST_FILE, Terms, read_terms, write_terms
+from client.lm.config import ModelConfig
+from client.lm.model import LanguageModel
+from client.lm.places import base_hash
+from client.shared import clipped_change, noisy_steps, release_noise
+from privacy import accounting
+from privacy.accounting import Event, calibrate, epsilon
+from privacy.dpsgd import PrivateRow
+from privacy.plan import RoundPlan
+from privacy.policy import Mode
+from server.config import ServerConfig
+from simulation.deployment.link import Link
+from simulation.deployment.rounds import make_folder, strategy_of
+
+SERVER = "127.0.0.1:9092"
+SAID = (("Do you like apples?", "Only the green ones."), ("What shall we cook?", "Pumpkin soup."), ("And?", "Nothing."))
+
+
+def made(home: Home, lm: LanguageModel, **privacy: object) -> Agent:
+    """A new device with both consents and a few dialogues, with these settings of its privacy."""
+    config = new_config(ModelConfig(name="nano")).model_copy(update={"port": 0})
+    agent = Agent(home, config, lm, home.make(config))
+    agent.consent("learn", True)
+    agent.consent("federate", True)
+    for prompt, wanted in SAID:
+        agent.rate(agent.journal.add(prompt, "hm", "").id, False, wanted)
+    set_privacy(agent, **privacy)
+    return agent
+
+
+def set_privacy(agent: Agent, **privacy: object) -> None:
+    device = agent.config.device
+    changed = device.privacy.model_copy(update=privacy)
+    agent.config = agent.config.model_copy(update={"device": device.model_copy(update={"privacy": changed})})
+
+
+def terms(**changes: Any) -> Terms:
+    """The usual ones; sections are given in part."""
+    usual = {"name": "orchard", "rounds": 3, "seed": 1, "base": base_hash("nano"), "operator": "ab" * 32}
+    return Terms.model_validate({**usual, **changes})
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "device")
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Agent:
+    """One that never joins anything."""
+    return made(Home(tmp_path_factory.mktemp("home") / "device"), lm)
+
+
+# -- modes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
+    home: Home, lm: LanguageModel, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server of a deployment adds none: all there is comes from the device."""
+    agent = made(home, lm)
+    agent.join(terms(), SERVER)
+    set_privacy(agent, mode=mode, clip_norm_l2=0.05)
+    server = home.folder.parent / "server"
+    server.mkdir()
+    make_folder(server, terms(), ServerConfig(), 8.0)
+    strategy, _ = strategy_of(server, Link(), lambda line: None)
+    assert strategy.noise.on_sum == 0
+    monkeypatch.setattr(shared, "fresh_secret", lambda: 7)
+    row, plan = agent.site.shared_layout.start(0), RoundPlan(1, 0)
+    [release] = agent.contribute([agent.config.name], row, plan)
+    if mode in ("user-central", "none"):
+        assert release is None and agent.account and not agent.account.entries and not agent.journal.sent()
+        agent.leave()
+        with pytest.raises(AgentError, match=mode):
+            agent.join(terms(), SERVER)
+        return
+    assert release is not None
+    original = PrivateRow.__init__
+
+    def silent(self: PrivateRow, *args: Any, **given: Any) -> None:
+        original(self, *args, **{**given, "noise_multiplier": 0.0})
+
+    monkeypatch.setattr(PrivateRow, "__init__", silent)
+    learn = noisy_steps if mode == "example-local" else clipped_change
+    plain = learn([agent._state()], row, plan, agent.site)[agent.config.name].numpy()
+    sent = np.concatenate([release.arrays[name].ravel() for name, _ in agent.schema.shapes])
+    claimed = release_noise(agent.site.config, 1, 0).on_device
+    assert claimed > 0 and plain.any()
+    drawn = (sent - plain) / claimed
+    assert abs(drawn.mean()) < 4 / math.sqrt(drawn.size) and drawn.std() == pytest.approx(1, abs=3 / drawn.size**0.5)
+
+
+def test_secrets_that_can_be_repeated_join_no_federation(home: Home, lm: LanguageModel) -> None:
+    agent = made(home, lm, secret="seed")
+    with pytest.raises(AgentError, match=r"privacy\.secret = 'os'"):
+        agent.join(terms(), SERVER)
+    set_privacy(agent, secret="os")
+    agent.join(terms(), SERVER)
+    set_privacy(agent, secret="seed")  # changed afterwards
+    assert not agent.federating and "simulations" in agent.status()["unprotected"]
+    row = agent.site.shared_layout.start(0)
+    assert agent.contribute([agent.config.name], row, RoundPlan(1, 0)) == [None]
+    assert agent.account and not agent.account.entries
+
+
+# -- terms ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"shared": {"pool_capacity": 10**7}}, "pool_capacity = 1e.07, above 4096"),
+        ({"shared": {"sampling_rate": 1e-6}}, "sampling_rate = 1e-06, below 0.001"),
+        ({"shared": {"steps_per_round": 10**6}}, "steps_per_round = 1e.06, above 1000"),
+        ({"shared": {"learning_rate": 1e300}}, "learning_rate = 1e.300, above 1000"),
+        ({"shared": {"adapter": {"alpha": 1e30}}}, "alpha = 1e.30, above 4096"),
+        ({"shared": {"adapter": {"rank": 257}}}, "rank = 257, above 256"),
+        ({"shared": {"adapter": {"targets": ["x" * 1000]}}}, "128 characters"),
+        ({"shared": {"steps_per_round": 1000}, "rounds": 1000}, "1,000 rounds of 1,000 steps"),
+        ({"shared": {"pool_capacity": 4096, "adapter": {"targets": [], "rank": 64, "factors": "both"}}}, "GiB"),
+        ({"shared": {"pool_capacity": 4096, "steps_per_round": 100, "synthetic": 3}}, "texts learned from in a round"),
+    ],
+)
+def test_terms_that_cost_too_much_are_refused(device: Agent, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(AgentError, match=told):
+        device.join(terms(**changes), SERVER)
+    assert device.federation is None
+
+
+def test_a_promise_that_protects_nothing_is_refused(device: Agent) -> None:
+    before = device.config
+    try:
+        set_privacy(device, delta=0.02)
+        with pytest.raises(AgentError, match="must be below 1/64, as there are 64 dialogues"):
+            device.check_terms(terms())
+        set_privacy(device, delta=1e-3)
+        few = {"pool_capacity": 512, "sampling_rate": 1e-3, "steps_per_round": 1}
+        with pytest.raises(AgentError, match=r"chance below delta = 0\.001"):
+            device.check_terms(terms(rounds=1, shared=few))
+        set_privacy(device, delta=1e-5)
+        with pytest.raises(AgentError, match=r"noise of less than 0\.3"):
+            device.check_terms(terms(rounds=1, shared=few))
+        set_privacy(device, delta=1e-5, mode="user-local", epsilon=1e-6)
+        with pytest.raises(AgentError, match="epsilon = 1e-06 cannot be reached"):
+            device.check_terms(terms())
+        set_privacy(device, delta=0.1, mode="user-local", epsilon=8.0)
+        with pytest.raises(AgentError, match="must be below 1/10, as there are 10 devices"):
+            device.check_terms(terms(min_devices=10))
+    finally:
+        device.config = before
+
+
+def test_memory_that_is_not_there_is_a_refusal(device: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(acceptance, "planned_event", full)
+    with pytest.raises(AgentError, match="more memory than this device has"):
+        device.check_terms(terms())
+
+
+def numbers(field: str) -> st.SearchStrategy[Any]:
+    """What the schema admits there, the ends of it often."""
+    whole = {
+        "pool_capacity": (0, 2**62), "steps_per_round": (1, 2**62), "batch_size": (1, 2**62), "synthetic": (0, 16),
+    }  # fmt: skip
+    if field in whole:
+        low, high = whole[field]
+        return st.integers(low, high) | st.integers(low, min(high, 4096)) | st.sampled_from([low, 1, 64, 1000])
+    top = 1.0 if field == "sampling_rate" else 1e300
+    usual = st.sampled_from([1e-3, 0.01, 0.5, 1.0])
+    return st.floats(1e-300, top, allow_nan=False) | usual
+
+
+FIELDS = ("pool_capacity", "sampling_rate", "steps_per_round", "batch_size", "synthetic", "learning_rate", "proximal")
+ADAPTERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "rank": st.integers(1, 2**62) | st.integers(1, 300),
+        "alpha": st.floats(1e-300, 1e300),
+        "factors": st.sampled_from(["a", "b", "both", "alternate"]),
+        "targets": st.sampled_from([[], ["v_proj"], ["no_such"], ["x" * 5000], ["v_proj"] * 500]),
+    },
+)
+SHARED = st.fixed_dictionaries({}, optional={**{f: numbers(f) for f in FIELDS}, "adapter": ADAPTERS})
+PRIVACY = st.fixed_dictionaries(
+    {"mode": st.sampled_from(["example-local", "user-local"])},
+    optional={"epsilon": st.sampled_from([1e-3, 1.0, 8.0, 100.0]), "delta": st.sampled_from([1e-30, 1e-9, 1e-5, 0.5])},
+)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rounds=st.integers(1, 10_000), shared=SHARED, privacy=PRIVACY)
+@example(rounds=100, shared={"steps_per_round": 1000, "sampling_rate": 1e-3}, privacy={"mode": "example-local"})
+@example(rounds=100, shared={"steps_per_round": 1000, "sampling_rate": 1.0}, privacy={"mode": "example-local"})
+@example(rounds=1, shared={"sampling_rate": 3.4e-6}, privacy={"mode": "example-local"})
+def test_whatever_terms_say_is_accepted_or_refused_at_a_bounded_cost(
+    device: Agent, rounds: int, shared: dict[str, Any], privacy: dict[str, Any]
+) -> None:
+    """So many sums over so many points at most: less than two seconds and 1 GB, by far."""
+    before, asked = device.config, list[tuple[Event, ...]]()
+    reckon = accounting._accountant.__wrapped__
+
+    def counted(events: tuple[Event, ...], adjacency: Any) -> Any:
+        asked.append(events)
+        found = reckon(events, adjacency)
+        assert max(p.size for p in (found._pld._pmf_remove, found._pld._pmf_add)) <= 2 * accounting.POINTS
+        return found
+
+    set_privacy(device, **privacy)
+    accounting.calibrate.cache_clear()
+    accounting._epsilon.cache_clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(accounting, "_accountant", counted)
+            device.check_terms(terms(rounds=rounds, shared=shared))
+    except AgentError as error:
+        assert str(error) and "\n" not in str(error)
+    finally:
+        device.config = before
+    assert len(asked) <= 25
+
+
+@pytest.mark.parametrize("steps", [1, 7, 999])
+def test_planning_ends_where_chance_alone_would_keep_the_promise(steps: int) -> None:
+    with pytest.raises(accounting.BudgetError, match="no noise would be added"):
+        calibrate(8.0, 1e-2, 1e-2 / steps, steps)
+    rate = 1.0001e-2 / steps  # hardly more than chance
+    sigma = calibrate(100.0, 1e-2, rate, steps)
+    assert 0 < sigma < 0.2 and epsilon([Event(sigma, rate, steps)], 1e-2) <= 100.0
+
+
+@pytest.mark.parametrize("event", [Event(0.5, 1.0, 50_000), Event(0.04, 0.5, 3), Event(0.6, 0.01, 10_000)])
+def test_a_coarser_grid_reports_no_less(event: Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid of a quarter of the points, and Gaussian differential privacy where all of it is known."""
+    fine = epsilon([event], 1e-5)
+    accounting._epsilon.cache_clear()
+    accounting._accountant.cache_clear()
+    monkeypatch.setattr(accounting, "STEP_POINTS", accounting.STEP_POINTS // 64)
+    monkeypatch.setattr(accounting, "POINTS", accounting.POINTS // 64)
+    coarse = epsilon([event], 1e-5)
+    accounting._epsilon.cache_clear()
+    accounting._accountant.cache_clear()
+    assert fine <= coarse <= 1.2 * fine
+    if event.sampling_rate == 1:
+        mu = 2 / event.noise_multiplier * math.sqrt(event.steps)
+        assert fine >= mu**2 / 2 - mu * 4.2649  # of N(μ²/2, μ²) all but 1e-5 is above
+
+
+def test_names_in_terms_load_nothing(device: Agent, tmp_path: Path) -> None:
+    (tmp_path / "florist.py").write_text("raise SystemExit('was run')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        before = set(sys.modules)
+        device.check_terms(terms(model="florist"))
+        for name in ("florist", "florist.Net", "florist:Net", str(tmp_path / "florist.py")):
+            with pytest.raises(AgentError):
+                device.check_terms(terms(model=name, base="0" * 64, shared={"adapter": {"targets": [name]}}))
+    assert set(sys.modules) == before
+
+
+def test_a_file_of_terms_is_read_no_further_than_terms_go(tmp_path: Path) -> None:
+    path = tmp_path / "terms.toml"
+    write_terms(path, terms())
+    assert read_terms(path) == terms()
+    path.write_text(f"# {'x' * LARGEST_FILE}\n" + path.read_text())
+    with pytest.raises(DeviceError, match="longer than 65,536 bytes"):
+        read_terms(path)
+    with pytest.raises(DeviceError, match="longer than 65,536 bytes"):
+        read_terms(Path("/dev/zero"))
+
+
+def test_usual_plans_are_reckoned_on_the_fine_grid() -> None:
+    for event in (Event(0.978515625, 0.5, 3), Event(0.8, 0.5, 3), Event(4.0, 0.5, 100), Event(1.0, 0.01, 1000)):
+        assert accounting.interval([event], "replace-one") == accounting.DISCRETIZATION
