@@ -32,6 +32,7 @@ from server.intake import Limits, RoundFacts, to_numpy
 from server.strategy import ReleaseStrategy
 from simulation.config import ConfigError
 from simulation.data.population import met_by
+from simulation.faults import tried
 from simulation.fleet import Cohort, Done, Job
 from simulation.grid import CohortGrid
 
@@ -88,7 +89,7 @@ class RecordingGrid(CohortGrid):
         self.sent: list[Message] = []
 
     def _at_once(self, job: Job, names: Sequence[str], shared: Any) -> Iterator[Done]:
-        yield Cohort(tuple(names)), job(self.devices, names, shared)
+        yield Cohort(tuple(names)), tried(lambda some: job(self.devices, [names[k] for k in some], shared), names)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         for reply in super().send_and_receive(messages, timeout=timeout):

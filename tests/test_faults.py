@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,8 @@ from simulation.config import ConfigError, ExperimentConfig, find_config, load_c
 from simulation.experiment import run_experiment
 from simulation.faults import ElsewhereError, Failure, TooManyFailedError, attempt, leave, left, tried
 from simulation.runs import RunFolder
+from simulation.study.cells import run_study
+from simulation.study.config import load_study
 
 FOUR = ["a", "b", "c", "d"]
 QUICK = (*SMALL, "data.users=4", "rounds=1", "evaluation.pooled_epochs=0", "synthesis.sampling.max_new_tokens=2")
@@ -210,6 +216,52 @@ def test_an_engine_is_named_alone_or_with_its_settings() -> None:
     short, both = config("engine=flower"), config("engine=flower", "engine.on_device_error=count")
     assert (short.engine.name, short.engine.on_device_error) == ("flower", "end")
     assert (both.engine.name, both.engine.on_device_error) == ("flower", "count")
+
+
+def test_a_study_names_the_device_that_breaks_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'data = { users = 3, max_pairs = 40 }\n[study.tables.one]\nrows = { "selection.policy" = ["fifo"] }\n'
+    (tmp_path / "small.toml").write_text(text, encoding="utf-8")
+    study = load_study(tmp_path / "small.toml", ["rounds=1", "synthesis.per_dialogue=0", "study.seeds=1"])
+    broken(client.round, "learn_personal", TypeError, "seed0-001", monkeypatch)
+    with pytest.raises(BrokenDeviceError, match=r"seed0-001: TypeError.*learn_personal of round 1; of the 2 others"):
+        run_study(study, tmp_path / "study", lambda phase: None)
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+BUG = """
+import client.round
+
+def synthesize(states, plan, site):
+    raise TypeError("synthesize is broken")
+
+client.round.synthesize = synthesize
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [(), ("ray.actors=2",), ("engine=flower",)], ids=["one process", "actors", "flower"])
+def test_a_bug_is_told_once_and_the_run_goes_on_after_the_mend(engine: tuple[str, ...], tmp_path: Path) -> None:
+    """In whichever process it is: one traceback, the device, the round, the phase, an exit code that says so."""
+    (tmp_path / "bug").mkdir()
+    (tmp_path / "bug" / "sitecustomize.py").write_text(BUG, encoding="utf-8")
+    command = [sys.executable, "-m", "simulation", "run", "quickstart", *QUICK, *engine, "name=run", "--runs", "runs"]
+    paths = os.pathsep.join([str(tmp_path / "bug"), str(Path(client.__file__).parents[1])])
+    ill = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=500
+    )
+    assert ill.returncode == 1, ill.stdout + ill.stderr
+    told = r"device-0000\d: TypeError: synthesize is broken, in the phase synthesize of round 1"
+    assert re.search(told, ill.stderr), ill.stderr
+    assert ill.stderr.count("Traceback") == 1 and "after the mend" in ill.stderr, ill.stderr
+    assert not (tmp_path / "runs" / "run" / "summary.json").exists()
+    healthy = {**os.environ, "PYTHONPATH": str(Path(client.__file__).parents[1])}
+    well = subprocess.run(
+        [*command, "--resume"], cwd=tmp_path, env=healthy, capture_output=True, text=True, timeout=500
+    )
+    assert well.returncode == 0, well.stdout + well.stderr
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["tokens_trained"] > 0 and not summary["failures"] and not summary["refused"]
 
 
 # -- the tree -------------------------------------------------------------------------------------------------------

@@ -28,11 +28,13 @@ from simulation.cli import main
 from simulation.config import ConfigError, config_folder, find_config, load_config
 from simulation.data.population import DataConfig
 from simulation.evaluate import Comparison
+from simulation.runs import RunError
 from simulation.study import utility, utility_report
 from simulation.study.cells import CellRun, run_study
 from simulation.study.config import Study, load_study
 from simulation.study.figures import _within
 from simulation.study.published import PUBLISHED
+from simulation.study.ready import ready
 from simulation.study.remember import RememberingModel
 from simulation.study.report import render_study
 from simulation.study.tables import Contrast, contrasts, corrected, entries
@@ -516,3 +518,26 @@ def test_the_page_of_a_federated_study(federated: tuple[Study, Path]) -> None:
     told.print(utility.as_text(study, folder))
     text = told.export_text()
     assert "epsilon 8" in text and "∞" in text
+
+
+def test_a_study_whose_data_has_changed_does_not_go_on(tmp_path: Path) -> None:
+    def written(reply: str) -> None:
+        lines = [
+            json.dumps({"user": f"u{k % 12}", "time": k, "prompt": f"what of {k}?", "response": f"{reply} {k}"})
+            for k in range(12 * 12)
+        ]
+        (tmp_path / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+    (tmp_path / "small.toml").write_text(
+        f'data = {{ name = "{tmp_path / "chats.jsonl"}", users = 2, min_pairs = 8, split = "all" }}\n'
+        '[study.tables.one]\nrows = { "selection.policy" = ["fifo"] }\n',
+        encoding="utf-8",
+    )
+    study = load_study(tmp_path / "small.toml", ["study.seeds=1"])
+    written("it is fine")
+    ready(study, tmp_path / "study")
+    (tmp_path / "study" / "cells" / next(iter(study.cells))).mkdir(parents=True)  # begun
+    ready(study, tmp_path / "study")
+    written("it is bad")
+    with pytest.raises(RunError, match="the people of 1 of 1 cells have changed"):
+        ready(study, tmp_path / "study")

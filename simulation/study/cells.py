@@ -27,6 +27,7 @@ from privacy.seeds import derive_seed
 from simulation.config import ExperimentConfig
 from simulation.data.population import User, met_by
 from simulation.evaluate import by_device, derangement, measure_rouge, reply_arms, score_arms
+from simulation.faults import tried
 from simulation.runs import sources_sha256
 from simulation.study.config import Cell, Study
 from simulation.study.federated import FederatedCell
@@ -119,7 +120,11 @@ class CellRun:
         for state in states:
             stream = self.users[state.id].stream
             arrived.append(stream[state.arrived : met_by(len(stream), number, rounds)])
-        states, pages = live(states, arrived, None, RoundPlan(number, number), self.site)
+        site, plan = self.site, RoundPlan(number, number)
+        states, pages = tried(
+            lambda some: live([states[k] for k in some], [arrived[k] for k in some], None, plan, site),
+            [state.id for state in states],
+        )
         line = {"round": number, "spared_s": lm.spared_s, **_added_up(pages)}
         if self.config.evaluation.every_round and number < rounds:
             self.listener("evaluate")
