@@ -5,7 +5,7 @@ FlorilegiumError
 │   ├── ConfigError, DataError, RunError, ReportError, TooManyFailedError, ElsewhereError, AbsentError  in `simulation`
 │   ├── ClusterError, LostProcessError              Ray, and Flower's own simulation, in `simulation`
 │   ├── ModelError, UnsupportedModelError, AdapterFormatError, LexiconError, ProfileError      in `client`
-│   ├── DeviceError       HomeError, VaultError, AgentError, RefusedError: a real device's, in `client.agent`
+│   ├── DeviceError       HomeError, VaultError, AgentError, RefusedError, RefusedTermsError, in `client.agent`
 │   ├── BudgetError       a promise that no noise keeps, in `privacy.accounting`
 │   └── NoReleaseError, StepTooLargeError           a round that comes to nothing, or to too much, in `server`
 ├── DeviceFaultError      what the data or the disk of one device can cause

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from privacy.errors import BrokenDeviceError
 from simulation.cluster import Wish, open_cluster
 from simulation.host import SimulatedDevices, devices_of_worker
 from simulation.runs import RunError, RunFolder
@@ -219,6 +220,8 @@ def _raised_there(error: Any) -> Exception:
     if not isinstance(error.cause, Exception):  # of a kind that cannot be sent
         return RuntimeError(_plain(error))
     found: Exception = error.cause
+    if isinstance(found, BrokenDeviceError):  # which has its traceback with it
+        return found
     found.add_note(f"raised in another process:\n{_plain(error)}")
     return found
 

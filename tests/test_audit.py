@@ -194,6 +194,7 @@ def test_checks_pass_and_their_controls_are_caught(lm: LanguageModel, streams: l
         assert check.passed and check.control_caught, check
 
 
+@pytest.mark.slow
 def test_a_reply_can_be_read_out_of_a_release_without_noise_alone(
     lm: LanguageModel, streams: list[list[Dialogue]]
 ) -> None:
