@@ -282,6 +282,7 @@ def resume(path: Path, config: ExperimentConfig) -> RunFolder:
     check_resumable(path, config)
     _write_config(path, config)
     _write_sources(path)  # which may have been mended; that is told in the run's event
+    shutil.rmtree(RunFolder(path).faults, ignore_errors=True)  # of before
     shutil.rmtree(_aside(path), ignore_errors=True)  # of an --overwrite that was killed
     return RunFolder(path)
 
