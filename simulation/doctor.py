@@ -23,7 +23,7 @@ from simulation.data.folder import data_folder
 
 TRIED = {  # package → the lowest and the newest version that the tests were run with; pyproject.toml goes from one to
     "torch": ("2.6.0", "2.13.0"),  # the next minor after the other, since we lean on internals of these
-    "transformers": ("5.0.0", "5.24.0"),
+    "transformers": ("5.8.0", "5.24.0"),
     "peft": ("0.18.0", "0.21.2"),
     "opacus": ("1.6.0", "1.6.0"),
     "flwr": ("1.41.0", "1.42.0"),

@@ -228,7 +228,7 @@ def other_family(kind: str, dtype: torch.dtype = torch.float32, **more: Any) -> 
     if known is None:
         pytest.skip(f"this version of transformers does not know {kind}")
     sizes = {k: v for k, v in SIZED.items() if k in known().to_dict() or k in ("pad_token_id", "eos_token_id")}
-    return AutoModelForCausalLM.from_config(known(**sizes | more), dtype=dtype)
+    return AutoModelForCausalLM.from_config(known(**sizes | more), dtype=torch.float32).to(dtype)  # drawn in float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
