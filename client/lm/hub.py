@@ -74,16 +74,19 @@ def _check_device(device: str) -> None:
 
 
 def _load_tokenizer(folder: Path, name: str, chat_template: str) -> PreTrainedTokenizerBase:
+    if package := _lacking(folder):  # without which transformers fails, or makes a tokenizer of something else
+        raise ModelError(
+            f"model {name!r}: no usable tokenizer in {folder} (tokenizer.model alone needs a package: pip install "
+            f"{package}); write it with tokenizer.save_pretrained(folder), as tokenizer.json"
+        )
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # the kinds of failure are those of many tokenizer libraries
-        package = _lacking(folder)
-        reason = f"tokenizer.model alone needs a package: pip install {package}" if package else first_line(error)
         raise ModelError(
-            f"model {name!r}: no usable tokenizer in {folder} ({reason}); "
+            f"model {name!r}: no usable tokenizer in {folder} ({first_line(error)}); "
             "write it with tokenizer.save_pretrained(folder), as tokenizer.json"
         ) from error
     if tokenizer.eos_token_id is None:
