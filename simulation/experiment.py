@@ -139,7 +139,11 @@ def federate(run: RunFolder, grid: Grid, crew: Crew, clock: Clock | None = None,
     """All rounds over a grid, from the last one that was finished, and the verdict."""
     config, last, devices = run.config, run.last_shared(), crew.devices
     strategy = _strategy(run, crew, clock, first_round=max(1, last.round + 1) if last else 1)
-    strategy.greet(grid)
+    try:
+        strategy.greet(grid)
+    except NoReleaseError:
+        crew.check()  # says why, where a process has left it
+        raise
     ends = [e["wall_s"] for e in run.events() if e["event"] == "end"]
     session = Session(run, devices, strategy, crew, clock, board, earlier_s=ends[-1] if last and ends else 0.0)
     arrays = strategy.first(devices.site.shared_layout.start(derive_seed(config.seed, "shared")).numpy())
