@@ -65,6 +65,7 @@ class Engine:
             layers.forget_activations(model)
         self.reading = attention.attend_packed(model)
         self.allowance = Allowance(max_batch_tokens or TOKENS.get((self.device.type, self.dtype), 2048))
+        self.most_tokens = self.allowance.tokens  # as set: what is left of them when memory was short says something
         self._apart: dict[tuple[str, int, int, int], bool] = {}  # by layout, width and rows
         self._check(expected)
 
@@ -212,14 +213,14 @@ class Engine:
         for i, example in enumerate(examples):
             by_width.setdefault(own_width(example.length), []).append(i)
         for width, some in sorted(by_width.items(), reverse=True):
-            rows = self._rows_at(trained.layout, width, OWN_TOKENS[len(set(slots)) > 1])
+            rows = self._rows_at(trained.layout, width, OWN_TOKENS[len(trained.rows) > 1])
             for start in range(0, len(some), rows):
                 group = some[start : start + rows]
                 yield group, *differentiate(group, rows)
 
     def _rows_at(self, layout: Layout, width: int, tokens: int) -> int:
         """How many examples of a width go through together, always; one where they would reach each other."""
-        rows = max(1, min(tokens, self.allowance.tokens) // width)
+        rows = max(1, min(tokens, self.most_tokens) // width)
         kind = type(layout).__name__, layout.width, width, rows
         if kind not in self._apart:
             self._apart[kind] = rows == 1 or self.rows_apart(layout, width, rows)
