@@ -68,7 +68,7 @@ def test_noise_is_normal_and_every_bit_of_its_key_counts() -> None:
 def test_one_example_moves_the_clipped_sum_by_at_most_the_clipping_norm(rows: list[list[float]]) -> None:
     gradients = torch.tensor(rows)
     moved = clipped_sum(gradients, 1.0) - clipped_sum(gradients[1:], 1.0)
-    assert float(moved.norm()) <= 1.0 + 1e-4
+    assert float(moved.norm()) <= 1.0 + 1e-12  # sums are in float64
 
 
 SCHEMA = Schema((("a", (2, 3)), ("b", (4,))))
