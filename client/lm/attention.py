@@ -2,13 +2,14 @@
 
 What a pass reads is set on the model's modules before it (`Reading`); nothing goes through the signatures of
 `transformers`, whose keywords are its own to name. On a CPU, texts of tens of tokens are fastest as plain batched
-products with a backward written out; elsewhere it is torch's scaled-dot-product attention, which is also what the test
-compares with. Not covered: attention sinks.
+products with a backward written out; elsewhere it is torch's scaled-dot-product attention, but where scores are capped,
+which that cannot. A test asks that both are the same. Not covered, and refused: attention sinks, and whatever else a
+model hands over that is not known to change nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,9 @@ from client.lm.packing import Band, Texts
 
 NAME = "florilegium"
 READING = "florilegium_reading"  # the attribute of the modules that attend
+WRITTEN_OUT = frozenset({"cpu"})  # types of devices on which the products with a backward of their own are the faster
+IDLE = {"cache_position", "deterministic", "dropout", "output_attentions", "position_ids", "use_cache"}  # here, without
+# training and with texts packed by us, these change nothing
 
 
 @dataclass
@@ -33,7 +37,7 @@ class Reading:
 
     texts: Texts | None = None
     cache: KeyValues | None = None
-    layers: set[int] = field(default_factory=set)  # those that have attended here
+    windows: dict[int, int | None] = field(default_factory=dict)  # of each layer that has attended here
 
     @contextmanager
     def of(self, texts: Texts | None, cache: KeyValues | None = None) -> Iterator[None]:
@@ -74,22 +78,33 @@ def packed_attention(
     texts, cache = reading.texts, reading.cache
     if texts is None and cache is None:
         raise RuntimeError("this model reads packed texts only: call it through client.lm.engine.Engine")
-    if value.shape[-1] != query.shape[-1] or more.get("s_aux") is not None:
-        what = "sinks" if more.get("s_aux") is not None else f"values of another width than its keys ({key.shape[-1]})"
+    if what := _unknown(key, value, more):
         raise UnsupportedModelError(f"{type(module).__name__} attends with {what}, which packed attention has not")
-    reading.layers.add(module.layer_idx)  # type: ignore[arg-type]
+    reading.windows[module.layer_idx] = sliding_window  # type: ignore[index]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
     if cache is not None and cache.decoding:
         return cache.attend(module.layer_idx, q, k, v, scale, sliding_window, softcap)[None], None  # type: ignore[arg-type]
     assert texts is not None
     if cache is not None:
         cache.keep(module.layer_idx, k, v, texts)  # type: ignore[arg-type]
-    if query.device.type == "cpu":
+    if softcap or query.device.type in WRITTEN_OUT:
         return _Attention.apply(q, k, v, texts, scale, sliding_window, softcap)[None], None  # type: ignore[no-untyped-call]
     return _by_sdpa(q, k, v, texts, scale, sliding_window)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+
+
+def _unknown(key: torch.Tensor, value: torch.Tensor, more: Mapping[str, Any]) -> str:
+    """What a model asks of attention that would be left out; empty: nothing."""
+    if more.get("s_aux") is not None or more.get("sinks") is not None:
+        return "sinks"
+    if value.shape[-1] != key.shape[-1]:
+        return f"values of another width than its keys ({key.shape[-1]})"
+    if more.get("is_causal") is False:
+        return "what comes after a token"
+    odd = sorted(name for name, x in more.items() if name not in {*IDLE, "is_causal"} and x is not None)
+    return f"{odd[0]!r}" if odd else ""
 
 
 def causal_mask(width: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

@@ -431,11 +431,16 @@ class Engine:
     def _check(self, expected: torch.Tensor) -> None:
         """Refuses a model that packed texts and our own loss do not reproduce."""
         found = [self.logits(h) for _, h in self.hidden(layers.PROBES)]
-        count = self.model.config.get_text_config().num_hidden_layers
-        if len(self.reading.layers) < count:
+        count, windows = self.model.config.get_text_config().num_hidden_layers, self.reading.windows
+        if len(windows) < count:
             raise layers.UnsupportedModelError(
-                f"{len(self.reading.layers)} of {count} layers of {type(self.model).__name__} attend as transformers' "
+                f"{len(windows)} of {count} layers of {type(self.model).__name__} attend as transformers' "
                 f"models can be told to: in the others the texts that are packed in one pass would mix"
+            )
+        if untold := [i for i in layers.windowed(self.model) if not windows.get(i)]:
+            raise layers.UnsupportedModelError(
+                f"layer {untold[0]} of {type(self.model).__name__} attends within a window or chunk that it does not "
+                f"tell: longer texts would be read otherwise than it was trained to"
             )
         error = float((torch.cat(found).float() - expected).norm() / expected.norm())
         if not error < (1e-3 if self.dtype == torch.float32 else 0.3):  # bfloat16 in 30 layers: 0.11 by rounding

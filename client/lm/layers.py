@@ -216,6 +216,14 @@ def _state_of(model: PreTrainedModel) -> str:
     return "its class says so" if getattr(model, "_is_stateful", False) else ""
 
 
+def windowed(model: PreTrainedModel) -> list[int]:
+    """The layers that see only what is near, as the config says; the probes are too short to show it."""
+    config = model.config.get_text_config()
+    every = ["sliding_attention"] * config.num_hidden_layers if getattr(config, "sliding_window", None) else []
+    kinds = getattr(config, "layer_types", None) or every
+    return [i for i, kind in enumerate(kinds) if kind in ("sliding_attention", "chunked_attention")]
+
+
 def head_of(model: PreTrainedModel) -> nn.Linear:
     """The layer that makes logits of the last hidden states; raises `UnsupportedModelError`."""
     if model.base_model is model:
