@@ -121,15 +121,24 @@ def test_losses_and_gradients_of_adapters_are_those_of_the_plain_model(edge: str
 
 
 @pytest.mark.parametrize("edge", EDGES)
-def test_texts_are_continued_as_transformers_continues_them(edge: str) -> None:
-    """Whichever way the prompts are read, what follows is one product a text."""
-    prompts, model = [text.prompt for text in TEXTS[::2]], plain(edge)
-    found = engine(edge).generate(prompts, [0] * 3, [], seeds=[0] * 3, max_new_tokens=8, temperature=0.0, stop=())
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=8, pad_token_id=0)
-    for prompt, reply in zip(prompts, found, strict=True):
-        ids = torch.tensor([prompt])
-        theirs = model.generate(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :]
-        assert reply == theirs.tolist()
+def test_texts_are_continued_as_transformers_continues_them(edge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedily, together and alone; and what each token was chosen by. Prompts are read as above, either way."""
+    prompts, model, ours = [text.prompt for text in TEXTS[::2]], plain(edge), engine(edge)
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=8, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+    )
+
+    def written(*some: tuple[int, ...]) -> list[list[int]]:
+        seeds = [0] * len(some)
+        return ours.generate(some, seeds, [], seeds=seeds, max_new_tokens=8, temperature=0.0, stop=())
+
+    together, seen, logits = written(*prompts), list[torch.Tensor](), ours.logits
+    monkeypatch.setattr(ours, "logits", lambda hidden: seen.append(logits(hidden)) or seen[-1])
+    for prompt, reply in zip(prompts, together, strict=True):
+        seen.clear()
+        theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)))
+        assert written(prompt) == [reply] == theirs.sequences[:, len(prompt) :].tolist()
+        torch.testing.assert_close(torch.cat(seen), torch.cat(theirs.logits), atol=2e-4, rtol=1e-4)
 
 
 def test_capped_scores_are_the_same_wherever_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
