@@ -68,6 +68,26 @@ def test_a_gaussian_of_unit_shift_is_known() -> None:
     assert gaussian_one_run_epsilon(1000, 1000, 800, 1e-5) > one_run_epsilon(1000, 1000, 800, 1e-5)
 
 
+def test_a_bound_with_abstention_is_that_of_its_authors() -> None:
+    """420 right of 500 guesses among 1,000 (`FDPAnalysisNode` of facebookresearch/PrivacyGuard, on a grid: 2.52)."""
+    assert gaussian_one_run_epsilon(1000, 500, 420, 1e-5) == pytest.approx(2.52, abs=0.01)
+    assert gaussian_one_run_epsilon(1000, 500, 250, 1e-5) == 0  # half of the guesses right shows nothing
+    assert gaussian_one_run_epsilon(1000, 20, 20, 1e-5) > gaussian_one_run_epsilon(1000, 20, 19, 1e-5) > 1
+
+
+@pytest.mark.parametrize("guesses", [20, 100])
+def test_a_bound_with_abstention_is_seldom_above_the_truth(guesses: int) -> None:
+    """1,000 coins, each seen through noise that is µ-GDP for µ = 0.5: at most 5 % may refute the truth."""
+    rng, half, above = np.random.default_rng(0), guesses // 2, 0
+    bounds = {k: gaussian_one_run_epsilon(1000, guesses, k, 1e-5) for k in range(guesses // 2, guesses + 1)}
+    for _ in range(400):
+        coins = rng.random(1000) < 0.5
+        order = np.argsort(coins * 0.5 + rng.normal(size=1000))
+        right = int(coins[order][-half:].sum() + (~coins[order])[:half].sum())
+        above += bounds.get(right, 0.0) > gaussian_epsilon(0.5, 1e-5)
+    assert above / 400 <= 0.05 and max(bounds.values()) > gaussian_epsilon(0.5, 1e-5)
+
+
 def test_a_bound_of_independent_coins_by_hand() -> None:
     """µ = 1 is told apart with Φ(1/2) = 0.69146: as many of a million guesses prove nearly all of its ε of 4.38."""
     assert gaussian_epsilon_of_trials(1_000_000, 691_462, 1e-5) == pytest.approx(4.36, abs=0.02)
