@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from client import shared
+from client import coins
 from client.agent import acceptance
 from client.agent.agent import Agent, AgentError
 from client.agent.config import new_config
@@ -86,7 +86,7 @@ def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
     make_folder(server, terms(), ServerConfig(), 8.0)
     strategy, _ = strategy_of(server, Link(), lambda line: None)
     assert strategy.noise.on_sum == 0
-    monkeypatch.setattr(shared, "fresh_secret", lambda: 7)
+    monkeypatch.setattr(coins, "fresh_secret", lambda: 7)
     row, plan = agent.site.shared_layout.start(0), RoundPlan(1, 0)
     [release] = agent.contribute([agent.config.name], row, plan)
     if mode in ("user-central", "none"):
