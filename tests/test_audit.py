@@ -19,7 +19,7 @@ from client.lm.model import LanguageModel
 from client.phases import Site
 from client.state import DeviceState
 from privacy.plan import RoundPlan
-from simulation.audit import checks
+from simulation.audit import checks, hostile
 from simulation.audit.attacks import membership
 from simulation.audit.bounds import (
     auc_ceiling,
@@ -238,6 +238,34 @@ def test_noise_that_two_releases_share_is_seen_by_hand() -> None:
     for repeated in (rows[3], -rows[3], rows[3] + rows[4]):
         [found] = checks._alike([*rows, repeated], 0.0)
         assert not found.passed and found.figure > 0.6
+
+
+# -- hostile adapters ---------------------------------------------------------------------------------------------
+
+
+def test_no_crafted_adapter_lets_a_dialogue_reach_others_but_in_uneven_passes(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostile, "INSTEAD", {k: hostile.INSTEAD[k] for k in ("longer", "empty")})
+    reached, moved = hostile.reach(lm, CONFIG, seed=0)
+    assert reached.passed and reached.control_caught, reached
+    assert moved.passed and moved.control_caught and moved.figure > 0.1, moved
+
+
+def test_a_trap_makes_of_rounding_what_no_other_adapter_does(lm: LanguageModel) -> None:
+    """Embeddings that differ by 1e-6 of themselves: a hundred thousand times as much in a gradient of norm 1."""
+    layout = lm.lora_layout(CONFIG.shared.adapter, public_seed=1)
+    pool, moved = [hostile.SAID] * 4, {}
+    for name, row in {**hostile.crafted(lm, layout, pool, 0), "honest": layout.start(0) + 0.05}.items():
+        found = [hostile.even(lm, layout, row, pool)]
+        hook = lm.engine.embedding.register_forward_hook(
+            lambda _, given, out: out * (1 + 1e-6 * torch.cos(torch.arange(out.shape[-1])))
+        )
+        found.append(hostile.even(lm, layout, row, pool))
+        hook.remove()
+        one, other = (torch.nn.functional.normalize(g, dim=1) for g in found)
+        moved[name] = float((one - other).norm(dim=1).max())
+    assert moved["honest"] < 1e-4 and moved["large"] < 1e-2 and moved["trap"] > 0.1, moved
 
 
 # -- attacks and checks on real federations -----------------------------------------------------------------------

@@ -17,7 +17,7 @@ from scipy import stats
 
 from client.budget import planned_event
 from client.lm.model import LanguageModel
-from simulation.audit import checks
+from simulation.audit import checks, hostile
 from simulation.audit.attacks import membership, reidentified, trusted
 from simulation.audit.bounds import (
     best_epsilon,
@@ -106,6 +106,8 @@ class Auditor:
         proofs = [*checks.accounting(), *checks.noise(self.config, seen)]
         proofs += checks.sampling(recorded, self.config.shared.sampling_rate)
         proofs.append(checks.coupling(self.lm, self.config, self.streams[0], self.streams[-1], self.seed))
+        self.listener("hostile adapters")
+        proofs += hostile.reach(self.lm, self.config, self.seed)
         claimed = checks.claimed_epsilon(self.config)
         self.listener("one-run audit")
         guessed = one_run.guessed(worst_case(self.config, self.config.privacy.epsilon))
