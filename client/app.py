@@ -52,7 +52,10 @@ class Reply:
     arrays: Encoded | None = None
 
     def to(self, message: Message) -> Message:
-        return Message(self.content, reply_to=message)
+        """With the question's own times: an envelope must not tell when the work was done."""
+        reply, asked = Message(self.content, reply_to=message), message.metadata
+        reply.metadata.created_at, reply.metadata.ttl = asked.created_at, asked.ttl
+        return reply
 
     @cached_property
     def content(self) -> RecordDict:

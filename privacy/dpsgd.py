@@ -2,8 +2,9 @@
 
 Each row of a cohort has its own `DPOptimizer`, so that devices are clipped and noised apart. The denominator is
 public: the expected, not the actual, number of sampled examples. Accounting is in `privacy.accounting`; the
-per-example gradients come from the caller, who must compute each from its own example alone. Not covered: attacks
-on the floating-point numbers of the noise (Mironov 2012).
+per-example gradients come from the caller, who must compute each from its own example alone, to the bit. Sums are in
+float64: their rounding moves a sum of b examples by less than b² 2⁻⁵² C. Not covered: attacks on the floating-point
+numbers of the noise (Mironov 2012).
 """
 
 from __future__ import annotations
@@ -23,11 +24,16 @@ class KeyedNoise(DPOptimizer):  # type: ignore[misc]
         super().__init__(optimizer, **settings)
         self.draws = np.random.Generator(np.random.Philox(key=key))
 
+    def clip_and_accumulate(self) -> None:
+        """Clips and sums as Opacus does, in float64."""
+        for p in self.params:
+            p.summed_grad = clipped_sum(p.grad_sample, self.max_grad_norm)
+
     def add_noise(self) -> None:
         """Adds N(0, (σC)²) to each sum of clipped gradients."""
         for p in self.params:
             noise = torch.from_numpy(self.draws.standard_normal(tuple(p.summed_grad.shape)))
-            noisy = p.summed_grad.double() + self.noise_multiplier * self.max_grad_norm * noise
+            noisy = p.summed_grad + self.noise_multiplier * self.max_grad_norm * noise
             p.grad = noisy.to(p.dtype).view_as(p)
 
 
@@ -81,8 +87,8 @@ class PrivateRow:
 
 
 def clipped_sum(gradients: torch.Tensor, clip_norm_l2: float) -> torch.Tensor:
-    """Σ g · min(1, C/‖g‖₂) over the rows of (b, P): what the noise is added to; for tests and audits."""
-    norms = gradients.norm(dim=1)  # (b,)
-    factors = (clip_norm_l2 / (norms + 1e-6)).clamp(max=1.0)
-    total: torch.Tensor = factors @ gradients
+    """Σ g · min(1, C/‖g‖₂) over the rows of (b, P), (P,) in float64: what the noise is added to."""
+    wide = gradients.double()
+    factors = (clip_norm_l2 / (wide.norm(dim=1) + 1e-6)).clamp(max=1.0)  # (b,); Opacus' 1e-6
+    total: torch.Tensor = factors @ wide
     return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import signal
 import socket
@@ -32,7 +33,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from keyring.backend import KeyringBackend
 from keyring.errors import KeyringLocked
 from peft import AutoPeftModelForCausalLM
-from scipy.stats import kstest
+from scipy.stats import kstest, spearmanr
 
 from client import coins, shared
 from client.agent import board
@@ -41,10 +42,12 @@ from client.agent.config import new_config
 from client.agent.courier import SuperNode, answered
 from client.agent.home import Home, HomeError
 from client.agent.journal import Journal, Turn, VaultError
+from client.agent.pace import LEAST_S, doubled
 from client.agent.remote import Remote
 from client.agent.seal import new_key, public_half, sealed
 from client.agent.serve import listening, showing
 from client.agent.terms import Terms
+from client.config import SharedConfig
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
 from client.lm.places import base_hash
@@ -710,13 +713,17 @@ def test_erasing_all_leaves_a_device_that_knows_nothing(home: Home, lm: Language
 # -- the federation ---------------------------------------------------------------------------------------------------
 
 
+def at_once(seconds: float) -> None:
+    """Instead of waiting until an answer may leave."""
+
+
 def sent(agent: Agent, kind: str, content: RecordDict) -> tuple[dict[str, Any], dict[str, Any]]:
     """Header and arrays of what the agent answers to a message of a server's."""
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     if set(content) == {"plan", "arrays"} and agent.federation:
         content = sealed(content, kind, agent.federation.name, OPERATOR)
     message = Message(content, dst_node_id=1, message_type=kind)
-    reply = answered(message, agent).content
+    reply = answered(message, agent, at_once).content
     arrays = reply.array_records.get("arrays", {})
     return dict(reply.config_records["header"]), {name: array.numpy() for name, array in arrays.items()}
 
@@ -751,6 +758,74 @@ def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, t
     assert [s.kind for s in agent.journal.sent()] == ["release", "release"]
     assert agent.learn()["personal_examples"] and agent._used()[1] == 1
     assert {"personal/adapter_config.json", "shared/adapter_config.json", "base/config.json"} <= agent.exported().keys()
+
+
+def question(agent: Agent, number: int, row: torch.Tensor) -> Message:
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    plan = ConfigRecord({"round": number, "version": number - 1, "head": ""})
+    content = RecordDict({"plan": plan, "arrays": to_record(agent.schema.split(row.numpy()))})
+    return Message(sealed(content, "train", "orchard", OPERATOR), dst_node_id=1, message_type="train")
+
+
+def test_an_answer_leaves_at_the_pace_and_its_envelope_tells_no_time(joined: tuple[Agent, torch.Tensor]) -> None:
+    agent, row = joined
+    pace, waits = agent.pace(), list[float]()
+    assert pace >= LEAST_S and math.log2(pace).is_integer() and agent.pace(pace) == pace == reopened(agent).pace()
+    asked = question(agent, 1, row)
+    began = time.monotonic()
+    reply = answered(asked, agent, waits.append)
+    spent = time.monotonic() - began
+    assert len(waits) == 1 and 0 <= agent.pace() - waits[0] <= spent  # the rest of the pace
+    assert reply.metadata.created_at == asked.metadata.created_at and reply.metadata.ttl == asked.metadata.ttl
+    began = time.monotonic()
+    assert answered(question(agent, 2, row), agent).has_content()
+    assert time.monotonic() - began >= pace
+    answered(question(agent, 3, row), agent, lambda seconds: agent.consent("federate", False))
+    again = answered(question(agent, 3, row), agent, at_once).content
+    assert again.config_records["header"]["error"] == "no-device"  # withdrawn while it waited
+
+
+def test_a_pace_that_was_too_short_is_doubled_for_good(joined: tuple[Agent, torch.Tensor]) -> None:
+    agent, _ = joined
+    assert [doubled(0.25, s) for s in (0.0, 0.25, 0.26, 0.5, 1.1)] == [0.25, 0.25, 0.5, 0.5, 2.0]
+    pace = agent.pace()
+    assert agent.pace(3 * pace) == 4 * pace == agent.pace() == reopened(agent).pace()
+    agent.leave()
+    assert agent.pace() == 0
+    agent.join(TERMS, SERVER)
+    assert agent.pace() < 4 * pace  # of other terms, anew
+
+
+@pytest.mark.slow
+def test_a_rounds_seconds_do_not_tell_what_was_drawn(
+    home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hundred rounds of half a pool of short and long dialogues; the control is the work itself."""
+    agent, rounds, drawn_tokens, work, seconds = made(home, lm), 200, list[int](), list[float](), list[float]()
+    settings = SharedConfig(steps_per_round=2, pool_capacity=16, sampling_rate=0.5)
+    agent.join(TERMS.model_copy(update={"rounds": rounds, "shared": settings}), SERVER)
+    talked(agent, tuple((f"Number {k}? " + "and " * 6 * (k % 8), "yes " * (1 + 7 * (k % 8))) for k in range(16)))
+    row, gradients = agent.site.shared_layout.start(0), lm.engine.dp_gradients
+
+    def noting(trained: Any, frozen: Any, batches: Any) -> Any:
+        drawn_tokens[-1] += sum(e.length for batch in batches for e in batch)
+        return gradients(trained, frozen, batches)
+
+    agent.pace()
+    monkeypatch.setattr(lm.engine, "dp_gradients", noting)
+    for number in range(1, rounds + 1):
+        drawn_tokens.append(0)
+        asked, began = question(agent, number, row), time.monotonic()
+
+        def wait(left: float, began: float = began) -> None:
+            work.append(time.monotonic() - began)
+            time.sleep(left)
+
+        assert "error" not in answered(asked, agent, wait).content.config_records["header"]
+        seconds.append(time.monotonic() - began)
+    assert len(set(drawn_tokens)) > rounds / 4
+    assert spearmanr(work, drawn_tokens).pvalue < 1e-6  # what would be told
+    assert spearmanr(seconds, drawn_tokens).pvalue > 1e-3
 
 
 def test_nothing_leaves_without_consent_budget_or_ledger(joined: tuple[Agent, torch.Tensor]) -> None:
@@ -924,7 +999,7 @@ def forged(agent: Agent, content: RecordDict, kind: str = "train") -> dict[str, 
     """Header of the answer to a message that is sent as it is."""
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     message = Message(content, dst_node_id=1, message_type=kind)
-    return dict(answered(message, agent).content.config_records["header"])
+    return dict(answered(message, agent, at_once).content.config_records["header"])
 
 
 def test_only_the_operators_questions_are_answered(joined: tuple[Agent, torch.Tensor]) -> None:

@@ -128,7 +128,7 @@ def test_no_reply_is_made_past_the_gate() -> None:
 def test_one_example_moves_the_clipped_sum_by_at_most_the_clipping_norm(rows: list[list[float]]) -> None:
     gradients = torch.tensor(rows)
     moved = clipped_sum(gradients, 1.0) - clipped_sum(gradients[1:], 1.0)
-    assert float(moved.norm()) <= 1.0 + 1e-4
+    assert float(moved.norm()) <= 1.0 + 1e-12  # sums are in float64
 
 
 def test_a_release_is_of_the_agreed_form_or_is_refused() -> None:

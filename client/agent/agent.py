@@ -37,6 +37,7 @@ from client.agent.journal import (
     write_learned,
     write_sent,
 )
+from client.agent.pace import doubled, rehearsed
 from client.agent.terms import Terms
 from client.buffer import Buffer
 from client.config import DeviceConfig
@@ -576,6 +577,20 @@ class Agent:
             self._retire(state)
             return [release]
 
+    def pace(self, spent: float = 0.0) -> float:
+        """Seconds after a question at which its answer leaves, if the work for it took so many; 0 without a server.
+
+        It is rehearsed once for a federation's terms, and doubled from then on where work took longer.
+        """
+        with self._busy:
+            if not self.federating:
+                return 0.0
+            known = self.journal.fact("pace", 0.0)
+            now = doubled(known or rehearsed(self.site), spent)
+            if now != known:
+                self.journal.set_fact("pace", now)
+            return now
+
     def _has_paid(self, state: DeviceState, federation: str, number: int) -> bool:
         account = self.ledger.account(state.id, state.genesis)
         return account is not None and any((e.experiment, e.round) == (federation, number) for e in account.entries)
@@ -770,7 +785,7 @@ def _mended(text: str) -> str:
 
 def _no_shared(connection: Any) -> None:
     """Another federation's, or none."""
-    for name in ("used", "newest"):
+    for name in ("used", "newest", "pace"):
         write_fact(connection, name, 0)
 
 

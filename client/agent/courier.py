@@ -16,7 +16,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import psutil
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509 import BasicConstraints, ExtensionNotFound, load_pem_x509_certificates
-from flwr.app import Message
+from flwr.app import Message, MessageType
 from flwr.common.constant import SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
@@ -63,25 +64,46 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
-def answered(message: Message, agent: Agent) -> Message:
-    """The agent's answer; a code where there is none. No exception leaves: its text would go to the server."""
+def answered(message: Message, agent: Agent, wait: Callable[[float], object] = time.sleep) -> Message:
+    """The agent's answer, at the pace of its answers; a code where there is none.
+
+    No exception leaves: its text would go to the server.
+    """
     try:
-        arrays = [a for record in message.content.array_records.values() for a in record.values()]
-        if sum(len(array.data) for array in arrays) > largest_question(agent):
-            log.warning("a server's message was too large")
+        if why := _objection(message, agent):
+            log.warning("%s", why)
             return refusal(BAD_MESSAGE).to(message)
-        federation = agent.federation
-        if federation is not None and not is_sealed(message, federation.name, federation.operator):
-            log.warning("a question was not signed by the operator of %s", federation.name)
-            agent.turn_away("a question that its operator did not sign")
-            return refusal(BAD_MESSAGE).to(message)
-        found = answer([message], [agent.config.name], agent)[0] if agent.federating else None
-        if found is None or not agent.federating:  # which its owner may have ended meanwhile
-            return refusal(NO_DEVICE).to(message)
-        return found  # noqa: TRY300  # what is refused above is caught as well
+        pace, began = agent.pace(), time.monotonic()
+        reply = _answered(message, agent)
+        if message.metadata.message_type == MessageType.TRAIN:
+            spent = time.monotonic() - began
+            wait(max(0.0, pace - spent, agent.pace(spent) - spent))
+        # Its owner may have ended it meanwhile.
+        return reply if agent.federating else refusal(NO_DEVICE).to(message)
     except Exception as error:  # noqa: BLE001  # its text would go to the server
         log.error("a server's message could not be answered: %s", type(error).__name__)
         return refusal(FAILED).to(message)
+
+
+def _answered(message: Message, agent: Agent) -> Message:
+    try:
+        found = answer([message], [agent.config.name], agent)[0] if agent.federating else None
+    except Exception as error:  # noqa: BLE001  # its text would go to the server
+        log.error("a server's message could not be answered: %s", type(error).__name__)
+        return refusal(FAILED).to(message)
+    return refusal(NO_DEVICE).to(message) if found is None else found
+
+
+def _objection(message: Message, agent: Agent) -> str:
+    """Why a message is not even looked at; empty where it is."""
+    arrays = [a for record in message.content.array_records.values() for a in record.values()]
+    if sum(len(array.data) for array in arrays) > largest_question(agent):
+        return "a server's message was too large"
+    federation = agent.federation
+    if federation is not None and not is_sealed(message, federation.name, federation.operator):
+        agent.turn_away("a question that its operator did not sign")
+        return f"a question was not signed by the operator of {federation.name}"
+    return ""
 
 
 def largest_question(agent: Agent) -> int:
@@ -236,7 +258,7 @@ def _carry(node: SuperNode, agent: Agent, over: threading.Event) -> None:
         beat = HeartbeatSender(lambda: _beats(client))  # noqa: B023
         beat.start()
         try:
-            _carry_one(client, agent)
+            _carry_one(client, agent, over)
         except Exception as error:  # noqa: BLE001  # the next one may be
             log.error("a message was not carried: %s", type(error).__name__)
         finally:
@@ -253,9 +275,12 @@ def _beats(client: RuntimeHttpClient) -> bool:
     return True
 
 
-def _carry_one(client: RuntimeHttpClient, agent: Agent) -> None:
+def _carry_one(client: RuntimeHttpClient, agent: Agent, over: threading.Event) -> None:
     message, context, _, _ = pull_task_input(client)  # the bundle, the last of them, is let go
-    push_message(client, on_a_wire(answered(message, agent)), context)
+    reply = on_a_wire(answered(message, agent, over.wait))
+    if over.is_set():  # before its time: it is sent when it is asked for again
+        return
+    push_message(client, reply, context)
     push_task_output(client=client, context=context, sub_status=SubStatus.COMPLETED, details="")
     log.info("a message of the server's was answered (%s)", message.metadata.message_type)
 

@@ -21,7 +21,7 @@ from client.lm.loss import logits, token_losses
 from client.lm.memory import Allowance, keep_freed_memory
 from client.lm.norms import replace_norms
 from client.lm.optimizer import Moments, adamw_
-from client.lm.packing import OWN_TOKENS, Example, OwnPack, Pack, Rectangle, Texts, own_width, owned_by
+from client.lm.packing import OWN_PIECE, OWN_TOKENS, Example, OwnPack, Pack, Rectangle, Texts, own_width, owned_by
 from client.lm.passes import by_device, by_tokens
 from client.lm.soft_prompt import PromptLayout, behind
 
@@ -261,7 +261,8 @@ class Engine:
         weight = torch.tensor(weights, device=self.device)
         active = [*(_filled(a, rows) for a in frozen), Adapters(adapters.layout, parameters)]
         with torch.enable_grad(), self.active(active, pack.owned, pack.texts):
-            losses = self._losses(pack.ids, pack.positions, pack.targets, rows + 1)[:count]
+            hidden = self._forward(pack.ids, pack.positions)[pack.places]  # (M, H)
+            losses = pack.summed(self._token_losses(hidden, pack.targets, OWN_PIECE))
             (gradient,) = torch.autograd.grad((losses * weight).sum(), parameters)
         return gradient[:count], losses.detach()
 
@@ -407,15 +408,14 @@ class Engine:
 
     def losses(self, pack: Pack) -> torch.Tensor:
         """Σ NLL over the targets of each example, (R,) nats; only targets pass the head."""
-        return self._losses(pack.ids, pack.positions, pack.targets, len(pack.examples))
+        places, ids, examples = pack.targets
+        hidden = self._forward(pack.ids, pack.positions)[places]  # (M, H)
+        return torch.zeros(len(pack.examples), device=self.device).index_add(
+            0, examples, self._token_losses(hidden, ids)
+        )
 
-    def _losses(
-        self, ids: torch.Tensor, positions: torch.Tensor, targets: tuple[torch.Tensor, ...], count: int
-    ) -> torch.Tensor:
-        places, replies, rows = targets
-        hidden = self._forward(ids, positions)[places]  # (M, H)
-        losses = token_losses(hidden, self.head.weight, self.head.bias, replies, self.softcap)
-        return torch.zeros(count, device=self.device).index_add(0, rows, losses)
+    def _token_losses(self, hidden: torch.Tensor, targets: torch.Tensor, piece: int = 0) -> torch.Tensor:
+        return token_losses(hidden, self.head.weight, self.head.bias, targets, self.softcap, piece)
 
     @torch.inference_mode()
     def _check(self, expected: torch.Tensor) -> None:

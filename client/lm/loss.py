@@ -14,13 +14,22 @@ PIECE = 1 << 21  # logits at a time
 
 
 def token_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, softcap: float | None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    softcap: float | None,
+    piece: int = 0,
 ) -> torch.Tensor:
-    """NLL (M,) in nats, float32, of `targets` (M,) given the last hidden states (M, H) before them."""
+    """NLL (M,) in nats, float32, of `targets` (M,) given the last hidden states (M, H) before them.
+
+    With a `piece` each product is of exactly so many tokens, the last filled up, whatever M is.
+    """
     count = len(hidden)
-    filler = rounded(count) - count
+    filler = -count % piece if piece else rounded(count) - count
     hidden, targets = F.pad(hidden, (0, 0, 0, filler)), F.pad(targets, (0, filler))
-    losses: torch.Tensor = _TokenLosses.apply(hidden, weight, bias, targets, softcap)  # type: ignore[no-untyped-call]
+    step = piece or max(16, PIECE // len(weight) // 16 * 16)  # no piece is of fewer rows, but the last
+    losses: torch.Tensor = _TokenLosses.apply(hidden, weight, bias, targets, softcap, step)  # type: ignore[no-untyped-call]
     return losses[:count]
 
 
@@ -43,10 +52,10 @@ class _TokenLosses(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         softcap: float | None,
+        step: int,
     ) -> torch.Tensor:
         losses = torch.empty(len(hidden), device=hidden.device)
         derivative = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        step = max(16, PIECE // len(weight) // 16 * 16)  # so that no piece is of fewer rows, but the last of few
         for start in range(0, len(hidden), step):
             piece = slice(start, start + step)
             scores, target = logits(hidden[piece], weight, bias, softcap), targets[piece, None]
@@ -66,4 +75,4 @@ class _TokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (derivative,) = ctx.saved_tensors
-        return derivative * grad[:, None].to(derivative.dtype), None, None, None, None
+        return derivative * grad[:, None].to(derivative.dtype), None, None, None, None, None

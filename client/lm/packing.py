@@ -165,6 +165,7 @@ def owned_by(
 
 LEAST_WIDTH = 16  # tokens
 OWN_TOKENS = 128, 512  # of a pass of private examples, fillers included: of one device, of several
+OWN_PIECE = 32  # targets of private examples that go through the head together
 
 
 def own_width(length: int) -> int:
@@ -179,8 +180,8 @@ class OwnPack:
     """Examples of one width, each its own owner, for gradients that must not depend on the company, not by a bit.
 
     The pass has a shape that follows from the width alone: so many rows, filled up with examples that do not count;
-    their tokens filled up to the width with ones that nothing before them looks at, their targets to as many as
-    there are tokens. Then an example's numbers are the same in each place, whatever stands in the others
+    their tokens filled up to the width with ones that nothing before them looks at. Their targets go through the head
+    in pieces of one size. Then an example's numbers are the same in each place, whatever stands in the others
     (`client.lm.engine.Engine.rows_apart` tries that on this machine).
     """
 
@@ -193,14 +194,18 @@ class OwnPack:
         self.positions = torch.arange(width, device=device).repeat(rows)[None]
         self.owned = Rectangle([width] * rows, device)
         self.texts = Texts([width] * rows, device)
-        places = torch.arange(rows * width)
-        ids, owners = torch.zeros_like(places), torch.full_like(places, rows)  # of nobody
+        places, targets = list[int](), list[int]()
         for row, example in enumerate(examples):
             end = row * width + example.length
-            targets = slice(end - example.targets - 1, end - 1)
-            ids[targets] = torch.tensor(example.reply[len(example.reply) - example.targets :])
-            owners[targets] = row
-        self.targets = places.to(device), ids.to(device), owners.to(device)
+            places += range(end - example.targets - 1, end - 1)
+            targets += example.reply[len(example.reply) - example.targets :]
+        self.places = torch.tensor(places, dtype=torch.long, device=device)  # (M,), before each target
+        self.targets = torch.tensor(targets, dtype=torch.long, device=device)  # (M,)
+
+    def summed(self, losses: torch.Tensor) -> torch.Tensor:
+        """Losses of the targets (M,) → of each example (n,), in an order that follows from its own places."""
+        of_all = torch.zeros(self.ids.shape[1], device=losses.device).index_put((self.places,), losses)
+        return of_all.view(self.rows, -1).sum(1)[: len(self.examples)]
 
 
 class Pack:
