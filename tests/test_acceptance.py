@@ -126,6 +126,22 @@ def test_secrets_that_can_be_repeated_join_no_federation(home: Home, lm: Languag
     assert agent.account and not agent.account.entries
 
 
+def test_under_later_terms_new_dialogues_alone_take_part(home: Home, lm: LanguageModel) -> None:
+    """Five rounds need more noise than three: what was released under one σ is not drawn under another."""
+    agent = made(home, lm)
+    agent.join(terms(), SERVER)
+    row, plan, name = agent.site.shared_layout.start(0), RoundPlan(1, 0), agent.config.name
+    assert agent.contribute([name], row, plan) != [None]
+    agent.leave()
+    agent.join(terms(name="meadow", rounds=5), SERVER)
+    assert agent.contribute([name], row, plan) == [None] and agent.journal.sent()[-1].kind == "other-terms"
+    new = agent.journal.add("Something new?", "hm", "").id
+    agent.rate(new, False, "The swallows are back.")
+    assert agent.contribute([name], row, plan) != [None]  # the refused question has used nothing up
+    assert [i for i, _ in agent._state().pool.slots] == [new]
+    assert agent.account and [len(e.dialogues) for e in agent.account.entries] == [3, 1]
+
+
 # -- terms ------------------------------------------------------------------------------------------------------------
 
 

@@ -190,7 +190,7 @@ def test_a_pool_that_is_not_full_keeps_its_public_denominator(lm: LanguageModel,
     row, weights = torch.zeros(site.shared_layout.width), [1 / len(e.reply) for e in examples]
     expected = clipped_sum(example_gradients(lm, site.shared_layout, row, [], examples, weights), CLIP) / 12
     assert changes[0] is not None
-    torch.testing.assert_close(changes[0], -expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(changes[0], -expected.float(), atol=1e-5, rtol=0)
 
 
 # -- noise --------------------------------------------------------------------------------------------------------
