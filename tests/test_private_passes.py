@@ -4,6 +4,7 @@ it, for a server that crafts the adapter can make rounding as large as it likes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from client.dialogue import Dialogue
 from client.lm.adapter import AdapterLayout, Adapters
 from client.lm.config import AdapterConfig, ModelConfig, TextLimits
 from client.lm.model import LanguageModel
-from client.lm.packing import LEAST_WIDTH, OwnPack, own_width
+from client.lm.packing import LEAST_WIDTH, OwnPack, own_rows, own_width
 from privacy.dpsgd import clipped_sum
 
 CLIP = 1.0
@@ -185,12 +186,34 @@ def test_a_width_follows_from_a_length_and_there_are_few(length: int) -> None:
     assert len({own_width(n) for n in range(1, 1025)}) == 13
 
 
-def test_a_private_pass_has_the_shape_of_its_width_alone(lm: LanguageModel) -> None:
+def test_a_private_pass_is_a_rectangle_whatever_stands_in_it(lm: LanguageModel) -> None:
     one, other = lm.format.dialogues([POOL[0], Dialogue("x", *OTHERS["same length"])])
     few, many = OwnPack([one], 4, lm.engine.device), OwnPack([other, one, other], 4, lm.engine.device)
     assert few.ids.shape == many.ids.shape == (1, 4 * own_width(one.length))
-    assert [t.shape for t in few.targets] == [t.shape for t in many.targets]
-    assert (
-        int((few.targets[2] == 0).sum()) == one.targets
-        and int((few.targets[2] == 4).sum()) == 4 * own_width(one.length) - one.targets
-    )
+    assert len(few.places) == one.targets and len(many.places) == one.targets + 2 * other.targets
+    losses = torch.arange(1.0, 1 + len(many.places))
+    assert many.summed(losses).tolist() == [
+        float(part.sum()) for part in losses.split([other.targets, one.targets, other.targets])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("examples", "most", "rows"),
+    [(1, 0, 1), (1, 8, 1), (2, 8, 2), (3, 8, 4), (5, 8, 4), (6, 8, 8), (6, 7, 4), (99, 8, 8)],
+)
+def test_rows_are_a_power_of_two_and_few_are_fillers(examples: int, most: int, rows: int) -> None:
+    assert own_rows(examples, most) == rows
+
+
+def test_a_pass_that_changes_a_bit_of_what_an_example_has_alone_is_noticed(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, whole = lm.lora_layout(DEFAULT), lm.engine._own_gradients
+    assert lm.engine.rows_apart(layout, 32, 2)
+
+    def coarser(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found, losses = whole(*args)
+        return (found.bfloat16().float() if args[-1] > 1 else found), losses
+
+    monkeypatch.setattr(lm.engine, "_own_gradients", coarser)
+    assert not lm.engine.rows_apart(layout, 32, 2)

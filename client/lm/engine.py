@@ -21,7 +21,18 @@ from client.lm.loss import logits, token_losses
 from client.lm.memory import Allowance, keep_freed_memory
 from client.lm.norms import replace_norms
 from client.lm.optimizer import Moments, adamw_
-from client.lm.packing import OWN_PIECE, OWN_TOKENS, Example, OwnPack, Pack, Rectangle, Texts, own_width, owned_by
+from client.lm.packing import (
+    OWN_PIECE,
+    OWN_TOKENS,
+    Example,
+    OwnPack,
+    Pack,
+    Rectangle,
+    Texts,
+    own_rows,
+    own_width,
+    owned_by,
+)
 from client.lm.passes import by_device, by_tokens
 from client.lm.soft_prompt import PromptLayout, behind
 
@@ -66,7 +77,7 @@ class Engine:
         self.reading = attention.attend_packed(model)
         self.allowance = Allowance(max_batch_tokens or TOKENS.get((self.device.type, self.dtype), 2048))
         self.most_tokens = self.allowance.tokens  # as set: what is left of them when memory was short says something
-        self._apart: dict[tuple[str, int, int, int], bool] = {}  # by layout, width and rows
+        self._apart: dict[tuple[str, int, int, int, int], bool] = {}  # by layout, width, rows and threads
         self._check(expected)
 
     def pack(self, examples: Sequence[Example], slots: Sequence[int]) -> Pack:
@@ -213,39 +224,38 @@ class Engine:
         for i, example in enumerate(examples):
             by_width.setdefault(own_width(example.length), []).append(i)
         for width, some in sorted(by_width.items(), reverse=True):
-            rows = self._rows_at(trained.layout, width, OWN_TOKENS[len(trained.rows) > 1])
-            for start in range(0, len(some), rows):
-                group = some[start : start + rows]
+            while some:
+                rows = self._rows_for(trained.layout, width, len(some))
+                group, some = some[:rows], some[rows:]
                 yield group, *differentiate(group, rows)
 
-    def _rows_at(self, layout: Layout, width: int, tokens: int) -> int:
-        """How many examples of a width go through together, always; one where they would reach each other."""
-        rows = max(1, min(tokens, self.most_tokens) // width)
-        kind = type(layout).__name__, layout.width, width, rows
+    def _rows_for(self, layout: Layout, width: int, examples: int) -> int:
+        """In a pass of so many rows each example has the gradient that it has alone."""
+        rows = own_rows(examples, min(OWN_TOKENS, self.most_tokens) // width)
+        while rows > 1 and not self._keeps_apart(layout, width, rows):
+            rows //= 2
+        return rows
+
+    def _keeps_apart(self, layout: Layout, width: int, rows: int) -> bool:
+        kind = type(layout).__name__, layout.width, width, rows, torch.get_num_threads()
         if kind not in self._apart:
-            self._apart[kind] = rows == 1 or self.rows_apart(layout, width, rows)
-        return rows if self._apart[kind] else 1
+            self._apart[kind] = self.rows_apart(layout, width, rows)
+        return self._apart[kind]
 
     def rows_apart(self, layout: Layout, width: int, rows: int) -> bool:
-        """Whether an example's gradient is the same to the bit in each place and in any company of its width."""
+        """Whether an example's gradient is, to the bit, what it is alone: at each end and in the middle of a pass."""
         generator, vocabulary = torch.Generator().manual_seed(width), self.embedding.weight.shape[0]
-
-        def some(count: int) -> list[Example]:
-            ids = torch.randint(vocabulary, (count, width), generator=generator).tolist()
-            return [Example(tuple(i[: width // 2]), tuple(i[width // 2 : width - k % 3]), (0, 1), False)
+        ids = torch.randint(vocabulary, (rows, width), generator=generator).tolist()
+        examples = [Example(tuple(i[: width // 2]), tuple(i[width // 2 : width - k % 3]), (0, 1), False)
                     for k, i in enumerate(ids)]  # fmt: skip
-
-        (one,) = some(1)
-        noise = LARGE * torch.randn(rows, layout.width, generator=generator)
-        adapters = Adapters(layout, (layout.start(width) + noise).to(self.device))
-        found = []
-        for place in sorted({0, 1, rows // 2, rows - 1} & set(range(rows))):
-            company = some(rows - 1)
-            examples = [*company[:place], one, *company[place:]]
-            own = adapters.rows.roll(place, 0)  # row 0 is with the example
-            found.append(self._own_gradients(Adapters(layout, own), [], examples, [1.0] * rows, rows)[0][place])
-        found.append(self._own_gradients(adapters.pick([0]), [], [one], [1.0], rows)[0][0])
-        return all(torch.equal(found[0], other) for other in found[1:])
+        numbers = layout.start(width) + LARGE * torch.randn(rows, layout.width, generator=generator)
+        places = sorted({0, 1, rows // 2, rows - 1} & set(range(rows)))
+        for place in places:
+            examples[place], numbers[place] = examples[0], numbers[0]
+        adapters = Adapters(layout, numbers.to(self.device))
+        alone, _ = self._own_gradients(adapters.pick([0]), [], examples[:1], [1.0], 1)
+        together, _ = self._own_gradients(adapters, [], examples, [1.0] * rows, rows)
+        return all(torch.equal(together[place], alone[0]) for place in places)
 
     def _own_gradients(
         self,

@@ -164,7 +164,7 @@ def owned_by(
 
 
 LEAST_WIDTH = 16  # tokens
-OWN_TOKENS = 128, 512  # of a pass of private examples, fillers included: of one device, of several
+OWN_TOKENS = 512  # of a pass of private examples at most, fillers included
 OWN_PIECE = 32  # targets of private examples that go through the head together
 
 
@@ -176,13 +176,19 @@ def own_width(length: int) -> int:
     return width
 
 
+def own_rows(examples: int, most: int) -> int:
+    """Rows of the next pass of so many private examples of a width: a power of two, at most a quarter fillers."""
+    power = 1 << max(0, min(examples, most).bit_length() - 1)
+    return 2 * power if 2 * power <= most and examples >= 1.5 * power else power
+
+
 class OwnPack:
     """Examples of one width, each its own owner, for gradients that must not depend on the company, not by a bit.
 
-    The pass has a shape that follows from the width alone: so many rows, filled up with examples that do not count;
-    their tokens filled up to the width with ones that nothing before them looks at. Their targets go through the head
-    in pieces of one size. Then an example's numbers are the same in each place, whatever stands in the others
-    (`client.lm.engine.Engine.rows_apart` tries that on this machine).
+    The pass is a rectangle: rows are filled up with examples that do not count, their tokens to the width with ones
+    that nothing before them looks at; targets go through the head in pieces of one size. Then what stands in the other
+    rows cannot reach an example's numbers, and how many rows there are does not where the kernels' order of sums is
+    the same (`client.lm.engine.Engine.rows_apart` tries that on this machine).
     """
 
     def __init__(self, examples: Sequence[Example], rows: int, device: torch.device) -> None:
