@@ -9,11 +9,11 @@ releases that are rounded one by one on their way; what rules other than the pla
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Event = dict[str, Any]  # as `metrics.jsonl` has them
+Event = Mapping[str, Any]  # as `metrics.jsonl` has them
 
 
 @dataclass(frozen=True)
