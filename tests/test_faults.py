@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,43 +166,62 @@ def test_a_phase_that_raises_ends_the_run_and_says_where(
         assert summary["tokens_trained"] > 0 and not summary["failures"] and not summary["refused"]
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_an_evaluation_that_raises_ends_the_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = simulation.session if name == "learn_without_server" else simulation.examine
-    broken(module, name, TypeError, "device-00004" if name == "joined_late" else "device-00002", monkeypatch)
-    with pytest.raises(BrokenDeviceError, match=f"{name} is broken"):
-        run_experiment(config(), tmp_path / "run")
+def test_an_evaluation_that_raises_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its jobs in turn, on one run that goes on after each."""
+    for name in JOBS:
+        with monkeypatch.context() as patch:
+            only = "device-00004" if name == "joined_late" else "device-00002"
+            broken(of_evaluation(name), name, TypeError, only, patch)
+            with pytest.raises(BrokenDeviceError, match=f"{only}: .*{name} is broken"):
+                run_experiment(config(), tmp_path / "run", resuming=name != JOBS[0])
+        assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def of_evaluation(name: str) -> Any:
+    """The module where such a job is called."""
+    return simulation.session if name == "learn_without_server" else simulation.examine
 
 
 COUNTED = "engine.on_device_error=count", "engine.failed_share=0.5"
 
 
 @pytest.mark.parametrize(
-    ("name", "what"),
-    [("learn_shared", "release"), ("learn_personal", "adoption"), ("learn_without_server", "control")]
-    + [(name, "evaluation") for name in ("personal_rows", "scored", "replied")],
+    "faults",
+    [
+        [("learn_shared", "release"), ("learn_personal", "adoption"), ("learn_without_server", "control")],
+        [("personal_rows", "evaluation"), ("scored", "evaluation"), ("replied", "evaluation")],
+    ],
+    ids=["learning", "evaluation"],
 )
 def test_counted_faults_are_in_table_summary_and_report(
-    name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    faults: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each on a device of its own; the fourth is sound."""
     from rich.console import Console
 
     from simulation.summary import render_summary
 
-    module = simulation.session if name == "learn_without_server" else simulation.examine
-    broken(client.round if name in PHASES else module, name, DeviceFaultError, "device-00002", monkeypatch)
+    devices = {name: f"device-0000{k}" for k, (name, _) in enumerate(faults)}
+    for name, device in devices.items():
+        broken(client.round if name in PHASES else of_evaluation(name), name, DeviceFaultError, device, monkeypatch)
     summary = run_experiment(config(*COUNTED), tmp_path / "run")
-    assert summary["failures"] == {what: 1}
-    (event,) = [e for e in RunFolder(tmp_path / "run").events() if e["event"] == "failure"]
-    assert (event["device"], event["what"], event["round"]) == ("device-00002", what, 1)
-    assert f"{name} is broken" in event["error"]
+    counted = Counter(what for _, what in faults)
+    assert summary["failures"] == counted
+    events = [e for e in RunFolder(tmp_path / "run").events() if e["event"] == "failure"]
+    assert sorted((e["device"], e["what"], e["round"]) for e in events) == sorted(
+        (devices[name], what, 1) for name, what in faults
+    )
+    for event in events:
+        assert next(name for name, device in devices.items() if device == event["device"]) in event["error"]
     with Console(width=120).capture() as _, Console(width=120, record=True) as console:
         console.print(render_summary(summary))
-    assert f"failed and counted: 1 × {what}" in console.export_text()
-    assert f"1 × {what}; the first, device-00002" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    table, page = console.export_text(), (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for what, count in counted.items():
+        assert f"{count} × {what}" in table and f"{count} × {what}" in page
+    assert "; the first, device-0000" in page
     lines = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
-    scored = {json.loads(line)["device"] for line in lines}
-    assert ("device-00002" in scored) == (name not in ("learn_without_server", "personal_rows", "scored"))
+    unscored = {devices[n] for n in devices if n in ("learn_without_server", "personal_rows", "scored")}
+    assert {json.loads(line)["device"] for line in lines} == {f"device-0000{k}" for k in range(4)} - unscored
 
 
 def test_too_many_faults_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

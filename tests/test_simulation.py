@@ -72,24 +72,29 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("width", [44, 60, 80, 200])
-def test_the_table_at_the_end_is_whole(finished: Path, width: int) -> None:
+WIDTHS = 44, 60, 80, 200
+
+
+def test_the_table_at_the_end_is_whole(finished: Path) -> None:
     """No figure is cut, however narrow the terminal; and what an encoding lacks is written in other characters."""
     summary = json.loads((finished / "summary.json").read_text())
     probe = (
         "import json, sys\nfrom rich.console import Console\nfrom client.terminal import speak_plainly\n"
-        "from simulation.summary import render_summary\nspeak_plainly()\n"
-        "Console(width=int(sys.argv[1])).print(render_summary(json.load(open(sys.argv[2], encoding='utf-8'))))"
+        "from simulation.summary import render_summary\nspeak_plainly()\nsummary = json.load(open(sys.argv[1]))\n"
+        "for width in sys.argv[2:]:\n    Console(width=int(width)).print(render_summary(summary))\n    print('=====')"
     )
-    command = [sys.executable, "-c", probe, str(width), str(finished / "summary.json")]
+    command = [sys.executable, "-c", probe, str(finished / "summary.json"), *map(str, WIDTHS)]
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for figures in summary["nll"].values():
-        low, high = figures["ci95"]
-        assert f"{figures['mean_per_user']:.3f} +/- {(high - low) / 2:.3f}" in done.stdout
-        assert f"{figures['mean_per_query']:.3f}" in done.stdout
-    assert done.stdout.count("...") == len(summary["comparisons"])  # of intervals, none of what was cut
-    assert f"epsilon = {summary['epsilon']:.2f}" in " ".join(done.stdout.split())
+    *tables, _ = done.stdout.split("=====\n")
+    assert len(tables) == len(WIDTHS)
+    for table in tables:
+        for figures in summary["nll"].values():
+            low, high = figures["ci95"]
+            assert f"{figures['mean_per_user']:.3f} +/- {(high - low) / 2:.3f}" in table
+            assert f"{figures['mean_per_query']:.3f}" in table
+        assert table.count("...") == len(summary["comparisons"])  # of intervals, none of what was cut
+        assert f"epsilon = {summary['epsilon']:.2f}" in " ".join(table.split())
 
 
 # -- what a run leaves --------------------------------------------------------------------------------------------
