@@ -35,7 +35,7 @@ from keyring.errors import KeyringLocked
 from peft import AutoPeftModelForCausalLM
 from scipy.stats import kstest, spearmanr
 
-from client import shared
+from client import coins, shared
 from client.agent import board
 from client.agent.agent import Agent, AgentError, _federation, restore
 from client.agent.config import new_config
@@ -1066,14 +1066,14 @@ def test_a_release_is_noise_on_what_was_learned(
 
     def replayed(secret: int, number: int, *, quiet: bool) -> np.ndarray:
         with monkeypatch.context() as patch:
-            patch.setattr(shared, "fresh_secret", lambda: secret)  # else drawn by the system, anew each time
+            patch.setattr(coins, "fresh_secret", lambda: secret)  # else drawn by the system, anew each time
             if quiet:
                 patch.setattr(PrivateRow, "__init__", silent)
             found = noisy_steps([agent._state()], row, RoundPlan(number, 0), agent.site)
             return found[agent.config.name].numpy()
 
     with monkeypatch.context() as patch:
-        patch.setattr(shared, "fresh_secret", lambda: 7)
+        patch.setattr(coins, "fresh_secret", lambda: 7)
         _, arrays = asked(agent, 1, row)
     scale = release_noise(agent.site.config, 1, 0).on_device
     payload = np.concatenate([arrays[name].ravel() for name, _ in agent.schema.shapes])
@@ -1242,8 +1242,6 @@ def test_what_is_no_http_writes_no_traceback(door: SimpleNamespace, capfd: pytes
     [
         ("chat", b'{"prompt": "a", "conversation": "' + b"x" * 65 + b'"}'),
         ("chat", b'{"prompt": "a", "conversation": "<b>"}'),
-        ("chat", b'{"prompt": "\\ud800x"}'),
-        ("profile", b'{"interests": [{"text": "\\ud800x"}], "interactions": 0}'),
         ("profile", b'{"interests": [], "interactions": Infinity}'),
         ("profile", b'{"interests": [], "interactions": 1e999}'),
         ("profile", b'{"interests": [], "interactions": -1}'),
@@ -1259,6 +1257,18 @@ def test_what_could_not_be_written_again_is_refused_before(door: SimpleNamespace
     assert reply.status_code in (200, 400) and "error" in last and "done" not in last
     assert door.remote.read("profile") == {"interests": [], "interactions": 0} and door.agent.journal.count() == 0
     assert door.remote.export()
+
+
+def test_half_a_character_is_cleaned_wherever_a_text_comes_in(door: SimpleNamespace) -> None:
+    door.agent.consent("learn", True)
+    said = door.client.post("http://agent/api/chat", content=b'{"prompt": "\\ud83d tea?"}').text.splitlines()
+    turn = json.loads(said[-1])["done"]
+    assert turn["prompt"] == "? tea?" == door.agent.journal.turn(turn["id"]).prompt
+    assert door.agent.chat("\udcff tea?").prompt == "? tea?"  # as a terminal that is not UTF-8 gives it
+    assert door.agent.rate(turn["id"], False, "green \ud83d").wanted == "green ?"
+    door.client.post("http://agent/api/profile", content=b'{"interests": [{"text": "\\ud800 x"}], "interactions": 0}')
+    assert [i.text for i in door.agent.profile.interests] == ["? x"]
+    assert door.agent.learn()["arrived"] == 2
 
 
 def test_a_vault_with_half_a_surrogate_is_repaired(home: Home, lm: LanguageModel) -> None:

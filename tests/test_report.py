@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from privacy.accounting import Event as Spent
+from privacy.accounting import epsilon
+from simulation.bystander import bystander
 from simulation.page import duration, signed, size
 from simulation.report import (
     MOST_DEVICES_LISTED,
@@ -214,6 +217,52 @@ def test_verdict_states_the_highest_epsilon_and_an_overspent_budget() -> None:
     assert f"The privacy budget was exceeded: a device spent ε = 8.50 of 8 {kind}." in beyond
     unprotected = verdict([RUN | {"privacy": PRIVACY | {"mode": "none"}}, device_round(1, "u1", None)])
     assert "What left the devices was not protected: privacy mode none is for simulation only." in unprotected
+
+
+PLAIN = {
+    "server": {"rule": "mean", "products": "average", "buffer": 0},
+    "shared": {"upload": "fp32"}, "privacy": {"releases": 0}, "world": {"classes": ""},
+}  # fmt: skip
+
+
+def of_whole_devices(noise: float = 2.0, **privacy: Any) -> Event:
+    told = {"mode": "user-local", "sampling_rate": 1.0, "steps_per_round": 1, "noise_multiplier": noise}
+    return {"rounds": 3, "privacy": {**PRIVACY, **told, "adjacency": "replace-one", **privacy}, "config": PLAIN}
+
+
+def test_who_sees_only_the_mean_is_promised_more_by_hand() -> None:
+    """Of n = 4 releases with σ = 2 the mean has that of σ = 4; a unit is in the rounds that have fewest."""
+    rounds = [{"releases": n} for n in (9, 4, 0, 16)]
+    found = bystander(of_whole_devices(), rounds)
+    assert found and found.releases == 4
+    assert found.epsilon == epsilon([Spent(4.0, 1.0, 1), Spent(6.0, 1.0, 1), Spent(8.0, 1.0, 1)], 1e-5)
+    alone = bystander(of_whole_devices(), [{"releases": 1}] * 3)
+    assert alone and alone.epsilon == epsilon([Spent(2.0, 1.0, 3)], 1e-5)  # a mean of one hides nothing
+
+
+def test_the_quickstarts_mean_of_64() -> None:
+    run = of_whole_devices(0.978515625, mode="example-local", sampling_rate=0.5)
+    found = bystander(run, [{"releases": 64}] * 3)
+    assert found and found.epsilon == pytest.approx(0.81, abs=0.005)
+    assert found.told.startswith("ε = 0.81 towards who sees only the mean of each round's releases, 64 or more, if the")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("server", "rule", "krum"),
+        ("server", "products", "residual"),
+        ("server", "buffer", 8),
+        ("shared", "upload", "int8"),
+        ("world", "classes", "world/devices"),
+    ],
+)
+def test_nothing_is_claimed_of_what_is_no_mean(section: str, key: str, value: Any) -> None:
+    config = {**PLAIN, section: {**PLAIN[section], key: value}}
+    assert bystander({**of_whole_devices(), "config": config}, [{"releases": 64}]) is None
+    assert bystander(of_whole_devices(steps_per_round=2), [{"releases": 64}]) is None
+    assert bystander(of_whole_devices(mode="user-central"), [{"releases": 64}]) is None
+    assert bystander(of_whole_devices(), []) is None
 
 
 def test_verdict_never_leaves_out_an_unbounded_or_unknown_epsilon() -> None:

@@ -158,6 +158,7 @@ class Agent:
 
     def chat(self, prompt: str, conversation: str = "", told: Progress = lambda text: None) -> Turn:
         """A reply; `told` hears it grow. Kept only where its owner has consented to learning."""
+        prompt = _mended(prompt)
         self._check_length(prompt)
         if not prompt.strip():
             raise AgentError("there is nothing to reply to")
@@ -175,6 +176,7 @@ class Agent:
 
     def rate(self, identity: str, liked: bool | None, wanted: str = "") -> Turn:
         """👍, 👎, and what the owner would have said. Raises KeyError for a dialogue that is not there."""
+        wanted = _mended(wanted)
         self._check_length(wanted)
         if not self.consents["learn"]:
             raise AgentError("what you say of it is kept to learn from, which is not consented to")
@@ -777,7 +779,7 @@ def _hashed(text: str) -> str:
 
 
 def _mended(text: str) -> str:
-    """Without halves of surrogates, which an earlier version took and no answer can be written with."""
+    """With a "?" for half a character: a terminal can give one, an earlier version took them, nothing can write one."""
     return text.encode("utf-8", "replace").decode()
 
 

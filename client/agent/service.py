@@ -275,11 +275,12 @@ async def _read_body(request: Request, most: int) -> bytes:
 
 
 async def _json(request: Request) -> dict[str, Any]:
-    """Raises ValueError for what is not an object of JSON, and `TooLargeError`."""
+    """Raises ValueError for what is not an object of JSON, and `TooLargeError`. Half a character becomes a "?"."""
     body = await _read_body(request, LARGEST)
     try:
         found = json.loads(body or b"{}")
-        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate, NaN and 1e999 are no JSON
+        written = json.dumps(found, ensure_ascii=False, allow_nan=False)  # NaN and 1e999 are no JSON
+        found = json.loads(written.encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         raise ValueError("the request is not JSON") from None
     if not isinstance(found, dict):

@@ -48,6 +48,7 @@ def init(
     """
     from secrets import randbits
 
+    from client.agent.acceptance import check_settings
     from client.agent.terms import Terms
     from client.lm.places import base_hash
     from server.config import ServerConfig
@@ -63,6 +64,7 @@ def init(
             "min_devices": min_devices, "patience_s": patience_s,
         }  # fmt: skip
         terms = validate(Terms, told, "server init")
+        check_settings(terms.shared, terms.rounds)
         make_certificates(folder, host)
 
         from simulation.deployment.rounds import make_folder  # and with it torch, now that nothing is left to refuse

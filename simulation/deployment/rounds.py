@@ -17,11 +17,13 @@ from filelock import FileLock, Timeout
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
+from client.agent.acceptance import check_for_everyone
 from client.agent.agent import Federation
 from client.agent.config import new_config
 from client.agent.home import DeviceError, write_private
 from client.agent.seal import hash_of, new_key, public_half, sealed
 from client.agent.terms import Terms, read_terms, write_terms
+from client.lm.adapter import AdapterLayout
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
 from client.phases import release_schema
@@ -52,7 +54,8 @@ Tell = Callable[[str], None]
 
 def make_folder(folder: Path, terms: Terms, settings: ServerConfig, least_epsilon: float) -> Terms:
     """The terms with the operator's key and the bound of a release in them, and all that a server needs beside its
-    certificates; raises `DeviceError`."""
+    certificates; raises `DeviceError`, for terms that no device would accept too."""
+    check_for_everyone(_layout(terms), terms.shared, terms.rounds)
     private = new_key()
     told = terms.model_copy(update={"operator": public_half(private)})
     told = told.model_copy(update={"largest_norm_l2": largest_norm(told, least_epsilon)})
@@ -88,8 +91,12 @@ def read_settings(folder: Path) -> ServerConfig:
 
 
 def _schema(terms: Terms) -> Schema:
+    return release_schema(_layout(terms), terms.shared.upload)
+
+
+def _layout(terms: Terms) -> AdapterLayout:
     lm = LanguageModel.load(ModelConfig(name=terms.model, dtype="float32"))
-    return release_schema(lm.lora_layout(terms.shared.adapter, public_seed=terms.seed), terms.shared.upload)
+    return lm.lora_layout(terms.shared.adapter, public_seed=terms.seed)
 
 
 # -- rounds -----------------------------------------------------------------------------------------------------------
@@ -199,7 +206,9 @@ def serving(folder: Path, host: str, port: int) -> Iterator[Link]:
     """The door of this folder's server is open while this lasts, for whoever is admitted. Raises `DeviceError`."""
     check_folder(folder)
     terms = read_terms(folder / TERMS)
-    allowed = Allowed.of(_schema(terms).size_bytes)
+    layout = _layout(terms)
+    check_for_everyone(layout, terms.shared, terms.rounds)  # the file may have been edited
+    allowed = Allowed.of(release_schema(layout, terms.shared.upload).size_bytes)
     with _alone(folder), _logged(folder):
         link = Link()
         link.set_admitted(admitted(folder))
