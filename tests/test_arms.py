@@ -17,7 +17,7 @@ import pytest
 import tomli_w
 import torch
 
-from client.lm.config import ModelConfig
+from client.lm.config import ModelConfig, SamplingConfig
 from client.lm.engine import Engine
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel
@@ -98,6 +98,11 @@ class Heard:
     finetuned: list[dict[str, Any]] = field(default_factory=list)
     selected: list[Example] = field(default_factory=list)  # read without adapters
     scored: list[Example] = field(default_factory=list)
+    written: list[Any] = field(default_factory=list)  # by call: prompts, and how replies were to be decoded
+
+    @property
+    def everything(self) -> tuple[list[Any], ...]:
+        return self.learned, self.finetuned, self.selected, self.scored, self.written
 
     @property
     def lessons(self) -> list[Example]:
@@ -109,7 +114,7 @@ def listening() -> Iterator[Heard]:
     """To every engine of this file's tests; emptied by each of them."""
     heard = Heard()
     finetune, gradients, gradient = Engine.finetune, Engine.dp_gradients, Engine.gradient
-    hidden, score = Engine.hidden, Engine.score
+    hidden, score, generate = Engine.hidden, Engine.score, LanguageModel.generate
 
     def finetuning(
         self: Engine, trained: Any, frozen: Any, lessons: list[Lesson], rates: Any, *more: Any, **named: Any
@@ -136,7 +141,12 @@ def listening() -> Iterator[Heard]:
         heard.scored.extend(examples)
         return score(self, examples, slots, adapters)
 
+    def writing(self: LanguageModel, prompts: Any, slots: Any, adapters: Any, sampling: Any, seeds: Any) -> Any:
+        heard.written.append((list(prompts), sampling))
+        return generate(self, prompts, slots, adapters, sampling, seeds)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageModel, "generate", writing)
         for name, heard_by in (
             ("finetune", finetuning), ("dp_gradients", differentiating), ("gradient", weighing), ("hidden", reading),
             ("score", scoring),
@@ -147,7 +157,7 @@ def listening() -> Iterator[Heard]:
 
 @pytest.fixture
 def heard(listening: Heard) -> Heard:
-    for of_kind in (listening.learned, listening.finetuned, listening.selected, listening.scored):
+    for of_kind in listening.everything:
         of_kind.clear()
     return listening
 
@@ -187,15 +197,17 @@ def run(listening: Heard, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Three devices in a world, two newcomers, all arms."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "classes.toml").write_text(CLASSES, encoding="utf-8")
-    evaluation = EVALUATION | {"newcomers": 2, "pooled_epochs": 2, "pooled_batch_size": 12}
+    pooled = {"pooled_epochs": 2, "pooled_batch_size": 12, "pooled_learning_rate": 1e-3}
+    sampling = {"max_new_tokens": 5, "temperature": 0.25}
+    evaluation = {**EVALUATION, **pooled, "newcomers": 2, "sampling": sampling, "replies_shown": 1}
     config = ExperimentConfig.model_validate({
         **LEARNING, "data": data(folder, 3), "evaluation": evaluation,
         "world": {"classes": str(folder / "classes.toml")},
     })  # fmt: skip
-    for of_kind in (listening.learned, listening.finetuned, listening.selected, listening.scored):
+    for of_kind in listening.everything:
         of_kind.clear()
     run_experiment(config, folder / "run")
-    kept = Heard(*(list(x) for x in (listening.learned, listening.finetuned, listening.selected, listening.scored)))
+    kept = Heard(*map(list, listening.everything))
     made = RunFolder(folder / "run")
     devices = open_devices(made)
     crew = Crew(InProcess(devices), devices)
@@ -230,18 +242,40 @@ def test_the_arms_of_a_run_are_made_of_what_they_are_named_after(run: Run) -> No
     assert sorted(r.sum().item() for r in strangers) == sorted(r.sum().item() for r in own)  # each once
 
 
-def test_without_a_server_nothing_shared_is_beneath(tmp_path: Path) -> None:
-    """The arms are those of devices alone."""
+def test_replies_are_asked_for_as_the_settings_say(run: Run) -> None:
+    """One of each device under each of six arms, in the same words for all of them; one pair is shown."""
+    sampling = SamplingConfig(max_new_tokens=5, temperature=0.25)
+    asked = [prompts for prompts, how in run.heard.written if how == sampling]
+    assert run.folder.config.evaluation.rouge_queries_per_user == 1
+    assert len(asked) == 6 and len(asked[0]) == 3 and all(prompts == asked[0] for prompts in asked)
+    assert len(run.events("replies")) == run.folder.config.evaluation.replies_shown == 1
+
+
+@pytest.fixture(scope="module")
+def alone(listening: Heard, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run without a server, evaluated after each round."""
+    folder = tmp_path_factory.mktemp("alone")
     config = ExperimentConfig.model_validate({
-        **LEARNING, "data": data(tmp_path, 3), "server": {"rule": "none"}, "rounds": 1,
-        "synthesis": {"per_dialogue": 0}, "evaluation": EVALUATION | {"pooled_epochs": 0, "rouge_queries_per_user": 0},
+        **LEARNING, "data": data(folder, 3), "server": {"rule": "none"}, "synthesis": {"per_dialogue": 0},
+        "evaluation": EVALUATION | {"pooled_epochs": 0, "rouge_queries_per_user": 0, "every_round": True},
     })  # fmt: skip
-    run_experiment(config, tmp_path / "run")
-    made = RunFolder(tmp_path / "run")
-    devices = open_devices(made)
-    arms = Examiner(made, devices, Crew(InProcess(devices), devices), list(devices.users))._arms(
-        1, torch.ones(devices.site.shared_layout.width)
-    )
+    run_experiment(config, folder / "run")
+    return RunFolder(folder / "run")
+
+
+def test_a_curve_is_of_every_round_or_of_the_last(run: Run, alone: RunFolder) -> None:
+    def rounds(folder: RunFolder) -> list[int]:
+        found = [e for e in folder.events() if e["event"] == "evaluation"]
+        return [e["round"] for e in found if (e["arm"], e["metric"]) == ("personal", "nll")]
+
+    assert rounds(run.folder) == [ROUNDS] and rounds(alone) == [1, 2]
+
+
+def test_without_a_server_nothing_shared_is_beneath(alone: RunFolder) -> None:
+    """The arms are those of devices alone."""
+    devices = open_devices(alone)
+    examiner = Examiner(alone, devices, Crew(InProcess(devices), devices), list(devices.users))
+    arms = examiner._arms(1, torch.ones(devices.site.shared_layout.width))
     assert {arm: [part.kind for part in of] for arm, of in arms.arms.items()} == {
         "base": [], "personal": ["personal"], "shuffled": ["personal"],
     }  # fmt: skip
@@ -269,7 +303,7 @@ def test_pooled_is_one_adapter_on_all_that_the_evaluated_met(lm: LanguageModel, 
     (lesson,), (rates,) = call["lessons"], call["rates"]
     assert call["frozen"] == [] and [len(b) for b in lesson.batches] == [12] * 6
     assert sorted(i for b in lesson.batches[:3] for i in b) == list(range(36))
-    assert rates == pytest.approx([2e-3 * (1 - s / 6) for s in range(6)])
+    assert rates == pytest.approx([1e-3 * (1 - s / 6) for s in range(6)])
     first = derive_seed(0, "pooled", "start")
     assert torch.equal(call["start"], lm.layout(run.folder.config.personal.adapter).start(first)[None])
 
