@@ -856,49 +856,51 @@ def test_what_is_seen_elsewhere_is_seen_there() -> None:
 # -- what is remembered -------------------------------------------------------------------------------------------
 
 # Settings of a tree that do not reach what a study remembers, and why.
-OF_A_CELL = {key: "is the same for a cell" for key in UNSEEN}
+OF_A_CELL = dict.fromkeys(UNSEEN, "changes nothing in a study")
+NAME = {"name": "it is a study's"}
+NO_BENCH: tuple[Any, ...] = (Path(), Bench(frozenset()), print)
 NOT_REACHING: dict[str, tuple[str, Callable[[Cell], Any], Mapping[str, str]]] = {
     "the folder of a federated cell": ("runs", lambda cell: cell.key, OF_A_CELL),
     "the folder of a cell of rivals": ("rivals", lambda cell: cell.key, OF_A_CELL),
-    "the folder of a cell of methods": ("methods", lambda cell: cell.key, {}),
-    "the folder of a cell of lives": ("lives", lambda cell: cell.key, {}),
+    "the folder of a cell of methods": ("methods", lambda cell: cell.key, NAME),
+    "the folder of a cell of lives": ("lives", lambda cell: cell.key, NAME),
     "the arms without a server": (
         "runs",
-        lambda cell: FederatedCell(cell, Path(), Bench(frozenset()), print)._learned_alone([], 0),
+        lambda cell: FederatedCell(cell, *NO_BENCH)._learned_alone([], 0),
         {**OF_A_CELL, **dict.fromkeys(("shared", "server", "privacy"), "by the buffers, which are in the key")},
     ),
     "the base of rivals": (
         "rivals",
-        lambda cell: RivalsCell(cell, Path(), Bench(frozenset()), print)._of_base(0),
-        {"rival": "the base has no adapter"},
+        lambda cell: RivalsCell(cell, *NO_BENCH)._of_base(0),
+        {k: "the base is without adapters" for k in RivalsConfig.model_fields if k not in ("model", "data", "seed")},
     ),
     "the task's adapter": (
         "methods",
-        lambda cell: MethodsCell(cell, Path(), Bench(frozenset()), print)._of_task(0),
+        lambda cell: MethodsCell(cell, *NO_BENCH)._of_task(0),
         {
-            "method.name": "but for kgt, prompts are the same", "method.adapter": "trained later",
+            **NAME, "method.name": "but for kgt, prompts are the same", "method.adapter": "trained later",
             "method.training": "trained later", "method.preference": "trained later", "sampling": "nothing is said yet",
         },
     ),
     "what others have made": (
         "lives",
-        lambda cell: _of_lives(cell)._of_others(cell.config.data, cell.config.seed),  # type: ignore[union-attr]
-        {"asls": "theirs is no device", "user": "nobody is asked", "interactions": "all of their streams",
-         "start": "what is made of it", "others": "in the data of those people", "shift": "none of theirs shifts"},
+        lambda cell: LivesCell(cell, *NO_BENCH)._of_others(cell.config.data, cell.config.seed),  # type: ignore[union-attr]
+        {
+            **NAME, "asls": "theirs is no device", "user": "nobody is asked", "interactions": "all of their streams",
+            "start": "what is made of it", "others": "in the data of those people", "shift": "none of theirs shifts",
+            "sampling": "nothing is said",
+        },
     ),
     "everybody's movements": (
         "lives",
-        lambda cell: _of_lives(cell)._of_everybody(),
-        {"adapter": "profiles have none",
-         **{f"asls.{k}": "of adapting" for k in AslsConfig.model_fields if k != "profile"},
-         "user": "whatever is thought of replies", "start": "of adapters", "others": "of adapters",
-         "reptile": "of adapters"},
+        lambda cell: LivesCell(cell, *NO_BENCH)._of_everybody(),
+        {
+            **NAME, **{f"asls.{k}": "of adapting" for k in AslsConfig.model_fields if k != "profile"},
+            **dict.fromkeys(("adapter", "start", "others", "reptile"), "profiles have no adapter"),
+            "user": "whatever is thought of replies", "sampling": "nothing is said",
+        },
     ),
 }  # fmt: skip
-
-
-def _of_lives(cell: Cell) -> LivesCell:
-    return LivesCell(cell, Path(), Bench(frozenset()), print)
 
 
 KIND_OF = {"runs": "federated", "rivals": "rivals", "methods": "methods", "lives": "lives"}
@@ -908,14 +910,25 @@ KIND_OF = {"runs": "federated", "rivals": "rivals", "methods": "methods", "lives
 def test_a_remembered_result_is_used_only_if_every_setting_that_reaches_it_is_equal(what: str) -> None:
     tree, key_of, not_reaching = NOT_REACHING[what]
     study = StudyConfig.model_validate({"kind": KIND_OF[tree], "tables": {"t": {}}})
-    for key, row in TREES[tree][2].items():
-        if isinstance(row, Refused):
-            continue
-        one, other = (
-            key_of(Cell(configured(tree, changed), study)) for changed in (row.beside, {**row.beside, key: row.other})
-        )
+    tried = set[str]()
+    for key, row in _rows_of(tree).items():
+        try:
+            both = [configured(tree, changed) for changed in (row.beside, {**row.beside, key: row.other})]
+        except ConfigError:
+            continue  # cannot be otherwise here
+        if both[0] == both[1]:
+            continue  # is so already here
+        one, other = (key_of(Cell(config, study)) for config in both)
         spared = any(key == k or key.startswith(f"{k}.") for k in not_reaching)
         assert (one == other) == spared, key
+        tried.add(key.partition(".")[0])
+    assert tried >= {"seed", "model"} and tried == set(TREES[tree][0].model_fields)
+
+
+def _rows_of(tree: str) -> dict[str, Row]:
+    """Of all settings of a tree, those too that another one has the same of."""
+    kind, _, own = TREES[tree]
+    return {key: own.get(key) or RUNS.get(key) or OF_METHODS[key] for key in leaves(kind)}
 
 
 def test_a_control_without_a_server_is_that_of_the_same_buffers(tools: Tools) -> None:

@@ -139,7 +139,8 @@ def _told(seen: Federated) -> Result:
     pages = seen.cohort.pages
     spent = [p["epsilon"] for page in pages for p in page.values() if p["epsilon"] is not None]
     first = seen.cohort.sent(0).double()  # (devices that released, P)
-    variance = float((first - first.mean(0)).square().sum() / max(1, len(first) - 1))
+    mean = first.sum(0) / max(1, len(first))
+    variance = float((first - mean).square().sum() / max(1, len(first) - 1))
     ratios = [f.signal_to_noise for f in seen.facts.values()]
     return {
         "epsilon": max(spent, default=0.0),
@@ -148,7 +149,7 @@ def _told(seen: Federated) -> Result:
         "signal_to_noise": [None if math.isnan(r) else r for r in ratios],
         "shared_norm_l2": float(seen.shared.norm()),
         # of the first round's releases, noise and all: squared norm of the mean change, and what a device adds to it
-        "mean_square": float(first.mean(0).square().sum()),
+        "mean_square": float(mean.square().sum()),
         "variance": variance,
         "width": seen.site.shared_layout.width,
         "averaging_error": [f.averaging_error for f in seen.facts.values()],
