@@ -70,6 +70,10 @@ class InMemory:
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
         """Nothing: personal adapters are trained after the last round, where they are wanted."""
 
+    def sent(self, index: int) -> torch.Tensor:
+        """(devices that released, P): what they did in the round with this index."""
+        return self.changes[index][[self.pages[index].get(n, {}).get("upload_bytes", 0) > 0 for n in self.streams]]
+
     def _until(self, name: str, number: int) -> int:
         length = len(self.streams[name])
         return length if self.at_once else met_by(length, number, self.site.config.rounds)

@@ -525,6 +525,28 @@ def test_hub_rows_are_read_by_the_columns_named(table: FakeTable) -> None:
     assert (replies.anonymous, replies.empty) == (False, 1)
 
 
+def test_a_hub_row_has_its_domain_and_comes_of_the_part_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the hub, and of the library that reads its files."""
+    asked: list[Any] = []
+
+    def load(*given: Any, **named: Any) -> FakeTable:
+        asked.append((given, named))
+        return FakeTable([{"prompt": "?", "response": "!", "topic": "films"}])
+
+    def info(_: Any, dataset: str, **named: Any) -> None:
+        asked.append((dataset, named["revision"]))
+
+    offline = SimpleNamespace(OfflineModeIsEnabled=KeyError)
+    modules = {
+        "datasets": SimpleNamespace(load_dataset=load),
+        "huggingface_hub": SimpleNamespace(HfApi=type("HfApi", (), {"dataset_info": info}), errors=offline),
+    }
+    monkeypatch.setattr(hub, "import_module", modules.__getitem__)
+    (talk,) = read_hub("owner/talks", HubFields(domain="topic", subset="small", part="test", revision="v2"))
+    assert talk.domain == "films"
+    assert asked == [("owner/talks", "v2"), (("owner/talks", "small"), {"split": "test", "revision": "v2"})]
+
+
 def test_a_hub_data_set_without_users_is_anonymous(table: FakeTable) -> None:
     replies = collect(DataConfig(name="hub:owner/talks", hub_fields=HubFields(prompt="asked", response="said")))
     assert replies.anonymous
