@@ -428,7 +428,7 @@ def bench_poison(
     from simulation.bench.poison import as_json as to_json
     from simulation.bench.poison import as_table, measure
 
-    with Console(stderr=True).status("measuring"):
+    with _interruptible(), telling("measuring"):
         rows = measure(devices, least_epsilon, seeds)
     if as_json:
         print(json.dumps(to_json(rows, devices), indent=1))
@@ -449,7 +449,7 @@ def bench_door(
     from simulation.bench.door import as_json as to_json
     from simulation.bench.door import as_table, measure
 
-    with Console(stderr=True).status("measuring"):
+    with _interruptible(), telling("measuring"):
         found = measure(devices, seconds, port)
     if as_json:
         print(json.dumps(to_json(found), indent=1))

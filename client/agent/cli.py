@@ -28,6 +28,7 @@ HomeOption = Annotated[Path, typer.Option("--home", envvar="FLORILEGIUM_HOME", h
 HOME = USUAL
 SHOWN = 50  # characters of a text in a table
 INTERRUPTED = 130
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @app.callback()
@@ -103,8 +104,9 @@ def serve(
 
     logging.getLogger("client.agent").setLevel(logging.INFO)
     over = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: over.set())
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as with `nohup`
+            signal.signal(number, lambda *_: over.set())
     with plain_errors(), opened(Home(home)) as agent:
         from client.agent.courier import connected  # and with it flwr
 
