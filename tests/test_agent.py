@@ -746,11 +746,27 @@ def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, t
     assert asked(agent, 2, row, "evaluate")[0] == {"adopted": 1}
     header, other = asked(agent, 2, row)
     assert "error" not in header and not np.array_equal(other[next(iter(other))], arrays[next(iter(arrays))])
-    assert asked(agent, 1, row)[0] == {"error": "no-release"}  # out of order
+    assert asked(agent, 1, row)[0] == {"error": "no-release"}  # nor one before the last any more
     assert asked(agent, 4, row)[0] == {"error": "no-release"}  # more rounds than agreed to
     assert [s.kind for s in agent.journal.sent()] == ["release", "release"]
     assert agent.learn()["personal_examples"] and agent._used()[1] == 1
     assert {"personal/adapter_config.json", "shared/adapter_config.json", "base/config.json"} <= agent.exported().keys()
+
+
+def test_a_question_uses_up_its_own_round_and_no_other(joined: tuple[Agent, torch.Tensor]) -> None:
+    """The last round first, by mistake say: those before it are still there, each once."""
+    agent, row = joined
+    assert "error" not in asked(agent, 3, row)[0]
+    assert asked(agent, 3, row, "evaluate", version=3)[0] == {"adopted": 3}
+    header, arrays = asked(agent, 1, row)
+    assert "error" not in header
+    again_header, again = asked(reopened(agent), 1, row)
+    assert again_header == header and all(np.array_equal(arrays[n], again[n]) for n in arrays)
+    assert asked(agent, 3, row)[0] == {"error": "no-release"}  # though it was asked with the same adapter
+    assert asked(agent, 1, row + 1, "evaluate", version=1)[0] == {"adopted": 1}
+    assert agent._newest()[1] == 1 and torch.equal(agent._newest()[0], row + 1)  # type: ignore[arg-type]
+    assert "error" not in asked(agent, 2, row)[0] and asked(agent, 1, row)[0] == {"error": "no-release"}
+    assert agent.account and [e.round for e in agent.account.entries] == [3, 1, 2]
 
 
 def test_nothing_leaves_without_consent_budget_or_ledger(joined: tuple[Agent, torch.Tensor]) -> None:
