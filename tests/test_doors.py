@@ -31,12 +31,13 @@ from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from client.agent.door import Bounds, Door
+from client.agent.guests import Rate
 from client.agent.home import DeviceError
 from client.agent.invitation import JOIN, accept, read_invitation, write_invitation
 from client.agent.terms import Terms, write_terms
 from simulation.bench.door import measure
 from simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
-from simulation.deployment.door import BOUNDS, HANDLERS, PREFIX, Allowed, Rate, fleet_door
+from simulation.deployment.door import BOUNDS, HANDLERS, PREFIX, Allowed, fleet_door
 from simulation.deployment.link import Link, pem_of
 from simulation.deployment.register import admit, admitted, expel, invite, welcome
 

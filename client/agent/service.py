@@ -34,6 +34,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from client.agent.agent import Agent, AgentError
 from client.agent.config import CONSENTS
+from client.agent.door import place_of
 from client.agent.journal import Turn, VaultError
 from client.lm.layers import UnsupportedModelError
 from client.lm.places import ADAPTERS
@@ -91,7 +92,9 @@ class Guard:
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             return _error(403, "asked by another page")
         shown = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if request.url.path not in PAGE and not compare_digest(shown.encode(), self.token.encode()):
+        if compare_digest(shown.encode(), self.token.encode()):
+            place_of(request.scope).shown()
+        elif request.url.path not in PAGE:
             return _error(401, "open the address that `florilegium device page` prints")
         return None
 
