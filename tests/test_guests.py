@@ -47,6 +47,10 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
+def everybody(address: str, connection: socket.socket) -> str:
+    return address
+
+
 @contextmanager
 def opened(guest: object, **bounds: float) -> Iterator[tuple[Door, str, int]]:
     listens = socket.socket()
@@ -75,7 +79,7 @@ def refused(port: int) -> bool:
 
 
 def test_guests_of_an_address_have_few_places_and_who_shows_a_key_has_more() -> None:
-    with opened(by_address, guests=3) as (door, url, port), httpx.Client() as known:
+    with opened(everybody, guests=3) as (door, url, port), httpx.Client() as known:
         assert known.get(url, headers={"key": "mine"}).status_code == 200 and not door.guests
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
         assert until(lambda: door.guests["127.0.0.1"] == 3)
@@ -89,7 +93,7 @@ def test_guests_of_an_address_have_few_places_and_who_shows_a_key_has_more() -> 
 
 def test_a_guest_has_one_request_a_connection_and_so_many_in_a_minute() -> None:
     anew = httpx.Limits(max_keepalive_connections=0)  # a connection for each request
-    with opened(by_address, guests_at_once=5, guests_a_minute=1) as (_, url, port), httpx.Client(limits=anew) as client:
+    with opened(everybody, guests_at_once=5, guests_a_minute=1) as (_, url, port), httpx.Client(limits=anew) as client:
         for _ in range(20):  # who shows a key takes nothing from the others
             assert "connection" not in client.get(url, headers={"key": "mine"}).headers
         answers = [client.get(url).headers["connection"] for _ in range(5)]
@@ -97,7 +101,7 @@ def test_a_guest_has_one_request_a_connection_and_so_many_in_a_minute() -> None:
 
 
 def test_what_is_remembered_of_arrivals_is_bounded() -> None:
-    door = Door(app, Bounds(), None, {}, by_address)
+    door = Door(app, Bounds(), None, {}, everybody)
     for k in range(REMEMBERED + 50):
         door._rate(str(k)).take(1, 0.0)
     assert len(door._rates) == REMEMBERED + 1 and str(REMEMBERED + 49) in door._rates
@@ -125,6 +129,13 @@ def test_what_was_taken_is_given_back_at_most() -> None:
 )
 def test_a_host_of_ipv6_has_one_network(address: str, network: str) -> None:
     assert network_of(address) == network
+    with socket.socket() as any_:
+        assert by_address(network, any_) == network
+
+
+def test_a_proxy_of_this_machine_is_no_guest() -> None:
+    with socket.socket() as any_:
+        assert [by_address(network_of(a), any_) for a in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == ["", "", ""]
 
 
 # -- users of one machine ---------------------------------------------------------------------------------------------

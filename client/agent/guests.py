@@ -18,6 +18,7 @@ SOCK_DIAG_BY_FAMILY, NETLINK_SOCK_DIAG = 20, 4
 HEAD, ASKED, PORTS, UID = (struct.Struct(form) for form in ("=IHHII", "=BBBBI", "!HH", "=I"))
 UID_AT = 80  # bytes into an answer: its head of 16, then an inet_diag_msg
 ANY_COOKIE = b"\xff" * 8
+OWN = ("127.0.0.1", "::/64")  # of ::1
 OTHERS = "other users"  # of this machine, all together: who may make namespaces has many numbers
 
 
@@ -53,8 +54,11 @@ def nobody(address: str, connection: socket.socket) -> str:
 
 
 def by_address(address: str, connection: socket.socket) -> str:
-    """Whoever comes is a guest at first, with all others of that address."""
-    return address
+    """Whoever comes from elsewhere is a guest at first, with all others of that address.
+
+    From this machine's own address a proxy comes, with everybody.
+    """
+    return "" if address in OWN else address
 
 
 def by_user(address: str, connection: socket.socket) -> str:

@@ -36,7 +36,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from client.agent.door import Bounds, Door, open_door, place_of
+from client.agent.door import Bounds, Door, Guest, open_door, place_of
 from client.agent.guests import Rate, by_address
 from client.agent.home import DeviceError
 from client.agent.invitation import JOIN
@@ -218,6 +218,7 @@ def fleet_door(
     allowed: Allowed,
     bounds: Bounds = BOUNDS,
     welcome: Welcome = lambda device, secret, key: False,
+    guest: Guest = by_address,
 ) -> Iterator[Door]:
     """Open on this address while this lasts; `welcome` says of whoever shows an invitation whether it is one.
 
@@ -226,7 +227,7 @@ def fleet_door(
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
     app, listens = FleetDoor(link, allowed, welcome), _listening(host, port)
-    with open_door(app, listens, bounds, secured=context, guest=by_address) as door:
+    with open_door(app, listens, bounds, secured=context, guest=guest) as door:
         yield door
 
 
