@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from client.agent.cli import app as device
+from client.dumps import forbid_dumps
 from client.terminal import speak_plainly, telling, wide
 from privacy.errors import BrokenDeviceError, UserError
 from simulation.deployment.cli import app as server
@@ -518,6 +519,7 @@ def main() -> None:
     What it writes, people's words among it, is for whoever runs it alone; FLORILEGIUM_UMASK=022 lets others read.
     """
     speak_plainly()
+    forbid_dumps()
     told = Console(stderr=True, markup=False, highlight=False)
     try:
         os.umask(_umask(os.environ.get("FLORILEGIUM_UMASK", "077")))

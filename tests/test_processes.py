@@ -103,6 +103,31 @@ def test_a_server_that_is_told_to_end_says_so_as_a_run_does(number: signal.Signa
     assert (done.returncode, done.stdout) == (128 + number, "goes on\n"), done.stderr
 
 
+LIMITED = """
+import ctypes, resource, subprocess, sys
+from client.dumps import hide_memory
+from simulation import cli
+
+@cli.app.command()
+def probe() -> None:
+    hide_memory()
+    child = "import resource; print(resource.getrlimit(resource.RLIMIT_CORE))"
+    print(resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), flush=True)  # dumpable?
+    subprocess.run([sys.executable, "-c", child])
+
+sys.argv = ["florilegium", "probe"]
+cli.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux' kernel")
+def test_what_a_process_has_in_memory_is_dumped_nowhere() -> None:
+    """Its own, and that of what it starts."""
+    probe = [sys.executable, "-c", LIMITED]
+    done = subprocess.run(probe, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "(0, 0) 0\n(0, 0)\n", done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_server_ends_as_a_whole(tmp_path: Path, number: signal.Signals) -> None:
@@ -113,6 +138,7 @@ def test_a_server_ends_as_a_whole(tmp_path: Path, number: signal.Signals) -> Non
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert server.stdout and "0 devices may connect" in server.stdout.readline()
     children = psutil.Process(server.pid).children(recursive=True)
+    assert sys.platform != "linux" or psutil.Process(server.pid).rlimit(psutil.RLIMIT_CORE) == (0, 0)
     server.send_signal(number)
     said, _ = server.communicate(timeout=60)
     assert server.returncode == 128 + number and "goes on" in said.replace("\n", " ")
@@ -144,6 +170,7 @@ def test_a_device_ends_with_its_supernode(tmp_path: Path, lm: LanguageModel, num
     time.sleep(5)
     children = process.children(recursive=True)
     assert any("flower-supernode" in " ".join(c.cmdline()) for c in children)
+    assert {p.rlimit(psutil.RLIMIT_CORE) for p in (process, *children)} == {(0, 0)}
     serving.send_signal(number)
     assert serving.wait(60) == (-number if number is signal.SIGKILL else 0)
     assert until(lambda: gone(children))

@@ -17,6 +17,7 @@ from client.agent.board import limit_memory
 from client.agent.door import Bounds, open_door
 from client.agent.guests import by_user
 from client.agent.home import Home, HomeError
+from client.dumps import hide_memory
 from client.lm.places import check_model
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def opened(home: Home) -> Iterator[Agent]:
         config = home.check()
         check_model(config.device.model.name)
         limit_memory(config.memory_limit)
+        hide_memory()
 
         from client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
 
