@@ -458,6 +458,35 @@ def bench_door(
         console.print(as_table(found))
 
 
+@bench.command("agent")
+def bench_agent(
+    clients: Annotated[str, typer.Option(help="How many at once, with commas; 100 at most.")] = "1,8,100",
+    seconds: Annotated[float, typer.Option(min=1, help="With each number of them.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One object instead of the table.")] = False,
+) -> None:
+    """A device's page under clients that rate and read without a pause, as fast as it answers.
+
+    florilegium bench agent --clients 8 --seconds 5
+    """
+    import json
+
+    from simulation.bench import arguments
+
+    numbers = arguments.numbers(clients, "--clients")
+    if max(numbers) > 100:
+        raise typer.BadParameter("--clients takes at most 100: a page has 128 connections")
+
+    from simulation.bench.agent import as_json as to_json
+    from simulation.bench.agent import as_table, measure
+
+    with _interruptible(), telling("measuring"):
+        rows = measure(numbers, seconds)
+    if as_json:
+        print(json.dumps(to_json(rows), indent=1))
+    else:
+        wide(console, 110).print(as_table(rows))
+
+
 @bench.command("board")
 def bench_board(
     models: Annotated[str, typer.Option(help="With commas.")] = "nano,smollm2-135m",

@@ -33,10 +33,12 @@ from keyring.backend import KeyringBackend
 from keyring.errors import KeyringLocked
 from peft import AutoPeftModelForCausalLM
 from scipy.stats import kstest
+from typer.testing import CliRunner
 
 from client import shared
 from client.agent import board
 from client.agent.agent import Agent, AgentError, _federation, restore
+from client.agent.cli import app as device_app
 from client.agent.config import new_config
 from client.agent.courier import SuperNode, answered
 from client.agent.home import Home, HomeError
@@ -1054,6 +1056,22 @@ def test_the_socket_is_its_owners(door: SimpleNamespace, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path / "mine")
     model = AutoPeftModelForCausalLM.from_pretrained("adapters/personal", dtype="float32")  # without us
     assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("answer", "left"), [("y", ["", ""]), ("n", ["Green ones, a.", "Green ones, b."])])
+def test_the_command_lists_the_replies_that_may_hold_what_is_erased_and_asks(
+    door: SimpleNamespace, answer: str, left: list[str]
+) -> None:
+    agent, (first, *_) = door.agent, talked(door.agent, SAID[:2])
+    agent.learn()
+    quoting = [agent.journal.add("Which ones?", f"Green ones, {k}.", "", after=1).id for k in "ab"]
+    asked = ["erase", first, "--home", str(agent.home.folder)]
+    done = CliRunner().invoke(device_app, asked, input=f"{answer}\n")
+    assert done.exit_code == 0 and "Erase these 2 replies of the model too?" in done.output, done.output
+    assert all(f"{i} Green ones, {k}." in done.output for i, k in zip(quoting, "ab", strict=True))
+    assert [agent.journal.turn(i).said for i in quoting] == left
+    with pytest.raises(KeyError):
+        agent.journal.turn(first)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,8 @@ class Agent:
 
     @property
     def consents(self) -> dict[Consent, bool]:
-        return {item: bool(self.journal.fact(f"consent to {item}")) for item in CONSENTS}
+        found = self.journal.facts([f"consent to {item}" for item in CONSENTS])
+        return {item: bool(found.get(f"consent to {item}")) for item in CONSENTS}
 
     def consent(self, item: Consent, given: bool) -> None:
         """Gives it, or takes it back; what was sent before cannot be."""
@@ -177,7 +178,6 @@ class Agent:
         self._check_length(wanted)
         if not self.consents["learn"]:
             raise AgentError("what you say of it is kept to learn from, which is not consented to")
-        self.journal.turn(identity)
         return self.journal.rate(identity, liked, wanted.strip())
 
     def _check_length(self, text: str) -> None:

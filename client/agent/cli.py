@@ -363,9 +363,10 @@ def erase(
         with _remote(home) as agent:
             under = [] if keep_replies or yes else agent.write("said-under", ids=dialogues)
             for turn in under:
-                console.print(Text(f"{turn['id']} "), _short(turn["said"]))
+                console.print(Text(turn["id"]), _short(turn["said"]))
             if under:
-                asked = f"Erase these {len(under)} replies of the model too? It may have had them from what is erased."
+                these = "this reply" if len(under) == 1 else f"these {len(under)} replies"
+                asked = f"Erase {these} of the model too? It may hold what is erased."
                 keep_replies = not typer.confirm(asked, default=True)
             for told in agent.stream("erase", ids=dialogues, keep_replies=keep_replies):
                 console.print(told.get("phase") or _anew(told["done"]))
