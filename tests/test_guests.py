@@ -15,7 +15,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from client.agent.door import REMEMBERED, Bounds, Door, open_door, place_of
-from client.agent.guests import OTHERS, Rate, by_address, by_user, network_of, user_of
+from client.agent.guests import OTHERS, Rate, by_address, by_user, kernel_tells, network_of, user_of
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel that tells is Linux'")
 AS_ROOT = pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="needs another user's process")
@@ -36,6 +36,24 @@ for each in held:
         refused = True
     print("refused" if refused else "held", flush=True)
 sys.stdin.read()
+"""
+
+
+HASTE = """
+import encodings.idna, os, socket, sys
+os.setgid(65534)
+os.setuid(65534)
+held = []
+for number in range(100_000):
+    try:
+        held.append(socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=2))
+        held[-1].sendall(b"GET / HTTP/1.1\\r\\nhost: x\\r\\n")
+    except OSError:
+        pass
+    if number == 300:
+        print("begun", flush=True)
+    while len(held) > 200:
+        held.pop(0).close()
 """
 
 
@@ -143,13 +161,12 @@ def test_a_proxy_of_this_machine_is_no_guest() -> None:
 
 @LINUX
 def test_the_kernel_tells_whose_a_connection_is() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listens:
-        with socket.create_connection(listens.getsockname()) as own, listens.accept()[0] as here:
-            assert user_of(here) == user_of(own) == os.getuid() and by_user("127.0.0.1", here) == ""
-        assert user_of(here) is None  # closed: nobody's
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        assert user_of(ours) is None and by_user("", ours) == ""
+    listens = socket.create_server(("127.0.0.1", 0))
+    own = socket.create_connection(listens.getsockname())
+    with listens, own, listens.accept()[0] as here:
+        assert kernel_tells() and user_of(here) == user_of(own) == os.getuid() and by_user("127.0.0.1", here) == ""
+        own.close()  # from now on it is nobody's: the kernel would say root's
+        assert user_of(here) is None and by_user("127.0.0.1", here) == OTHERS
 
 
 @AS_ROOT
@@ -172,3 +189,20 @@ def test_other_users_of_the_machine_keep_the_owner_from_nothing() -> None:
                 each.close()
         finally:
             crowd.communicate("")
+
+
+@AS_ROOT
+def test_whoever_comes_and_goes_keeps_the_owner_from_nothing() -> None:
+    """Connections that are closed before they are looked at are nobody's, and do not take the owner's places."""
+    anew = httpx.Limits(max_keepalive_connections=0)
+    with opened(by_user, connections=32, of_an_address=32, guests=4, guests_a_minute=10_000) as (_, url, port):
+        hasty = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", HASTE, str(port)], stdout=subprocess.PIPE, text=True
+        )  # fmt: skip
+        try:
+            assert hasty.stdout and hasty.stdout.readline() == "begun\n"
+            with httpx.Client(limits=anew, timeout=30) as owner:
+                assert [owner.get(url).status_code for _ in range(10)] == [200] * 10
+        finally:
+            hasty.kill()
+            hasty.wait()

@@ -128,7 +128,8 @@ class Door(uvicorn.Server):
         if guest and (self.guests[guest] >= self.bounds.guests or not self._rate(guest).take(1, time.monotonic())):
             return None
         self.inside[address] += 1
-        self.guests[guest] += bool(guest)
+        if guest:
+            self.guests[guest] += 1
         return Place(self, address, guest)
 
     def _rate(self, guest: str) -> Rate:

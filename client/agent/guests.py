@@ -13,10 +13,12 @@ import struct
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 
 SOCK_DIAG_BY_FAMILY, NETLINK_SOCK_DIAG = 20, 4
 HEAD, ASKED, PORTS, UID = (struct.Struct(form) for form in ("=IHHII", "=BBBBI", "!HH", "=I"))
-UID_AT = 80  # bytes into an answer: its head of 16, then an inet_diag_msg
+STATE_AT, UID_AT = 17, 80  # bytes into an answer: its head of 16, then an inet_diag_msg
+ESTABLISHED = 1
 ANY_COOKIE = b"\xff" * 8
 OWN = ("127.0.0.1", "::/64")  # of ::1
 OTHERS = "other users"  # of this machine, all together: who may make namespaces has many numbers
@@ -62,9 +64,8 @@ def by_address(address: str, connection: socket.socket) -> str:
 
 
 def by_user(address: str, connection: socket.socket) -> str:
-    """A process of another user of this machine is a guest."""
-    user = user_of(connection)
-    return "" if user in (None, os.getuid()) else OTHERS
+    """A process of another user of this machine is a guest, and so is whoever has gone again."""
+    return OTHERS if kernel_tells() and user_of(connection) != os.getuid() else ""
 
 
 def network_of(address: str) -> str:
@@ -79,20 +80,28 @@ def network_of(address: str) -> str:
 
 
 def user_of(connection: socket.socket) -> int | None:
-    """The user at the other end of a connection of this machine's own over IPv4; None where nobody tells.
+    """The user at the other end of a connection of this machine's own over IPv4; None for one that is not open there.
 
     The kernel is asked for this one connection (sock_diag(7)); /proc/net/tcp has the same, and walks a table of all.
     """
-    if connection.family != socket.AF_INET or not hasattr(socket, "AF_NETLINK"):
-        return None
-    with suppress(OSError):
-        (host, port), (own_host, own_port) = connection.getpeername()[:2], connection.getsockname()[:2]
+    with suppress(OSError, ValueError):
+        (host, port), (own_host, own_port) = connection.getpeername(), connection.getsockname()
         ends = PORTS.pack(port, own_port) + b"".join(socket.inet_aton(h).ljust(16, b"\0") for h in (host, own_host))
         asked = ASKED.pack(socket.AF_INET, socket.IPPROTO_TCP, 0, 0, 2**32 - 1) + ends + bytes(4) + ANY_COOKIE
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
             kernel.setblocking(False)  # the answer is there when `send` returns
             kernel.send(HEAD.pack(HEAD.size + len(asked), SOCK_DIAG_BY_FAMILY, 1, 1, 0) + asked)
             answer = kernel.recv(4096)
-        if len(answer) >= UID_AT + 4 and HEAD.unpack_from(answer)[1] == SOCK_DIAG_BY_FAMILY:
+        open_there = len(answer) >= UID_AT + UID.size and answer[STATE_AT] == ESTABLISHED
+        if open_there and HEAD.unpack_from(answer)[1] == SOCK_DIAG_BY_FAMILY:
             return int(UID.unpack_from(answer, UID_AT)[0])
     return None
+
+
+@cache
+def kernel_tells() -> bool:
+    """Whether this system's kernel says whose a connection is."""
+    if not hasattr(socket, "AF_NETLINK"):
+        return False
+    with socket.create_server(("127.0.0.1", 0)) as listens, socket.create_connection(listens.getsockname()) as own:
+        return user_of(own) == os.getuid()
