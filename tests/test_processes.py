@@ -169,7 +169,7 @@ def test_a_device_ends_with_its_supernode(tmp_path: Path, lm: LanguageModel, num
     assert until(lambda: process.children(recursive=True))
     time.sleep(5)
     children = process.children(recursive=True)
-    assert any("flower-supernode" in " ".join(c.cmdline()) for c in children)
+    assert any("client.agent.supernode" in " ".join(c.cmdline()) for c in children)
     assert {p.rlimit(psutil.RLIMIT_CORE) for p in (process, *children)} == {(0, 0)}
     serving.send_signal(number)
     assert serving.wait(60) == (-number if number is signal.SIGKILL else 0)
