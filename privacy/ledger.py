@@ -173,9 +173,10 @@ class Ledger:
     def reserve(self, requests: Sequence[Request], budget: Budget) -> list[Answer]:
         """Pays for what is affordable, all in one write; one answer a request, none granted to who asks twice.
 
-        Asked again for the same, a round is granted and not paid for twice; asked for a round with something else
-        received, or for an earlier one, it is refused: the same noise on two adapters would cancel. Where noise is
-        drawn anew each time a round is never granted again: what was paid for and not sent is lost.
+        Asked again for the same, the last round is granted and not paid for twice; asked for one that was paid for with
+        something else received, or before another, it is refused: the same noise on two adapters would cancel. Where
+        noise is drawn anew each time a round is never granted again: what was paid for and not sent is lost. Rounds may
+        come in any order, or a question for the last one would use all others up.
         """
         with self._lock, self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -303,4 +304,4 @@ def _objection(request: Request, budget: Budget, account: Account) -> str:
         and again[0] is own[-1]
     ):
         return ""
-    return ANSWERED if any(e.round >= request.round for e in own) else ""
+    return ANSWERED if again else ""

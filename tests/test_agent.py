@@ -34,10 +34,12 @@ from keyring.backend import KeyringBackend
 from keyring.errors import KeyringLocked
 from peft import AutoPeftModelForCausalLM
 from scipy.stats import kstest, spearmanr
+from typer.testing import CliRunner
 
 from client import coins, shared
 from client.agent import board
 from client.agent.agent import Agent, AgentError, _federation, restore
+from client.agent.cli import app as device_app
 from client.agent.config import new_config
 from client.agent.courier import SuperNode, answered
 from client.agent.home import Home, HomeError
@@ -753,7 +755,7 @@ def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, t
     assert asked(agent, 2, row, "evaluate")[0] == {"adopted": 1}
     header, other = asked(agent, 2, row)
     assert "error" not in header and not np.array_equal(other[next(iter(other))], arrays[next(iter(arrays))])
-    assert asked(agent, 1, row)[0] == {"error": "no-release"}  # out of order
+    assert asked(agent, 1, row)[0] == {"error": "no-release"}  # nor one before the last any more
     assert asked(agent, 4, row)[0] == {"error": "no-release"}  # more rounds than agreed to
     assert [s.kind for s in agent.journal.sent()] == ["release", "release"]
     assert agent.learn()["personal_examples"] and agent._used()[1] == 1
@@ -826,6 +828,22 @@ def test_a_rounds_seconds_do_not_tell_what_was_drawn(
     assert len(set(drawn_tokens)) > rounds / 4
     assert spearmanr(work, drawn_tokens).pvalue < 1e-6  # what would be told
     assert spearmanr(seconds, drawn_tokens).pvalue > 1e-3
+
+
+def test_a_question_uses_up_its_own_round_and_no_other(joined: tuple[Agent, torch.Tensor]) -> None:
+    """The last round first, by mistake say: those before it are still there, each once."""
+    agent, row = joined
+    assert "error" not in asked(agent, 3, row)[0]
+    assert asked(agent, 3, row, "evaluate", version=3)[0] == {"adopted": 3}
+    header, arrays = asked(agent, 1, row)
+    assert "error" not in header
+    again_header, again = asked(reopened(agent), 1, row)
+    assert again_header == header and all(np.array_equal(arrays[n], again[n]) for n in arrays)
+    assert asked(agent, 3, row)[0] == {"error": "no-release"}  # though it was asked with the same adapter
+    assert asked(agent, 1, row + 1, "evaluate", version=1)[0] == {"adopted": 1}
+    assert agent._newest()[1] == 1 and torch.equal(agent._newest()[0], row + 1)  # type: ignore[arg-type]
+    assert "error" not in asked(agent, 2, row)[0] and asked(agent, 1, row)[0] == {"error": "no-release"}
+    assert agent.account and [e.round for e in agent.account.entries] == [3, 1, 2]
 
 
 def test_nothing_leaves_without_consent_budget_or_ledger(joined: tuple[Agent, torch.Tensor]) -> None:
@@ -1113,6 +1131,22 @@ def test_the_socket_is_its_owners(door: SimpleNamespace, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path / "mine")
     model = AutoPeftModelForCausalLM.from_pretrained("adapters/personal", dtype="float32")  # without us
     assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("answer", "left"), [("y", ["", ""]), ("n", ["Green ones, a.", "Green ones, b."])])
+def test_the_command_lists_the_replies_that_may_hold_what_is_erased_and_asks(
+    door: SimpleNamespace, answer: str, left: list[str]
+) -> None:
+    agent, (first, *_) = door.agent, talked(door.agent, SAID[:2])
+    agent.learn()
+    quoting = [agent.journal.add("Which ones?", f"Green ones, {k}.", "", after=1).id for k in "ab"]
+    asked = ["erase", first, "--home", str(agent.home.folder)]
+    done = CliRunner().invoke(device_app, asked, input=f"{answer}\n")
+    assert done.exit_code == 0 and "Erase these 2 replies of the model too?" in done.output, done.output
+    assert all(f"{i} Green ones, {k}." in done.output for i, k in zip(quoting, "ab", strict=True))
+    assert [agent.journal.turn(i).said for i in quoting] == left
+    with pytest.raises(KeyError):
+        agent.journal.turn(first)
 
 
 @pytest.mark.parametrize(

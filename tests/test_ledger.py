@@ -118,11 +118,12 @@ def test_who_looks_meanwhile_breaks_nothing(tmp_path: Path) -> None:
     assert entries(ledger) == 60 == entries(Ledger(tmp_path / "ledger.db"))
 
 
-def test_another_adapter_or_an_earlier_round_gets_nothing(tmp_path: Path) -> None:
-    """The same noise on two adapters would cancel."""
+def test_another_adapter_or_a_round_before_the_last_gets_nothing(tmp_path: Path) -> None:
+    """The same noise on two adapters would cancel. A round that nobody has paid for is there, whatever came before."""
     ledger = Ledger(tmp_path / "ledger.db")
-    found = refusals(ledger, request(2), request(2, "other"), request(1), request(3), request(2))
-    assert found == [GRANTED, ANSWERED, ANSWERED, GRANTED, ANSWERED]
+    found = refusals(ledger, request(2), request(2, "other"), request(1), request(2), request(3), request(1))
+    assert found == [GRANTED, ANSWERED, GRANTED, ANSWERED, GRANTED, ANSWERED]
+    assert entries(ledger) == 3
     assert refusals(ledger, request(3, event=Event(1.0, 0.5, 4))) == [ANSWERED]
     assert refusals(ledger, request(1, experiment="another")) == [GRANTED]
 

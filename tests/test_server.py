@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
+from client.agent.seal import new_key
+from client.agent.terms import Terms
 from client.app import refusal
 from privacy.gate import FAILED
 from privacy.noise import ReleaseNoise
@@ -22,6 +25,7 @@ from server.config import ServerConfig
 from server.intake import Limits, signal_to_noise, to_arrays, to_numpy
 from server.strategy import NoReleaseError, ReleaseStrategy
 from simulation.config import ConfigError, config_folder, load_config
+from simulation.deployment.rounds import OperatorStrategy
 from simulation.fleet import Cohort, Done, Job
 from simulation.grid import CohortGrid
 from simulation.runs import RunFolder
@@ -133,6 +137,40 @@ def test_a_round_in_which_one_fails_and_the_others_are_silent_changes_nothing() 
         strategy(ServerConfig()).start(grid_of(devices, ["a"], failing=["a"]), start(), 1)
 
 
+@pytest.mark.parametrize(
+    ("config", "needed"),
+    [
+        (ServerConfig(rule="krum", byzantine=1), 5),
+        (ServerConfig(rule="krum", byzantine=0, krum_keep=4), 4),
+        (ServerConfig(rule="trimmed-mean", trimmed_share=0.3), 4),
+    ],
+)
+def test_a_rule_makes_nothing_of_fewer_releases_than_it_needs(config: ServerConfig, needed: int) -> None:
+    """One of those that it needs sends nothing: the shared adapter stays, and how many came is counted."""
+    names, begun = [f"d{k}" for k in range(needed)], drawn(1, 1)[0]
+    sent: dict[str, Row | None] = dict(zip(names, drawn(0, needed), strict=True))
+    server = strategy(config)
+    server.start(grid_of(Scripted(sent), names), start(begun), 1)
+    assert (server.facts[1].releases, server.facts[1].refused) == (needed, {})
+    server = strategy(config)
+    found = server.start(grid_of(Scripted({**sent, "d0": None}), names), start(begun), 1)
+    assert np.array_equal(row_of(found.arrays), begun)
+    assert server.facts[1].refused == {"no-release": 1, "too-few": needed - 1} and server.facts[1].change_norm_l2 == 0
+
+
+def test_an_operator_asks_again_and_tells_what_was_missing() -> None:
+    """Three times in all, each time the same question; then the round is over, without an aggregate."""
+    names, told = [f"d{k}" for k in range(5)], list[str]()
+    devices = Scripted({**dict(zip(names, drawn(0, 5), strict=True)), "d0": None})
+    server = OperatorStrategy(ServerConfig(rule="krum", byzantine=1), SCHEMA, 0, ReleaseNoise())
+    server.terms, server.operator_key, server.tell = Terms(name="orchard"), new_key(), told.append
+    there = {name: k + 1 for k, name in enumerate(names)}
+    server.link = SimpleNamespace(online=lambda: there)  # type: ignore[assignment]
+    assert server.collected(1, start(), grid_of(devices, names), 1.0) is None
+    assert told == ["round 1: 4 of 5 releases; once more"] * 2
+    assert [name for name, _, _ in devices.asked] == names * 3 and server.facts[1].refused["too-few"] == 4
+
+
 def test_a_release_whose_product_is_too_large_is_refused_whole() -> None:
     large = np.full(WIDTH, 4e3, np.float32)
     names = ["a", "b"]
@@ -166,6 +204,8 @@ CORRELATED = ("privacy.mode=user-central", "server.noise_bands=3", "privacy.rele
         ((*BUFFERED, "world.deadline_s=9"), "has no rounds"),
         ((*CORRELATED, "server.sampled_share=0.5"), "in its turn"),
         (("server.rule=none", "world.classes=world/devices"), "has no server"),
+        (("server.rule=krum", "server.byzantine=9", "data.users=20"), "needs 21 releases in a round of 20 devices"),
+        (("server.rule=trimmed-mean", "data.users=20", "server.sampled_share=0.4"), "10 releases in a round of 8"),
     ],
 )
 def test_settings_that_would_change_nothing_are_refused(overrides: tuple[str, ...], match: str) -> None:

@@ -135,7 +135,8 @@ class Agent:
 
     @property
     def consents(self) -> dict[Consent, bool]:
-        return {item: bool(self.journal.fact(f"consent to {item}")) for item in CONSENTS}
+        found = self.journal.facts([f"consent to {item}" for item in CONSENTS])
+        return {item: bool(found.get(f"consent to {item}")) for item in CONSENTS}
 
     def consent(self, item: Consent, given: bool) -> None:
         """Gives it, or takes it back; what was sent before cannot be."""
@@ -180,7 +181,6 @@ class Agent:
         self._check_length(wanted)
         if not self.consents["learn"]:
             raise AgentError("what you say of it is kept to learn from, which is not consented to")
-        self.journal.turn(identity)
         return self.journal.rate(identity, liked, wanted.strip())
 
     def _check_length(self, text: str) -> None:
@@ -551,10 +551,10 @@ class Agent:
             federation = self.federation
             if federation is None or not self.federating or not 1 <= plan.round <= federation.rounds:
                 return [None]
-            state, site, answered = self._state(), self._site_in(federation), self.journal.fact("answered", {})
-            if plan.round <= answered.get(federation.name, 0):
-                again = plan.round == answered[federation.name]
-                return [resend(state, received, plan, site) if again else None]
+            state, site, answered = self._state(), self._site_in(federation), self.journal.fact("answered rounds", {})
+            rounds = answered.get(federation.name, [])  # in any order: none of them ends another
+            if plan.round in rounds:
+                return [resend(state, received, plan, site) if plan.round == rounds[-1] else None]
             before = self._gathered(self._with_spent_head(state), site)
             (state,), (release,), (page,) = contribute([before], [[]], received, plan, site)
             if release is None and not self._has_paid(state, federation.name, plan.round):
@@ -570,7 +570,7 @@ class Agent:
             )  # fmt: skip
 
             def also(connection: Any) -> None:
-                write_fact(connection, "answered", {**answered, federation.name: plan.round})
+                write_fact(connection, "answered rounds", {**answered, federation.name: [*rounds, plan.round]})
                 write_sent(connection, told)
 
             self._save(state, also)
@@ -611,10 +611,10 @@ class Agent:
         return [None]
 
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
-        """Keeps the aggregated adapter for the next learning, if it is newer than the last."""
+        """Keeps the aggregated adapter for the next learning, whatever its version: one too high would end others."""
         with self._busy:
             federation = self.federation
-            if federation is None or not self.federating or not self._newest()[1] < plan.version <= federation.rounds:
+            if federation is None or not self.federating or not 1 <= plan.version <= federation.rounds:
                 return
             with self.journal.open() as connection:
                 write_fact(connection, "newest", plan.version, _bytes(received))

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import tomli_w
 from filelock import FileLock, Timeout
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -32,13 +30,14 @@ from privacy.noise import ReleaseNoise
 from privacy.release import Schema
 from privacy.seeds import derive_seed
 from server.config import ServerConfig
-from server.intake import Limits, to_arrays, to_numpy
+from server.intake import Limits, RoundFacts, to_arrays, to_numpy
 from server.optimizers import Moments
-from server.strategy import NoReleaseError, ReleaseStrategy
-from simulation.deployment.certificates import CERTIFICATE, KEY, OPERATOR_KEY, SETTINGS, TERMS, check_folder
+from server.strategy import TOO_FEW, NoReleaseError, ReleaseStrategy
+from simulation.deployment.certificates import CERTIFICATE, KEY, OPERATOR_KEY, TERMS, check_folder
 from simulation.deployment.door import Allowed, fleet_door
 from simulation.deployment.link import Link, LinkGrid
 from simulation.deployment.register import NODES, admitted, welcome
+from simulation.deployment.settings import check_rule, read_settings, write_settings
 from simulation.experiment import commit, committed
 from simulation.runs import RunFolder
 
@@ -61,8 +60,7 @@ def make_folder(folder: Path, terms: Terms, settings: ServerConfig, least_epsilo
     told = told.model_copy(update={"largest_norm_l2": largest_norm(told, least_epsilon)})
     write_private(folder / OPERATOR_KEY, private)
     write_terms(folder / TERMS, told)
-    rule = settings.model_dump(include={"rule", "trimmed_share", "byzantine", "krum_keep"})
-    (folder / SETTINGS).write_text(tomli_w.dumps(rule), encoding="utf-8")
+    write_settings(folder, settings)
     (folder / NODES).mkdir(mode=0o700)
     return told
 
@@ -80,14 +78,6 @@ def all_done(folder: Path) -> bool:
     """Whether the last round of the terms is stored."""
     last = RunFolder(folder).last_shared()
     return last is not None and last.round >= read_terms(folder / TERMS).rounds
-
-
-def read_settings(folder: Path) -> ServerConfig:
-    """How the server aggregates. Raises `DeviceError` for a file that does not say so."""
-    try:
-        return ServerConfig.model_validate(tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise DeviceError(f"{folder / SETTINGS}: {error}") from None
 
 
 def _schema(terms: Terms) -> Schema:
@@ -137,12 +127,17 @@ class OperatorStrategy(ReleaseStrategy):
         self.nodes = self.link.online()
         self.names, self.devices = sorted(self.nodes), {node: name for name, node in self.nodes.items()}
 
+    def _asked(self) -> int:
+        """How many of those who are connected now a round would ask."""
+        there = len(self.link.online())
+        return min(there, self.config.wanted(there))
+
     def collected(self, number: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord | None:
         """As the others do; a round that too few releases came for is asked again, which costs no device anything."""
         for attempt in range(TRIES):
             if attempt:
                 self.tell(f"round {number}: {self.facts[number].releases} of {self.least_releases} releases; once more")
-            while len(self.link.online()) < self.terms.min_devices:
+            while self._asked() < self.least_releases:
                 time.sleep(LOOK_S)
             self.look()
             try:
@@ -159,6 +154,7 @@ def strategy_of(folder: Path, link: Link, tell: Tell) -> tuple[OperatorStrategy,
     """Where the last process left off: a round that was aggregated is not asked for again."""
     terms, run = read_terms(folder / TERMS), RunFolder(folder)
     settings = read_settings(folder)
+    check_rule(settings, terms)
     lm = LanguageModel.load(ModelConfig(name=terms.model, dtype="float32"))
     layout = lm.lora_layout(terms.shared.adapter, public_seed=terms.seed)
     last = run.last_shared()
@@ -192,10 +188,18 @@ def run_rounds(folder: Path, link: Link, tell: Tell) -> None:
         if number:
             facts = strategy.facts[number]
             run.record("round", round=number, **asdict(facts))
-            refused = "".join(f", {count} {code}" for code, count in sorted(facts.refused.items()))
-            tell(f"round {number}: {facts.releases} releases{refused}")
+            tell(f"round {number}: {came_to(facts, strategy.least_releases)}")
 
     strategy.start(LinkGrid(link), arrays, strategy.terms.rounds, strategy.terms.patience_s, evaluate_fn=over)
+
+
+def came_to(facts: RoundFacts, least: int) -> str:
+    """A round in a line, for the operator."""
+    codes = sorted(code for code in facts.refused if code != TOO_FEW)  # who is too few was no fault of theirs
+    refused = "".join(f", {facts.refused[code]} {code}" for code in codes)
+    if facts.releases < least:
+        return f"not aggregated: {facts.releases} releases of the {least} that it needs{refused}"
+    return f"{facts.releases} releases{refused}"
 
 
 # -- the process ------------------------------------------------------------------------------------------------------
