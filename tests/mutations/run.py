@@ -34,7 +34,6 @@ HEAVY = (  # what tests import that is not of this project; nothing of it may co
     "flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.simulation", "ray", "scipy.stats", "hypothesis", "plotly",
     "dp_accounting", "bm25s", "nltk", "typer", "rich.console", "pydantic", "cryptography", "jinja2", "httpx",
 )  # fmt: skip
-AT_ONCE = 2
 LIMIT_S = 180  # for one change: a test that goes on for ever has noticed nothing
 
 
@@ -117,7 +116,9 @@ def _is_there(test: str, root: Path) -> bool:
     return source.exists() and f"\ndef {name.partition('[')[0]}(" in source.read_text(encoding="utf-8")
 
 
-def attempts(mutations: Sequence[Mutation], root: Path, work: Path) -> Iterator[tuple[Mutation | None, Report]]:
+def attempts(
+    mutations: Sequence[Mutation], root: Path, work: Path, at_once: int
+) -> Iterator[tuple[Mutation | None, Report]]:
     """Each change with what its tests said, as they end; first, for None, all tests without any change."""
     pristine = work / "pristine"
     for name in COPIED:
@@ -126,7 +127,7 @@ def attempts(mutations: Sequence[Mutation], root: Path, work: Path) -> Iterator[
         elif (root / name).exists():
             shutil.copy2(root / name, pristine / name)
     tests = list(dict.fromkeys(test for m in mutations for test in m.tests))
-    with Forks() as forks:
+    with Forks(at_once) as forks:
         forks.start(None, pristine, tests)
         yield from forks.ended()
         for m in mutations:
@@ -151,7 +152,8 @@ def changed_copy(pristine: Path, copy: Path, m: Mutation) -> Path:
 class Forks:
     """Processes that run tests in copies, a few at once. Each is the first of a group, which ends with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int) -> None:
+        self.at_once = at_once
         self.running: dict[int, tuple[Mutation | None, Path, float]] = {}
 
     def __enter__(self) -> Forks:
@@ -164,7 +166,7 @@ class Forks:
 
     @property
     def full(self) -> bool:
-        return len(self.running) >= AT_ONCE
+        return len(self.running) >= self.at_once
 
     def start(self, m: Mutation | None, copy: Path, tests: Sequence[str]) -> None:
         child = os.fork()
@@ -261,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="changes to try; without any, all")
     parser.add_argument("--tree", type=Path, default=ROOT, help="the sources; by default, these")
+    parser.add_argument("--at-once", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--cold", action="store_true", help="import nothing before the first fork")
     asked = parser.parse_args(arguments)
     mutations = [m for m in load(asked.tree) if not asked.names or m.name in asked.names]
@@ -277,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"imported after {_since(began):.0f} s", flush=True)
     complaints = []
     with TemporaryDirectory(prefix="mutations-") as work:
-        for m, report in attempts(mutations, asked.tree, Path(work)):
+        for m, report in attempts(mutations, asked.tree, Path(work), asked.at_once):
             if said := complaint(m, report):
                 complaints.append(said)
             name, by = (m.name, report.failed[:1]) if m else ("unchanged", (f"{len(report.passed)} tests",))
