@@ -5,15 +5,13 @@ Devices are made by hand. The model's calls are noted and then made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import new_ledger
+from conftest import Note, new_ledger
 
 from client import policies
 from client.buffer import Kept
@@ -75,26 +73,6 @@ def device(site: Site, name: str = "d0", prompt: str = ORIGINAL[0], reply: str =
 def strong(width: int, seed: int = 0) -> torch.Tensor:
     """A row (P,) that changes what the model says."""
     return 0.05 * torch.randn(width, generator=torch.Generator().manual_seed(seed))
-
-
-Note = Callable[[Any, str], list[dict[str, Any]]]
-
-
-@pytest.fixture
-def noted(monkeypatch: pytest.MonkeyPatch) -> Note:
-    """Notes the calls of a method, by the names of its arguments, and lets them through."""
-
-    def of(owner: Any, name: str) -> list[dict[str, Any]]:
-        whole, calls = getattr(owner, name), list[dict[str, Any]]()
-
-        def noting(*given: Any, **named: Any) -> Any:
-            calls.append(signature(whole).bind(*given, **named).arguments)
-            return whole(*given, **named)
-
-        monkeypatch.setattr(owner, name, noting)
-        return calls
-
-    return of
 
 
 # -- the personal adapter -----------------------------------------------------------------------------------------
@@ -177,8 +155,13 @@ def test_each_device_of_a_cohort_has_its_own_lesson_rates_and_row(lm: LanguageMo
 
 
 def test_noisy_steps_go_on_from_each_other_with_nothing_personal_beneath(lm: LanguageModel, noted: Note) -> None:
-    """Each step's gradients are of the row that the step before made; examples are a dialogue and what is like it."""
-    site = site_of(lm, shared={"sampling_rate": 1.0, "steps_per_round": 2, "learning_rate": 0.5})
+    """Each step's gradients are of the row that the step before made; examples are a dialogue and what is like it.
+
+    Nothing is clipped, so that a sum would not pass for the mean of both texts.
+    """
+    site = site_of(
+        lm, shared={"sampling_rate": 1.0, "steps_per_round": 2, "learning_rate": 0.5}, privacy={"clip_norm_l2": 50.0}
+    )
     calls = noted(lm.engine, "dp_gradients")
     state, received = device(site), strong(site.shared_layout.width)
     change = noisy_steps([state], received, PLAN, site)["d0"]
@@ -334,14 +317,15 @@ def test_the_personal_adapter_is_trained_on_the_shared_one_that_came_back(lm: La
 
 
 def test_a_limit_asks_for_others_than_the_pools(lm: LanguageModel) -> None:
-    """Of four bins two are pooled: they are asked for anyway, and of the other two one."""
+    """Of four bins two are pooled: they are asked for anyway, and of the other two one. The same on six devices."""
     site = site_of(lm, selection={"annotations_per_round": 1}, shared={"pool_capacity": 2})
-    states, _ = observe([site.new_state("d0")], [LATER[:4]], PLAN, site)
-    pool = {i for i, _ in states[0].pool.slots}
-    (once,), (note,) = annotate(states, site)
-    assert len(pool) == 2 and pool < set(once.replies) and len(once.replies) == note["annotations"] == 3
-    (twice,), _ = annotate([once], site)
-    assert set(twice.replies) == {d.id for d in LATER[:4]}
+    states, _ = observe([site.new_state(f"d{k}") for k in range(6)], [LATER[:4]] * 6, PLAN, site)
+    once, notes = annotate(states, site)
+    for state, note in zip(once, notes, strict=True):
+        pool = {i for i, _ in state.pool.slots}
+        assert len(pool) == 2 and pool < set(state.replies) and len(state.replies) == note["annotations"] == 3
+    twice, _ = annotate(once, site)
+    assert all(set(state.replies) == {d.id for d in LATER[:4]} for state in twice)
 
 
 def test_a_lesson_of_nothing_trains_nothing(lm: LanguageModel, noted: Note) -> None:
