@@ -566,6 +566,22 @@ def test_erasing_reaches_what_quoted_it(home: Home, lm: LanguageModel) -> None:
         agent.erase([first.id])
 
 
+def test_erasing_reaches_what_was_made_from_what_quoted_it(home: Home, lm: LanguageModel) -> None:
+    """The second dialogue is kept with the first before it, and learned from: what was made of it quotes the first."""
+    agent = made(home, lm)
+    first, second = (agent.journal.add(said, "ok", "talk") for said in ("My pin is 4711-zebra", "And now?"))
+    agent.rate(second.id, False, "Go to bed.")
+    agent.learn()
+    state = agent._state()
+    planted = {second.id: (("Is the pin 4711-zebra now?", "Go to bed."),)}
+    agent._save(replace(state, synthetic=planted), lambda _: None)
+    assert "4711-zebra" in str(agent._state().synthetic) and second.id in {k.id for k in state.annotated}
+    agent.erase([first.id])
+    assert agent._state().replies == {second.id: "Go to bed."} and "4711-zebra" not in str(agent._state())
+    for path in home.folder.glob("*.db"):
+        assert b"4711-zebra" not in decrypted(path, home.read_key(agent.config)), path
+
+
 def parrot(home: Home, lm: LanguageModel) -> Agent:
     """A device whose model soon says again what its owner has taught it, and always the same."""
     agent = made(home, lm)

@@ -286,6 +286,23 @@ def test_ditto_follows_what_it_received_and_without_a_pull_learns_alone(
     torch.testing.assert_close(sent, expected, atol=1e-6, rtol=0)
 
 
+def test_ours_learns_its_own_on_the_shared_adapter_of_this_round(lm: LanguageModel, lessons: list[Lesson]) -> None:
+    """A half of the steps makes the new shared adapter; the other half is on top of that one, as it is used."""
+    ground = ground_of(lm, "ours")
+    before, _ = turned(ground, lessons)
+    after, sent = RIVALS["ours"].turn(before, lessons, ground, 2)
+    to_share, to_keep = halves(lessons)
+    expected = ground.train(ground.layout, before.shared, to_share) - before.shared
+    torch.testing.assert_close(sent, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(after.shared, before.shared + sent.mean(0), atol=1e-6, rtol=0)
+    new, old = (ground.train(ground.layout, before.own, to_keep, [lm.adapters(ground.layout, held.shared)])
+                for held in (after, before))  # fmt: skip
+    torch.testing.assert_close(after.own, new, atol=1e-6, rtol=0)
+    assert (after.own - old).abs().max() > 1e-4
+    shared, own = RIVALS["ours"].arm(after, ground)
+    assert torch.equal(shared.rows, after.shared) and torch.equal(own.rows, after.own)
+
+
 @pytest.mark.parametrize("name", ["fedper", "fedrep"])
 def test_layers_that_stay_are_in_nothing_that_is_sent(lm: LanguageModel, lessons: list[Lesson], name: str) -> None:
     ground = ground_of(lm, name, personal_share=0.5)
