@@ -102,6 +102,7 @@ def test_every_method_works_on_top_of_what_the_base_is_for_the_task(lm: Language
     """All that is trained or scored lies on the task's adapter, and answers do; PER-PCS has it merged into the base."""
     task = beneath_of(lm)
     trained, scored, weighed = (noted(lm.engine, call) for call in ("finetune", "score", "gradient"))
+    written = noted(lm, "generate")
     made = method(replace(desk(lm, name=name, training={"epochs": 1}), beneath=[task]))
     made.learn(SHARERS[:1])
     made.prepare([person("a", TEXTS[:1]), person("b", TEXTS[1:2])])
@@ -113,6 +114,10 @@ def test_every_method_works_on_top_of_what_the_base_is_for_the_task(lm: Language
         "base": (0, False, False), "oppu": (1, False, False), "pooled": (1, False, False), "pplug": (0, False, True),
         "kgt": (0, True, False), "per-pcs": (1, False, True), "rpo": (0, True, True),
     }[name]  # fmt: skip
+    expected = {"kgt": [[]] * kgt.PROPOSED, "rpo": [[task]]}.get(
+        name, []
+    )  # the base proposes what is known of a person
+    assert [call["adapters"] for call in written] == expected
     served = made.serving([(1, made.people[1].questions[0][0])])
     assert served.arm[0] is task and len(served.arm) == (1 if name in ("base", "kgt") else 2)
 
@@ -135,6 +140,49 @@ def test_the_rate_of_a_method_falls_to_zero_over_its_batches(lm: LanguageModel, 
     orders = [schedule(len(o), 2, 1, derive_seed(0, n, "personal")) for o, n in zip(own, "ac", strict=True)]
     assert [x.batches for x in call["lessons"]] == orders
     assert torch.equal(*call["trained"].rows) and call["trained"].rows.any()
+
+
+def test_each_method_trains_on_whose_examples_it_says(lm: LanguageModel, noted: Note) -> None:
+    """OPPU each person's own, `pooled` all in one, PER-PCS the sharers', the task's stage the others' questions."""
+    calls, people = noted(lm.engine, "finetune"), [person("a", TEXTS[:2]), person("b", TEXTS[2:])]
+    at = desk(lm, retrieve=1, training={"epochs": 1})
+    for kind in (Oppu, Pooled):
+        made = kind(at)
+        made.prepare(people)
+        made.adapt(made.examples())
+    sharing = Assembled(at)
+    sharing.learn(people)
+    learn_task(at, Prompting(at), people, at.config.adapter, at.config.training)
+    lessons = [[[e.reply for e in x.examples] for x in call["lessons"]] for call in calls]
+    replies = [
+        [e.reply for e in lm.format.dialogues([Dialogue("", "", r) for _, r in TEXTS[i : i + 2]])] for i in (0, 2)
+    ]
+    (answer,) = lm.format.dialogues([Dialogue("", "", "lentil soup")])
+    assert lessons == [replies, [[*replies[0], *replies[1]]], replies, [[answer.reply] * 2]]
+    prompting = Prompting(at)
+    prompting.prepare(people)
+    asked = [prompting.prompt(k, p.questions[0][0]) for k, p in enumerate(people)]
+    assert [e.prompt for e in calls[3]["lessons"][0].examples] == [e.prompt for e in lm.format.prompts(asked)]
+    assert [e.prompt for x in calls[0]["lessons"] for e in x.examples] == [
+        e.prompt for own in prompting.examples() for e in lm.format.dialogues(own)
+    ]
+    assert TEXTS[0][1] in prompting.examples()[0][1].prompt  # each item behind the one before it
+
+
+def test_the_projection_is_taught_by_each_persons_own_items(lm: LanguageModel, noted: Note) -> None:
+    """The soft token of a question is of the history of who asks it; the weight is that of the mean over tokens."""
+    people = [person("a", TEXTS[:2]), person("b", TEXTS[2:])]
+    made, calls = Pplug(desk(lm, training={"epochs": 1, "batch_size": 2})), noted(lm.engine, "gradient")
+    made.prepare(people)
+    questions = made._embedded([p.questions[0][0].search for p in people])
+    tokens = torch.stack([made.token(q, items) for q, items in zip(questions, made.items, strict=True)])
+    made.learn(people)
+    (order,) = schedule(2, 2, 1, derive_seed(0, "pplug", "order"))
+    (call,) = calls
+    torch.testing.assert_close(call["trained"].rows, tokens[order].detach())
+    told = lm.format.dialogues([p.questions[0][1] for p in people])
+    assert call["batches"] == [[told[i]] for i in order]
+    assert call["weights"] == [[1 / sum(e.targets for e in told)]] * 2
 
 
 # -- prompts ------------------------------------------------------------------------------------------------------

@@ -13,14 +13,14 @@ import pytest
 import torch
 from conftest import Note, new_ledger
 
-from client import policies
+from client import phases, policies
 from client.buffer import Kept
 from client.config import DeviceConfig
 from client.dialogue import Dialogue, Echo
 from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule, schedule_steps
 from client.phases import Site, States, annotate, descend, learn_personal, observe, synthesize
-from client.round import adopt, contribute
+from client.round import adopt, contribute, live
 from client.shared import clipped_change, drawn, noisy_steps
 from client.state import DeviceState
 from privacy.dpsgd import PrivateRow
@@ -296,15 +296,15 @@ def test_a_policy_by_chance_draws_anew_in_each_round(
 
 
 def test_a_round_goes_through_its_phases_in_order(lm: LanguageModel) -> None:
-    phases: list[str] = []
-    site = replace(site_of(lm, shared={"synthetic": 1}), listener=phases.append)
+    heard: list[str] = []
+    site = replace(site_of(lm, shared={"synthetic": 1}), listener=heard.append)
     received = strong(site.shared_layout.width)
     states: States = [site.new_state("d0")]
     states, (release,), _ = contribute(states, [LATER[:2]], received, PLAN, site)
-    assert phases == ["observe", "annotate", "descend", "learn_shared", "release"] and release is not None
-    phases.clear()
+    assert heard == ["observe", "annotate", "descend", "learn_shared", "release"] and release is not None
+    heard.clear()
     states, _ = adopt(states, received, RoundPlan(1, 1), site)
-    assert phases == ["synthesize", "learn_personal"] and states[0].sent is None
+    assert heard == ["synthesize", "learn_personal"] and states[0].sent is None
 
 
 def test_the_personal_adapter_is_trained_on_the_shared_one_that_came_back(lm: LanguageModel, noted: Note) -> None:
@@ -314,6 +314,51 @@ def test_the_personal_adapter_is_trained_on_the_shared_one_that_came_back(lm: La
     assert calls == []  # with a noisy step there is no AdamW before the release
     adopt(states, after, RoundPlan(1, 1), site)
     assert torch.equal(calls[0]["frozen"][0].rows[0], after)
+
+
+def test_what_a_device_remembers_goes_over_rounds(lm: LanguageModel, noted: Note) -> None:
+    """Two bins, the oldest leaves; two dialogues arrive, then one, then none."""
+    site, calls = site_of(lm, selection={"bins": 2}, shared={"pool_capacity": 0}), noted(lm.engine, "finetune")
+    states, pages = [site.new_state("d0")], []
+    held = []
+    for number, arrived in enumerate((LATER[:2], LATER[2:3], [])):
+        states, (page,) = live(states, [arrived], None, RoundPlan(number + 1, 0), site)
+        held.append(states[0])
+        pages.append((page["arrived"], page["buffered"], page["annotations"]))
+    assert [s.arrived for s in held] == [2, 3, 3] and pages == [(2, 2, 2), (1, 2, 3), (0, 2, 3)]
+    assert [set(s.replies) for s in held] == [{"0", "1"}, {"1", "2"}, {"1", "2"}]
+    assert [set(s.synthetic) for s in held] == [{"0", "1"}, {"1", "2"}, {"1", "2"}]
+    assert held[1].synthetic["1"] is held[0].synthetic["1"] and held[2].synthetic == held[1].synthetic
+    began = [call["trained"].rows[0] for call in calls]
+    for row, before in zip(began[1:], held, strict=False):
+        assert torch.equal(row, before.personal)
+    assert len({tuple(s.personal.tolist()) for s in held}) == 3
+
+
+def test_the_models_words_are_known_for_its_own_as_long_as_they_are_kept(lm: LanguageModel) -> None:
+    """What was liked once is no word of the user's in a later round either; a dropped dialogue is forgotten."""
+    site = replace(site_of(lm, selection={"bins": 2}), user=lambda _, i: Echo("i am") if i == "0" else "yes")
+    states: States = [site.new_state("d0")]
+    for number, arrived in enumerate((LATER[:1], LATER[1:2])):
+        states, _ = observe(states, [arrived], RoundPlan(number + 1, 0), site)
+        states, _ = annotate([replace(states[0], replies=dict(states[0].replies))], site)
+    assert states[0].echoes == {"0"} and states[0].own == {"1": "yes"}
+    plain = replace(states[0], replies={i: str(reply) for i, reply in states[0].replies.items()})  # as they are stored
+    (again,), _ = annotate([plain], site)
+    assert again.own == {"1": "yes"}
+
+
+def test_no_text_that_a_device_has_may_be_written_again(lm: LanguageModel, noted: Note) -> None:
+    site, calls = site_of(lm), noted(phases, "write_similar")
+    state = device(site)
+    state = replace(state, buffer=replace(state.buffer, bins=(*state.buffer.bins, kept("y", "what time is it"))))
+    other = device(site, "d1", "who is there", "nobody")
+    synthesize([replace(state, replies={**state.replies, "y": "noon"}), replace(other, synthetic={})], PLAN, site)
+    own = [("d0", text) for text in (*ORIGINAL, "what time is it", "noon", *(t for pair in MADE for t in pair))]
+    assert set(calls[0]["known"]) == {*own, ("d1", "who is there"), ("d1", "nobody")}
+    assert [(r.device, r.original) for r in calls[0]["requests"]] == [
+        ("d0", ("what time is it", "noon")), ("d1", ("who is there", "nobody")),
+    ]  # fmt: skip
 
 
 def test_a_limit_asks_for_others_than_the_pools(lm: LanguageModel) -> None:

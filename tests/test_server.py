@@ -162,6 +162,19 @@ def test_products_of_every_round_are_added_to_the_weight(products: Literal["stac
     np.testing.assert_allclose(weights[1], 8, atol=1e-5)
 
 
+def test_with_stacked_products_devices_begin_anew_in_every_round() -> None:
+    """B = 1 learned in each of two rounds, on A = 1 of rank 4: 4 and 4 in the weight, and the factors as they began."""
+    began = SCHEMA.join({"q.lora_A": np.ones((4, 3), np.float32), "q.lora_B": np.zeros((2, 4), np.float32)})
+    learned = SCHEMA.join({"q.lora_A": np.zeros((4, 3), np.float32), "q.lora_B": np.ones((2, 4), np.float32)})
+    server, devices = strategy(ServerConfig(products="stack")), Scripted({"a": learned})
+    arrays = to_numpy(server.start(grid_of(devices, ["a"]), server.first(began), 2).arrays)
+    np.testing.assert_allclose(arrays["q.weight"], 8, atol=1e-5)
+    np.testing.assert_allclose(SCHEMA.join({n: arrays[n] for n, _ in SCHEMA.shapes}), began)
+    whole = SCHEMA.with_weights()
+    (first, second) = (whole.split(row) for _, _, row in devices.asked)
+    assert not first["q.weight"].any() and np.allclose(second["q.weight"], 4)
+
+
 @pytest.mark.parametrize("ranks", [{}, {"d3": 2}])
 def test_of_noise_alone_there_is_no_signal_whatever_the_ranks(ranks: dict[str, int]) -> None:
     names, squares = [f"d{k}" for k in range(4)], []
