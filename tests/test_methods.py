@@ -12,10 +12,10 @@ import pytest
 import tomli_w
 import torch
 
+from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
 from client.personal.history import Asked
 from simulation.config import ConfigError
-from simulation.data.population import User
 from simulation.personal.config import HistoryConfig, LivesConfig, MethodsConfig
 from simulation.personal.people import halved, person
 from simulation.personal.play import play
@@ -132,12 +132,18 @@ def test_a_dialogue_of_the_second_half_is_measured_before_it_is_learned_from(lm:
 
 
 def test_forgotten_is_what_the_first_half_has_become_worse_by_and_won_what_the_second_has_become_better(
-    lm: LanguageModel, people: list[User], tmp_path: Path
+    lm: LanguageModel, tmp_path: Path
 ) -> None:
     """The loss of held-out replies from before the shift, at the end less half way; from after it, the other way."""
     config = LivesConfig.model_validate({"interactions": 2, "shift": "person", "adapter": {"rank": 2, "alpha": 4}})
     cell = LivesCell(Cell(config, StudyConfig(tables={"t": TableConfig(rows={})})), tmp_path, Bench(frozenset()), print)
-    layout, streams = lm.layout(config.adapter), {f"d{k}": list(user.stream[:18]) for k, user in enumerate(people)}
+    layout = lm.layout(config.adapter)
+    streams = {
+        name: [
+            Dialogue(f"{n}", f"{name}, what is number {n}", f"it is {n} {'times ' * (n % 3)}{name}") for n in range(18)
+        ]
+        for name in ("ann", "bob")
+    }
     noise = torch.randn(2, 2, layout.width, generator=torch.Generator().manual_seed(0))
     half_way, end = layout.start(0) + torch.tensor([0.02, 0.1])[:, None, None] * noise
     lived = SimpleNamespace(half_way=half_way, rows=end)
