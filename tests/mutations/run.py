@@ -162,7 +162,6 @@ class Forks:
     def __exit__(self, *_: object) -> None:
         for child in self.running:
             _end(child)
-            os.waitpid(child, 0)
 
     @property
     def full(self) -> bool:
@@ -172,26 +171,27 @@ class Forks:
         child = os.fork()
         if not child:
             _run_and_exit(copy, tests, mutated=m is not None)
+        with suppress(ProcessLookupError, PermissionError):
+            os.setpgid(child, child)  # both do it: whoever comes first
         self.running[child] = m, copy, time.monotonic()
 
     def ended(self) -> Iterator[tuple[Mutation | None, Report]]:
         """Waits until at least one has ended."""
         while self.running:
-            ended = [child for child in self.running if os.waitpid(child, os.WNOHANG)[0]]
+            look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            ended = [child for child in self.running if os.waitid(os.P_PID, child, look)]
             for child in ended:
                 yield self._taken(child, "")
             late = [child for child, (m, _, began) in self.running.items() if m and _since(began) > LIMIT_S]
             for child in late:
-                _end(child)
-                os.waitpid(child, 0)
                 yield self._taken(child, f"its tests were not through after {LIMIT_S} s")
             if ended or late:
                 return
             time.sleep(0.02)
 
     def _taken(self, child: int, broken: str) -> tuple[Mutation | None, Report]:
+        _end(child)
         m, copy, began = self.running.pop(child)
-        _end(child)  # what it has left behind
         told, output = _beside(copy, "told"), _beside(copy, "output").read_text(encoding="utf-8", errors="replace")
         found: dict[str, Any] = json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
         broken = broken or found.pop("broken", "the process of its tests has died")
@@ -202,14 +202,14 @@ class Forks:
 
 def _run_and_exit(copy: Path, tests: Sequence[str], mutated: bool) -> None:
     """In a new process: the tests, on the packages of the copy alone; its report and its output lie beside the copy."""
-    os.setsid()
+    os.setpgid(0, 0)
     status = 1
     try:
         with _beside(copy, "output").open("wb") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
         os.chdir(copy)
-        sys.path[:] = [str(copy), *(p for p in sys.path if not _ours(p))]
+        sys.path.insert(0, str(copy))  # before what is installed
         os.environ["PYTHONPATH"] = str(copy)  # of processes that a test starts
         sys.dont_write_bytecode = mutated  # of what is unchanged it is there already
         recorder = Recorder()
@@ -228,12 +228,6 @@ def _run_and_exit(copy: Path, tests: Sequence[str], mutated: bool) -> None:
         os._exit(status)
 
 
-def _ours(entry: str) -> bool:
-    """Whether a place of modules holds this project's, as that of an editable installation does."""
-    place = Path(entry).resolve()
-    return place == Path(__file__).resolve().parent or any((place / name / "__init__.py").exists() for name in OURS)
-
-
 def _beside(copy: Path, what: str) -> Path:
     return copy.parent / f"{copy.name}.{what}"
 
@@ -242,9 +236,11 @@ def _since(began: float) -> float:
     return time.monotonic() - began
 
 
-def _end(group: int) -> None:
+def _end(child: int) -> None:
+    """With all that it has started; its number is its group's, and nobody else's until it is waited for."""
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
+        os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 def complaint(m: Mutation | None, report: Report) -> str:
