@@ -182,6 +182,15 @@ def test_an_adaptation_makes_what_was_wanted_likelier_and_what_was_rejected_less
     torch.testing.assert_close(alone.rows[0], after.rows[0], atol=1e-4, rtol=1e-3)
 
 
+def test_the_newest_are_kept_and_what_was_met_counts_once(lm: LanguageModel) -> None:
+    """A window of two after three: the first has left it, though it counts among what is new."""
+    three = [met(text) for text in ("a", "b", "c")]
+    device = device_after(Asls(lm, AslsConfig(window=2), 0), *three)
+    assert device.window == tuple(three[1:]) and device.fresh == device.profile.interactions == 3
+    plain = Asls(lm, AslsConfig(arm="adaptation-only", window=3, examples=2), 0)
+    assert plain.chosen(device_after(plain, *three)) == [three[2], three[1]]  # without a profile the newest
+
+
 def test_a_correction_weighs_a_whole_reply_and_an_accepted_one_half(lm: LanguageModel) -> None:
     """Of replies of four tokens each: ½ and 1 by 8 tokens; without feedback everything is half."""
     lesson, four = [met("a", accepted=True), met("b")], Example((1, 2), (3, 4, 5, 6), (0, 2), False)

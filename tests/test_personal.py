@@ -27,7 +27,7 @@ from client.personal.oppu import Oppu, Pooled
 from client.personal.per_pcs import Assembled, Pieces, assembled, wide
 from client.personal.pplug import TEMPERATURE, Pplug
 from client.personal.preference import Preferences, prefer, value_and_weights
-from client.personal.prompting import Prompting
+from client.personal.prompting import ASK_FOR_PROFILE, Prompting
 from client.personal.retrieve import rankings
 from client.personal.rpo import Rpo, nearness
 from client.personal.table import METHODS, method
@@ -210,6 +210,21 @@ def test_bm25_counts_no_word_of_an_item_that_came_later(lm: LanguageModel) -> No
         assert ranking(Asked("", "we sea"), 2) == [1, 0]
     (ranking,) = rankings("bm25", [history], lm, ["a"], 0)
     assert ranking(Asked("", "we sea"), 10)[0] == 0
+
+
+def test_recent_is_the_newest_first_whatever_is_asked(lm: LanguageModel) -> None:
+    (ranking,) = rankings("recent", [PEOPLE[0].history], lm, ["a"], 0)
+    assert ranking(Asked("", "soup"), 4) == [3, 2, 1, 0] and ranking(Asked("", "soup"), 2) == [1, 0]
+
+
+def test_a_profile_is_of_items_spread_over_the_history(lm: LanguageModel, noted: Note) -> None:
+    """Of 16 items every second one, from the first on; the base model says it."""
+    calls, words = noted(lm, "generate"), [f"w{n}" for n in range(16)]
+    made = Prompting(desk(lm, profile=True))
+    made.prepare([Person("p", tuple(replace(past(i, w, ""), shown=w) for i, w in enumerate(words)))])
+    (call,) = calls
+    assert call["prompts"] == [ASK_FOR_PROFILE.format(items="\n".join(words[::2]))] and call["adapters"] == []
+    assert made.profiles == lm.generate(call["prompts"], [0], [], call["sampling"], call["seeds"])
 
 
 def test_dense_is_the_cosine_of_mean_hidden_states(lm: LanguageModel) -> None:
@@ -398,6 +413,24 @@ def test_a_graph_keeps_what_makes_replies_likelier_and_drops_what_is_not_missed(
     monkeypatch.setattr(kgt, "PROPOSED", 2)
     made._drop()
     assert [g for g in made.graphs if useless in g] == []
+
+
+def test_triples_are_tried_on_the_newest_replies_and_proposed_from_the_newest_items(
+    lm: LanguageModel, noted: Note
+) -> None:
+    """Of eight replies six are scored: another first one changes nothing, another last one does."""
+    texts, other = [(f"what of number {n}", f"it is {n}") for n in range(8)], ("who rows the red boat", "my brother")
+    made, found = KnowledgeGraph(desk(lm)), []
+    for own in (texts, [other, *texts[1:]], [*texts[:-1], other]):
+        made.people = [person("n", own)]
+        found.append(made.losses([[Triple("likes", "boats")]]))
+    assert found[0] == found[1] != found[2]
+    calls = noted(lm, "generate")
+    made.people, made.graphs = [person("n", texts)], [[]]
+    for number in (0, 1):
+        made._proposed(number)
+    newest, next_one = (call["prompts"][0] for call in calls)
+    assert texts[7][0] in newest and "likes" in newest and texts[6][0] in next_one and "dislikes" in next_one
 
 
 def test_triples_near_the_question_are_given() -> None:
