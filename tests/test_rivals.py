@@ -250,6 +250,13 @@ def test_gates_have_no_place_in_pefts_format(lm: LanguageModel, tmp_path: Path) 
 # -- rivals -------------------------------------------------------------------------------------------------------
 
 
+def test_halves_are_all_of_the_batches_once() -> None:
+    work = Lesson([example(4, 0)], [[0], [0, 0], [0, 0, 0], [0] * 4])
+    (first,), (second,) = halves([work])
+    assert first.batches == [[0], [0, 0]] and second.batches == [[0, 0, 0], [0] * 4]
+    assert first.examples == second.examples == work.examples
+
+
 def test_the_mean_of_the_others_by_hand() -> None:
     sent = torch.tensor([[1.0, 0.0], [2.0, 3.0], [6.0, 9.0]])
     assert rest_of_world(sent).tolist() == [[4.0, 6.0], [3.5, 4.5], [1.5, 1.5]]
