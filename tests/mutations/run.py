@@ -126,14 +126,19 @@ def attempts(
             shutil.copytree(root / name, pristine / name, ignore=shutil.ignore_patterns("__pycache__"))
         elif (root / name).exists():
             shutil.copy2(root / name, pristine / name)
-    tests = list(dict.fromkeys(test for m in mutations for test in m.tests))
+    tests = sorted({test for m in mutations for test in m.tests})
+    files = sorted({test.partition("::")[0] for test in tests})
     with Forks(at_once) as forks:
-        forks.start(None, pristine, tests)
-        yield from forks.ended()
+        for part in (files[k::at_once] for k in range(min(at_once, len(files)))):
+            some = [test for test in tests if test.partition("::")[0] in part]
+            forks.start(None, pristine, some, work / f"unchanged {part[0].replace('/', ' ')}")
+        while forks.running:
+            yield from forks.ended()
         for m in mutations:
             while forks.full:
                 yield from forks.ended()
-            forks.start(m, changed_copy(pristine, work / m.name, m), m.tests)
+            copy = changed_copy(pristine, work / m.name, m)
+            forks.start(m, copy, m.tests, copy)
         while forks.running:
             yield from forks.ended()
 
@@ -154,7 +159,7 @@ class Forks:
 
     def __init__(self, at_once: int) -> None:
         self.at_once = at_once
-        self.running: dict[int, tuple[Mutation | None, Path, float]] = {}
+        self.running: dict[int, tuple[Mutation | None, Path, float]] = {}  # by process: what, where it reports, since
 
     def __enter__(self) -> Forks:
         return self
@@ -167,13 +172,14 @@ class Forks:
     def full(self) -> bool:
         return len(self.running) >= self.at_once
 
-    def start(self, m: Mutation | None, copy: Path, tests: Sequence[str]) -> None:
+    def start(self, m: Mutation | None, copy: Path, tests: Sequence[str], reports: Path) -> None:
+        """Runs tests in a copy; files whose names begin with that of `reports` say what came of them."""
         child = os.fork()
         if not child:
-            _run_and_exit(copy, tests, mutated=m is not None)
+            _run_and_exit(copy, tests, reports, mutated=m is not None)
         with suppress(ProcessLookupError, PermissionError):
             os.setpgid(child, child)  # both do it: whoever comes first
-        self.running[child] = m, copy, time.monotonic()
+        self.running[child] = m, reports, time.monotonic()
 
     def ended(self) -> Iterator[tuple[Mutation | None, Report]]:
         """Waits until at least one has ended."""
@@ -191,21 +197,21 @@ class Forks:
 
     def _taken(self, child: int, broken: str) -> tuple[Mutation | None, Report]:
         _end(child)
-        m, copy, began = self.running.pop(child)
-        told, output = _beside(copy, "told"), _beside(copy, "output").read_text(encoding="utf-8", errors="replace")
+        m, reports, began = self.running.pop(child)
+        told, output = _beside(reports, "told"), _beside(reports, "output").read_text("utf-8", errors="replace")
         found: dict[str, Any] = json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
         broken = broken or found.pop("broken", "the process of its tests has died")
         if m:
-            shutil.rmtree(copy)
+            shutil.rmtree(reports)  # its copy
         return m, Report(broken, tuple(found.get("failed", ())), tuple(found.get("passed", ())), _since(began), output)
 
 
-def _run_and_exit(copy: Path, tests: Sequence[str], mutated: bool) -> None:
-    """In a new process: the tests, on the packages of the copy alone; its report and its output lie beside the copy."""
+def _run_and_exit(copy: Path, tests: Sequence[str], reports: Path, mutated: bool) -> None:
+    """In a new process: the tests, on the packages of the copy alone."""
     os.setpgid(0, 0)
     status = 1
     try:
-        with _beside(copy, "output").open("wb") as output:
+        with _beside(reports, "output").open("wb") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
         os.chdir(copy)
@@ -215,12 +221,12 @@ def _run_and_exit(copy: Path, tests: Sequence[str], mutated: bool) -> None:
         recorder = Recorder()
         settings = ["-o", "addopts=", "-p", "no:cacheprovider", "-c", "pyproject.toml", "--tb=short", "-q"]
         until = ["--exitfirst"] if mutated else []
-        said = pytest.main([*settings, *until, f"--basetemp={_beside(copy, 'tmp')}", *tests], plugins=[recorder])
+        said = pytest.main([*settings, *until, f"--basetemp={_beside(reports, 'tmp')}", *tests], plugins=[recorder])
         broken = recorder.broken
         if said not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not broken:
             broken = [f"pytest ended with {said!r}"]
         told = {"broken": "; ".join(broken), "failed": recorder.failed, "passed": recorder.passed}
-        _beside(copy, "told").write_text(json.dumps(told), encoding="utf-8")
+        _beside(reports, "told").write_text(json.dumps(told), encoding="utf-8")
         status = 0
     finally:
         sys.stdout.flush()
@@ -228,8 +234,8 @@ def _run_and_exit(copy: Path, tests: Sequence[str], mutated: bool) -> None:
         os._exit(status)
 
 
-def _beside(copy: Path, what: str) -> Path:
-    return copy.parent / f"{copy.name}.{what}"
+def _beside(reports: Path, what: str) -> Path:
+    return reports.parent / f"{reports.name}.{what}"
 
 
 def _since(began: float) -> float:
