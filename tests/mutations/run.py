@@ -209,6 +209,8 @@ class Forks:
 def _run_and_exit(copy: Path, tests: Sequence[str], reports: Path, mutated: bool) -> None:
     """In a new process: the tests, on the packages of the copy alone."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     status = 1
     try:
         with _beside(reports, "output").open("wb") as output:
@@ -273,6 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no mutation is called {', '.join(sorted(unknown))}")
     os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
     os.environ |= {"HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0", "GOMP_SPINCOUNT": "1000"}
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda *_: sys.exit("stopped"))  # and the copies go, and what runs in them
     began = time.monotonic()
     for name in () if asked.cold else HEAVY:
         with suppress(ImportError):  # of an extra that is not installed
