@@ -26,6 +26,7 @@ import keyring
 import numpy as np
 import pytest
 import torch
+from conftest import Note
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
@@ -40,7 +41,7 @@ from client.agent.agent import Agent, AgentError, _federation, restore
 from client.agent.config import new_config
 from client.agent.courier import SuperNode, answered
 from client.agent.home import Home, HomeError
-from client.agent.journal import Journal, Turn, VaultError
+from client.agent.journal import Journal, Turn, VaultError, write_fact
 from client.agent.remote import Remote
 from client.agent.seal import new_key, public_half, sealed
 from client.agent.serve import listening, showing
@@ -513,6 +514,36 @@ def test_a_profile_is_read_and_edited(home: Home, lm: LanguageModel) -> None:
     assert len(agent.edit_profile(json.dumps(told)).interests) == 1 == len(agent.profile.interests)
     with pytest.raises(ProfileError):
         agent.edit_profile("{}")
+
+
+def test_a_device_talks_on_the_shared_adapter_that_its_own_was_learned_on(
+    home: Home, lm: LanguageModel, noted: Note
+) -> None:
+    """A newer one waits until the device learns again; an erasure learns on the old one."""
+    agent = made(home, lm)
+    ids, width = talked(agent, SAID[:3]), agent.site.shared_layout.width
+    first, second = (0.05 * torch.randn(width, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    said, learned = noted(lm, "reply"), noted(lm.engine, "finetune")
+
+    def sent(version: int, row: torch.Tensor) -> None:
+        with agent.journal.open() as connection:
+            write_fact(connection, "newest", version, row.numpy().tobytes())
+
+    def beneath() -> list[torch.Tensor]:
+        agent.chat("Hello")
+        return [adapters.rows[0] for adapters in said[-1]["adapters"]]
+
+    assert [len(row) for row in beneath()] == [agent.site.personal_layout.width]  # nothing was sent yet
+    sent(1, first)
+    agent.learn()
+    sent(2, second)
+    shared, own = beneath()
+    assert torch.equal(shared, first) and torch.equal(own, agent.personal_row)
+    agent.erase(ids[:1])
+    assert [torch.equal(call["frozen"][0].rows[0], first) for call in learned] == [True, True]
+    talked(agent, SAID[3:4])
+    agent.learn()
+    assert torch.equal(learned[-1]["frozen"][0].rows[0], second) and torch.equal(beneath()[0], second)
 
 
 # -- erasure ----------------------------------------------------------------------------------------------------------
