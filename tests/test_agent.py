@@ -27,6 +27,7 @@ import keyring
 import numpy as np
 import pytest
 import torch
+from conftest import Note
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
@@ -43,7 +44,7 @@ from client.agent.cli import app as device_app
 from client.agent.config import new_config
 from client.agent.courier import SuperNode, answered
 from client.agent.home import Home, HomeError
-from client.agent.journal import Journal, Turn, VaultError
+from client.agent.journal import Journal, Turn, VaultError, write_fact
 from client.agent.pace import LEAST_S, doubled
 from client.agent.remote import Remote
 from client.agent.seal import new_key, public_half, sealed
@@ -520,6 +521,36 @@ def test_a_profile_is_read_and_edited(home: Home, lm: LanguageModel) -> None:
         agent.edit_profile("{}")
 
 
+def test_a_device_talks_on_the_shared_adapter_that_its_own_was_learned_on(
+    home: Home, lm: LanguageModel, noted: Note
+) -> None:
+    """A newer one waits until the device learns again; an erasure learns on the old one."""
+    agent = made(home, lm)
+    ids, width = talked(agent, SAID[:3]), agent.site.shared_layout.width
+    first, second = (0.05 * torch.randn(width, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    said, learned = noted(lm, "reply"), noted(lm.engine, "finetune")
+
+    def sent(version: int, row: torch.Tensor) -> None:
+        with agent.journal.open() as connection:
+            write_fact(connection, "newest", version, row.numpy().tobytes())
+
+    def beneath() -> list[torch.Tensor]:
+        agent.chat("Hello")
+        return [adapters.rows[0] for adapters in said[-1]["adapters"]]
+
+    assert [len(row) for row in beneath()] == [agent.site.personal_layout.width]  # nothing was sent yet
+    sent(1, first)
+    agent.learn()
+    sent(2, second)
+    shared, own = beneath()
+    assert torch.equal(shared, first) and torch.equal(own, agent.personal_row)
+    agent.erase(ids[:1])
+    assert [torch.equal(call["frozen"][0].rows[0], first) for call in learned] == [True, True]
+    talked(agent, SAID[3:4])
+    agent.learn()
+    assert torch.equal(learned[-1]["frozen"][0].rows[0], second) and torch.equal(beneath()[0], second)
+
+
 # -- erasure ----------------------------------------------------------------------------------------------------------
 
 
@@ -569,6 +600,22 @@ def test_erasing_reaches_what_quoted_it(home: Home, lm: LanguageModel) -> None:
     assert b"4711-zebra" not in decrypted(home.vault, home.read_key(agent.config))
     with pytest.raises(KeyError):
         agent.erase([first.id])
+
+
+def test_erasing_reaches_what_was_made_from_what_quoted_it(home: Home, lm: LanguageModel) -> None:
+    """The second dialogue is kept with the first before it, and learned from: what was made of it quotes the first."""
+    agent = made(home, lm)
+    first, second = (agent.journal.add(said, "ok", "talk") for said in ("My pin is 4711-zebra", "And now?"))
+    agent.rate(second.id, False, "Go to bed.")
+    agent.learn()
+    state = agent._state()
+    planted = {second.id: (("Is the pin 4711-zebra now?", "Go to bed."),)}
+    agent._save(replace(state, synthetic=planted), lambda _: None)
+    assert "4711-zebra" in str(agent._state().synthetic) and second.id in {k.id for k in state.annotated}
+    agent.erase([first.id])
+    assert agent._state().replies == {second.id: "Go to bed."} and "4711-zebra" not in str(agent._state())
+    for path in home.folder.glob("*.db"):
+        assert b"4711-zebra" not in decrypted(path, home.read_key(agent.config)), path
 
 
 def parrot(home: Home, lm: LanguageModel) -> Agent:

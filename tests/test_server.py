@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -108,6 +108,75 @@ def test_a_stale_release_is_made_on_what_was_sent_then_and_counts_less() -> None
     begun = [(name, version) for name, version, _ in devices.asked]
     assert begun == [("a", 0), ("b", 0), ("c", 0), ("a", 1)]
     assert not devices.asked[2][2].any() and np.allclose(devices.asked[3][2], first, atol=1e-6)
+
+
+def test_other_devices_are_asked_in_each_round_and_everybody_comes_up() -> None:
+    """Three of ten: in 40 rounds one is never asked with probability 0.7⁴⁰ = 6e-7."""
+    server = strategy(ServerConfig(sampled_share=0.3))
+    server.names = [f"d{k}" for k in range(10)]
+    asked = [server.sampled(number) for number in range(1, 41)]
+    assert all(len(set(names)) == 3 and names == sorted(names) for names in asked)
+    assert len({tuple(names) for names in asked}) > 20 and {n for names in asked for n in names} == set(server.names)
+    assert asked[0] == server.sampled(1)
+    other = ReleaseStrategy(ServerConfig(sampled_share=0.3), SCHEMA, 1, ReleaseNoise())
+    other.names = server.names
+    assert [other.sampled(number) for number in range(1, 9)] != asked[:8]
+
+
+def test_devices_go_on_from_the_last_round_and_are_told_the_head_that_they_sent() -> None:
+    """Releases of 1 in both rounds, momentum ½: 1, then 1 + (½ + 1)."""
+    ones = np.ones(WIDTH, np.float32)
+    told: list[dict[str, str]] = []
+
+    class Hearing(Scripted):
+        def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
+            told.append(dict(plan.heads))
+            return super().contribute(names, received, plan)
+
+    devices = Hearing({"a": ones, "b": ones})
+    server = strategy(ServerConfig(optimizer="fedavgm", momentum=0.5))
+    found = server.start(grid_of(devices, ["a", "b"]), start(), 2)
+    np.testing.assert_allclose(row_of(found.arrays), 2.5, atol=1e-6)
+    assert [(name, version, float(row[0])) for name, version, row in devices.asked] == [
+        ("a", 0, 0.0), ("b", 0, 0.0), ("a", 1, 1.0), ("b", 1, 1.0),
+    ]  # fmt: skip
+    assert told == [{"a": "", "b": ""}, {"a": HEAD, "b": HEAD}]
+    np.testing.assert_allclose(server.moments.first, 1.5)
+
+
+@pytest.mark.parametrize("products", ["stack", "residual"])
+def test_products_of_every_round_are_added_to_the_weight(products: Literal["stack", "residual"]) -> None:
+    """A = 1 and B = 0 received, rank 4; two devices send B = ±1 with A = 1 ± 1, in each of two rounds.
+
+    Their products are 4 · 2 and 0, so that the mean of products is 4, and that of the means, 4 · 1 · 0, is 0: FLoRA
+    and FedEx both add 4 in a round.
+    """
+    names, whole = ["a", "b"], SCHEMA.with_weights()
+    up = SCHEMA.join({"q.lora_A": np.ones((4, 3), np.float32), "q.lora_B": np.ones((2, 4), np.float32)})
+    began = SCHEMA.join({"q.lora_A": np.ones((4, 3), np.float32), "q.lora_B": np.zeros((2, 4), np.float32)})
+    devices = Scripted({"a": up, "b": -up})
+    weights = []
+    for rounds in (1, 2):
+        server = strategy(ServerConfig(products=products))
+        arrays = to_numpy(server.start(grid_of(devices, names), server.first(began), rounds).arrays)
+        weights.append(arrays["q.weight"])
+        np.testing.assert_allclose(SCHEMA.join({n: arrays[n] for n, _ in SCHEMA.shapes}), began, atol=1e-6)
+    assert weights[0].shape == (2, 3) and whole.width == WIDTH + 6
+    np.testing.assert_allclose(weights[0], 4, atol=1e-5)
+    np.testing.assert_allclose(weights[1], 8, atol=1e-5)
+
+
+def test_with_stacked_products_devices_begin_anew_in_every_round() -> None:
+    """B = 1 learned in each of two rounds, on A = 1 of rank 4: 4 and 4 in the weight, and the factors as they began."""
+    began = SCHEMA.join({"q.lora_A": np.ones((4, 3), np.float32), "q.lora_B": np.zeros((2, 4), np.float32)})
+    learned = SCHEMA.join({"q.lora_A": np.zeros((4, 3), np.float32), "q.lora_B": np.ones((2, 4), np.float32)})
+    server, devices = strategy(ServerConfig(products="stack")), Scripted({"a": learned})
+    arrays = to_numpy(server.start(grid_of(devices, ["a"]), server.first(began), 2).arrays)
+    np.testing.assert_allclose(arrays["q.weight"], 8, atol=1e-5)
+    np.testing.assert_allclose(SCHEMA.join({n: arrays[n] for n, _ in SCHEMA.shapes}), began)
+    whole = SCHEMA.with_weights()
+    (first, second) = (whole.split(row) for _, _, row in devices.asked)
+    assert not first["q.weight"].any() and np.allclose(second["q.weight"], 4)
 
 
 @pytest.mark.parametrize("ranks", [{}, {"d3": 2}])
