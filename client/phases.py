@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from client.buffer import candidate
+from client.coins import Coins
 from client.config import DeviceConfig
 from client.dialogue import Dialogue, Echo
 from client.lexicons import load_lexicons
@@ -35,7 +36,7 @@ from privacy.encoding import ENCODINGS
 from privacy.ledger import Accounts, LedgerError
 from privacy.plan import RoundPlan
 from privacy.release import Schema
-from privacy.seeds import derive_key, derive_seed, fresh_secret
+from privacy.seeds import derive_seed
 
 
 def full_rank(device: str) -> int:
@@ -64,6 +65,7 @@ class Site:
     ledger: Accounts | None = None  # none where nothing is ever released
     experiment: str = "simulation"
     rank_of: Callable[[str], int] = full_rank
+    coins: Coins = field(default_factory=Coins)
 
     @classmethod
     def of(
@@ -118,9 +120,7 @@ class Site:
 
     def new_state(self, device: str) -> DeviceState:
         personal = self.personal_layout.start(derive_seed(self.seed, device, "personal"))
-        from_os = self.config.privacy.secret == "os"
-        secret = fresh_secret() if from_os else derive_key(self.seed, device, "secret")
-        return DeviceState.new(device, self.config, personal, secret)
+        return DeviceState.new(device, self.config, personal, self.coins.secret(device, self))
 
 
 def release_schema(layout: AdapterLayout, encoding: str = "fp32") -> Schema:

@@ -22,14 +22,13 @@ from client.lm.adapter import Adapters
 from client.lm.lessons import Lesson
 from client.lm.model import schedule_steps
 from client.lm.packing import Example
-from client.pool import poisson_sample
 from client.state import DeviceState
 from privacy.dpsgd import PrivateRow
 from privacy.ledger import Answer, Request
 from privacy.noise import ReleaseNoise
 from privacy.plan import RoundPlan
 from privacy.release import Release, Schema
-from privacy.seeds import derive_key, derive_seed, fresh_secret
+from privacy.seeds import derive_seed
 
 if TYPE_CHECKING:
     from client.phases import Site
@@ -156,17 +155,6 @@ def _pages(states: Sequence[DeviceState], answers: Sequence[Answer], site: Site)
     ]
 
 
-def _key(state: DeviceState, plan: RoundPlan, site: Site, *purpose: str | int) -> int:
-    """For what may be drawn once: for an experiment and a round the ledger pays once, for one adapter received.
-
-    With secrets from the operating system it is drawn anew each time: should a device be set back to an old state,
-    with its ledger, then another release is another release, and not the same noise on something else.
-    """
-    if site.config.privacy.secret == "os":
-        return fresh_secret()
-    return derive_key(state.secret, site.experiment, plan.round, *purpose)
-
-
 # -- one dialogue -------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +169,7 @@ def noisy_steps(
     source = _pooled if shared.source == "pool" else _buffered
     lessons = {s.id: [site.lm.format.dialogues(texts) for texts in source(s)] for s in states}
     for step in range(shared.steps_per_round):
-        chosen = {s.id: drawn(s, len(lessons[s.id]), plan, step, site) for s in states}
+        chosen = {s.id: site.coins.sample(s, len(lessons[s.id]), plan, step, site) for s in states}
         batches = [[example for i in chosen[s.id] if (example := lessons[s.id][i])] for s in states]
         for state, row in zip(states, whole, strict=True):
             row[places[state.id]] = rows[state.id].row
@@ -221,7 +209,7 @@ def _private_row(state: DeviceState, received: torch.Tensor, plan: RoundPlan, si
         clip_norm_l2=site.config.privacy.clip_norm_l2,
         noise_multiplier=planned_event(site.config).noise_multiplier,
         expected_batch=shared.sampling_rate * shared.pool_capacity,
-        key=_key(state, plan, site, "noise"),
+        key=site.coins.noise_key(state, plan, site),
         proximal=shared.proximal,
     )
 
@@ -244,12 +232,6 @@ def _buffered(state: DeviceState) -> Texts:
     return [(Dialogue(k.id, k.prompt, own[k.id]),) for k in state.annotated if k.id in own]
 
 
-def drawn(state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
-    """One Poisson sample of so many: each has a coin of its own."""
-    key = _key(state, plan, site, "coins", step)
-    return poisson_sample(count, site.config.shared.sampling_rate, key)
-
-
 # -- one device ---------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +252,7 @@ def clipped_change(
         change = (row - old)[places[state.id]]
         one_step = PrivateRow(
             torch.zeros_like(change), learning_rate=1.0, clip_norm_l2=config.privacy.clip_norm_l2,
-            noise_multiplier=sigma, expected_batch=1.0, key=_key(state, plan, site, "noise"),
+            noise_multiplier=sigma, expected_batch=1.0, key=site.coins.noise_key(state, plan, site),
         )  # fmt: skip
         one_step.step(-change[None])
         changes[state.id] = one_step.row

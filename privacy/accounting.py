@@ -57,6 +57,20 @@ def epsilon(events: Iterable[Event], delta: float, adjacency: Adjacency = "repla
     return _epsilon(_together(events), delta, adjacency)
 
 
+def covered(events: Iterable[Event]) -> bool:
+    """Whether spending until ε would exceed a budget keeps it although what is spent was chosen after releases.
+
+    Of steps that are all alike: they are the first of a sequence that was fixed before, and whatever adapter each is
+    asked about, the same pair of distributions dominates it (Zhu, Dong and Wang 2022, arXiv 2106.08567, on adaptive
+    composition). Of Gaussians without sampling: Gaussian DP has such a filter (Smith and Thakurta 2022, arXiv
+    2210.17520; Koskela et al. 2023, arXiv 2209.15596). Of other mixtures privacy loss distributions have none that
+    would be valid in general (arXiv 2602.06756, arXiv 2602.15815): who chooses the next noise or rate after having
+    seen releases may choose the one that tells more about what these have left open.
+    """
+    kinds = {(e.noise_multiplier, e.sampling_rate) for e in events}
+    return len(kinds) <= 1 or all(rate == 1 for _, rate in kinds)
+
+
 def _together(events: Iterable[Event]) -> tuple[Event, ...]:
     """Events that are alike as one: composing them is then one power, not many products."""
     steps: Counter[tuple[float, float]] = Counter()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
+from threading import RLock
 from typing import cast
 
 KEY_HEX = 64  # digits of a key
@@ -21,10 +23,16 @@ def connected(path: Path, key: str = "") -> Iterator[sqlite3.Connection]:
 
     Raises `sqlite3.DatabaseError`, for a wrong key too.
     """
-    with _encrypted(path, key) if key else _plain(path) as connection:
+    with _turn_of(path) if key else nullcontext(), _encrypted(path, key) if key else _plain(path) as connection:
         connection.execute("PRAGMA journal_mode = TRUNCATE")  # no memory shared: works on a network's disk too
         connection.execute("PRAGMA synchronous = FULL")  # on the disk, not only with the system
         yield connection
+
+
+@lru_cache(maxsize=64)
+def _turn_of(path: Path) -> RLock:
+    """A device's threads take turns: where SQLite has them wait for one that writes, it lets them sleep too long."""
+    return RLock()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -25,14 +25,14 @@ from secrets import token_hex
 from threading import Lock
 from typing import Protocol
 
-from privacy.accounting import Adjacency, Event, epsilon
+from privacy.accounting import Adjacency, Event, covered, epsilon
 from privacy.database import connected
 from privacy.errors import DeviceFaultError
 
 # Why nothing is released. GRANTED is the only answer that allows it.
-GRANTED, SPENT, ANSWERED, MISSING, BEHIND, BROKEN, OTHER_UNIT, TWICE = (
+GRANTED, SPENT, ANSWERED, MISSING, BEHIND, BROKEN, OTHER_UNIT, OTHER_TERMS, TWICE = (
     "", "budget-spent", "already-answered", "ledger-missing", "ledger-behind", "ledger-broken", "other-unit",
-    "asked-twice",
+    "other-terms", "asked-twice",
 )  # fmt: skip
 NAME_BYTES = 8  # of a dialogue in an entry
 KNOWN = 2048  # accounts that a ledger keeps in memory
@@ -58,8 +58,11 @@ class Budget:
     adjacency: Adjacency
     of: str  # "dialogue" or "device"
 
-    def allows(self, events: Iterable[Event]) -> bool:
-        return epsilon(events, self.delta, self.adjacency) <= self.epsilon
+    def objection(self, events: Sequence[Event]) -> str:
+        """Why these are not all paid for: together they cost too much, or nobody has proved what they cost together."""
+        if not covered(events):
+            return OTHER_TERMS
+        return GRANTED if epsilon(events, self.delta, self.adjacency) <= self.epsilon else SPENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +173,10 @@ class Ledger:
     def reserve(self, requests: Sequence[Request], budget: Budget) -> list[Answer]:
         """Pays for what is affordable, all in one write; one answer a request, none granted to who asks twice.
 
-        Asked again for the same, a round is granted and not paid for twice; asked for a round with something else
-        received, or for an earlier one, it is refused: the same noise on two adapters would cancel. Where noise is
-        drawn anew each time a round is never granted again: what was paid for and not sent is lost.
+        Asked again for the same, the last round is granted and not paid for twice; asked for one that was paid for with
+        something else received, or before another, it is refused: the same noise on two adapters would cancel. Where
+        noise is drawn anew each time a round is never granted again: what was paid for and not sent is lost. Rounds may
+        come in any order, or a question for the last one would use all others up.
         """
         with self._lock, self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -259,27 +263,30 @@ def _judged(request: Request, budget: Budget, account: Account | None) -> tuple[
     if repeated:
         granted = frozenset(d for d in names if budget.of == "device" or names[d] in repeated.dialogues)
         return Answer(GRANTED, account.heads[-1], granted), None
-    if budget.of == "device" and not budget.allows([*account.events, request.event]):
-        return Answer(SPENT), None
+    if budget.of == "device" and (refusal := budget.objection([*account.events, request.event])):
+        return Answer(refusal), None
     if budget.of == "dialogue":
-        names = _affordable(names, request.event, budget, account)
+        names, refusals = _affordable(names, request.event, budget, account)
         if request.dialogues and not names:
-            return Answer(SPENT), None
+            return Answer(SPENT if SPENT in refusals else OTHER_TERMS), None
     paid_for = tuple(names.values()) if budget.of == "dialogue" else ()
     nonce = "" if request.repeatable else token_hex(16)
     entry = Entry(request.experiment, request.round, request.received, request.event, budget.of, paid_for, nonce)
     return Answer(GRANTED, account.next_head(entry), frozenset(names)), entry
 
 
-def _affordable(names: dict[str, bytes], event: Event, budget: Budget, account: Account) -> dict[str, bytes]:
-    """The dialogues that can pay for one more event; those that have paid for the same ones are judged together."""
+def _affordable(
+    names: dict[str, bytes], event: Event, budget: Budget, account: Account
+) -> tuple[dict[str, bytes], set[str]]:
+    """The dialogues that can pay for one more event, and why others cannot; who paid for the same is judged at once."""
     paid: dict[str, tuple[int, ...]] = {
         d: tuple(i for i, entry in enumerate(account.entries) if n in entry.dialogues) for d, n in names.items()
     }
-    allowed = {
-        entries: budget.allows([*(account.entries[i].event for i in entries), event]) for entries in set(paid.values())
+    refusals = {
+        entries: budget.objection([*(account.entries[i].event for i in entries), event])
+        for entries in set(paid.values())
     }
-    return {d: n for d, n in names.items() if allowed[paid[d]]}
+    return {d: n for d, n in names.items() if not refusals[paid[d]]}, set(refusals.values())
 
 
 def _objection(request: Request, budget: Budget, account: Account) -> str:
@@ -297,4 +304,4 @@ def _objection(request: Request, budget: Budget, account: Account) -> str:
         and again[0] is own[-1]
     ):
         return ""
-    return ANSWERED if any(e.round >= request.round for e in own) else ""
+    return ANSWERED if again else ""

@@ -45,6 +45,14 @@ class ServerConfig(Config):
         """Whether devices are asked round by round."""
         return not (self.buffer or self.absent)
 
+    @property
+    def least_releases(self) -> int:
+        """Below which a round's rule is not what it is called: krum may keep a false release, nothing is trimmed."""
+        if self.rule == "krum":
+            return krum_needs(self.byzantine, self.krum_keep)
+        trims = self.rule == "trimmed-mean" and self.trimmed_share > 0
+        return math.ceil(1 / self.trimmed_share - 1e-9) if trims else 1
+
     def wanted(self, devices: int) -> int:
         """How many releases a round is to have, of so many devices."""
         return max(1, round(self.sampled_share * devices))
@@ -62,6 +70,11 @@ class ServerConfig(Config):
         if self.products != "average" and (self.rule, self.optimizer) != ("mean", "fedavg"):
             raise ValueError(f"server.products = {self.products!r} needs rule = 'mean' and optimizer = 'fedavg'")
         return self
+
+
+def krum_needs(byzantine: int, keep: int) -> int:
+    """Releases of which krum keeps no far false one: n ≥ 2 f + 3, and keep ≤ n − f."""
+    return max(2 * byzantine + 3, keep + byzantine)
 
 
 def devices_to_ask(wanted: int, over_sampling: float) -> int:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from privacy.errors import FlorilegiumError
 from privacy.release import Array
 from server.aggregate import BadReleaseError, FixedPointSum, Numbers
-from server.config import ServerConfig
+from server.config import ServerConfig, krum_needs
 
 Places = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int64]
@@ -178,7 +178,7 @@ class Krum(KeptRows):
 
     def scores(self) -> dict[str, float]:
         """Of each device; the smaller, the nearer others are. Raises `TooFewReleasesError` below 2 f + 3 releases."""
-        needed = max(2 * self.byzantine + 3, self.keep + self.byzantine)
+        needed = krum_needs(self.byzantine, self.keep)
         if self.count < needed:
             raise TooFewReleasesError(
                 f"krum with byzantine = {self.byzantine} and keep = {self.keep} needs {needed} releases, "

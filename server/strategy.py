@@ -27,7 +27,6 @@ from server.config import ServerConfig, devices_to_ask
 from server.factors import MeanOfProducts
 from server.intake import Intake, Limits, RoundFacts, signal_to_noise, signal_to_noise_floor, to_arrays, to_numpy
 from server.optimizers import OPTIMIZERS, Moments, step_at
-from server.rules import TooFewReleasesError
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -72,11 +71,12 @@ class ReleaseStrategy(Strategy):
     ) -> None:
         """`noise` says what devices have added, a public value, and what is added here where they trust the server.
 
-        `limits` bound what a release may be; of fewer than `least_releases` nothing is made. `commit` stores an
-        aggregate before any device gets it; `committed` is the one of a round that was not ended.
+        `limits` bound what a release may be; of fewer than `least_releases`, or than the rule needs, nothing is made.
+        `commit` stores an aggregate before any device gets it; `committed` is the one of a round that was not ended.
         """
         self.config, self.schema, self.seed, self.noise, self.first_round = config, schema, seed, noise, first_round
-        self.limits, self.over_sampling, self.least_releases = limits, over_sampling, least_releases
+        self.limits, self.over_sampling = limits, over_sampling
+        self.least_releases = max(least_releases, config.least_releases)
         self.commit, self.committed = commit, committed
         self.optimizer = OPTIMIZERS[config.optimizer](config)
         self.moments = self.optimizer.start(schema.width)
@@ -173,17 +173,13 @@ class ReleaseStrategy(Strategy):
             if not facts.silent and set(facts.refused) - {NO_RELEASE}:
                 raise NoReleaseError(f"round {number}: no device sent a release: {facts.refused}")
             return None
-        if rule.count < self.least_releases:
+        if rule.count < self.least_releases:  # a krum or a trimmed mean of them would be none
             facts.refused[TOO_FEW] = rule.count
             return None
         noise = np.zeros(places.size)
         noise[places] = self.noise.drawn(number, int(places.sum()))
         by = over or (intake.asked if self.noise.on_sum else 0)
-        try:
-            change = rule.change(noise, by)[places]
-        except TooFewReleasesError:
-            facts.refused[TOO_FEW] = rule.count
-            return None
+        change = rule.change(noise, by)[places]
         facts.change_norm_l2 = float(np.linalg.norm(change))
         divisors = np.broadcast_to(by or rule.senders, places.shape)
         noise_std = self.noise.of_mean(intake.weight_squares[places], divisors[places])

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from client.agent.cli import app as device
+from client.dumps import forbid_dumps
 from client.terminal import speak_plainly, telling, wide
 from privacy.errors import BrokenDeviceError, UserError
 from simulation.deployment.cli import app as server
@@ -428,7 +429,7 @@ def bench_poison(
     from simulation.bench.poison import as_json as to_json
     from simulation.bench.poison import as_table, measure
 
-    with Console(stderr=True).status("measuring"):
+    with _interruptible(), telling("measuring"):
         rows = measure(devices, least_epsilon, seeds)
     if as_json:
         print(json.dumps(to_json(rows, devices), indent=1))
@@ -449,12 +450,41 @@ def bench_door(
     from simulation.bench.door import as_json as to_json
     from simulation.bench.door import as_table, measure
 
-    with Console(stderr=True).status("measuring"):
+    with _interruptible(), telling("measuring"):
         found = measure(devices, seconds, port)
     if as_json:
         print(json.dumps(to_json(found), indent=1))
     else:
         console.print(as_table(found))
+
+
+@bench.command("agent")
+def bench_agent(
+    clients: Annotated[str, typer.Option(help="How many at once, with commas; 100 at most.")] = "1,8,100",
+    seconds: Annotated[float, typer.Option(min=1, help="With each number of them.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One object instead of the table.")] = False,
+) -> None:
+    """A device's page under clients that rate and read without a pause, as fast as it answers.
+
+    florilegium bench agent --clients 8 --seconds 5
+    """
+    import json
+
+    from simulation.bench import arguments
+
+    numbers = arguments.numbers(clients, "--clients")
+    if max(numbers) > 100:
+        raise typer.BadParameter("--clients takes at most 100: a page has 128 connections")
+
+    from simulation.bench.agent import as_json as to_json
+    from simulation.bench.agent import as_table, measure
+
+    with _interruptible(), telling("measuring"):
+        rows = measure(numbers, seconds)
+    if as_json:
+        print(json.dumps(to_json(rows), indent=1))
+    else:
+        wide(console, 110).print(as_table(rows))
 
 
 @bench.command("board")
@@ -518,6 +548,7 @@ def main() -> None:
     What it writes, people's words among it, is for whoever runs it alone; FLORILEGIUM_UMASK=022 lets others read.
     """
     speak_plainly()
+    forbid_dumps()
     told = Console(stderr=True, markup=False, highlight=False)
     try:
         os.umask(_umask(os.environ.get("FLORILEGIUM_UMASK", "077")))

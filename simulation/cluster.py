@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from privacy.errors import UserError
 
 CONNECT_TIMEOUT_S = 5.0
+NOT_STARTED = ("timed out during startup", "Failed to start GCS", "Failed to connect to GCS")  # so Ray says
 
 
 class ClusterError(UserError):
@@ -102,8 +103,21 @@ def _init(ray: Any, **options: Any) -> None:
             f"{variable} = {os.environ.get(variable)!r} is too long for the names of Ray's sockets, which the system "
             f"limits; set RAY_TMPDIR to a short folder, such as /tmp ({error})"
         ) from None
+    except Exception as error:
+        if not any(sign in str(error) for sign in NOT_STARTED):
+            raise
+        told = str(error).splitlines()[0].split(". ")[0]
+        raise ClusterError(
+            f"Ray did not start: {told}; the machine may be too busy, or another Ray in the way: try again, or "
+            f"look into {_logs()}"
+        ) from None
     if callable(heard) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, heard)
+
+
+def _logs() -> Path:
+    """Where Ray's processes write, of the cluster that was started last."""
+    return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))) / "ray" / "session_latest" / "logs"
 
 
 def _check_room(ray: Any, wish: Wish) -> None:

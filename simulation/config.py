@@ -19,7 +19,7 @@ from client.lm.config import SamplingConfig
 from client.lm.places import NAMES
 from privacy.config import Config
 from privacy.errors import UserError
-from server.config import ServerConfig
+from server.config import ServerConfig, devices_to_ask
 from simulation.data.conversations import READERS
 from simulation.data.folder import shown
 from simulation.data.population import DataConfig
@@ -149,6 +149,12 @@ class ExperimentConfig(DeviceConfig):
     @model_validator(mode="after")
     def _server_fits(self) -> Self:
         server, privacy, factors = self.server, self.privacy, self.shared.adapter.factors
+        asked = min(self.data.users, devices_to_ask(server.wanted(self.data.users), self.world.over_sampling))
+        if asked < server.least_releases:
+            raise ValueError(
+                f"server.rule = {server.rule!r} needs {server.least_releases} releases in a round of {asked} devices; "
+                f"ask more, or lower server.byzantine and krum_keep, or raise trimmed_share"
+            )
         if server.products != "average" and factors != "both":
             raise ValueError(f"server.products = {server.products!r} needs shared.adapter.factors = 'both'")
         if privacy.mode == "user-central" and (server.rule != "mean" or server.buffer):

@@ -15,29 +15,32 @@ from simulation.world import World, class_of
 
 
 def summarize(
-    rounds: Sequence[Round], world: World, utility_by_device: Mapping[str, float], data_by_device: Mapping[str, float]
+    rounds: Sequence[Round],
+    world: World,
+    devices: Sequence[str],
+    utility_by_device: Mapping[str, float],
+    data_by_device: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Figures for JSON: costs by class, fairness, simulated time. The population is `utility_by_device`'s.
+    """Figures for JSON: costs by class, fairness, simulated time.
 
+    Participation and costs are of all `devices`; utility is of those in `utility_by_device`, which may be fewer.
     Utility is what is better when higher, of any unit; data is an amount, such as replies. What cannot be computed is
     None. `wall_s` = end of the last round − start of the first, with the pauses between them.
     """
-    by_class: dict[str, list[str]] = {c.name: [] for c in world.classes}
+    measured: dict[str, list[str]] = {c.name: [] for c in world.classes}
     for device in sorted(utility_by_device):
-        by_class[class_of(device, world.classes, world.seed).name].append(device)
+        measured[class_of(device, world.classes, world.seed).name].append(device)
     fates = [f for r in rounds for f in r.fates]
     return {
         "wall_s": rounds[-1].starts_s + rounds[-1].duration_s - rounds[0].starts_s if rounds else 0.0,
         "rounds": len(rounds),
         "classes": {
-            name: _of_class(
-                [f for f in fates if f.device_class == name], fates, [utility_by_device[d] for d in devices]
-            )
-            for name, devices in by_class.items()
+            name: _of_class([f for f in fates if f.device_class == name], fates, [utility_by_device[d] for d in own])
+            for name, own in measured.items()
         },
         "fairness": {
             "utility_by_data_quartile": _by_quartile(utility_by_device, data_by_device),
-            "jain_participation": jain(_answers(fates, utility_by_device)),
+            "jain_participation": jain(_answers(fates, devices)),
             "worst_decile_utility": worst_decile(list(utility_by_device.values())),
         },
     }
@@ -90,7 +93,7 @@ def _by_quartile(utility: Mapping[str, float], data: Mapping[str, float]) -> lis
     ]
 
 
-def _answers(fates: Sequence[Fate], devices: Mapping[str, float]) -> list[int]:
+def _answers(fates: Sequence[Fate], devices: Sequence[str]) -> list[int]:
     """Of each device over all rounds; who was never asked has none."""
     answered = Counter(f.device for f in fates if f.outcome == "answers")
     return [answered[d] for d in devices]

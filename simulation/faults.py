@@ -75,6 +75,8 @@ def _alike(error: Exception, work: Callable[[Sequence[int]], Any], broken: int, 
     like = sum(f is not None and (type(f), _place(f)) == (type(error), _place(error)) for f in failures)
     if not some:
         return "it was alone in its cohort"
+    if len(others) == 1:
+        return f"the other device in its cohort {'failed' if like else 'did not fail'} alike"
     tried_of = f"{len(some)}" if len(some) == len(others) else f"{len(some)} tried of {len(others)}"
     return f"of the {tried_of} others in its cohort {like or 'none'} failed alike"
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from flwr.app import Message
 
 from client.app import Devices
+from client.coins import Coins
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
@@ -68,6 +69,10 @@ class InMemory:
 
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
         """Nothing: personal adapters are trained after the last round, where they are wanted."""
+
+    def sent(self, index: int) -> torch.Tensor:
+        """(devices that released, P): what they did in the round with this index."""
+        return self.changes[index][[self.pages[index].get(n, {}).get("upload_bytes", 0) > 0 for n in self.streams]]
 
     def _until(self, name: str, number: int) -> int:
         length = len(self.streams[name])
@@ -133,12 +138,16 @@ def play(
     *,
     at_once: bool = False,
     listener: Callable[[str], None] | None = None,
+    coins: Coins | None = None,
 ) -> Federated:
-    """A federation of devices with these streams, by name. Its ledger is gone when it has ended."""
+    """A federation of devices with these streams, by name. Its ledger is gone when it has ended.
+
+    `coins`: those that its devices toss; None: as every device does.
+    """
     replies = {name: {d.id: d.response for d in stream} for name, stream in streams.items()}
     with passing_ledger() as ledger:
         site = Site.of(lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener, ledger)
-        return federate(InMemory(site, streams, at_once), server)
+        return federate(InMemory(replace(site, coins=coins or site.coins), streams, at_once), server)
 
 
 def federate(cohort: InMemory, server: ServerConfig, limits: Limits | None = None) -> Federated:

@@ -19,6 +19,7 @@ from typing import Any
 from privacy.errors import UserError
 from simulation import page
 from simulation import report_figures as figures
+from simulation.bystander import bystander
 from simulation.page import interval, signed
 from simulation.report_figures import ARMS, Event, arm_of, is_number
 
@@ -203,6 +204,8 @@ def _cost(record: Record) -> Iterator[str]:
             yield f"The privacy budget was exceeded: a device spent ε = {max(spent):.2f} of {budget:g} ({kind})."
         else:
             yield f"No device spent more than ε = {max(spent):.2f} of its budget of {budget:g} ({kind})."
+            if others := bystander(record.run, record.round):
+                yield f"That is towards the server; it is {others.told}."
     last = record.round[-1] if record.round else {}
     ratio, floor = last.get("signal_to_noise"), last.get("signal_to_noise_floor")
     if is_number(ratio) and is_number(floor) and ratio < floor:
@@ -244,7 +247,7 @@ def render_report(run: Path) -> Path:
     record = collect(events)
     return page.write(
         run / "report.html", "report.html.j2", filters={"outcome": outcome, "capital": _capital}, plots=_plots(record),
-        record=record, run=record.run, sentences=verdict(events),
+        bystander=bystander(record.run, record.round), record=record, run=record.run, sentences=verdict(events),
         ratio_in_words=figures.ratio_in_words, arm_of=arm_of, metric_names=_METRIC_NAMES,
         started=datetime.fromtimestamp(record.run["time"], UTC) if "time" in record.run else None,
         totals=(totals := figures.device_totals(record.device_round)), most_listed=MOST_DEVICES_LISTED,

@@ -107,7 +107,8 @@ class Session:
         if self.clock:
             replies = {n: float(len(self.devices.users[n].stream)) for n in gain}
             rounds = [self.clock.rounds[n] for n in sorted(self.clock.rounds)]
-            self.run.record("fairness", **summarize(rounds, self.clock.world, gain, replies))
+            everybody = [device_name(k) for k in range(self.config.data.users)]
+            self.run.record("fairness", **summarize(rounds, self.clock.world, everybody, gain, replies))
 
     def close(self, *, interrupted: bool) -> None:
         if self.board:

@@ -142,7 +142,9 @@ def stock_grid(
         runtime = Thread(target=simulate, daemon=True)
         runtime.start()
         try:
-            yield WatchedGrid(_handed(handed, check), answered, check)
+            grid = WatchedGrid(_handed(handed, check), answered, check)
+            _await_nodes(grid, nodes, check)
+            yield grid
         except BaseException:
             _end_clients()  # they may be in the middle of something long
             raise
@@ -156,6 +158,13 @@ def _handed(handed: Queue[Grid], check: Callable[[], None]) -> Grid:
         check()
         with suppress(Empty):
             return handed.get(timeout=0.1)
+
+
+def _await_nodes(grid: Grid, nodes: int, check: Callable[[], None]) -> None:
+    """Flower starts an app beside its nodes, which may come later."""
+    while len(list(grid.get_node_ids())) < nodes:
+        check()
+        time.sleep(PAUSE_S)
 
 
 def _end_clients() -> None:

@@ -15,6 +15,7 @@ from rich.text import Text
 from client.lm.peft_format import shared_files, write_files, write_peft
 from client.lm.places import ADAPTERS, base_of, copy_base
 from client.terminal import Figures
+from simulation.bystander import Bystander, bystander
 from simulation.data.describe import told_before
 from simulation.host import SimulatedDevices
 from simulation.report_figures import ratio_in_words
@@ -86,6 +87,8 @@ def summarize(events: Iterable[Event]) -> Summary:
         "failures": dict(Counter(e["what"] for e in by_kind.get("failure", []))),
         "refused": dict(sum((Counter(e["refused"]) for e in rounds), Counter())),
         "epsilon": devices.epsilon,
+        "epsilon_of_mean": seen.epsilon if (seen := bystander(start, rounds)) else None,
+        "least_releases": seen.releases if seen else None,
         "delta": start["privacy"]["delta"],
         "noise_multiplier": start["privacy"]["noise_multiplier"],
         "privacy_mode": start["privacy"]["mode"],
@@ -160,7 +163,7 @@ def render_summary(summary: Summary) -> RenderableType:
         else (
             f"privacy: {summary['privacy_mode']}, unit {summary['privacy_unit']}, {summary['adjacency']}; "
             f"{summary['trust']}: "
-            f"ε = {summary['epsilon']:.2f} at δ = {summary['delta']:g}"
+            f"ε = {summary['epsilon']:.2f} at δ = {summary['delta']:g}{_towards_others(summary)}"
         )
     )
     facts = [
@@ -180,6 +183,12 @@ def render_summary(summary: Summary) -> RenderableType:
         *(f"kept the personal adapter that it had: {failed}" for failed in summary["failed_trainings"]),
     ]
     return Group(table, Text("\n".join([*lines, *facts])))
+
+
+def _towards_others(summary: Summary) -> str:
+    if summary["epsilon_of_mean"] is None:
+        return ""
+    return f" towards the server; {Bystander(summary['epsilon_of_mean'], summary['least_releases']).told}"
 
 
 def _failures(summary: Summary) -> str:

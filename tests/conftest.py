@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -78,3 +81,23 @@ def small() -> ExperimentConfig:
 @pytest.fixture
 def quickstart() -> Path:
     return config_folder() / "quickstart.toml"
+
+
+Note = Callable[[Any, str], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> Note:
+    """Notes the calls of a function, by the names of its arguments, and lets them through."""
+
+    def of(owner: Any, name: str) -> list[dict[str, Any]]:
+        whole, calls = getattr(owner, name), list[dict[str, Any]]()
+
+        def noting(*given: Any, **named: Any) -> Any:
+            calls.append(signature(whole).bind(*given, **named).arguments)
+            return whole(*given, **named)
+
+        monkeypatch.setattr(owner, name, noting)
+        return calls
+
+    return of

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from client import shared
+from client import coins
 from client.agent import acceptance
 from client.agent.agent import Agent, AgentError
 from client.agent.config import new_config
@@ -25,11 +25,13 @@ from client.shared import clipped_change, noisy_steps, release_noise
 from privacy import accounting
 from privacy.accounting import Event, calibrate, epsilon
 from privacy.dpsgd import PrivateRow
+from privacy.errors import UserError
 from privacy.plan import RoundPlan
 from privacy.policy import Mode
 from server.config import ServerConfig
+from simulation.deployment.certificates import CA, CERTIFICATE, KEY, OPERATOR_KEY, SETTINGS, TERMS
 from simulation.deployment.link import Link
-from simulation.deployment.rounds import make_folder, strategy_of
+from simulation.deployment.rounds import make_folder, serving, strategy_of
 
 SERVER = "127.0.0.1:9092"
 SAID = (("Do you like apples?", "Only the green ones."), ("What shall we cook?", "Pumpkin soup."), ("And?", "Nothing."))
@@ -86,7 +88,7 @@ def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
     make_folder(server, terms(), ServerConfig(), 8.0)
     strategy, _ = strategy_of(server, Link(), lambda line: None)
     assert strategy.noise.on_sum == 0
-    monkeypatch.setattr(shared, "fresh_secret", lambda: 7)
+    monkeypatch.setattr(coins, "fresh_secret", lambda: 7)
     row, plan = agent.site.shared_layout.start(0), RoundPlan(1, 0)
     [release] = agent.contribute([agent.config.name], row, plan)
     if mode in ("user-central", "none"):
@@ -124,6 +126,22 @@ def test_secrets_that_can_be_repeated_join_no_federation(home: Home, lm: Languag
     assert agent.account and not agent.account.entries
 
 
+def test_under_later_terms_new_dialogues_alone_take_part(home: Home, lm: LanguageModel) -> None:
+    """Five rounds need more noise than three: what was released under one σ is not drawn under another."""
+    agent = made(home, lm)
+    agent.join(terms(), SERVER)
+    row, plan, name = agent.site.shared_layout.start(0), RoundPlan(1, 0), agent.config.name
+    assert agent.contribute([name], row, plan) != [None]
+    agent.leave()
+    agent.join(terms(name="meadow", rounds=5), SERVER)
+    assert agent.contribute([name], row, plan) == [None] and agent.journal.sent()[-1].kind == "other-terms"
+    new = agent.journal.add("Something new?", "hm", "").id
+    agent.rate(new, False, "The swallows are back.")
+    assert agent.contribute([name], row, plan) != [None]  # the refused question has used nothing up
+    assert [i for i, _ in agent._state().pool.slots] == [new]
+    assert agent.account and [len(e.dialogues) for e in agent.account.entries] == [3, 1]
+
+
 # -- terms ------------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +164,37 @@ def test_terms_that_cost_too_much_are_refused(device: Agent, changes: dict[str, 
     with pytest.raises(AgentError, match=told):
         device.join(terms(**changes), SERVER)
     assert device.federation is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"shared": {"sampling_rate": 1e-6}}, "sampling_rate = 1e-06, below 0.001"),
+        ({"shared": {"steps_per_round": 1000}, "rounds": 1000}, "1,000 rounds of 1,000 steps"),
+        ({"shared": {"pool_capacity": 0}}, "leaves nothing to train"),
+        ({"shared": {"steps_per_round": 1000, "batch_size": 512}}, "texts learned from in a round"),
+    ],
+)
+def test_a_server_is_not_made_nor_started_for_terms_that_no_device_takes(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        make_folder(tmp_path, terms(**changes), ServerConfig(), 8.0)
+    assert not list(tmp_path.iterdir())
+    for name in (OPERATOR_KEY, SETTINGS, CA, CERTIFICATE, KEY):
+        (tmp_path / name).touch()
+    write_terms(tmp_path / TERMS, terms(**changes))  # edited afterwards
+    with pytest.raises(UserError, match=told), serving(tmp_path, "127.0.0.1", 0):
+        pass
+
+
+def test_what_one_mode_alone_bears_is_left_to_the_devices(device: Agent, lm: LanguageModel) -> None:
+    """Gradients of each of 4,096 dialogues are too many; a device whose whole change is clipped has none of them."""
+    wide = terms(shared={"pool_capacity": 4096, "adapter": {"targets": [], "rank": 64, "factors": "both"}})
+    layout = lm.lora_layout(wide.shared.adapter, public_seed=1)
+    acceptance.check_for_everyone(layout, wide.shared, wide.rounds)
+    with pytest.raises(AgentError, match="GiB"):
+        device.check_terms(wide)
 
 
 def test_a_promise_that_protects_nothing_is_refused(device: Agent) -> None:

@@ -27,6 +27,7 @@ import keyring
 import numpy as np
 import pytest
 import torch
+from conftest import Note
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
@@ -34,14 +35,16 @@ from keyring.backend import KeyringBackend
 from keyring.errors import KeyringLocked
 from peft import AutoPeftModelForCausalLM
 from scipy.stats import kstest, spearmanr
+from typer.testing import CliRunner
 
-from client import shared
+from client import coins, shared
 from client.agent import board
 from client.agent.agent import Agent, AgentError, _federation, restore
+from client.agent.cli import app as device_app
 from client.agent.config import new_config
 from client.agent.courier import SuperNode, answered
 from client.agent.home import Home, HomeError
-from client.agent.journal import Journal, Turn, VaultError
+from client.agent.journal import Journal, Turn, VaultError, write_fact
 from client.agent.pace import LEAST_S, doubled
 from client.agent.remote import Remote
 from client.agent.seal import new_key, public_half, sealed
@@ -518,6 +521,36 @@ def test_a_profile_is_read_and_edited(home: Home, lm: LanguageModel) -> None:
         agent.edit_profile("{}")
 
 
+def test_a_device_talks_on_the_shared_adapter_that_its_own_was_learned_on(
+    home: Home, lm: LanguageModel, noted: Note
+) -> None:
+    """A newer one waits until the device learns again; an erasure learns on the old one."""
+    agent = made(home, lm)
+    ids, width = talked(agent, SAID[:3]), agent.site.shared_layout.width
+    first, second = (0.05 * torch.randn(width, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    said, learned = noted(lm, "reply"), noted(lm.engine, "finetune")
+
+    def sent(version: int, row: torch.Tensor) -> None:
+        with agent.journal.open() as connection:
+            write_fact(connection, "newest", version, row.numpy().tobytes())
+
+    def beneath() -> list[torch.Tensor]:
+        agent.chat("Hello")
+        return [adapters.rows[0] for adapters in said[-1]["adapters"]]
+
+    assert [len(row) for row in beneath()] == [agent.site.personal_layout.width]  # nothing was sent yet
+    sent(1, first)
+    agent.learn()
+    sent(2, second)
+    shared, own = beneath()
+    assert torch.equal(shared, first) and torch.equal(own, agent.personal_row)
+    agent.erase(ids[:1])
+    assert [torch.equal(call["frozen"][0].rows[0], first) for call in learned] == [True, True]
+    talked(agent, SAID[3:4])
+    agent.learn()
+    assert torch.equal(learned[-1]["frozen"][0].rows[0], second) and torch.equal(beneath()[0], second)
+
+
 # -- erasure ----------------------------------------------------------------------------------------------------------
 
 
@@ -567,6 +600,22 @@ def test_erasing_reaches_what_quoted_it(home: Home, lm: LanguageModel) -> None:
     assert b"4711-zebra" not in decrypted(home.vault, home.read_key(agent.config))
     with pytest.raises(KeyError):
         agent.erase([first.id])
+
+
+def test_erasing_reaches_what_was_made_from_what_quoted_it(home: Home, lm: LanguageModel) -> None:
+    """The second dialogue is kept with the first before it, and learned from: what was made of it quotes the first."""
+    agent = made(home, lm)
+    first, second = (agent.journal.add(said, "ok", "talk") for said in ("My pin is 4711-zebra", "And now?"))
+    agent.rate(second.id, False, "Go to bed.")
+    agent.learn()
+    state = agent._state()
+    planted = {second.id: (("Is the pin 4711-zebra now?", "Go to bed."),)}
+    agent._save(replace(state, synthetic=planted), lambda _: None)
+    assert "4711-zebra" in str(agent._state().synthetic) and second.id in {k.id for k in state.annotated}
+    agent.erase([first.id])
+    assert agent._state().replies == {second.id: "Go to bed."} and "4711-zebra" not in str(agent._state())
+    for path in home.folder.glob("*.db"):
+        assert b"4711-zebra" not in decrypted(path, home.read_key(agent.config)), path
 
 
 def parrot(home: Home, lm: LanguageModel) -> Agent:
@@ -753,7 +802,7 @@ def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, t
     assert asked(agent, 2, row, "evaluate")[0] == {"adopted": 1}
     header, other = asked(agent, 2, row)
     assert "error" not in header and not np.array_equal(other[next(iter(other))], arrays[next(iter(arrays))])
-    assert asked(agent, 1, row)[0] == {"error": "no-release"}  # out of order
+    assert asked(agent, 1, row)[0] == {"error": "no-release"}  # nor one before the last any more
     assert asked(agent, 4, row)[0] == {"error": "no-release"}  # more rounds than agreed to
     assert [s.kind for s in agent.journal.sent()] == ["release", "release"]
     assert agent.learn()["personal_examples"] and agent._used()[1] == 1
@@ -826,6 +875,22 @@ def test_a_rounds_seconds_do_not_tell_what_was_drawn(
     assert len(set(drawn_tokens)) > rounds / 4
     assert spearmanr(work, drawn_tokens).pvalue < 1e-6  # what would be told
     assert spearmanr(seconds, drawn_tokens).pvalue > 1e-3
+
+
+def test_a_question_uses_up_its_own_round_and_no_other(joined: tuple[Agent, torch.Tensor]) -> None:
+    """The last round first, by mistake say: those before it are still there, each once."""
+    agent, row = joined
+    assert "error" not in asked(agent, 3, row)[0]
+    assert asked(agent, 3, row, "evaluate", version=3)[0] == {"adopted": 3}
+    header, arrays = asked(agent, 1, row)
+    assert "error" not in header
+    again_header, again = asked(reopened(agent), 1, row)
+    assert again_header == header and all(np.array_equal(arrays[n], again[n]) for n in arrays)
+    assert asked(agent, 3, row)[0] == {"error": "no-release"}  # though it was asked with the same adapter
+    assert asked(agent, 1, row + 1, "evaluate", version=1)[0] == {"adopted": 1}
+    assert agent._newest()[1] == 1 and torch.equal(agent._newest()[0], row + 1)  # type: ignore[arg-type]
+    assert "error" not in asked(agent, 2, row)[0] and asked(agent, 1, row)[0] == {"error": "no-release"}
+    assert agent.account and [e.round for e in agent.account.entries] == [3, 1, 2]
 
 
 def test_nothing_leaves_without_consent_budget_or_ledger(joined: tuple[Agent, torch.Tensor]) -> None:
@@ -1066,14 +1131,14 @@ def test_a_release_is_noise_on_what_was_learned(
 
     def replayed(secret: int, number: int, *, quiet: bool) -> np.ndarray:
         with monkeypatch.context() as patch:
-            patch.setattr(shared, "fresh_secret", lambda: secret)  # else drawn by the system, anew each time
+            patch.setattr(coins, "fresh_secret", lambda: secret)  # else drawn by the system, anew each time
             if quiet:
                 patch.setattr(PrivateRow, "__init__", silent)
             found = noisy_steps([agent._state()], row, RoundPlan(number, 0), agent.site)
             return found[agent.config.name].numpy()
 
     with monkeypatch.context() as patch:
-        patch.setattr(shared, "fresh_secret", lambda: 7)
+        patch.setattr(coins, "fresh_secret", lambda: 7)
         _, arrays = asked(agent, 1, row)
     scale = release_noise(agent.site.config, 1, 0).on_device
     payload = np.concatenate([arrays[name].ravel() for name, _ in agent.schema.shapes])
@@ -1113,6 +1178,22 @@ def test_the_socket_is_its_owners(door: SimpleNamespace, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path / "mine")
     model = AutoPeftModelForCausalLM.from_pretrained("adapters/personal", dtype="float32")  # without us
     assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("answer", "left"), [("y", ["", ""]), ("n", ["Green ones, a.", "Green ones, b."])])
+def test_the_command_lists_the_replies_that_may_hold_what_is_erased_and_asks(
+    door: SimpleNamespace, answer: str, left: list[str]
+) -> None:
+    agent, (first, *_) = door.agent, talked(door.agent, SAID[:2])
+    agent.learn()
+    quoting = [agent.journal.add("Which ones?", f"Green ones, {k}.", "", after=1).id for k in "ab"]
+    asked = ["erase", first, "--home", str(agent.home.folder)]
+    done = CliRunner().invoke(device_app, asked, input=f"{answer}\n")
+    assert done.exit_code == 0 and "Erase these 2 replies of the model too?" in done.output, done.output
+    assert all(f"{i} Green ones, {k}." in done.output for i, k in zip(quoting, "ab", strict=True))
+    assert [agent.journal.turn(i).said for i in quoting] == left
+    with pytest.raises(KeyError):
+        agent.journal.turn(first)
 
 
 @pytest.mark.parametrize(
@@ -1242,8 +1323,6 @@ def test_what_is_no_http_writes_no_traceback(door: SimpleNamespace, capfd: pytes
     [
         ("chat", b'{"prompt": "a", "conversation": "' + b"x" * 65 + b'"}'),
         ("chat", b'{"prompt": "a", "conversation": "<b>"}'),
-        ("chat", b'{"prompt": "\\ud800x"}'),
-        ("profile", b'{"interests": [{"text": "\\ud800x"}], "interactions": 0}'),
         ("profile", b'{"interests": [], "interactions": Infinity}'),
         ("profile", b'{"interests": [], "interactions": 1e999}'),
         ("profile", b'{"interests": [], "interactions": -1}'),
@@ -1259,6 +1338,18 @@ def test_what_could_not_be_written_again_is_refused_before(door: SimpleNamespace
     assert reply.status_code in (200, 400) and "error" in last and "done" not in last
     assert door.remote.read("profile") == {"interests": [], "interactions": 0} and door.agent.journal.count() == 0
     assert door.remote.export()
+
+
+def test_half_a_character_is_cleaned_wherever_a_text_comes_in(door: SimpleNamespace) -> None:
+    door.agent.consent("learn", True)
+    said = door.client.post("http://agent/api/chat", content=b'{"prompt": "\\ud83d tea?"}').text.splitlines()
+    turn = json.loads(said[-1])["done"]
+    assert turn["prompt"] == "? tea?" == door.agent.journal.turn(turn["id"]).prompt
+    assert door.agent.chat("\udcff tea?").prompt == "? tea?"  # as a terminal that is not UTF-8 gives it
+    assert door.agent.rate(turn["id"], False, "green \ud83d").wanted == "green ?"
+    door.client.post("http://agent/api/profile", content=b'{"interests": [{"text": "\\ud800 x"}], "interactions": 0}')
+    assert [i.text for i in door.agent.profile.interests] == ["? x"]
+    assert door.agent.learn()["arrived"] == 2
 
 
 def test_a_vault_with_half_a_surrogate_is_repaired(home: Home, lm: LanguageModel) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,10 @@ import torch
 from client.budget import planned_event
 from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
-from simulation.audit import checks
+from client.phases import Site
+from client.state import DeviceState
+from privacy.plan import RoundPlan
+from simulation.audit import checks, hostile
 from simulation.audit.attacks import membership
 from simulation.audit.bounds import (
     auc_ceiling,
@@ -25,6 +30,7 @@ from simulation.audit.bounds import (
 )
 from simulation.audit.canaries import hide, plant
 from simulation.audit.checks import named, without_noise
+from simulation.audit.coins import Recorded
 from simulation.audit.inventory import inventory, wire
 from simulation.audit.inversion import LISTED, reconstructed
 from simulation.audit.judge import Ceiling, judge
@@ -66,6 +72,26 @@ def test_a_gaussian_of_unit_shift_is_known() -> None:
     """µ = 1 is ε = 4.38 at δ = 1e-5 (Dong et al. 2019, Corollary 1), and a bound for Gaussians is the sharper one."""
     assert gaussian_epsilon(1.0, 1e-5) == pytest.approx(4.377, abs=0.01)
     assert gaussian_one_run_epsilon(1000, 1000, 800, 1e-5) > one_run_epsilon(1000, 1000, 800, 1e-5)
+
+
+def test_a_bound_with_abstention_is_that_of_its_authors() -> None:
+    """420 right of 500 guesses among 1,000 (`FDPAnalysisNode` of facebookresearch/PrivacyGuard, on a grid: 2.52)."""
+    assert gaussian_one_run_epsilon(1000, 500, 420, 1e-5) == pytest.approx(2.52, abs=0.01)
+    assert gaussian_one_run_epsilon(1000, 500, 250, 1e-5) == 0  # half of the guesses right shows nothing
+    assert gaussian_one_run_epsilon(1000, 20, 20, 1e-5) > gaussian_one_run_epsilon(1000, 20, 19, 1e-5) > 1
+
+
+@pytest.mark.parametrize("guesses", [20, 100])
+def test_a_bound_with_abstention_is_seldom_above_the_truth(guesses: int) -> None:
+    """1,000 coins, each seen through noise that is µ-GDP for µ = 0.5: at most 5 % may refute the truth."""
+    rng, half, above = np.random.default_rng(0), guesses // 2, 0
+    bound = cache(lambda right: gaussian_one_run_epsilon(1000, guesses, right, 1e-5))
+    for _ in range(400):
+        coins = rng.random(1000) < 0.5
+        order = np.argsort(coins * 0.5 + rng.normal(size=1000))
+        right = int(coins[order][-half:].sum() + (~coins[order])[:half].sum())
+        above += bound(right) > gaussian_epsilon(0.5, 1e-5)
+    assert above / 400 <= 0.05 and bound(guesses) > gaussian_epsilon(0.5, 1e-5)
 
 
 def test_a_bound_of_independent_coins_by_hand() -> None:
@@ -145,6 +171,103 @@ def test_canaries_take_places_by_coins(streams: list[list[Dialogue]]) -> None:
         plant(streams, 97, seed=1)
 
 
+class SameInSteps(Recorded):
+    """Coins of a round's first step in all of its steps."""
+
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
+        first = super().sample(state, count, plan, 0, site)
+        self.samples[state.id, plan.round, step] = count, first
+        return first
+
+
+class SameInRounds(Recorded):
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
+        first = super().sample(state, count, RoundPlan(1, 0), step, site)
+        self.samples[state.id, plan.round, step] = count, first
+        return first
+
+
+class SameInDevices(Recorded):
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
+        first = super().sample(replace(state, id="device-0"), count, plan, step, site)
+        self.samples[state.id, plan.round, step] = count, first
+        return first
+
+
+class OneSize(Recorded):
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
+        chosen = np.random.default_rng(len(self.samples)).choice(count, size=count // 2, replace=False).tolist()
+        self.samples[state.id, plan.round, step] = count, chosen
+        return chosen
+
+
+@pytest.mark.parametrize("secret", ["seed", "os"])
+@pytest.mark.parametrize(
+    ("kind", "caught"),
+    [
+        (Recorded, ""),
+        (SameInSteps, "coins that fell alike in two steps"),
+        (SameInRounds, "coins that fell alike in two rounds"),
+        (SameInDevices, "coins that fell alike in two devices"),
+        (OneSize, "samples' sizes"),
+    ],
+)
+def test_coins_are_audited_as_they_fell(lm: LanguageModel, kind: type[Recorded], caught: str, secret: str) -> None:
+    """Eight devices with 64 slots, two rounds of two steps: each mistake is seen by the check that is for it."""
+    config = CONFIG.model_copy(update={"privacy": CONFIG.privacy.model_copy(update={"secret": secret})})
+    coins = kind()
+    site = replace(Site.of(lm, config, 0, lambda device, dialogue: ""), coins=coins)
+    states = [site.new_state(f"device-{k}") for k in range(8)]
+    for number in (1, 2):
+        for step in (0, 1):
+            for state in states:
+                first = coins.sample(state, 64, RoundPlan(number, 0), step, site)
+                if kind is Recorded:
+                    assert coins.sample(state, 64, RoundPlan(number, 0), step, site) is first  # in another world
+    found = checks.sampling(coins, config.shared.sampling_rate)
+    assert len(found) == 5 and all(c.control_caught for c in found)
+    failed = [c.name for c in found if not c.passed]
+    assert any(caught in name for name in failed) if caught else not failed, failed
+
+
+def test_noise_that_two_releases_share_is_seen_by_hand() -> None:
+    """Of 40 releases, among them one that repeats another, or its negative; of independent ones nothing is said."""
+    rows = list(np.random.default_rng(0).normal(size=(40, 1000)))
+    [honest] = checks._alike(rows, 0.0)
+    assert honest.passed and honest.control_caught and honest.figure < 0.2
+    for repeated in (rows[3], -rows[3], rows[3] + rows[4]):
+        [found] = checks._alike([*rows, repeated], 0.0)
+        assert not found.passed and found.figure > 0.6
+
+
+# -- hostile adapters ---------------------------------------------------------------------------------------------
+
+
+def test_no_crafted_adapter_lets_a_dialogue_reach_others_but_in_uneven_passes(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostile, "INSTEAD", {k: hostile.INSTEAD[k] for k in ("longer", "empty")})
+    reached, moved = hostile.reach(lm, CONFIG, seed=0)
+    assert reached.passed and reached.control_caught, reached
+    assert moved.passed and moved.control_caught and moved.figure > 0.1, moved
+
+
+def test_a_trap_makes_of_rounding_what_no_other_adapter_does(lm: LanguageModel) -> None:
+    """Embeddings that differ by 1e-6 of themselves: a hundred thousand times as much in a gradient of norm 1."""
+    layout = lm.lora_layout(CONFIG.shared.adapter, public_seed=1)
+    pool, moved = [hostile.SAID] * 4, {}
+    for name, row in {**hostile.crafted(lm, layout, pool, 0), "honest": layout.start(0) + 0.05}.items():
+        found = [hostile.even(lm, layout, row, pool)]
+        hook = lm.engine.embedding.register_forward_hook(
+            lambda _, given, out: out * (1 + 1e-6 * torch.cos(torch.arange(out.shape[-1])))
+        )
+        found.append(hostile.even(lm, layout, row, pool))
+        hook.remove()
+        one, other = (torch.nn.functional.normalize(g, dim=1) for g in found)
+        moved[name] = float((one - other).norm(dim=1).max())
+    assert moved["honest"] < 1e-4 and moved["large"] < 1e-2 and moved["trap"] > 0.1, moved
+
+
 # -- attacks and checks on real federations -----------------------------------------------------------------------
 
 
@@ -184,12 +307,14 @@ def test_an_attacker_of_one_run_finds_every_coin_without_noise_and_few_with_it(
 
 @pytest.mark.parametrize("mode", ["example-local", "user-local", "user-central"])
 def test_checks_pass_and_their_controls_are_caught(lm: LanguageModel, streams: list[list[Dialogue]], mode: str) -> None:
-    privacy = CONFIG.privacy.model_copy(update={"mode": mode, "clip_norm_l2": 0.05 if "user" in mode else 1.0})
-    config = CONFIG.model_copy(update={"privacy": privacy})
-    seen = play(lm, config, config.server, named(streams), 0, at_once=True)
-    proofs = [*checks.noise(config, seen), *checks.sampling(seen)]
-    proofs.append(checks.coupling(lm, config, streams[0], streams[1], 0))
-    assert len(proofs) == (6 if mode == "example-local" else 5)
+    """With secrets from the operating system, and so little noise that coins tossed anew would show beside it."""
+    changes = {"mode": mode, "secret": "os", "epsilon": 50.0, "clip_norm_l2": 0.05 if "user" in mode else 1.0}
+    config = CONFIG.model_copy(update={"privacy": CONFIG.privacy.model_copy(update=changes)})
+    coins = Recorded()
+    seen = play(lm, config, config.server, named(streams), 0, at_once=True, coins=coins)
+    proofs = [*checks.noise(config, seen), *checks.sampling(coins, config.shared.sampling_rate)]
+    proofs.append(checks.coupling(lm, config, streams[0][:5], streams[1], 0))
+    assert len(proofs) == (9 if mode == "example-local" else 5)
     for check in proofs:
         assert check.passed and check.control_caught, check
 

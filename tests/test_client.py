@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client import memories
 from client.buffer import Buffer, Kept, SelectionConfig
 from client.config import DeviceConfig
 from client.lexicons import BUNDLED, LexiconError, load_lexicons, matches, words
@@ -320,6 +321,37 @@ def test_oasis_drops_what_the_others_already_teach() -> None:
     assert "c" in offered("oasis", 2, [*arrivals, replace(kept("d"), embedding=same, value=5.0)])
 
 
+def test_a_gradient_is_told_from_the_others_by_standard_deviations() -> None:
+    """Mean 10 and variance 4 so far, a norm of 12: σ(1) = 0.7311; of the first there is nothing to tell: σ(0)."""
+    memory: Memory = {"mean": np.float64(10), "variance": np.float64(4)}
+    newcomer, after = memories.standing(replace(kept("a"), value=12.0), memory)
+    assert newcomer.value == pytest.approx(0.7311, abs=1e-4)
+    assert float(after["mean"]) == pytest.approx(0.9 * 10 + 0.1 * 12)
+    assert float(after["variance"]) == pytest.approx(0.9 * (4 + 0.1 * 2 * 2))
+    first, began = memories.standing(replace(kept("b"), value=12.0), {})
+    assert (first.value, float(began["mean"]), float(began["variance"])) == (0.5, 12, 0)
+
+
+def test_what_policies_remember_of_three_arrivals_by_hand() -> None:
+    """Vectors (1, 0), (0, 1) and (0, 1), values 3, 5 and 10."""
+    arrivals = [replace(kept("a"), embedding=np.array(v, np.float16), value=x)
+                for v, x in (((1, 0), 3.0), ((0, 1), 5.0), ((0, 1), 10.0))]  # fmt: skip
+
+    def after(meet: memories.Meet) -> Memory:
+        memory: Memory = {}
+        for newcomer in arrivals:
+            _, memory = meet(newcomer, memory)
+        return memory
+
+    assert after(memories.count) == {"seen": 3}
+    assert after(memories.mean_value) == {"seen": 3, "mean": 6}
+    assert after(memories.mean_vector)["mean"] == pytest.approx([1 / 3, 2 / 3])
+    spread = after(memories.covariance)  # about (1/3, 2/3): (2/3)² + 2 · (1/3)² = 2/3 along both, −2/3 across
+    assert spread["mean"] == pytest.approx([1 / 3, 2 / 3])
+    assert spread["squares"].ravel() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3], abs=1e-6)
+    assert after(memories.cluster)["met"].tolist() == [1, 1, 1]
+
+
 def test_a_reading_that_is_not_a_number_is_turned_away() -> None:
     buffer = a_buffer(2, "kcenter")
     for n in range(3):
@@ -419,6 +451,17 @@ def test_what_is_written_anew_and_what_is_kept(lm: LanguageModel, prompt: Treatm
         assert len(written.kept) == 2 and len(set(written.kept)) == 2
         for part, how in enumerate((prompt, response)):
             assert all((made[part] == request.original[part]) == (how == "keep") for made in written.kept)
+
+
+def test_siblings_that_come_out_alike_are_copies(lm: LanguageModel) -> None:
+    """At temperature 0 three are the same text: one is kept. Those of another device are no copies of them."""
+    config = SynthesisConfig(
+        per_dialogue=3, instruction="Rewrite: ", rouge1_min=0, rouge1_max=1, length_ratio_max=100,
+        sampling=SamplingConfig(max_new_tokens=12),
+    )  # fmt: skip
+    requests = [Request(device, ("do you like old films", "yes"), 5) for device in ("d0", "d1")]
+    for written in synthesize_texts(requests, [], lm, config):
+        assert len(written.kept) == 1 and written.rejected == Counter(copy=2)
 
 
 def test_what_was_thrown_away_is_written_again(lm: LanguageModel) -> None:

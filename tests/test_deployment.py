@@ -11,12 +11,14 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cryptography.x509 import load_pem_x509_certificate
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from typer.testing import CliRunner
 
 from client.agent.agent import Agent
 from client.agent.config import new_config
@@ -27,14 +29,16 @@ from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
 from privacy.release import PROTOCOL
 from server.config import ServerConfig
-from server.intake import to_arrays
+from server.intake import RoundFacts, to_arrays
 from simulation.bench.poison import RULES, Measured, _measured
 from simulation.config import find_config, load_config
 from simulation.data.population import load_population
 from simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
+from simulation.deployment.cli import app as server_app
 from simulation.deployment.link import Link
 from simulation.deployment.register import admit
-from simulation.deployment.rounds import make_folder, serving, strategy_of
+from simulation.deployment.rounds import came_to, make_folder, serving, strategy_of
+from simulation.deployment.settings import check_rule
 from simulation.runs import RunFolder
 
 FLORILEGIUM = (sys.executable, "-m", "simulation")
@@ -119,9 +123,9 @@ def test_a_release_is_bounded_by_what_its_noise_allows(tmp_path: Path) -> None:
     """The norm that the terms name passes a device's longest honest release and nothing like a poisoned one."""
     for name in ("strict", "loose"):
         (tmp_path / name).mkdir()
-    terms = Terms(name="orchard", min_devices=2)
+    terms = Terms(name="orchard", min_devices=3)
     strict, loose = (
-        make_folder(tmp_path / name, terms, ServerConfig(rule="trimmed-mean"), epsilon)
+        make_folder(tmp_path / name, terms, ServerConfig(rule="trimmed-mean", trimmed_share=0.34), epsilon)
         for name, epsilon in (("strict", 8.0), ("loose", 1.0))
     )
     assert 1 < strict.largest_norm_l2 < loose.largest_norm_l2 < 100
@@ -146,8 +150,38 @@ def test_a_release_is_bounded_by_what_its_noise_allows(tmp_path: Path) -> None:
     one, _ = strategy.aggregate_train(1, [sent(0, honest), *(sent(k + 1, norm) for k, norm in enumerate(false))])
     assert one is None and strategy.facts[1].releases == 1  # and one alone is not aggregated
     assert strategy.facts[1].refused == {"too-large": 2, "malformed": 1, "too-few": 1}
-    two, _ = strategy.aggregate_train(1, [sent(0, honest), sent(1, 0.0), sent(2, 1e6)])
-    assert two is not None and strategy.facts[1].releases == 2
+    three, _ = strategy.aggregate_train(1, [sent(0, honest), sent(1, 0.0), sent(2, 1e6), sent(3, honest)])
+    assert three is not None and strategy.facts[1].releases == 3
+
+
+@pytest.mark.parametrize(
+    ("rule", "needed"),
+    [
+        ({"rule": "krum", "byzantine": 1}, 5),
+        ({"rule": "krum", "byzantine": 1, "krum_keep": 8}, 9),
+        ({"rule": "trimmed-mean", "trimmed_share": 0.3}, 4),
+        ({"rule": "trimmed-mean", "trimmed_share": 0.0}, 1),
+        ({}, 1),
+    ],
+)
+def test_a_rule_has_the_releases_that_it_needs_or_there_is_no_server(
+    tmp_path: Path, rule: dict[str, Any], needed: int
+) -> None:
+    check_rule(ServerConfig(**rule), Terms(name="orchard", min_devices=needed))
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in rule.items()]
+    asked = ["init", str(tmp_path / "s"), "--name=orchard", "--host=x", f"--min-devices={needed - 1}", *options]
+    done = CliRunner().invoke(server_app, asked)
+    if needed == 1:
+        assert done.exit_code == 2  # an option of 0
+    else:
+        assert isinstance(done.exception, DeviceError) and f"--min-devices {needed}" in str(done.exception)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_round_is_told_in_a_line() -> None:
+    facts = RoundFacts(releases=4, refused={"too-large": 1, "malformed": 2, "too-few": 4})
+    assert came_to(facts, 5) == "not aggregated: 4 releases of the 5 that it needs, 2 malformed, 1 too-large"
+    assert came_to(RoundFacts(releases=5, refused={"no-release": 1}), 5) == "5 releases, 1 no-release"
 
 
 @pytest.mark.slow

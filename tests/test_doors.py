@@ -30,13 +30,14 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
-from client.agent.door import Bounds, Door
+from client.agent.door import Bounds, Door, Guest
+from client.agent.guests import Rate, by_address
 from client.agent.home import DeviceError
 from client.agent.invitation import JOIN, accept, read_invitation, write_invitation
 from client.agent.terms import Terms, write_terms
 from simulation.bench.door import measure
 from simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
-from simulation.deployment.door import BOUNDS, HANDLERS, PREFIX, Allowed, Rate, fleet_door
+from simulation.deployment.door import BOUNDS, HANDLERS, PREFIX, Allowed, fleet_door
 from simulation.deployment.link import Link, pem_of
 from simulation.deployment.register import admit, admitted, expel, invite, welcome
 
@@ -102,7 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def served(folder: Path, allowed: Allowed, bounds: Bounds) -> Iterator[Served]:
+def served(folder: Path, allowed: Allowed, bounds: Bounds, guest: Guest = by_address) -> Iterator[Served]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
@@ -110,7 +111,8 @@ def served(folder: Path, allowed: Allowed, bounds: Bounds) -> Iterator[Served]:
     alice, mallory = (Device(ec.generate_private_key(ec.SECP384R1()), address, folder / CA) for _ in range(2))
     link.set_admitted({"alice": alice.pem})
     alice.node = link.nodes["alice"]
-    with fleet_door(link, "127.0.0.1", port, folder / CERTIFICATE, folder / KEY, allowed, bounds) as door:
+    files = folder / CERTIFICATE, folder / KEY
+    with fleet_door(link, "127.0.0.1", port, *files, allowed, bounds, guest=guest) as door:
         yield Served(link, door, address, folder, alice, mallory)
 
 
@@ -122,6 +124,13 @@ def server(folder: Path) -> Iterator[Served]:
 @pytest.fixture
 def narrow(folder: Path) -> Iterator[Served]:
     yield from served(folder, SMALL, QUICK)
+
+
+@pytest.fixture
+def reserved(folder: Path) -> Iterator[Served]:
+    """Where all that come are guests, of whom few are borne."""
+    few = Bounds(guests=2, guests_at_once=4, guests_a_minute=0)
+    yield from served(folder, Allowed(), few, lambda address, connection: address)
 
 
 def raw(server: Served) -> ssl.SSLSocket:
@@ -294,6 +303,31 @@ def test_who_says_nothing_is_cut_off_and_the_newest_is_refused(narrow: Served) -
     while narrow.door.inside and time.monotonic() < until:
         time.sleep(0.05)
     assert not narrow.door.inside
+
+
+def test_who_has_shown_no_key_has_few_places_and_one_request_each(reserved: Served) -> None:
+    """A device's connections do not count with them, and it keeps the one that it has while they are all taken."""
+    ask = PullMessagesRequest(node=Node(node_id=reserved.alice.node)).SerializeToString()
+    with reserved.alice.client() as device:
+
+        def asked() -> httpx.Response:
+            return device.post(f"{PREFIX}pull-messages", content=ask, headers=reserved.alice.heads())
+
+        assert reserved.alice.activate().status_code == 200 and asked().status_code == 200
+        assert [reserved.alice.post("pull-messages", ask).status_code for _ in range(6)] == [200] * 6
+        silent = [raw(reserved) for _ in range(2)]
+        with pytest.raises(httpx.TransportError):
+            reserved.mallory.activate()
+        assert asked().status_code == 200 and "connection" not in asked().headers
+        for connection in silent:
+            connection.close()
+        until = time.monotonic() + 10
+        while reserved.door.guests and time.monotonic() < until:
+            time.sleep(0.01)
+        assert [reserved.mallory.activate().headers["connection"] for _ in range(2)] == ["close"] * 2
+        with pytest.raises(httpx.TransportError):  # four arrivals
+            reserved.mallory.activate()
+        assert asked().status_code == 200
 
 
 def test_a_head_without_end_is_ended(narrow: Served) -> None:

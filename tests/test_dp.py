@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
+from client.budget import planned_event
 from client.buffer import Buffer, SelectionConfig, candidate
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
@@ -27,12 +28,13 @@ from client.lm.packing import Example
 from client.lm.peft_format import PREFIX
 from client.lm.places import nano_folder
 from client.phases import Site, States, annotate, observe
-from client.shared import learn_shared
+from client.shared import learn_shared, release_noise
 from client.state import DeviceState
 from privacy.accounting import Event, epsilon
 from privacy.dpsgd import clipped_sum
 from privacy.ledger import Budget, Request
 from privacy.plan import RoundPlan
+from simulation.audit.checks import with_privacy
 from simulation.data.population import User
 
 CLIP = 1.0
@@ -160,9 +162,10 @@ def test_one_long_reply_among_short_ones_moves_the_clipped_sum_no_further(lm: La
     assert 0.1 * CLIP < moved.norm() <= 2 * CLIP + 1e-4
 
 
-def test_the_shared_adapter_learns_from_the_pool_alone(lm: LanguageModel, people: list[User]) -> None:
+@pytest.mark.parametrize("clips", ["dialogue", "change"])
+def test_the_shared_adapter_learns_from_the_pool_alone(lm: LanguageModel, people: list[User], clips: str) -> None:
     """Neither the personal adapter nor the buffer nor what was synthesized from it changes a bit of a release."""
-    states, site = annotated(lm, people, FULL)
+    states, site = annotated(lm, people, with_privacy(FULL, clips=clips))
     received = torch.zeros(site.shared_layout.width)
     _, changes, _ = learn_shared(states, received, PLAN, site)
     other = [
@@ -187,7 +190,7 @@ def test_a_pool_that_is_not_full_keeps_its_public_denominator(lm: LanguageModel,
     row, weights = torch.zeros(site.shared_layout.width), [1 / len(e.reply) for e in examples]
     expected = clipped_sum(example_gradients(lm, site.shared_layout, row, [], examples, weights), CLIP) / 12
     assert changes[0] is not None
-    torch.testing.assert_close(changes[0], -expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(changes[0], -expected.float(), atol=1e-5, rtol=0)
 
 
 # -- noise --------------------------------------------------------------------------------------------------------
@@ -230,6 +233,45 @@ def test_steps_and_rounds_and_devices_toss_their_own_coins(lm: LanguageModel, pe
     twin = [states[0], replace(states[0], id="twin", secret=states[1].secret)]
     _, changes, _ = learn_shared(twin, received, PLAN, replace(site, ledger=new_ledger()))
     assert changes[0] is not None and changes[1] is not None and not torch.equal(changes[0], changes[1])
+
+
+@pytest.mark.parametrize("secret", ["seed", "os"])
+def test_no_two_steps_share_a_coin_nor_two_releases_a_key(lm: LanguageModel, secret: str) -> None:
+    """Two devices, three rounds of three steps: 64 slots at rate 1/2 fall alike with a chance of 2⁻⁶⁴."""
+    config = NOISELESS.model_copy(update={"privacy": NOISELESS.privacy.model_copy(update={"secret": secret})})
+    site = Site.of(lm, config, 0, lambda device, dialogue: "")
+    states, coins = [site.new_state("d0"), site.new_state("d1")], site.coins
+    plans = [RoundPlan(n, n - 1) for n in (1, 2, 3)]
+    samples = [tuple(coins.sample(s, 64, p, t, site)) for s in states for p in plans for t in range(3)]
+    keys = [coins.noise_key(s, p, site) for s in states for p in plans]
+    assert len(set(samples)) == 18 and len({*keys, *(s.secret for s in states)}) == 8
+    assert 24 < np.mean([len(s) for s in samples]) < 40 and len({len(s) for s in samples}) > 4
+    again = [tuple(coins.sample(states[0], 64, plans[0], t, site)) for t in range(3)]
+    assert (again == samples[:3]) == (secret == "seed")
+
+
+def test_both_factors_get_their_noise(lm: LanguageModel, people: list[User]) -> None:
+    """Of an empty pool each layer's A and each B is noise alone, of the announced deviation."""
+    adapter = {**NOISELESS.shared.adapter.model_dump(), "factors": "both", "rank": 4}
+    settings = {**NOISELESS.model_dump(), "privacy": {"epsilon": 4.0}, "rounds": 1}
+    config = DeviceConfig.model_validate({**settings, "shared": {**settings["shared"], "adapter": adapter}})
+    states, site = annotated(lm, people[:1], config, dialogues=0)
+    _, [change], _ = learn_shared(states, torch.zeros(site.shared_layout.width), PLAN, site)
+    assert change is not None
+    expected = release_noise(config, 1, 0).on_device
+    for part in change.split(site.shared_layout.sizes):
+        assert float(part.std()) == pytest.approx(expected, rel=0.25)  # 192 numbers or more: σ = 5 %
+
+
+def test_a_dialogue_that_has_paid_for_all_its_releases_is_drawn_no_more(lm: LanguageModel, people: list[User]) -> None:
+    config = DeviceConfig.model_validate({**FULL.model_dump(), "privacy": {"epsilon": 4.0, "releases": 1}, "rounds": 2})
+    (before,), site = annotated(lm, people[:1], config, dialogues=12)
+    old, event = [i for i, _ in before.pool.slots[:5]], planned_event(config)
+    earlier = Request(before.id, before.genesis, site.experiment, 1, "", event, tuple(old))
+    assert not site.accounts.reserve([earlier], config.privacy.budget)[0].refusal
+    (after,), [change], _ = learn_shared([before], torch.zeros(site.shared_layout.width), RoundPlan(2, 1), site)
+    assert change is not None and after.pool.seen == before.pool.seen
+    assert after.pool.slots == tuple(s for s in before.pool.slots if s[0] not in old) and len(after.pool.slots) == 7
 
 
 # -- controls -----------------------------------------------------------------------------------------------------

@@ -22,11 +22,11 @@ from client.lm import layers
 from client.lm.adapter import AdapterLayout, Adapters, layout, narrow, widen
 from client.lm.attention import _Attention, _by_sdpa
 from client.lm.config import ModelConfig
-from client.lm.decode import Decoding
+from client.lm.decode import Decoding, _choose
 from client.lm.engine import Engine
 from client.lm.lessons import Lesson
 from client.lm.loss import token_losses
-from client.lm.model import LanguageModel
+from client.lm.model import LanguageModel, schedule, schedule_steps
 from client.lm.packing import Example, Texts, rounded
 from client.lm.places import nano_folder
 from client.lm.processor import multiplies_bfloat16
@@ -174,6 +174,47 @@ def test_a_shared_adapter_beneath_is_the_same_for_all_and_stays(engine: Engine) 
         assert (together[k] - bare[k]).abs().max() > 1e-5
 
 
+def test_the_loss_of_a_batch_is_the_mean_over_its_tokens_and_batches_come_in_order(engine: Engine) -> None:
+    """Replies of 2 and of 8 tokens, then one of 3: (nll₁ + nll₂) / 10, then, after that step, nll₃ / 3."""
+    adapters = layout_of(engine)
+    start = Adapters(adapters, rows_of(adapters, 1) + 0.01)
+    work = Lesson([example(9, 2, 0), example(12, 8, 1), example(7, 3, 2)], [[0, 1], [2]])
+    both = engine.finetune(start, [], [work], [[1e-2, 1e-2]])
+    once = engine.finetune(start, [], [Lesson(work.examples, [[0, 1]])], [[1e-2]]).adapters
+    first, second = engine.score(work.examples[:2], [0, 0], [start])
+    assert both.losses[0][0] == pytest.approx((first + second) / 10, rel=1e-5)
+    (third,) = engine.score(work.examples[2:], [0], [once])
+    assert both.losses[0][1] == pytest.approx(third / 3, rel=1e-5)
+    assert first / 2 != pytest.approx(second / 8, rel=0.01)  # so that a mean over examples is another
+    step = once.rows - start.rows
+    expected, _ = engine.gradient(start, [], [work.examples[:2]], [[0.1, 0.1]])
+    large = expected.abs() > 1e-3
+    torch.testing.assert_close(step[large], -1e-2 * expected[large].sign(), atol=1e-5, rtol=0)  # Adam's first step
+
+
+def test_each_epoch_has_every_example_once_and_the_last_batch_may_be_smaller() -> None:
+    batches = schedule(5, 2, 2, seed=0)
+    assert [len(batch) for batch in batches] == [2, 2, 1, 2, 2, 1]
+    first, second = ([i for batch in batches[at : at + 3] for i in batch] for at in (0, 3))
+    assert sorted(first) == sorted(second) == [0, 1, 2, 3, 4] and first != second
+    assert schedule(5, 2, 2, seed=0) == batches != schedule(5, 2, 2, seed=1)
+    steps = schedule_steps(3, 2, 3, seed=0)
+    order = [i for batch in steps for i in batch]
+    assert [len(batch) for batch in steps] == [2, 2, 2]
+    assert sorted(order[:3]) == sorted(order[3:]) == [0, 1, 2]  # one order of all after the other
+    assert schedule(0, 2, 2, seed=0) == schedule_steps(0, 2, 3, seed=0) == []
+
+
+@pytest.mark.parametrize(("width", "bound"), [(48, 0.1443), (192, 0.0722)])
+def test_an_adapter_begins_uniform_in_one_by_the_root_of_its_inputs(width: int, bound: float) -> None:
+    """1/√48 = 0.1443 and 1/√192 = 0.0722; B begins at zero, so that nothing changes yet."""
+    adapters = layout((layers.AdaptedLayer("l", width, 30),), 8, 16.0)
+    ((_, a, b),) = adapters.split(adapters.start(0)[None])
+    assert 0.9 * bound < float(a.abs().max()) <= 1.001 * bound and not b.any()
+    assert float(a.mean()) == pytest.approx(0, abs=0.15 * bound)  # σ: 0.03 and 0.015 of it
+    assert float(a.std()) == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
 def test_hidden_states_are_those_of_each_devices_own_adapter(engine: Engine) -> None:
     adapters = layout_of(engine)
     rows = rows_of(adapters, 3) + 0.05 * torch.randn(3, adapters.width, generator=torch.Generator().manual_seed(0))
@@ -219,6 +260,16 @@ def test_texts_continue_the_same_whoever_stops_before(engine: Engine, temperatur
     )
     assert stopped == [ids[: ids.index(stop)] if stop in ids else ids for ids in longest]
     assert len(stopped[0]) <= 5
+
+
+def test_temperature_divides_and_a_token_is_the_inverse_of_the_cumulative_chances() -> None:
+    """Logits (0, log 3): chances (¼, ¾); at temperature ½ (0.1, 0.9), at 2 (0.366, 0.634)."""
+    logits = torch.tensor([[0.0, math.log(3)]])
+    for temperature, border in ((1.0, 0.25), (0.5, 0.1), (2.0, 1 / (1 + math.sqrt(3)))):
+        below, above = (_choose(logits, torch.tensor([border + d]), temperature).item() for d in (-0.01, 0.01))
+        assert (below, above) == (0, 1)
+    assert _choose(logits, torch.tensor([0.0]), 0).item() == 1  # greedy, whatever was drawn
+    assert _choose(logits, torch.tensor([1.0]), 1.0).item() == 1
 
 
 def test_a_reply_ends_before_the_whole_sequence_that_ends_it_and_never_shows_a_part_of_it() -> None:

@@ -60,6 +60,12 @@ def test_the_device_that_breaks_a_cohort_is_found() -> None:
         assert caught.value.traced.count("Traceback") == 1 and "in work" in caught.value.traced
     with pytest.raises(BrokenDeviceError, match=r"a: .* of the 3 others in its cohort 2 failed alike"):
         tried(breaking(0, 1, 3), FOUR)
+    with pytest.raises(BrokenDeviceError, match=r"b: .*; the other device in its cohort did not fail alike"):
+        tried(breaking(1), FOUR[:2])
+    with pytest.raises(BrokenDeviceError, match=r"a: .*; the other device in its cohort failed alike"):
+        tried(breaking(0, 1), FOUR[:2])
+    with pytest.raises(BrokenDeviceError, match=r"a: .*; it was alone in its cohort"):
+        tried(breaking(0), FOUR[:1])
 
 
 def test_of_a_large_cohort_some_are_asked_whether_they_fail_alike() -> None:

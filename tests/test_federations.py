@@ -81,13 +81,13 @@ def test_without_a_server_devices_learn_alone_and_nothing_leaves(plain: Path, tm
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("server.rule=trimmed-mean", "server.trimmed_share=0.2"),
-        ("server.rule=krum", "server.byzantine=1", "server.krum_keep=3"),
-        ("server.optimizer=fedavgm",),
-        ("server.optimizer=fedadam", "server.learning_rate=0.05"),
+        ("server.rule=trimmed-mean", "server.trimmed_share=0.2", "server.optimizer=fedavgm"),
+        ("server.rule=krum", "server.byzantine=1", "server.krum_keep=3", "server.optimizer=fedadam",
+         "server.learning_rate=0.05"),
     ],
-)
-def test_a_server_with_another_rule_or_optimizer_ends_elsewhere(
+    ids=["trimmed mean, momentum", "krum, adam"],
+)  # fmt: skip
+def test_a_server_with_another_rule_and_optimizer_ends_elsewhere(
     plain: Path, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     run_experiment(config(*overrides), tmp_path / "run")

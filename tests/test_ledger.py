@@ -20,6 +20,7 @@ from privacy.ledger import (
     BROKEN,
     GRANTED,
     MISSING,
+    OTHER_TERMS,
     OTHER_UNIT,
     SPENT,
     TWICE,
@@ -117,11 +118,12 @@ def test_who_looks_meanwhile_breaks_nothing(tmp_path: Path) -> None:
     assert entries(ledger) == 60 == entries(Ledger(tmp_path / "ledger.db"))
 
 
-def test_another_adapter_or_an_earlier_round_gets_nothing(tmp_path: Path) -> None:
-    """The same noise on two adapters would cancel."""
+def test_another_adapter_or_a_round_before_the_last_gets_nothing(tmp_path: Path) -> None:
+    """The same noise on two adapters would cancel. A round that nobody has paid for is there, whatever came before."""
     ledger = Ledger(tmp_path / "ledger.db")
-    found = refusals(ledger, request(2), request(2, "other"), request(1), request(3), request(2))
-    assert found == [GRANTED, ANSWERED, ANSWERED, GRANTED, ANSWERED]
+    found = refusals(ledger, request(2), request(2, "other"), request(1), request(2), request(3), request(1))
+    assert found == [GRANTED, ANSWERED, GRANTED, ANSWERED, GRANTED, ANSWERED]
+    assert entries(ledger) == 3
     assert refusals(ledger, request(3, event=Event(1.0, 0.5, 4))) == [ANSWERED]
     assert refusals(ledger, request(1, experiment="another")) == [GRANTED]
 
@@ -154,6 +156,27 @@ def test_a_dialogue_is_retired_and_the_device_goes_on(tmp_path: Path) -> None:
     account = ledger.account("d", GENESIS)
     assert account and account.spent(budget) == pytest.approx(epsilon([EVENT] * 2, 1e-5))
     assert len(account.events_of(dialogue_name(GENESIS, "b"))) == 1
+
+
+def test_what_is_spent_under_other_terms_is_not_added_to_what_no_theorem_covers(tmp_path: Path) -> None:
+    """Terms made after releases could be made for what these left open: only new dialogues pay under them."""
+    ledger, other = Ledger(tmp_path / "ledger.db"), Event(2.5, 0.25, 4)
+    [first] = ledger.reserve([request(1, dialogues=("a", "b"))], DIALOGUES)
+    [second] = ledger.reserve([request(2, dialogues=("b", "c"), event=other)], DIALOGUES)
+    assert (first.dialogues, second.dialogues) == ({"a", "b"}, {"c"})
+    assert refusals(ledger, request(3, dialogues=("a",), event=other), budget=DIALOGUES) == [OTHER_TERMS]
+    assert refusals(ledger, request(4, dialogues=("a", "c")), budget=DIALOGUES) == [GRANTED]
+    account = ledger.account("d", GENESIS)
+    assert account and [e.event for e in account.entries] == [EVENT, other, EVENT]
+
+
+def test_gaussians_without_sampling_are_added_whatever_their_noise(tmp_path: Path) -> None:
+    """Those of a device's whole change: Gaussian DP has a filter, and 3.0 after 2.0 is one of µ² = 1 + 4/9."""
+    events = [Event(2.0, 1.0, 1), Event(3.0, 1.0, 1)]
+    budget = Budget(epsilon(events, 1e-5) + 1e-9, 1e-5, "replace-one", "device")
+    ledger = Ledger(tmp_path / "ledger.db")
+    asked = [request(n, event=e) for n, e in enumerate([*events, events[1]], start=1)]
+    assert refusals(ledger, *asked, budget=budget) == [GRANTED, GRANTED, SPENT]
 
 
 def test_dialogues_are_not_named(tmp_path: Path) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from conftest import Note
 
 from client.dialogue import Dialogue
 from client.lm.config import AdapterConfig, SamplingConfig
 from client.lm.model import LanguageModel
+from client.lm.packing import Example
 from client.personal.asls import Asls, Device, Interaction
 from client.personal.config import ArmName, AslsConfig, ProfileConfig
 from client.personal.profile import Interest, Profile, ProfileError, drift
@@ -177,6 +180,58 @@ def test_an_adaptation_makes_what_was_wanted_likelier_and_what_was_rejected_less
     assert gained[0] > 0.5 and gained[0] > gained[1] and min(tokens) > 0
     _, alone, _ = asls.adapt(devices[:1], rows.pick([0]))
     torch.testing.assert_close(alone.rows[0], after.rows[0], atol=1e-4, rtol=1e-3)
+
+
+def test_the_newest_are_kept_and_what_was_met_counts_once(lm: LanguageModel) -> None:
+    """A window of two after three: the first has left it, though it counts among what is new."""
+    three = [met(text) for text in ("a", "b", "c")]
+    device = device_after(Asls(lm, AslsConfig(window=2), 0), *three)
+    assert device.window == tuple(three[1:]) and device.fresh == device.profile.interactions == 3
+    plain = Asls(lm, AslsConfig(arm="adaptation-only", window=3, examples=2), 0)
+    assert plain.chosen(device_after(plain, *three)) == [three[2], three[1]]  # without a profile the newest
+
+
+def test_a_correction_weighs_a_whole_reply_and_an_accepted_one_half(lm: LanguageModel) -> None:
+    """Of replies of four tokens each: ½ and 1 by 8 tokens; without feedback everything is half."""
+    lesson, four = [met("a", accepted=True), met("b")], Example((1, 2), (3, 4, 5, 6), (0, 2), False)
+    assert Asls(lm, AslsConfig(), 0)._weights(lesson, [four, four]) == [0.5 / 8, 1 / 8]
+    assert Asls(lm, AslsConfig(arm="no-feedback"), 0)._weights(lesson, [four, four]) == [0.5 / 8] * 2
+
+
+def test_a_preference_pulls_back_to_the_model_without_the_adapter(lm: LanguageModel, noted: Note) -> None:
+    """What the gradient weighs: ± preference · β · σ(−β · margin), the margin against what is beneath alone.
+
+    At a margin of 0, as with the adapter itself for a reference, that is ± preference · β / 2. A correction's is up.
+    """
+    layout, shape = lm.lora_layout(SHAPE), lm.lora_layout(AdapterConfig(rank=2, alpha=4, targets=("v_proj",)))
+    noise = torch.Generator().manual_seed(0)
+    rows = lm.adapters(layout, layout.start(0) + 0.05 * torch.randn(layout.width, generator=noise))
+    beneath = [lm.adapters(shape, shape.start(1) + 0.05 * torch.randn(shape.width, generator=noise))]
+    asls = Asls(lm, AslsConfig(arm="adaptation-only", steps=1, beta=0.3, preference=0.8), 0, beneath)
+    calls = noted(lm.engine, "gradient")
+    asls.adapt([device_after(asls, met("which soup", "none at all", False, "lentil soup"))], rows)
+    told = lm.format.dialogues([Dialogue("", "which soup", "lentil soup"), Dialogue("", "which soup", "none at all")])
+    bare, now = (lm.engine.score(told, [0, 0], arm) for arm in (beneath, [*beneath, rows]))
+    margin = (bare[0] - now[0]) - (bare[1] - now[1])
+    slope = 0.8 * 0.3 / (1 + math.exp(0.3 * margin))
+    (call,) = calls
+    assert call["batches"] == [[told[0], *told]] and call["frozen"] == beneath
+    assert call["weights"][0] == pytest.approx([1 / told[0].targets, slope, -slope], rel=1e-3)
+    assert abs(margin) > 0.5 and slope != pytest.approx(0.12, rel=0.05)
+
+
+def test_each_device_takes_steps_of_its_own_rate(lm: LanguageModel) -> None:
+    """Adam's first step is the rate, wherever there is a gradient: 2e-3 with all feedback fresh, by half later."""
+    asls = Asls(lm, AslsConfig(arm="adaptation-only", steps=1, rate=1e-3, boost=1, decay=1), 0)
+    layout = lm.lora_layout(SHAPE)
+    rows = lm.adapters(layout, torch.stack([layout.start(0)] * 2))
+    new, old = (device_after(asls, met("which soup")) for _ in range(2))
+    devices, after, tokens = asls.adapt([new, replace(old, times=1)], rows)
+    moved = (after.rows - rows.rows).abs().amax(1)
+    assert moved.tolist() == pytest.approx([2e-3, 1e-3], rel=1e-3)
+    assert [d.times for d in devices] == [1, 2] and [d.fresh for d in devices] == [0, 0]
+    asked = lm.format.dialogues([Dialogue("", "which soup", "no, soup")] * 2 + [Dialogue("", "which soup", "yes")])
+    assert tokens == [sum(e.length for e in asked)] * 2  # the correction, and the pair of it and what was said
 
 
 # -- people -------------------------------------------------------------------------------------------------------

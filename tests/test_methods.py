@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tomli_w
+import torch
 
+from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
 from client.personal.history import Asked
 from simulation.config import ConfigError
-from simulation.personal.config import HistoryConfig, MethodsConfig
+from simulation.personal.config import HistoryConfig, LivesConfig, MethodsConfig
 from simulation.personal.people import halved, person
 from simulation.personal.play import play
 from simulation.study.cells import run_study
-from simulation.study.config import Study, load_study
+from simulation.study.config import Cell, Study, StudyConfig, TableConfig, load_study
+from simulation.study.lives import HELD_OUT, LivesCell
 from simulation.study.personal_report import STRANGER, render_study, tables
+from simulation.study.workbench import Bench
 from simulation.tasks.config import load_task
 from simulation.tasks.task import Item, Query, Task, TaskUser
 from simulation.world import load_classes
@@ -124,6 +129,38 @@ def test_a_dialogue_of_the_second_half_is_measured_before_it_is_learned_from(lm:
     run_study(study, tmp_path, lambda phase: None)
     (shown,) = tables(study, tmp_path)
     assert shown.outcomes[0].costs["tokens trained"] == 0
+
+
+def test_forgotten_is_what_the_first_half_has_become_worse_by_and_won_what_the_second_has_become_better(
+    lm: LanguageModel, tmp_path: Path
+) -> None:
+    """The loss of held-out replies from before the shift, at the end less half way; from after it, the other way."""
+    config = LivesConfig.model_validate({"interactions": 2, "shift": "person", "adapter": {"rank": 2, "alpha": 4}})
+    cell = LivesCell(Cell(config, StudyConfig(tables={"t": TableConfig(rows={})})), tmp_path, Bench(frozenset()), print)
+    layout = lm.layout(config.adapter)
+    streams = {
+        name: [
+            Dialogue(f"{n}", f"{name}, what is number {n}", f"it is {n} {'times ' * (n % 3)}{name}") for n in range(18)
+        ]
+        for name in ("ann", "bob")
+    }
+    noise = torch.randn(2, 2, layout.width, generator=torch.Generator().manual_seed(0))
+    half_way, end = layout.start(0) + torch.tensor([0.02, 0.1])[:, None, None] * noise
+    lived = SimpleNamespace(half_way=half_way, rows=end)
+    found = cell._shifted(lived, lm, streams, [])  # type: ignore[arg-type]
+
+    def loss(rows: torch.Tensor, first: int) -> float:
+        """The mean over people of each one's mean over all tokens, nats."""
+        means = []
+        for row, stream in zip(rows, streams.values(), strict=True):
+            told = lm.format.dialogues(stream[first : first + HELD_OUT])
+            scores = lm.score(told, [0] * HELD_OUT, [lm.adapters(layout, row)])
+            means.append(sum(s.nll for s in scores) / sum(s.tokens for s in scores))
+        return float(np.mean(means))
+
+    assert found["forgotten, nats"] == pytest.approx(loss(end, 2) - loss(half_way, 2), abs=1e-3)
+    assert found["won, nats"] == pytest.approx(loss(half_way, 10) - loss(end, 10), abs=1e-3)
+    assert min(abs(found["forgotten, nats"] or 0), abs(found["won, nats"] or 0)) > 0.02
 
 
 TOKENS_PER_S = next(c.train_tokens_per_s for c in load_classes("world/devices") if c.name == "mid-phone")

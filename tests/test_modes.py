@@ -13,11 +13,14 @@ import torch
 from client.budget import planned_event
 from client.lm.model import LanguageModel
 from client.shared import release_noise
+from privacy.accounting import epsilon
 from privacy.seeds import derive_key
+from simulation.audit.attacks import _released
 from simulation.audit.checks import named, without_noise
 from simulation.config import ExperimentConfig
 from simulation.data.population import User
 from simulation.federation import Federated, play
+from simulation.study.federated import _told
 
 CLIP = 0.05
 DEVICES = 6
@@ -105,3 +108,33 @@ def test_correlated_noise_costs_each_device_one_release_in_so_many_rounds(
     assert (took_part.sum(0) == 2).all() and not (took_part[0] & took_part[1]).any()
     assert torch.equal(took_part[0], took_part[2]) and torch.equal(took_part[1], took_part[3])
     assert max(p["epsilon"] for page in seen.cohort.pages for p in page.values()) <= 8.0
+
+
+def test_what_is_told_of_a_federation_is_of_all_of_its_rounds(lm: LanguageModel, people: list[User]) -> None:
+    """Half of four devices are asked in each of three rounds: d1 and d3 twice, d0 and d2 in the last one alone.
+
+    So ε is what two releases cost, and not the one of the last page; and of the first round's releases there are two.
+    """
+    config = ExperimentConfig.model_validate({
+        "rounds": 3,
+        "model": {"dtype": "float32", "limits": {"prompt_tokens": 16, "reply_tokens": 16}},
+        "data": {"users": 4},
+        "shared": {"pool_capacity": 16, "adapter": {"rank": 1, "targets": ["v_proj"]}},
+        "server": {"sampled_share": 0.5},
+    })  # fmt: skip
+    streams = {f"d{k}": people[k % 2].stream[3 * (k // 2) : 3 * (k // 2) + 3] for k in range(4)}
+    seen = play(lm, config, config.server, streams, 0)
+    asked = [sorted(page) for page in seen.cohort.pages]
+    assert asked == [["d1", "d3"], ["d1", "d3"], ["d0", "d2"]]
+    event, privacy = planned_event(config), config.privacy
+    once, twice = (epsilon([event] * times, privacy.delta, privacy.promise.adjacency) for times in (1, 2))
+    told = _told(seen)
+    assert once == pytest.approx(4.330, abs=0.005) and twice == pytest.approx(6.357, abs=0.005)
+    assert told["epsilon"] == pytest.approx(twice)
+    sent = seen.cohort.changes[0][[1, 3]].double()
+    assert not seen.cohort.changes[0][[0, 2]].any() and sent.any(1).all()
+    assert told["mean_square"] == pytest.approx(float(sent.mean(0).square().sum()))
+    assert told["variance"] == pytest.approx(float((sent[0] - sent[1]).square().sum() / 2))
+    own = _released(seen)["own release"]
+    for k, number in ((0, 2), (1, 1), (2, 2), (3, 1)):  # a device's last release, in whichever round it was
+        assert torch.equal(own[k], seen.cohort.received[number] + seen.cohort.changes[number][k])

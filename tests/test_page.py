@@ -146,6 +146,30 @@ def test_another_page_cannot_speak_for_its_owner(page: Page, shown: tuple[Agent,
     assert shown[0].consents["learn"]
 
 
+def test_replies_that_may_hold_what_is_erased_are_listed_and_asked_about(page: Page, shown: tuple[Agent, str]) -> None:
+    agent, (cooking,) = shown[0], shown[0].journal.turns("WHERE prompt = 'What shall we cook?'")
+    quoting = [agent.journal.add(f"And then, {k}?", f"Soup with <b>ginger</b>, {k}.", "", after=1).id for k in "ab"]
+    count = len(agent.said_under([cooking.id]))
+    assert count >= 2
+    page.reload()
+    button, dialog = page.get_by_role("button", name="Erase: What shall we cook?"), page.locator("#under")
+    button.click()
+    expect(dialog).to_be_visible()
+    expect(dialog).to_contain_text(f"{count} replies of the model")
+    expect(dialog.locator("li")).to_have_count(count)
+    expect(dialog).to_contain_text("Soup with <b>ginger</b>, a.")  # as text
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    assert agent.journal.turn(cooking.id) and agent.journal.turn(quoting[0]).said
+    button.click()
+    dialog.get_by_role("button", name="Erase these replies too").click()
+    expect(page.locator("#progress")).to_contain_text(f"erased, with {count} replies", timeout=60_000)
+    assert [agent.journal.turn(i).said for i in quoting] == ["", ""]
+    with pytest.raises(KeyError):
+        agent.journal.turn(cooking.id)
+
+
 class Neighbour(BaseHTTPRequestHandler):
     """Somebody else's server on another port of this machine: what it is told, and a page that tries the agent's."""
 

@@ -9,14 +9,16 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from conftest import Note
 
 from client.dialogue import Dialogue
 from client.lm.adapter import AdaptedLayer, Adapters
 from client.lm.adapter import layout as lora_layout
-from client.lm.config import AdapterConfig, ModelConfig, TextLimits
+from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, TextLimits
 from client.lm.lessons import Lesson
-from client.lm.model import LanguageModel
-from client.personal import kgt, per_pcs
+from client.lm.model import LanguageModel, schedule
+from client.lm.optimizer import Moments, adamw_
+from client.personal import kgt, per_pcs, rpo
 from client.personal.config import MethodConfig, Name, TrainingConfig
 from client.personal.history import Asked, Past, Person, Wording
 from client.personal.kgt import KnowledgeGraph, Triple
@@ -25,11 +27,12 @@ from client.personal.oppu import Oppu, Pooled
 from client.personal.per_pcs import Assembled, Pieces, assembled, wide
 from client.personal.pplug import TEMPERATURE, Pplug
 from client.personal.preference import Preferences, prefer, value_and_weights
-from client.personal.prompting import Prompting
+from client.personal.prompting import ASK_FOR_PROFILE, Prompting
 from client.personal.retrieve import rankings
 from client.personal.rpo import Rpo, nearness
 from client.personal.table import METHODS, method
 from client.personal.task import learn_task
+from privacy.seeds import derive_seed
 
 TEXTS = (
     ("what did you cook", "a lentil soup with cumin"),
@@ -94,6 +97,94 @@ def test_every_method_learns_prepares_prompts_adapts_and_answers(lm: LanguageMod
     assert math.isfinite(loss(lm, made, [Person("nobody", (), PEOPLE[0].questions)]))
 
 
+@pytest.mark.parametrize("name", get_args(Name))
+def test_every_method_works_on_top_of_what_the_base_is_for_the_task(lm: LanguageModel, noted: Note, name: Name) -> None:
+    """All that is trained or scored lies on the task's adapter, and answers do; PER-PCS has it merged into the base."""
+    task = beneath_of(lm)
+    trained, scored, weighed = (noted(lm.engine, call) for call in ("finetune", "score", "gradient"))
+    written = noted(lm, "generate")
+    made = method(replace(desk(lm, name=name, training={"epochs": 1}), beneath=[task]))
+    made.learn(SHARERS[:1])
+    made.prepare([person("a", TEXTS[:1]), person("b", TEXTS[1:2])])
+    made.adapt(made.examples())
+    frozen = [call["frozen"] for call in trained] + [call["adapters"][:1] for call in scored]
+    frozen += [] if name == "per-pcs" else [call["frozen"] for call in weighed]
+    assert all(below == [task] for below in frozen)
+    assert (len(trained), bool(scored), bool(weighed)) == {
+        "base": (0, False, False), "oppu": (1, False, False), "pooled": (1, False, False), "pplug": (0, False, True),
+        "kgt": (0, True, False), "per-pcs": (1, False, True), "rpo": (0, True, True),
+    }[name]  # fmt: skip
+    expected = {"kgt": [[]] * kgt.PROPOSED, "rpo": [[task]]}.get(
+        name, []
+    )  # the base proposes what is known of a person
+    assert [call["adapters"] for call in written] == expected
+    served = made.serving([(1, made.people[1].questions[0][0])])
+    assert served.arm[0] is task and len(served.arm) == (1 if name in ("base", "kgt") else 2)
+
+
+def beneath_of(lm: LanguageModel) -> Adapters:
+    """An adapter of one row that changes what the model says."""
+    shape = lm.lora_layout(AdapterConfig(rank=2, alpha=4, targets=("v_proj",)))
+    noise = torch.randn(shape.width, generator=torch.Generator().manual_seed(1))
+    return lm.adapters(shape, shape.start(0) + 0.1 * noise)
+
+
+def test_the_rate_of_a_method_falls_to_zero_over_its_batches(lm: LanguageModel, noted: Note) -> None:
+    """Of two batches η and η/2; each person's examples in an order of their own, everybody from the same start."""
+    calls, at = noted(lm.engine, "finetune"), desk(lm, training={"epochs": 1, "batch_size": 2, "learning_rate": 4e-3})
+    own = [[p.example for p in person.history] for person in (PEOPLE[0], PEOPLE[2])]
+    at.train(at.config.adapter, at.config.training, own, ["a", "c"])
+    (call,) = calls
+    assert call["rates"] == [[4e-3, 2e-3], [4e-3, 2e-3]]
+    assert [x.examples for x in call["lessons"]] == [lm.format.dialogues(examples) for examples in own]
+    orders = [schedule(len(o), 2, 1, derive_seed(0, n, "personal")) for o, n in zip(own, "ac", strict=True)]
+    assert [x.batches for x in call["lessons"]] == orders
+    assert torch.equal(*call["trained"].rows) and call["trained"].rows.any()
+
+
+def test_each_method_trains_on_whose_examples_it_says(lm: LanguageModel, noted: Note) -> None:
+    """OPPU each person's own, `pooled` all in one, PER-PCS the sharers', the task's stage the others' questions."""
+    calls, people = noted(lm.engine, "finetune"), [person("a", TEXTS[:2]), person("b", TEXTS[2:])]
+    at = desk(lm, retrieve=1, training={"epochs": 1})
+    for kind in (Oppu, Pooled):
+        made = kind(at)
+        made.prepare(people)
+        made.adapt(made.examples())
+    sharing = Assembled(at)
+    sharing.learn(people)
+    learn_task(at, Prompting(at), people, at.config.adapter, at.config.training)
+    lessons = [[[e.reply for e in x.examples] for x in call["lessons"]] for call in calls]
+    replies = [
+        [e.reply for e in lm.format.dialogues([Dialogue("", "", r) for _, r in TEXTS[i : i + 2]])] for i in (0, 2)
+    ]
+    (answer,) = lm.format.dialogues([Dialogue("", "", "lentil soup")])
+    assert lessons == [replies, [[*replies[0], *replies[1]]], replies, [[answer.reply] * 2]]
+    prompting = Prompting(at)
+    prompting.prepare(people)
+    asked = [prompting.prompt(k, p.questions[0][0]) for k, p in enumerate(people)]
+    assert [e.prompt for e in calls[3]["lessons"][0].examples] == [e.prompt for e in lm.format.prompts(asked)]
+    assert [e.prompt for x in calls[0]["lessons"] for e in x.examples] == [
+        e.prompt for own in prompting.examples() for e in lm.format.dialogues(own)
+    ]
+    assert TEXTS[0][1] in prompting.examples()[0][1].prompt  # each item behind the one before it
+
+
+def test_the_projection_is_taught_by_each_persons_own_items(lm: LanguageModel, noted: Note) -> None:
+    """The soft token of a question is of the history of who asks it; the weight is that of the mean over tokens."""
+    people = [person("a", TEXTS[:2]), person("b", TEXTS[2:])]
+    made, calls = Pplug(desk(lm, training={"epochs": 1, "batch_size": 2})), noted(lm.engine, "gradient")
+    made.prepare(people)
+    questions = made._embedded([p.questions[0][0].search for p in people])
+    tokens = torch.stack([made.token(q, items) for q, items in zip(questions, made.items, strict=True)])
+    made.learn(people)
+    (order,) = schedule(2, 2, 1, derive_seed(0, "pplug", "order"))
+    (call,) = calls
+    torch.testing.assert_close(call["trained"].rows, tokens[order].detach())
+    told = lm.format.dialogues([p.questions[0][1] for p in people])
+    assert call["batches"] == [[told[i]] for i in order]
+    assert call["weights"] == [[1 / sum(e.targets for e in told)]] * 2
+
+
 # -- prompts ------------------------------------------------------------------------------------------------------
 
 
@@ -109,6 +200,31 @@ def test_bm25_by_hand(lm: LanguageModel) -> None:
     assert ranking(Asked("", "we like soup"), 1) == [0]
     assert ranking(Asked("", "soup"), 1) == [0] and ranking(Asked("", "nothing known"), 3) == [2, 1, 0]
     assert ranking(Asked("", "soup"), 0) == []
+
+
+def test_bm25_counts_no_word_of_an_item_that_came_later(lm: LanguageModel) -> None:
+    """Of the first two items "we" and "sea" are in one each, so the newer comes first; later "sea" is everywhere."""
+    history = [past(i, text, "") for i, text in enumerate(["we sing", "sea song", *["sea"] * 8])]
+    for there in (history, history[:2]):
+        (ranking,) = rankings("bm25", [there], lm, ["a"], 0)
+        assert ranking(Asked("", "we sea"), 2) == [1, 0]
+    (ranking,) = rankings("bm25", [history], lm, ["a"], 0)
+    assert ranking(Asked("", "we sea"), 10)[0] == 0
+
+
+def test_recent_is_the_newest_first_whatever_is_asked(lm: LanguageModel) -> None:
+    (ranking,) = rankings("recent", [PEOPLE[0].history], lm, ["a"], 0)
+    assert ranking(Asked("", "soup"), 4) == [3, 2, 1, 0] and ranking(Asked("", "soup"), 2) == [1, 0]
+
+
+def test_a_profile_is_of_items_spread_over_the_history(lm: LanguageModel, noted: Note) -> None:
+    """Of 16 items every second one, from the first on; the base model says it."""
+    calls, words = noted(lm, "generate"), [f"w{n}" for n in range(16)]
+    made = Prompting(desk(lm, profile=True))
+    made.prepare([Person("p", tuple(replace(past(i, w, ""), shown=w) for i, w in enumerate(words)))])
+    (call,) = calls
+    assert call["prompts"] == [ASK_FOR_PROFILE.format(items="\n".join(words[::2]))] and call["adapters"] == []
+    assert made.profiles == lm.generate(call["prompts"], [0], [], call["sampling"], call["seeds"])
 
 
 def test_dense_is_the_cosine_of_mean_hidden_states(lm: LanguageModel) -> None:
@@ -299,6 +415,24 @@ def test_a_graph_keeps_what_makes_replies_likelier_and_drops_what_is_not_missed(
     assert [g for g in made.graphs if useless in g] == []
 
 
+def test_triples_are_tried_on_the_newest_replies_and_proposed_from_the_newest_items(
+    lm: LanguageModel, noted: Note
+) -> None:
+    """Of eight replies six are scored: another first one changes nothing, another last one does."""
+    texts, other = [(f"what of number {n}", f"it is {n}") for n in range(8)], ("who rows the red boat", "my brother")
+    made, found = KnowledgeGraph(desk(lm)), []
+    for own in (texts, [other, *texts[1:]], [*texts[:-1], other]):
+        made.people = [person("n", own)]
+        found.append(made.losses([[Triple("likes", "boats")]]))
+    assert found[0] == found[1] != found[2]
+    calls = noted(lm, "generate")
+    made.people, made.graphs = [person("n", texts)], [[]]
+    for number in (0, 1):
+        made._proposed(number)
+    newest, next_one = (call["prompts"][0] for call in calls)
+    assert texts[7][0] in newest and "likes" in newest and texts[6][0] in next_one and "dislikes" in next_one
+
+
 def test_triples_near_the_question_are_given() -> None:
     graph = [Triple("likes", word) for word in ("tea", "lentil soup", "rain", "soup")]
     assert [str(t) for t in kgt.nearest(graph, "hot soup in the rain")] == [
@@ -329,6 +463,51 @@ def test_gates_learn_while_the_adapters_stay(lm: LanguageModel) -> None:
     assert trained.adapters
     for name, a, b in made.layout.split(trained.adapters.rows):
         assert torch.equal(made.pieces.a[name], a) and torch.equal(made.pieces.b[name], b)
+
+
+def test_gates_go_where_the_loss_falls_on_what_is_beneath(lm: LanguageModel) -> None:
+    """Step by step: AdamW on the gradient by the gates alone, the task's adapter merged into the base."""
+    task, rate = beneath_of(lm), 2e-2
+    at = replace(desk(lm, training={"epochs": 1, "batch_size": 2, "learning_rate": rate}), beneath=[task])
+    made = Assembled(at)
+    made.prepare(PEOPLE[:1])
+    examples, layout = made.examples(), made.layout
+    gated, row = replace(layout, gated=True), layout.start(3)[None] + 0.05
+    found = made._gates(Adapters(layout, row), examples)
+    encoded = lm.format.dialogues(examples[0])
+
+    def with_gates(gates: torch.Tensor) -> Adapters:
+        return Adapters(gated, torch.cat([row, gates], 1))
+
+    gates = torch.zeros(1, gated.width - layout.width)
+    moments = Moments.zeros(gates)
+    with lm.engine.adaptable.merged([task]):
+        for batch in schedule(4, 2, 1, derive_seed(0, "a", "gates")):
+            chosen = [encoded[i] for i in batch]
+            weights = [1 / sum(e.targets for e in chosen)] * 2
+            gradient, _ = lm.engine.gradient(with_gates(gates), [], [chosen], [weights])
+            adamw_(gates, gradient[:, layout.width :], moments, [0], [rate], 0.0)
+        before, after = (
+            sum(lm.engine.score(encoded, [0] * 4, [with_gates(g)])) for g in (torch.zeros_like(gates), found)
+        )
+    torch.testing.assert_close(found, gates, atol=1e-6, rtol=0)
+    assert after < before - 0.1
+    bare = Assembled(replace(at, beneath=[]))
+    bare.prepare(PEOPLE[:1])
+    assert (bare._gates(Adapters(layout, row), examples) - found).abs().max() > 1e-3
+
+
+def test_pieces_are_picked_by_the_newest_items(lm: LanguageModel) -> None:
+    """Of nine items eight are read: another first one changes nothing, another last one does."""
+    texts, other = [(f"what of number {n}", f"it is {n}") for n in range(9)], ("who rows the red boat", "my brother")
+    made, rows = Assembled(desk(lm)), []
+    made.learn(SHARERS)
+    for own in (texts, [other, *texts[1:]], [*texts[:-1], other]):
+        made.prepare([person("n", own)])
+        made.adapt(made.examples())
+        assert made.adapters
+        rows.append(made.adapters.rows)
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
 
 
 def test_what_a_layer_reads_is_the_mean_over_tokens(lm: LanguageModel) -> None:
@@ -385,6 +564,56 @@ def test_preferring_moves_what_is_chosen_above_what_is_rejected(lm: LanguageMode
     assert reward(0, chosen) > reward(0, rejected) and reward(1, chosen) < reward(1, rejected)
     alone, _ = prefer(lm.engine, Adapters(layout, start.rows[:1]), [], told[:1], rate=1e-2, beta=0.1)
     torch.testing.assert_close(alone.rows[0], after.rows[0], atol=1e-4, rtol=1e-3)
+
+
+def test_the_likelihood_term_alone_makes_the_chosen_reply_likelier(lm: LanguageModel) -> None:
+    """Pairs of weight 0 count nothing: the loss is the mean NLL of the chosen reply, and a step lowers it."""
+    layout = lm.lora_layout(AdapterConfig(rank=2, alpha=4))
+    start = lm.adapters(layout, layout.start(0))
+    chosen = lm.format.dialogues([Dialogue("x", "which soup", "lentil soup")])
+    rejected = lm.format.dialogues([Dialogue("x", "which soup", "no idea at all")])
+    told = [[Preferences(chosen, rejected, torch.zeros(1, 1))] * 3]
+    after, losses = prefer(lm.engine, start, [], told, rate=5e-3, nll_weight=1.0)
+    (bare,) = lm.score(chosen, [0], [])
+    assert losses[0][0] == pytest.approx(bare.nll / bare.tokens, rel=1e-4)
+    assert losses[0][0] > losses[0][1] > losses[0][2]
+    (now,) = lm.score(chosen, [0], [after])
+    assert now.nll < bare.nll - 0.1
+    unmoved, _ = prefer(lm.engine, start, [], told, rate=5e-3, nll_weight=0.0)
+    assert torch.equal(unmoved.rows, start.rows)
+
+
+def test_rpo_moves_a_persons_replies_above_the_models_with_its_own_settings(lm: LanguageModel, noted: Note) -> None:
+    calls = noted(rpo, "prefer")
+    preference = {"beta": 0.2, "nll_weight": 0.0}
+    training = {"epochs": 3, "batch_size": 2, "learning_rate": 5e-3}
+    made = Rpo(desk(lm, name="rpo", preference=preference, training=training))
+    made.prepare(PEOPLE[:1])
+    (examples,) = made.examples()
+    made.adapt([examples])
+    (call,) = calls
+    assert (call["rate"], call["beta"], call["nll_weight"]) == (5e-3, 0.2, 0.0) and len(call["told"][0]) == 6
+    (said,) = made._replies([examples])
+    own, theirs = (lm.format.dialogues([replace(e, response=r) for e, r in zip(examples, replies, strict=True)])
+                   for replies in ([e.response for e in examples], said))  # fmt: skip
+    assert made.adapters
+
+    def rewards(replies: Any) -> torch.Tensor:
+        bare, now = (lm.engine.score(replies, [0] * 4, arm) for arm in ([], [made.adapters]))
+        return torch.tensor(bare) - torch.tensor(now)
+
+    assert (rewards(own) > rewards(theirs)).all()
+
+
+def test_rejected_is_what_the_model_says_on_top_of_what_it_is_for_the_task(lm: LanguageModel) -> None:
+    task = beneath_of(lm)
+    made = Rpo(replace(desk(lm, name="rpo"), beneath=[task]))
+    made.prepare(PEOPLE[:1])
+    (said,) = made._replies(made.examples())
+    sampling = SamplingConfig(max_new_tokens=lm.format.limits.reply_tokens)
+    prompts = [p.example.prompt for p in PEOPLE[0].history]
+    with_task, bare = (lm.generate(prompts, [0] * 4, on, sampling, range(4)) for on in ([task], []))
+    assert said == with_task and said != bare
 
 
 def test_rejected_is_what_the_model_says_and_chosen_what_the_person_did(lm: LanguageModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -11,12 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from privacy.accounting import Event, calibrate, epsilon
+from client.app import _release_reply, greeting, refusal
+from client.budget import planned_event
+from client.config import DeviceConfig
+from privacy.accounting import Event, calibrate, covered, epsilon
 from privacy.dpsgd import PrivateRow, clipped_sum
 from privacy.gate import check_reply
 from privacy.noise import ReleaseNoise, column, inverse_column
+from privacy.plan import RoundPlan
 from privacy.release import Release, ReleaseRefusedError, Schema
-from privacy.seeds import derive_key, derive_seed
+from privacy.seeds import derive_key, derive_seed, fresh_secret
 from server.intake import signal_to_noise, signal_to_noise_floor
 from server.rules import Mean
 
@@ -33,6 +38,18 @@ def test_calibrated_noise_costs_the_budget_and_no_more() -> None:
     assert 7.9 < epsilon([Event(sigma, 0.5, 12)], 1e-5) <= 8.0
     assert epsilon([Event(sigma, 0.5, 4)] * 3, 1e-5) <= 8.0
     assert epsilon([Event(sigma, 0.5, 4)] * 4, 1e-5) > 8.0
+
+
+def test_what_was_chosen_after_releases_is_only_spent_where_that_is_covered() -> None:
+    """Steps that are all alike, or Gaussians without sampling; no mixture with sampling."""
+    assert covered([]) and covered([Event(1.0, 0.5, 1), Event(1.0, 0.5, 7)])
+    assert covered([Event(1.0, 1.0, 1), Event(3.0, 1.0, 2)])
+    assert not covered([Event(1.0, 0.5, 1), Event(2.0, 0.5, 1)])
+    assert not covered([Event(1.0, 0.5, 1), Event(1.0, 0.25, 1)])
+    assert not covered([Event(1.0, 1.0, 1), Event(1.0, 0.5, 1)])
+
+
+SCHEMA, PLAN = Schema((("a", (2, 3)), ("b", (4,)))), RoundPlan(1, 0)
 
 
 def private_row(width: int, noise: float, seed: int = 0) -> PrivateRow:
@@ -64,14 +81,54 @@ def test_noise_is_normal_and_every_bit_of_its_key_counts() -> None:
     assert np.abs(np.corrcoef(drawn) - np.eye(4)).max() < 0.02
 
 
+def test_each_step_has_noise_of_its_own() -> None:
+    row = private_row(2000, 1.0)
+    drawn = [torch.zeros(2000)]
+    for _ in range(3):
+        row.step(torch.zeros(0, 2000))
+        drawn.append(row.row.clone())
+    noise = np.diff(torch.stack(drawn).numpy(), axis=0)  # (3, P)
+    assert np.abs(np.corrcoef(noise) - np.eye(3)).max() < 0.1  # σ = 0.022
+
+
+def test_a_secret_is_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every clock stopped 200 secrets differ, and each of 128 bits is set in about half of them."""
+    for clock in ("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time_ns"):
+        monkeypatch.setattr(time, clock, lambda: 1)
+    secrets = [fresh_secret() for _ in range(200)]
+    assert len(set(secrets)) == 200
+    assert all(55 < sum(s >> bit & 1 for s in secrets) < 145 for bit in range(128))  # σ = 7.1
+
+
+@pytest.mark.parametrize("mode", ["example-local", "user-local", "user-central"])
+def test_a_plan_pays_for_each_of_its_steps_and_for_replaced_ones(mode: str) -> None:
+    """What a release is charged times the releases is the budget: of one replaced, where the server is not trusted."""
+    privacy = {"mode": mode, "epsilon": 4.0}
+    config = DeviceConfig.model_validate({"rounds": 3, "shared": {"steps_per_round": 4}, "privacy": privacy})
+    event = planned_event(config)
+    adjacency = "add-or-remove-one" if mode == "user-central" else "replace-one"
+    assert event.steps == (4 if mode == "example-local" else 1)
+    assert 3.95 < epsilon([event] * 3, 1e-5, adjacency) <= 4.0
+    assert config.privacy.budget.adjacency == adjacency
+
+
+def test_no_reply_is_made_past_the_gate() -> None:
+    row = np.full(10, np.nan, dtype=np.float32)
+    release = Release(3, "0f" * 32, SCHEMA.split(row))
+    for made in (
+        lambda: refusal("what I said"),
+        lambda: greeting("x" * 65),
+        lambda: _release_reply(release, PLAN, SCHEMA),
+    ):
+        with pytest.raises(ReleaseRefusedError):
+            made()
+
+
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3), min_size=1, max_size=5))
 def test_one_example_moves_the_clipped_sum_by_at_most_the_clipping_norm(rows: list[list[float]]) -> None:
     gradients = torch.tensor(rows)
     moved = clipped_sum(gradients, 1.0) - clipped_sum(gradients[1:], 1.0)
     assert float(moved.norm()) <= 1.0 + 1e-12  # sums are in float64
-
-
-SCHEMA = Schema((("a", (2, 3)), ("b", (4,))))
 
 
 def test_a_release_is_of_the_agreed_form_or_is_refused() -> None:

@@ -27,6 +27,7 @@ from simulation.deployment.certificates import CA, make_certificates
 from simulation.deployment.rounds import make_folder
 from simulation.runs import create
 
+ROOT = Path(__file__).parent.parent
 FLORILEGIUM = (sys.executable, "-m", "simulation")
 
 
@@ -89,8 +90,46 @@ def test_all_that_a_run_writes_is_its_owners_alone(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "t" / "report.html").exists() and not others_may(tmp_path / "runs")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_server_that_is_told_to_end_says_so_as_a_run_does(number: signal.Signals) -> None:
+    code = (
+        "import signal, sys; import typer; from simulation.deployment.cli import _stoppable\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "try:\n"
+        f"    with _stoppable('goes on'): signal.raise_signal({int(number)})\n"
+        "except typer.Exit as ended: sys.exit(ended.exit_code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (128 + number, "goes on\n"), done.stderr
+
+
+LIMITED = """
+import ctypes, resource, subprocess, sys
+from client.dumps import hide_memory
+from simulation import cli
+
+@cli.app.command()
+def probe() -> None:
+    hide_memory()
+    child = "import resource; print(resource.getrlimit(resource.RLIMIT_CORE))"
+    print(resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), flush=True)  # dumpable?
+    subprocess.run([sys.executable, "-c", child])
+
+sys.argv = ["florilegium", "probe"]
+cli.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux' kernel")
+def test_what_a_process_has_in_memory_is_dumped_nowhere() -> None:
+    """Its own, and that of what it starts."""
+    probe = [sys.executable, "-c", LIMITED]
+    done = subprocess.run(probe, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "(0, 0) 0\n(0, 0)\n", done.stderr
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_server_ends_as_a_whole(tmp_path: Path, number: signal.Signals) -> None:
     make_certificates(tmp_path, ["127.0.0.1"])
     make_folder(tmp_path, Terms(name="orchard"), ServerConfig(), 4.0)
@@ -99,9 +138,10 @@ def test_a_server_ends_as_a_whole(tmp_path: Path, number: signal.Signals) -> Non
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert server.stdout and "0 devices may connect" in server.stdout.readline()
     children = psutil.Process(server.pid).children(recursive=True)
+    assert sys.platform != "linux" or psutil.Process(server.pid).rlimit(psutil.RLIMIT_CORE) == (0, 0)
     server.send_signal(number)
     said, _ = server.communicate(timeout=60)
-    assert server.returncode == 130 and "goes on" in said.replace("\n", " ")
+    assert server.returncode == 128 + number and "goes on" in said.replace("\n", " ")
     assert not children  # one process: there is nothing that could be left behind
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
@@ -109,7 +149,7 @@ def test_a_server_ends_as_a_whole(tmp_path: Path, number: signal.Signals) -> Non
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the next start ends what was left")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_device_ends_with_its_supernode(tmp_path: Path, lm: LanguageModel, number: signal.Signals) -> None:
     """Whose server is not there: it tries to reach it for ever."""
     home, config = Home(tmp_path / "device"), new_config(ModelConfig(name="nano"))
@@ -129,7 +169,8 @@ def test_a_device_ends_with_its_supernode(tmp_path: Path, lm: LanguageModel, num
     assert until(lambda: process.children(recursive=True))
     time.sleep(5)
     children = process.children(recursive=True)
-    assert any("flower-supernode" in " ".join(c.cmdline()) for c in children)
+    assert any("client.agent.supernode" in " ".join(c.cmdline()) for c in children)
+    assert {p.rlimit(psutil.RLIMIT_CORE) for p in (process, *children)} == {(0, 0)}
     serving.send_signal(number)
-    assert serving.wait(60) == (0 if number is signal.SIGTERM else -signal.SIGKILL)
+    assert serving.wait(60) == (-number if number is signal.SIGKILL else 0)
     assert until(lambda: gone(children))

@@ -14,17 +14,32 @@ from typing import Any
 
 import pytest
 
+from privacy.accounting import Event as Spent
+from privacy.accounting import epsilon
+from simulation.bystander import bystander
 from simulation.page import duration, signed, size
 from simulation.report import (
     MOST_DEVICES_LISTED,
     ReportError,
+    collect,
     flattened,
     outcome,
     read_events,
     render_report,
     verdict,
 )
-from simulation.report_figures import ARMS, MINUS, device_totals, epsilon_spent, gains_by_arm, spread
+from simulation.report_figures import (
+    ARMS,
+    MINUS,
+    device_totals,
+    differences,
+    epsilon_spent,
+    gain_distribution,
+    gains_by_arm,
+    learning_curves,
+    spread,
+    timing,
+)
 
 Event = dict[str, Any]
 
@@ -216,6 +231,52 @@ def test_verdict_states_the_highest_epsilon_and_an_overspent_budget() -> None:
     assert "What left the devices was not protected: privacy mode none is for simulation only." in unprotected
 
 
+PLAIN = {
+    "server": {"rule": "mean", "products": "average", "buffer": 0},
+    "shared": {"upload": "fp32"}, "privacy": {"releases": 0}, "world": {"classes": ""},
+}  # fmt: skip
+
+
+def of_whole_devices(noise: float = 2.0, **privacy: Any) -> Event:
+    told = {"mode": "user-local", "sampling_rate": 1.0, "steps_per_round": 1, "noise_multiplier": noise}
+    return {"rounds": 3, "privacy": {**PRIVACY, **told, "adjacency": "replace-one", **privacy}, "config": PLAIN}
+
+
+def test_who_sees_only_the_mean_is_promised_more_by_hand() -> None:
+    """Of n = 4 releases with σ = 2 the mean has that of σ = 4; a unit is in the rounds that have fewest."""
+    rounds = [{"releases": n} for n in (9, 4, 0, 16)]
+    found = bystander(of_whole_devices(), rounds)
+    assert found and found.releases == 4
+    assert found.epsilon == epsilon([Spent(4.0, 1.0, 1), Spent(6.0, 1.0, 1), Spent(8.0, 1.0, 1)], 1e-5)
+    alone = bystander(of_whole_devices(), [{"releases": 1}] * 3)
+    assert alone and alone.epsilon == epsilon([Spent(2.0, 1.0, 3)], 1e-5)  # a mean of one hides nothing
+
+
+def test_the_quickstarts_mean_of_64() -> None:
+    run = of_whole_devices(0.978515625, mode="example-local", sampling_rate=0.5)
+    found = bystander(run, [{"releases": 64}] * 3)
+    assert found and found.epsilon == pytest.approx(0.81, abs=0.005)
+    assert found.told.startswith("ε = 0.81 towards who sees only the mean of each round's releases, 64 or more, if the")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("server", "rule", "krum"),
+        ("server", "products", "residual"),
+        ("server", "buffer", 8),
+        ("shared", "upload", "int8"),
+        ("world", "classes", "world/devices"),
+    ],
+)
+def test_nothing_is_claimed_of_what_is_no_mean(section: str, key: str, value: Any) -> None:
+    config = {**PLAIN, section: {**PLAIN[section], key: value}}
+    assert bystander({**of_whole_devices(), "config": config}, [{"releases": 64}]) is None
+    assert bystander(of_whole_devices(steps_per_round=2), [{"releases": 64}]) is None
+    assert bystander(of_whole_devices(mode="user-central"), [{"releases": 64}]) is None
+    assert bystander(of_whole_devices(), []) is None
+
+
 def test_verdict_never_leaves_out_an_unbounded_or_unknown_epsilon() -> None:
     unbounded = verdict([RUN, device_round(1, "u1", float("inf")), device_round(1, "u2", 2.0)])
     assert any(s.startswith("The privacy budget was exceeded: a device spent ε = inf of 8") for s in unbounded)
@@ -368,6 +429,145 @@ def test_page_shows_every_arm_and_what_did_not_help(tmp_path: Path) -> None:
         assert f'id="plot-{name}"' in html
     for said in ("training.lr = 0.001", "one dialogue", "replace-one", "What is not covered"):
         assert said in text
+
+
+# ---- each cell of the page, from a handful of events ----
+
+
+def told_by_hand() -> list[Event]:
+    """Two devices, two rounds, all sections; every number is another one."""
+    world = {
+        "event": "fairness", "wall_s": 7265.0, "rounds": 2,
+        "classes": {"phone": {
+            "asked": 9, "answered": 5, "devices": 2, "seconds": 5400.0, "bytes": 12_340_000, "joules": 6780.0,
+            "outcomes": {"answers": 5, "late": 1, "dropped-out": 2, "unavailable": 3, "too-small": 4},
+            "utility": {"mean": 0.5, "ci95": [0.25, 0.75]},
+        }},
+        "fairness": {
+            "utility_by_data_quartile": [
+                {"least_data": 11, "most_data": 13, "devices": 2, "utility": {"mean": 0.125, "ci95": [-0.5, 0.75]}}
+            ],
+            "jain_participation": 0.8, "worst_decile_utility": -0.0625,
+        },
+    }  # fmt: skip
+    late = {"event": "newcomers", "metric": "nll", "users": 3}
+    first, second = device_round(1, "u1", 1.25, 100), device_round(1, "u2", 2.5, 300)
+    return [
+        RUN, evaluation(0, "base", 4.0), evaluation(0, "personal", 4.0),
+        first, second | {"arrived": 10, "accepted": 4, "tokens_trained": 500}, finished_round(1, 3.0),
+        evaluation(1, "personal", 3.75), device_round(2, "u1", 1.75, 100),
+        device_round(2, "u2", 2.5, 0) | {"refusal": "budget-spent"}, finished_round(2, 0.5),
+        evaluation(2, "base", 4.0), evaluation(2, "personal", 3.5), evaluation(2, "personal", 0.25, "rouge1"),
+        result("u1", "base", 4.5), result("u1", "personal", 3.5) | {"mean_length_tokens": 8.0},
+        result("u2", "base", 3.5), result("u2", "personal", 3.75),
+        comparison("personal", -0.375, [-0.5, -0.25], users_better=1),
+        comparison("personal", 0.125, [-0.5, 0.75], metric="rouge1"),
+        world, late | {"arm": "base", "mean_per_user": 4.25, "ci95": [4.0, 4.5]},
+        late | {"arm": "personal", "mean_per_user": 3.25, "ci95": [3.0, 3.5]},
+        {"event": "newcomers_comparison", "metric": "nll", "better": "personal", "than": "base",
+         "mean_difference": -1.0, "ci95": [-1.5, -0.5], "users": 3, "users_better": 3},
+        END,
+    ]  # fmt: skip
+
+
+def tables_of(html: str) -> dict[str, list[list[str]]]:
+    """Rows of texts by a table's caption, as far as its first comma or full stop."""
+    found = {}
+    for table in re.findall(r"<table.*?</table>", html, re.S):
+        caption = re.split(r"[.,]", re.sub("<[^>]*>", "", re.findall(r"<caption>.*?</caption>", table, re.S)[0]))[0]
+        rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in re.findall(r"<tr.*?</tr>", table, re.S)]
+        found[caption] = [[" ".join(re.sub("<[^>]*>", " ", cell).split()) for cell in row] for row in rows][1:]
+    return found
+
+
+def test_every_cell_of_every_table_by_hand(tmp_path: Path) -> None:
+    found = tables_of(render(tmp_path, told_by_hand()))
+    assert found["Held-out replies"] == [
+        ["base the model as it came, no adapter", "4.000", DASH, DASH, DASH, DASH, "11.5"],
+        ["personal the shared adapter and the user's own, added".replace("'", "&#39;"), "3.500",
+         f"{MINUS}0.375 {MINUS}0.500 to {MINUS}0.250 better", "1 of 2", "0.250",
+         f"+0.125 {MINUS}0.500 to +0.750 did not move", "9.8"],  # tokens: (8 + 11.5) / 2
+    ]  # fmt: skip
+    assert found["Difference is the first arm minus the second"] == [
+        ["personal − base", "NLL", f"{MINUS}0.375", f"{MINUS}0.500 to {MINUS}0.250", "1 of 2", "better"],
+        ["personal − base", "ROUGE-1", "+0.125", f"{MINUS}0.500 to +0.750", "1 of 2", "not better"],
+    ]
+    # u1 gained 4.5 − 3.5, u2 lost 3.75 − 3.5
+    assert found["Gain over the base model by user"] == [
+        ["personal", "2", "1", "1", f"{MINUS}0.250", "+0.375", "+1.000"]
+    ]
+    assert found["Per device"] == [
+        ["Left the device"],
+        ["Uploaded", "200 B", "250 B", "300 B", "500 B"],
+        ["Releases", "1", "2", "2", "3"],  # the median is 1.5
+        ["ε spent", "1.75", "2.12", "2.50", DASH],  # of each device the largest
+        ["Stayed on the device"],
+        ["Dialogues arrived", "30", "35", "40", "70"],
+        ["Accepted into the buffer", "18", "23", "28", "46"],
+        ["Annotations asked of the user", "28", "28", "28", "56"],  # 14, then 28 in all
+        ["Synthesized, kept", "20", "20", "20", "40"],
+        ["Synthesized, rejected", "8", "8", "8", "16"],
+        ["Truncated", "0", "0", "0", "0"],
+        ["Tokens trained", "3,500", "4,750", "6,000", "9,500"],
+    ]
+    assert found["Highest ε first"] == [
+        ["u2", "2.50", "2.50, 2.50 (budget-spent)", "300 B", "1", "28", "20", "3,500"],
+        ["u1", "1.75", "1.25, 1.75", "200 B", "2", "28", "20", "6,000"],
+    ]
+    assert found["By class of device"] == [
+        ["phone", "9", "5", "1", "2", "7", "1.50", "12.34", "6.78", "2", "+0.500 +0.250 to +0.750"]
+    ]
+    assert found["By how much data a user has: quarters of the evaluated devices"] == [
+        ["11 to 13", "2", f"+0.125 {MINUS}0.500 to +0.750"]
+    ]
+    assert found["NLL of held-out replies"] == [
+        ["base", "4.250 4.000 to 4.500", DASH],
+        ["personal", "3.250 3.000 to 3.500", f"against base {MINUS}1.000 {MINUS}1.500 to {MINUS}0.500"],
+    ]
+
+
+def test_every_fact_of_the_page_by_hand(tmp_path: Path) -> None:
+    """As a reader's eye finds them: a term stands right before what it is of."""
+    text = " ".join(Page(render(tmp_path, told_by_hand())).text.split())
+    for fact in (
+        "Devices2", "Rounds2 of 2", "Highest ε of a device2.50 of 8.0", "Modelnano, 2.6 million parameters",
+        "1 of 16 held-out pairs stand word for word in the same user's stream",
+        "Wall time2 min 10 s",
+        "the server sent 100 B in the last round",
+        "Budgetε = 8.00 at δ = 1e-05",
+        "Noisemultiplier 1.10, clipping norm 1.00 (L2)",
+        "Charged8 steps a round, Poisson sampling rate 0.25",
+        "Signal to noise0.50 in round 2",
+        "the rounds took 2 h 1 min",
+        "index of participation is 0.80",
+        f"gained least gained {MINUS}0.062",
+        "mean over 3 users",
+        "12.0 s in 2 rounds, 2 min 10 s in all; 1.5 GB of memory at the peak; 812,345 tokens trained",
+    ):  # fmt: skip
+        assert fact in text, fact
+
+
+def test_every_figure_by_hand() -> None:
+    record = collect(told_by_hand())
+    assert {arm: e["mean_per_user"] for arm, e in record.latest("nll").items()} == {"base": 4.0, "personal": 3.5}
+    curves = {t.name: (list(t.x), list(t.y)) for t in learning_curves(record.evaluation).data}
+    assert curves == {"base": ([0, 2], [4.0, 4.0]), "personal": ([0, 1, 2], [4.0, 3.75, 3.5])}
+    (bar,) = differences(record.comparison).data  # of the NLL alone
+    assert (list(bar.x), bar.error_x.array[0], bar.error_x.arrayminus[0]) == ([-0.375], 0.125, 0.125)
+    (box,) = gain_distribution(record.result).data
+    assert (box.name, list(box.x)) == ("personal", [1.0, -0.25])
+    spent = {t.name: (list(t.x), list(t.y)) for t in epsilon_spent(record.device_round, 8.0).data}
+    assert spent == {
+        "lowest": ([1, 2], [1.25, 1.75]), "median": ([1, 2], [1.875, 2.125]), "highest": ([1, 2], [2.5, 2.5]),
+    }  # fmt: skip
+    (phases,) = timing(record.round).data
+    assert list(phases.x) == [3.0, 9.0] and [t.split("·")[1].strip() for t in phases.text] == ["25.0%", "75.0%"]
+
+
+def test_the_last_evaluation_of_an_arm_holds_whatever_the_order_of_the_events() -> None:
+    events = [evaluation(2, "personal", 3.5), evaluation(0, "personal", 4.0), evaluation(1, "shared", 3.9)]
+    found = collect(events).latest("nll")
+    assert [(arm, e["mean_per_user"]) for arm, e in found.items()] == [("shared", 3.9), ("personal", 3.5)]
 
 
 def test_page_has_a_name_for_every_table_and_figure(tmp_path: Path) -> None:

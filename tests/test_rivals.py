@@ -250,6 +250,13 @@ def test_gates_have_no_place_in_pefts_format(lm: LanguageModel, tmp_path: Path) 
 # -- rivals -------------------------------------------------------------------------------------------------------
 
 
+def test_halves_are_all_of_the_batches_once() -> None:
+    work = Lesson([example(4, 0)], [[0], [0, 0], [0, 0, 0], [0] * 4])
+    (first,), (second,) = halves([work])
+    assert first.batches == [[0], [0, 0]] and second.batches == [[0, 0, 0], [0] * 4]
+    assert first.examples == second.examples == work.examples
+
+
 def test_the_mean_of_the_others_by_hand() -> None:
     sent = torch.tensor([[1.0, 0.0], [2.0, 3.0], [6.0, 9.0]])
     assert rest_of_world(sent).tolist() == [[4.0, 6.0], [3.5, 4.5], [1.5, 1.5]]
@@ -284,6 +291,23 @@ def test_ditto_follows_what_it_received_and_without_a_pull_learns_alone(
     assert ((held.own - free.shared).norm() < (free.own - free.shared).norm()).all()  # what was received, not the new
     expected = ground.train(ground.layout, free.shared, first) - free.shared
     torch.testing.assert_close(sent, expected, atol=1e-6, rtol=0)
+
+
+def test_ours_learns_its_own_on_the_shared_adapter_of_this_round(lm: LanguageModel, lessons: list[Lesson]) -> None:
+    """A half of the steps makes the new shared adapter; the other half is on top of that one, as it is used."""
+    ground = ground_of(lm, "ours")
+    before, _ = turned(ground, lessons)
+    after, sent = RIVALS["ours"].turn(before, lessons, ground, 2)
+    to_share, to_keep = halves(lessons)
+    expected = ground.train(ground.layout, before.shared, to_share) - before.shared
+    torch.testing.assert_close(sent, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(after.shared, before.shared + sent.mean(0), atol=1e-6, rtol=0)
+    new, old = (ground.train(ground.layout, before.own, to_keep, [lm.adapters(ground.layout, held.shared)])
+                for held in (after, before))  # fmt: skip
+    torch.testing.assert_close(after.own, new, atol=1e-6, rtol=0)
+    assert (after.own - old).abs().max() > 1e-4
+    shared, own = RIVALS["ours"].arm(after, ground)
+    assert torch.equal(shared.rows, after.shared) and torch.equal(own.rows, after.own)
 
 
 @pytest.mark.parametrize("name", ["fedper", "fedrep"])

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord
 
+from client.agent.seal import new_key
+from client.agent.terms import Terms
 from client.app import refusal
 from privacy.gate import FAILED
 from privacy.noise import ReleaseNoise
@@ -22,6 +25,7 @@ from server.config import ServerConfig
 from server.intake import Limits, signal_to_noise, to_arrays, to_numpy
 from server.strategy import NoReleaseError, ReleaseStrategy
 from simulation.config import ConfigError, config_folder, load_config
+from simulation.deployment.rounds import OperatorStrategy
 from simulation.fleet import Cohort, Done, Job
 from simulation.grid import CohortGrid
 from simulation.runs import RunFolder
@@ -106,6 +110,75 @@ def test_a_stale_release_is_made_on_what_was_sent_then_and_counts_less() -> None
     assert not devices.asked[2][2].any() and np.allclose(devices.asked[3][2], first, atol=1e-6)
 
 
+def test_other_devices_are_asked_in_each_round_and_everybody_comes_up() -> None:
+    """Three of ten: in 40 rounds one is never asked with probability 0.7⁴⁰ = 6e-7."""
+    server = strategy(ServerConfig(sampled_share=0.3))
+    server.names = [f"d{k}" for k in range(10)]
+    asked = [server.sampled(number) for number in range(1, 41)]
+    assert all(len(set(names)) == 3 and names == sorted(names) for names in asked)
+    assert len({tuple(names) for names in asked}) > 20 and {n for names in asked for n in names} == set(server.names)
+    assert asked[0] == server.sampled(1)
+    other = ReleaseStrategy(ServerConfig(sampled_share=0.3), SCHEMA, 1, ReleaseNoise())
+    other.names = server.names
+    assert [other.sampled(number) for number in range(1, 9)] != asked[:8]
+
+
+def test_devices_go_on_from_the_last_round_and_are_told_the_head_that_they_sent() -> None:
+    """Releases of 1 in both rounds, momentum ½: 1, then 1 + (½ + 1)."""
+    ones = np.ones(WIDTH, np.float32)
+    told: list[dict[str, str]] = []
+
+    class Hearing(Scripted):
+        def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
+            told.append(dict(plan.heads))
+            return super().contribute(names, received, plan)
+
+    devices = Hearing({"a": ones, "b": ones})
+    server = strategy(ServerConfig(optimizer="fedavgm", momentum=0.5))
+    found = server.start(grid_of(devices, ["a", "b"]), start(), 2)
+    np.testing.assert_allclose(row_of(found.arrays), 2.5, atol=1e-6)
+    assert [(name, version, float(row[0])) for name, version, row in devices.asked] == [
+        ("a", 0, 0.0), ("b", 0, 0.0), ("a", 1, 1.0), ("b", 1, 1.0),
+    ]  # fmt: skip
+    assert told == [{"a": "", "b": ""}, {"a": HEAD, "b": HEAD}]
+    np.testing.assert_allclose(server.moments.first, 1.5)
+
+
+@pytest.mark.parametrize("products", ["stack", "residual"])
+def test_products_of_every_round_are_added_to_the_weight(products: Literal["stack", "residual"]) -> None:
+    """A = 1 and B = 0 received, rank 4; two devices send B = ±1 with A = 1 ± 1, in each of two rounds.
+
+    Their products are 4 · 2 and 0, so that the mean of products is 4, and that of the means, 4 · 1 · 0, is 0: FLoRA
+    and FedEx both add 4 in a round.
+    """
+    names, whole = ["a", "b"], SCHEMA.with_weights()
+    up = SCHEMA.join({"q.lora_A": np.ones((4, 3), np.float32), "q.lora_B": np.ones((2, 4), np.float32)})
+    began = SCHEMA.join({"q.lora_A": np.ones((4, 3), np.float32), "q.lora_B": np.zeros((2, 4), np.float32)})
+    devices = Scripted({"a": up, "b": -up})
+    weights = []
+    for rounds in (1, 2):
+        server = strategy(ServerConfig(products=products))
+        arrays = to_numpy(server.start(grid_of(devices, names), server.first(began), rounds).arrays)
+        weights.append(arrays["q.weight"])
+        np.testing.assert_allclose(SCHEMA.join({n: arrays[n] for n, _ in SCHEMA.shapes}), began, atol=1e-6)
+    assert weights[0].shape == (2, 3) and whole.width == WIDTH + 6
+    np.testing.assert_allclose(weights[0], 4, atol=1e-5)
+    np.testing.assert_allclose(weights[1], 8, atol=1e-5)
+
+
+def test_with_stacked_products_devices_begin_anew_in_every_round() -> None:
+    """B = 1 learned in each of two rounds, on A = 1 of rank 4: 4 and 4 in the weight, and the factors as they began."""
+    began = SCHEMA.join({"q.lora_A": np.ones((4, 3), np.float32), "q.lora_B": np.zeros((2, 4), np.float32)})
+    learned = SCHEMA.join({"q.lora_A": np.zeros((4, 3), np.float32), "q.lora_B": np.ones((2, 4), np.float32)})
+    server, devices = strategy(ServerConfig(products="stack")), Scripted({"a": learned})
+    arrays = to_numpy(server.start(grid_of(devices, ["a"]), server.first(began), 2).arrays)
+    np.testing.assert_allclose(arrays["q.weight"], 8, atol=1e-5)
+    np.testing.assert_allclose(SCHEMA.join({n: arrays[n] for n, _ in SCHEMA.shapes}), began)
+    whole = SCHEMA.with_weights()
+    (first, second) = (whole.split(row) for _, _, row in devices.asked)
+    assert not first["q.weight"].any() and np.allclose(second["q.weight"], 4)
+
+
 @pytest.mark.parametrize("ranks", [{}, {"d3": 2}])
 def test_of_noise_alone_there_is_no_signal_whatever_the_ranks(ranks: dict[str, int]) -> None:
     names, squares = [f"d{k}" for k in range(4)], []
@@ -131,6 +204,40 @@ def test_a_round_in_which_one_fails_and_the_others_are_silent_changes_nothing() 
     assert (server.facts[1].releases, server.facts[1].silent, server.facts[1].refused) == (0, 1, {"failed": 1})
     with pytest.raises(NoReleaseError, match="failed"):
         strategy(ServerConfig()).start(grid_of(devices, ["a"], failing=["a"]), start(), 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "needed"),
+    [
+        (ServerConfig(rule="krum", byzantine=1), 5),
+        (ServerConfig(rule="krum", byzantine=0, krum_keep=4), 4),
+        (ServerConfig(rule="trimmed-mean", trimmed_share=0.3), 4),
+    ],
+)
+def test_a_rule_makes_nothing_of_fewer_releases_than_it_needs(config: ServerConfig, needed: int) -> None:
+    """One of those that it needs sends nothing: the shared adapter stays, and how many came is counted."""
+    names, begun = [f"d{k}" for k in range(needed)], drawn(1, 1)[0]
+    sent: dict[str, Row | None] = dict(zip(names, drawn(0, needed), strict=True))
+    server = strategy(config)
+    server.start(grid_of(Scripted(sent), names), start(begun), 1)
+    assert (server.facts[1].releases, server.facts[1].refused) == (needed, {})
+    server = strategy(config)
+    found = server.start(grid_of(Scripted({**sent, "d0": None}), names), start(begun), 1)
+    assert np.array_equal(row_of(found.arrays), begun)
+    assert server.facts[1].refused == {"no-release": 1, "too-few": needed - 1} and server.facts[1].change_norm_l2 == 0
+
+
+def test_an_operator_asks_again_and_tells_what_was_missing() -> None:
+    """Three times in all, each time the same question; then the round is over, without an aggregate."""
+    names, told = [f"d{k}" for k in range(5)], list[str]()
+    devices = Scripted({**dict(zip(names, drawn(0, 5), strict=True)), "d0": None})
+    server = OperatorStrategy(ServerConfig(rule="krum", byzantine=1), SCHEMA, 0, ReleaseNoise())
+    server.terms, server.operator_key, server.tell = Terms(name="orchard"), new_key(), told.append
+    there = {name: k + 1 for k, name in enumerate(names)}
+    server.link = SimpleNamespace(online=lambda: there)  # type: ignore[assignment]
+    assert server.collected(1, start(), grid_of(devices, names), 1.0) is None
+    assert told == ["round 1: 4 of 5 releases; once more"] * 2
+    assert [name for name, _, _ in devices.asked] == names * 3 and server.facts[1].refused["too-few"] == 4
 
 
 def test_a_release_whose_product_is_too_large_is_refused_whole() -> None:
@@ -166,6 +273,8 @@ CORRELATED = ("privacy.mode=user-central", "server.noise_bands=3", "privacy.rele
         ((*BUFFERED, "world.deadline_s=9"), "has no rounds"),
         ((*CORRELATED, "server.sampled_share=0.5"), "in its turn"),
         (("server.rule=none", "world.classes=world/devices"), "has no server"),
+        (("server.rule=krum", "server.byzantine=9", "data.users=20"), "needs 21 releases in a round of 20 devices"),
+        (("server.rule=trimmed-mean", "data.users=20", "server.sampled_share=0.4"), "10 releases in a round of 8"),
     ],
 )
 def test_settings_that_would_change_nothing_are_refused(overrides: tuple[str, ...], match: str) -> None:

@@ -44,6 +44,7 @@ from simulation.runs import RunError, RunFolder, check_sources, create, find_run
 from simulation.who import who, write_who
 
 ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
+FINISHED = (*SMALL, "name=small", "server.optimizer=fedavgm")
 
 
 def adapters(run: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -66,9 +67,9 @@ def assert_same_adapters(one: Path, other: Path, *, rounding: bool = False, coun
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three devices and two rounds."""
+    """A run of three devices and two rounds, whose server remembers something between them."""
     path = tmp_path_factory.mktemp("runs") / "small"
-    run_experiment(load_config(find_config("quickstart"), [*SMALL, "name=small"]), path)
+    run_experiment(load_config(find_config("quickstart"), FINISHED), path)
     return path
 
 
@@ -109,6 +110,7 @@ def test_the_summary_has_what_programs_rely_on(finished: Path) -> None:
             assert set(figures) == {"mean_per_user", "mean_per_query", "ci95"}
             assert figures["ci95"][0] <= figures["mean_per_user"] <= figures["ci95"][1]
     assert 7.9 < summary["epsilon"] <= 8.0 and summary["delta"] == 1e-5
+    assert 0 < summary["epsilon_of_mean"] < summary["epsilon"] and summary["least_releases"] == 3
     assert summary["privacy_unit"] == "one dialogue (a prompt and its reply)"
     assert summary["upload_bytes_per_release"] == 4 * 4 * 192 * 4  # float32, layers, outputs, rank
     assert summary["download_bytes_per_round"] == 2 * summary["upload_bytes_per_release"]
@@ -293,7 +295,7 @@ def test_a_run_stopped_in_round_two_ends_like_one_that_was_not(finished: Path, t
 def test_a_killed_process_resumes(finished: Path, tmp_path: Path) -> None:
     """kill -9 after the first round, by the command line, from a folder with a foreign client.py."""
     (tmp_path / "client.py").write_text("raise SystemExit('a foreign client.py was imported')")
-    command = [Path(sys.executable).parent / "florilegium", "run", "quickstart", *SMALL, "name=small"]
+    command = [Path(sys.executable).parent / "florilegium", "run", "quickstart", *FINISHED]
     first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
     checkpoint = tmp_path / "runs" / "small" / "server" / "00001.safetensors"
     deadline = time.monotonic() + 240
@@ -508,7 +510,7 @@ def test_cohorts_of_one_give_the_same_run(finished: Path, tmp_path: Path) -> Non
 def test_flowers_own_engine_gives_the_same_aggregate(finished: Path, tmp_path: Path) -> None:
     """A message a device, Ray actors; started where a foreign client.py lies."""
     (tmp_path / "client.py").write_text("raise SystemExit('a foreign client.py was imported')")
-    command = [Path(sys.executable).parent / "florilegium", "run", "quickstart", *SMALL, "name=small", "engine=flower"]
+    command = [Path(sys.executable).parent / "florilegium", "run", "quickstart", *FINISHED, "engine=flower"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_adapters(finished, tmp_path / "runs" / "small", rounding=True)
@@ -718,7 +720,7 @@ def test_a_run_that_exists_is_left_alone(finished: Path, small: ExperimentConfig
     with pytest.raises(RunError, match=r"--resume .* --overwrite"):
         create(finished, small)
     with pytest.raises(ConfigError, match=r"\(seed: 0 → 5\); resume with the same settings"):
-        run_experiment(small.model_copy(update={"seed": 5}), finished, resuming=True)
+        run_experiment(RunFolder(finished).config.model_copy(update={"seed": 5}), finished, resuming=True)
     with pytest.raises(RunError, match="no run to resume"):
         run_experiment(small, tmp_path / "nothing", resuming=True)
     with pytest.raises(RunError, match="exclude each other"):

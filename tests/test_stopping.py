@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from conftest import SMALL
 
 from simulation.bench.worker import AbsentError, Worker
-from simulation.cluster import ClusterError, Wish, open_cluster
+from simulation.cluster import NOT_STARTED, ClusterError, Wish, _init, open_cluster
 from simulation.config import ExperimentConfig, config_folder, load_config
 from simulation.data.errors import DataError
 from simulation.fleet import Cohort, open_fleet
@@ -224,6 +226,33 @@ def test_a_folder_too_long_for_sockets_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 20)))
     with pytest.raises(ClusterError, match=r"TMPDIR = .*longlong.* is too long"), open_cluster(tmp_path, Wish(1, 1, 0)):
         pass
+
+
+@pytest.mark.parametrize("told", NOT_STARTED)
+def test_a_ray_that_does_not_start_is_told_in_a_line(told: str) -> None:
+    """In the words of the version that is installed; what else it raises is a bug of somebody's."""
+
+    def init(**_: object) -> None:
+        raise Exception(f"The current node: {told}. This could be anything.\nAnd more.")  # noqa: TRY002  # as Ray does
+
+    spec = find_spec("ray")
+    assert spec and spec.origin
+    said = Path(spec.origin).with_name("_private").joinpath("node.py").read_text("utf-8")
+    assert (told in said) or ("GCS" in told and "Failed to {'start' if self.head else 'connect to'} GCS" in said)
+    with pytest.raises(ClusterError) as caught:
+        _init(SimpleNamespace(init=init), address="local")
+    assert f"Ray did not start: The current node: {told};" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ZeroDivisionError):
+        _init(SimpleNamespace(init=lambda **_: 1 / 0), address="local")
+
+
+@pytest.mark.slow
+def test_a_ray_whose_port_is_taken_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        monkeypatch.setenv("RAY_GCS_SERVER_PORT", str(taken.getsockname()[1]))
+        told, wish = "Ray did not start: Failed to start GCS", Wish(1, 1, 0)
+        with pytest.raises(ClusterError, match=told), open_cluster(tmp_path, wish, cpus=1):
+            pass
 
 
 @pytest.mark.parametrize(

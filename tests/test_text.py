@@ -247,6 +247,19 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_reply_its_end(name: str) -
     assert short.truncated and not long.truncated
 
 
+def test_the_end_mark_is_learned_where_a_reply_ends_and_not_where_it_was_cut(lm: LanguageModel) -> None:
+    """A reply of as many tokens as fit ends; one of more goes on, and what is learned of it does not stop."""
+    talk = Dialogue("", "who are you", "i am a small machine")
+    (whole,) = ChatFormat(lm.tokenizer, ModelConfig()).dialogues([talk])
+    words = whole.reply[: whole.reply.index(lm.format.stop[0])]
+    for room in (len(words), len(words) - 1, 3):
+        (short,) = ChatFormat(lm.tokenizer, ModelConfig(limits=TextLimits(reply_tokens=room))).dialogues([talk])
+        cut = room < len(words)
+        assert len(words) >= 5 and short.truncated == cut
+        assert short.reply == (words[:room] if cut else whole.reply)
+        assert (lm.format.stop[0] in short.reply) != cut
+
+
 @pytest.mark.parametrize("word", ["It's 12 words, or so. ", "слово ", "我有三只猫。", "a" + " " * 31, "🙂"])
 @pytest.mark.parametrize("name", ["nano", "legacy llama", "bytes"])
 def test_a_very_long_text_is_cut_before_it_is_encoded_and_nothing_changes(

@@ -35,6 +35,7 @@ WITH_FLOWER = {
     "simulation/bench/idle_client.py",
     "simulation/bench/scale_stock.py",
     "client/agent/courier.py",
+    "client/agent/supernode.py",
     "client/app.py",
     "client/records.py",
     "server/buffered.py",

@@ -206,7 +206,7 @@ def test_the_summary_is_of_classes_and_of_fairness() -> None:
     there = world(SLOW, FAST, drop_out=0.2)
     rounds = [play_round(there, n, 100 * n, {d: WORK for d in NAMES}, wanted=20) for n in range(3)]
     utility = {d: float(i) for i, d in enumerate(NAMES)}
-    told = summarize(rounds, there, utility, {d: 10 * u for d, u in utility.items()})
+    told = summarize(rounds, there, NAMES, utility, {d: 10 * u for d, u in utility.items()})
     assert json.loads(json.dumps(told)) == told
     slow, fast = told["classes"]["slow"], told["classes"]["fast"]
     assert slow["devices"] + fast["devices"] == 40 and slow["asked"] + fast["asked"] == 120
@@ -220,11 +220,18 @@ def test_the_summary_is_of_classes_and_of_fairness() -> None:
     assert told["fairness"]["worst_decile_utility"] == 1.5  # 0, 1, 2, 3
 
 
+def test_who_is_not_evaluated_takes_part_all_the_same() -> None:
+    """Of four devices one is asked, and it alone is evaluated: 1² / (4 · 1²), and not 1."""
+    told = summarize([play_round(world(SLOW), 1, 0, {"d0": WORK}, 1)], world(SLOW), NAMES[:4], {"d0": 0.5}, {"d0": 9})
+    assert told["fairness"]["jain_participation"] == 0.25
+    assert (told["classes"]["slow"]["asked"], told["classes"]["slow"]["devices"]) == (1, 1)
+
+
 def test_a_summary_of_nothing() -> None:
-    told = summarize([], world(SLOW), {}, {})
+    told = summarize([], world(SLOW), [], {}, {})
     assert told["wall_s"] == 0 and told["fairness"]["jain_participation"] is None
     assert told["classes"]["slow"]["utility"] == {"mean": None, "ci95": None}
-    few = summarize([], world(SLOW), {"a": 1.0, "b": 3.0}, {"a": 5, "b": 4})
+    few = summarize([], world(SLOW), ["a", "b"], {"a": 1.0, "b": 3.0}, {"a": 5, "b": 4})
     assert [q["utility"]["mean"] for q in few["fairness"]["utility_by_data_quartile"]] == [3, 1]
 
 

@@ -6,12 +6,15 @@ terms say. Not covered: what a server makes of the releases.
 
 from __future__ import annotations
 
+from pydantic import ValidationError
+
 from client.agent.home import DeviceError
 from client.budget import planned_event, planned_steps
 from client.config import DeviceConfig, SharedConfig
 from client.lm.adapter import AdapterLayout
 from privacy.accounting import Event, epsilon
-from privacy.policy import PrivacyConfig
+from privacy.errors import UserError
+from privacy.policy import Mode, PrivacyConfig
 
 LARGEST_RANK = 256  # of a shared adapter
 BOUNDS: dict[str, tuple[float, float]] = {  # of `shared` and `shared.adapter`: the least and the most
@@ -28,6 +31,7 @@ MOST_STEPS = 100_000  # in all rounds
 MOST_TEXTS = 20_000  # learned from in a round
 MOST_BYTES = 2**30  # of the gradients of a pool that is drawn as a whole
 MOST_TARGETS, LONGEST_TARGET = 64, 128  # names of layers, and characters of each
+ANSWERING: tuple[Mode, ...] = ("example-local", "user-local")  # modes of devices that answer a server at all
 LEAST_NOISE = 0.3  # in clipping norms: below, coins that nobody may guess are all that is left
 
 
@@ -87,6 +91,22 @@ def check_work(layout: AdapterLayout, config: DeviceConfig) -> None:
         raise RefusedTermsError(
             f"the terms want {texts:,.0f} texts learned from in a round; {MOST_TEXTS:,} is the most"
         )
+
+
+def check_for_everyone(layout: AdapterLayout, shared: SharedConfig, rounds: int) -> None:
+    """Raises `RefusedTermsError` for what no device takes, whatever its owner's settings."""
+    check_settings(shared, rounds)
+    refused = list[UserError]()
+    for mode in ANSWERING:
+        try:
+            config = DeviceConfig(shared=shared, rounds=rounds, privacy=PrivacyConfig(mode=mode))
+            check_work(layout, config)
+            if shared.source == "pool" and not shared.pool_capacity:
+                planned_event(config)
+        except (UserError, ValidationError) as error:
+            refused.append(error if isinstance(error, UserError) else RefusedTermsError(str(error)))
+    if len(refused) == len(ANSWERING):
+        raise RefusedTermsError(str(refused[0]))
 
 
 def check_promise(config: DeviceConfig, devices: int) -> None:

@@ -135,7 +135,8 @@ class Agent:
 
     @property
     def consents(self) -> dict[Consent, bool]:
-        return {item: bool(self.journal.fact(f"consent to {item}")) for item in CONSENTS}
+        found = self.journal.facts([f"consent to {item}" for item in CONSENTS])
+        return {item: bool(found.get(f"consent to {item}")) for item in CONSENTS}
 
     def consent(self, item: Consent, given: bool) -> None:
         """Gives it, or takes it back; what was sent before cannot be."""
@@ -158,6 +159,7 @@ class Agent:
 
     def chat(self, prompt: str, conversation: str = "", told: Progress = lambda text: None) -> Turn:
         """A reply; `told` hears it grow. Kept only where its owner has consented to learning."""
+        prompt = _mended(prompt)
         self._check_length(prompt)
         if not prompt.strip():
             raise AgentError("there is nothing to reply to")
@@ -175,10 +177,10 @@ class Agent:
 
     def rate(self, identity: str, liked: bool | None, wanted: str = "") -> Turn:
         """👍, 👎, and what the owner would have said. Raises KeyError for a dialogue that is not there."""
+        wanted = _mended(wanted)
         self._check_length(wanted)
         if not self.consents["learn"]:
             raise AgentError("what you say of it is kept to learn from, which is not consented to")
-        self.journal.turn(identity)
         return self.journal.rate(identity, liked, wanted.strip())
 
     def _check_length(self, text: str) -> None:
@@ -549,10 +551,10 @@ class Agent:
             federation = self.federation
             if federation is None or not self.federating or not 1 <= plan.round <= federation.rounds:
                 return [None]
-            state, site, answered = self._state(), self._site_in(federation), self.journal.fact("answered", {})
-            if plan.round <= answered.get(federation.name, 0):
-                again = plan.round == answered[federation.name]
-                return [resend(state, received, plan, site) if again else None]
+            state, site, answered = self._state(), self._site_in(federation), self.journal.fact("answered rounds", {})
+            rounds = answered.get(federation.name, [])  # in any order: none of them ends another
+            if plan.round in rounds:
+                return [resend(state, received, plan, site) if plan.round == rounds[-1] else None]
             before = self._gathered(self._with_spent_head(state), site)
             (state,), (release,), (page,) = contribute([before], [[]], received, plan, site)
             if release is None and not self._has_paid(state, federation.name, plan.round):
@@ -568,7 +570,7 @@ class Agent:
             )  # fmt: skip
 
             def also(connection: Any) -> None:
-                write_fact(connection, "answered", {**answered, federation.name: plan.round})
+                write_fact(connection, "answered rounds", {**answered, federation.name: [*rounds, plan.round]})
                 write_sent(connection, told)
 
             self._save(state, also)
@@ -609,10 +611,10 @@ class Agent:
         return [None]
 
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
-        """Keeps the aggregated adapter for the next learning, if it is newer than the last."""
+        """Keeps the aggregated adapter for the next learning, whatever its version: one too high would end others."""
         with self._busy:
             federation = self.federation
-            if federation is None or not self.federating or not self._newest()[1] < plan.version <= federation.rounds:
+            if federation is None or not self.federating or not 1 <= plan.version <= federation.rounds:
                 return
             with self.journal.open() as connection:
                 write_fact(connection, "newest", plan.version, _bytes(received))
@@ -777,7 +779,7 @@ def _hashed(text: str) -> str:
 
 
 def _mended(text: str) -> str:
-    """Without halves of surrogates, which an earlier version took and no answer can be written with."""
+    """With a "?" for half a character: a terminal can give one, an earlier version took them, nothing can write one."""
     return text.encode("utf-8", "replace").decode()
 
 

@@ -28,6 +28,7 @@ HomeOption = Annotated[Path, typer.Option("--home", envvar="FLORILEGIUM_HOME", h
 HOME = USUAL
 SHOWN = 50  # characters of a text in a table
 INTERRUPTED = 130
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @app.callback()
@@ -103,8 +104,9 @@ def serve(
 
     logging.getLogger("client.agent").setLevel(logging.INFO)
     over = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: over.set())
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as with `nohup`
+            signal.signal(number, lambda *_: over.set())
     with plain_errors(), opened(Home(home)) as agent:
         from client.agent.courier import connected  # and with it flwr
 
@@ -361,9 +363,10 @@ def erase(
         with _remote(home) as agent:
             under = [] if keep_replies or yes else agent.write("said-under", ids=dialogues)
             for turn in under:
-                console.print(Text(f"{turn['id']} "), _short(turn["said"]))
+                console.print(Text(turn["id"]), _short(turn["said"]))
             if under:
-                asked = f"Erase these {len(under)} replies of the model too? It may have had them from what is erased."
+                these = "this reply" if len(under) == 1 else f"these {len(under)} replies"
+                asked = f"Erase {these} of the model too? It may hold what is erased."
                 keep_replies = not typer.confirm(asked, default=True)
             for told in agent.stream("erase", ids=dialogues, keep_replies=keep_replies):
                 console.print(told.get("phase") or _anew(told["done"]))

@@ -185,7 +185,7 @@ def _supernode(server: str, folder: Path) -> Iterator[SuperNode]:
     secret.unlink(missing_ok=True)
     write_private(secret, os.urandom(32).hex().encode())
     command = [
-        str(Path(sys.executable).parent / "flower-supernode"), "--superlink", server,
+        sys.executable, "-P", "-m", "client.agent.supernode", "--superlink", server,
         "--root-certificates", str(folder / CERTIFICATES), "--auth-supernode-private-key", str(folder / KEY),
         "--isolation", "process", "--superexec-auth-secret-file", str(secret), "--host", LOOPBACK, "--port", str(port),
     ]  # fmt: skip
@@ -208,6 +208,7 @@ def flower_environment(home: Path) -> dict[str, str]:
     """For a process of Flower's with its files in `home`: it tells nobody, looks for no update, installs nothing."""
     return {
         **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
         "FLWR_HOME": str(home.absolute()),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -2,7 +2,8 @@
 
 uvicorn answers whoever is admitted here. It has no bound on connections that say nothing, on how slowly a head or a
 body comes, or on TLS handshakes; whoever is not heard of within the time is cut off, and above the most connections the
-newest is refused at once. Nothing of a request is logged, of an error its kind alone.
+newest is refused at once. Who has not shown yet that it may ask is a guest (`client.agent.guests`): guests have fewer
+places, so many in a minute, and one request each. Nothing of a request is logged, of an error its kind alone.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from client.agent.guests import Rate, network_of, nobody
 from client.agent.home import DeviceError
 
 log = logging.getLogger(__name__)
 READY_S = 30.0
 RECORD_BYTES = 2**14
+REMEMBERED = 4096  # kinds of guests whose arrivals are counted
+PLACE = "place"  # of a connection, in the state of its requests
+Guest = Callable[[str, socket.socket], str]  # an address, a connection → kind of guest
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Bounds:
 
     connections: int = 64
     of_an_address: int = 64
+    guests: int = 64  # of one kind at once
+    guests_at_once: int = 256  # arrivals of a kind, of those that are not seen to be none meanwhile
+    guests_a_minute: int = 120
     head_bytes: int = 16_384
     head_s: float = 10.0  # for a request's head, from its first byte or the connection's beginning, and a handshake
     body_s: float = 30.0  # for the rest of a request
@@ -54,10 +62,14 @@ def open_door(
     *,
     secured: ssl.SSLContext | None = None,
     headers: Mapping[str, str] | None = None,
+    guest: Guest = nobody,
 ) -> Iterator[Door]:
-    """Serves while this lasts, in a thread; each answer has these headers. Raises `DeviceError`."""
+    """Serves while this lasts, in a thread; each answer has these headers. Raises `DeviceError`.
+
+    `guest` says of an arrival with which others it is counted until `Place.shown`, or nothing.
+    """
     raise_descriptors()
-    door = Door(app, bounds, secured, headers or {})
+    door = Door(app, bounds, secured, headers or {}, guest)
     thread = threading.Thread(target=door.run, args=([listening],), daemon=True)
     thread.start()
     until = time.monotonic() + READY_S
@@ -86,7 +98,7 @@ class Door(uvicorn.Server):
     """uvicorn, with the bounds of a door in front of it."""
 
     def __init__(
-        self, app: ASGIApp, bounds: Bounds, secured: ssl.SSLContext | None, headers: Mapping[str, str]
+        self, app: ASGIApp, bounds: Bounds, secured: ssl.SSLContext | None, headers: Mapping[str, str], guest: Guest
     ) -> None:
         config = uvicorn.Config(
             Quiet(app), http=Bounded, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="critical",
@@ -95,10 +107,11 @@ class Door(uvicorn.Server):
             timeout_graceful_shutdown=int(bounds.stop_s),
         )  # fmt: skip
         super().__init__(config)
-        self.bounds, self.secured = bounds, secured
+        self.bounds, self.secured, self.guest = bounds, secured, guest
         if secured is not None:  # asyncio keeps 256 KiB ready for each connection; a record of TLS has 16 at most
             asyncio.sslproto.SSLProtocol.max_size = RECORD_BYTES
-        self.inside = Counter[str]()  # address → connections
+        self.inside, self.guests = Counter[str](), Counter[str]()  # address, kind of guest → connections
+        self._rates: dict[str, Rate] = {}  # kind of guest → arrivals
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -107,17 +120,56 @@ class Door(uvicorn.Server):
         ]
         self.started = True
 
-    def admit(self, address: str) -> bool:
+    def admit(self, address: str, connection: socket.socket) -> Place | None:
         """Counts a connection in, if there is room for it."""
-        room = self.inside.total() < self.bounds.connections and self.inside[address] < self.bounds.of_an_address
-        if room:
-            self.inside[address] += 1
-        return room
+        if self.inside.total() >= self.bounds.connections or self.inside[address] >= self.bounds.of_an_address:
+            return None
+        guest = self.guest(address, connection)
+        if guest and (self.guests[guest] >= self.bounds.guests or not self._rate(guest).take(1, time.monotonic())):
+            return None
+        self.inside[address] += 1
+        if guest:
+            self.guests[guest] += 1
+        return Place(self, address, guest)
 
-    def let_go(self, address: str) -> None:
-        self.inside[address] -= 1
-        if not self.inside[address]:
-            del self.inside[address]
+    def _rate(self, guest: str) -> Rate:
+        if guest not in self._rates:
+            for oldest in list(self._rates)[: max(0, len(self._rates) - REMEMBERED)]:
+                del self._rates[oldest]
+            self._rates[guest] = Rate(self.bounds.guests_at_once, self.bounds.guests_a_minute)
+        return self._rates[guest]
+
+
+@dataclass
+class Place:
+    """A connection's, from its arrival to its end."""
+
+    door: Door
+    address: str
+    guest: str  # the others with which it is counted; empty once it is no guest
+
+    def shown(self) -> None:
+        """It may ask: it is no guest any more, and its arrival was none's."""
+        if self.guest:
+            self.door._rate(self.guest).give(1)
+            self._take_from(self.door.guests, self.guest)
+            self.guest = ""
+
+    def leave(self) -> None:
+        if self.guest:
+            self._take_from(self.door.guests, self.guest)
+        self._take_from(self.door.inside, self.address)
+
+    def _take_from(self, counted: Counter[str], name: str) -> None:
+        counted[name] -= 1
+        if not counted[name]:
+            del counted[name]
+
+
+def place_of(scope: Scope) -> Place:
+    """Of the connection that a request came over."""
+    found: Place = scope["state"][PLACE]
+    return found
 
 
 class Entrance(asyncio.Protocol):
@@ -129,12 +181,13 @@ class Entrance(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         peer = transport.get_extra_info("peername")
-        address = str(peer[0]) if isinstance(peer, tuple) else ""
-        if not self.door.admit(address):
+        address = network_of(str(peer[0])) if isinstance(peer, tuple) else ""
+        place = self.door.admit(address, transport.get_extra_info("socket"))
+        if place is None:
             transport.abort()
             return
-        inside = Bounded(self.door.config, self.door.server_state, {})
-        inside.bounds, inside.let_go = self.door.bounds, lambda: self.door.let_go(address)
+        inside = Bounded(self.door.config, self.door.server_state, {PLACE: place})
+        inside.bounds, inside.let_go = self.door.bounds, place.leave
         if self.door.secured is None:
             transport.set_protocol(inside)
             inside.connection_made(transport)
@@ -215,7 +268,7 @@ class Bounded(H11Protocol):
 
 
 class Quiet:
-    """An error inside is a line with its kind, without what was asked; the connection is closed."""
+    """An error inside is a line with its kind, without what was asked; the connection is closed, as a guest's is."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -225,6 +278,8 @@ class Quiet:
 
         async def noting(message: Message) -> None:
             nonlocal begun
+            if not begun and place_of(scope).guest:
+                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             begun = True
             await send(message)
 

@@ -10,10 +10,13 @@ import math
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from secrets import token_hex
+from threading import Lock
 from typing import Any
 
 from client.agent.home import DeviceError, sync_folder, with_journal
@@ -35,6 +38,7 @@ CREATE TABLE IF NOT EXISTS sent (
     epsilon REAL
 );
 """
+Write = Callable[[sqlite3.Connection], Any]
 _COLUMNS = "number, id, time, conversation, prompt, said, liked, wanted, cycle"
 
 
@@ -83,12 +87,47 @@ class Sent:
     epsilon: float | None
 
 
+class Together:
+    """Small writes of many threads: those that come while one is on its way to the disk are one transaction after it.
+
+    What a disk takes to have written is what such a write costs; so many of them wait for it once.
+    """
+
+    def __init__(self, opened: Callable[[], AbstractContextManager[sqlite3.Connection]]) -> None:
+        self._opened, self._turn = opened, Lock()
+        self._waiting = SimpleQueue[tuple[Write, Future[Any]]]()
+
+    def write(self, write: Write) -> Any:
+        """What it returns, once it is on the disk. Raises what hinders any of those that are written with it."""
+        mine = Future[Any]()
+        self._waiting.put((write, mine))
+        with self._turn:
+            if not mine.done():
+                self._write_all()
+        return mine.result()
+
+    def _write_all(self) -> None:
+        all_of_them = [self._waiting.get() for _ in range(self._waiting.qsize())]
+        try:
+            with self._opened() as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                found = [write(connection) for write, _ in all_of_them]
+                connection.execute("COMMIT")
+        except BaseException as error:  # noqa: BLE001  # is raised by each of them
+            for _, future in all_of_them:
+                future.set_exception(error)
+            return
+        for (_, future), result in zip(all_of_them, found, strict=True):
+            future.set_result(result)
+
+
 class Journal:
     """The tables of the vault that are not states or accounts. What a method has written is on the disk."""
 
     def __init__(self, path: Path, key: str) -> None:
         """Raises `VaultError` for a file that is not one, or a key that does not fit."""
         self.path, self._key = path, key
+        self._together = Together(self.open)
         with self.open() as connection:
             connection.executescript(_TABLES)
 
@@ -119,9 +158,15 @@ class Journal:
 
     def rate(self, identity: str, liked: bool | None, wanted: str) -> Turn:
         """What the owner thinks of a reply. Raises KeyError for a dialogue that is not there."""
-        with self.open() as connection:
+
+        def write(connection: sqlite3.Connection) -> list[Any]:
             connection.execute("UPDATE dialogue SET liked = ?, wanted = ? WHERE id = ?", (liked, wanted, identity))
-        return self.turn(identity)
+            return connection.execute(f"SELECT {_COLUMNS} FROM dialogue WHERE id = ?", (identity,)).fetchall()
+
+        found = self._together.write(write)
+        if not found:
+            raise KeyError(identity)
+        return Turn(*found[0])
 
     def turn(self, identity: str) -> Turn:
         """Raises KeyError for a dialogue that is not there."""
@@ -179,6 +224,13 @@ class Journal:
         with self.open() as connection:
             row = connection.execute("SELECT value FROM fact WHERE name = ?", (name,)).fetchone()
         return json.loads(row[0]) if row else default
+
+    def facts(self, names: Sequence[str]) -> dict[str, Any]:
+        """Those of them that are there."""
+        places = ", ".join("?" * len(names))
+        with self.open() as connection:
+            rows = connection.execute(f"SELECT name, value FROM fact WHERE name IN ({places})", names).fetchall()
+        return {name: json.loads(value) for name, value in rows}
 
     def set_fact(self, name: str, value: Any, data: bytes = b"") -> None:
         with self.open() as connection:

@@ -15,7 +15,9 @@ import psutil
 
 from client.agent.board import limit_memory
 from client.agent.door import Bounds, open_door
+from client.agent.guests import by_user
 from client.agent.home import Home, HomeError
+from client.dumps import hide_memory
 from client.lm.places import check_model
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 LOOK_S = 30.0  # between two looks at whether it is time to learn
 STOP_S = 3.0  # for learning that is going on
-PAGES = Bounds(connections=128, of_an_address=128)  # of every user of this machine together
+PAGES = Bounds(connections=128, of_an_address=128, guests=16, guests_at_once=32, guests_a_minute=60)
 OWNERS = Bounds(connections=256, of_an_address=256)  # of the owner's own commands, which others cannot reach
 
 
@@ -62,7 +64,7 @@ def showing(agent: Agent, port: int) -> Iterator[str]:
         ) from None
     port = listens.getsockname()[1]
     address = f"http://127.0.0.1:{port}/"
-    with open_door(page_application(agent, port), listens, PAGES, headers=HEADERS):
+    with open_door(page_application(agent, port), listens, PAGES, headers=HEADERS, guest=by_user):
         agent.page_address = f"{address}#token={agent.page_token}"
         yield address
     agent.page_address = ""
@@ -103,6 +105,7 @@ def opened(home: Home) -> Iterator[Agent]:
         config = home.check()
         check_model(config.device.model.name)
         limit_memory(config.memory_limit)
+        hide_memory()
 
         from client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
 

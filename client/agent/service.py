@@ -34,6 +34,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from client.agent.agent import Agent, AgentError
 from client.agent.config import CONSENTS
+from client.agent.door import place_of
 from client.agent.journal import Turn, VaultError
 from client.lm.layers import UnsupportedModelError
 from client.lm.places import ADAPTERS
@@ -52,7 +53,7 @@ HEADERS = {
 }
 CONVERSATION = re.compile(r"[A-Za-z0-9_-]{0,64}")
 URGENT = {"/api/consent", "/api/leave"}  # what an owner can always do, whatever else goes on
-THREADS = 4  # more of them would wait for each other's transactions
+THREADS = 32  # of which those that write wait for the disk together
 Handler = Callable[[Request], Awaitable[Response]]
 Told = Callable[[dict[str, Any]], None]
 
@@ -91,7 +92,9 @@ class Guard:
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             return _error(403, "asked by another page")
         shown = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if request.url.path not in PAGE and not compare_digest(shown.encode(), self.token.encode()):
+        if compare_digest(shown.encode(), self.token.encode()):
+            place_of(request.scope).shown()
+        elif request.url.path not in PAGE:
             return _error(401, "open the address that `florilegium device page` prints")
         return None
 
@@ -148,7 +151,12 @@ class Service:
         return Response(text, media_type=PAGE[request.url.path])
 
     async def _read(self, request: Request, ask: Callable[[], Any]) -> Response:
-        return await self._answered(ask)
+        return await self._answered(lambda: self._at_once(ask))
+
+    def _at_once(self, ask: Callable[[], Any]) -> Any:
+        """With the vault to itself for all that it looks up there, not in turn with others for each."""
+        with self.agent.journal.open():
+            return ask()
 
     async def _write(self, request: Request, do: Callable[[dict[str, Any]], Any], urgent: bool) -> Response:
         try:
@@ -275,11 +283,12 @@ async def _read_body(request: Request, most: int) -> bytes:
 
 
 async def _json(request: Request) -> dict[str, Any]:
-    """Raises ValueError for what is not an object of JSON, and `TooLargeError`."""
+    """Raises ValueError for what is not an object of JSON, and `TooLargeError`. Half a character becomes a "?"."""
     body = await _read_body(request, LARGEST)
     try:
         found = json.loads(body or b"{}")
-        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate, NaN and 1e999 are no JSON
+        written = json.dumps(found, ensure_ascii=False, allow_nan=False)  # NaN and 1e999 are no JSON
+        found = json.loads(written.encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         raise ValueError("the request is not JSON") from None
     if not isinstance(found, dict):

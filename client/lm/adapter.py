@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from client.lm.config import Trained
+if TYPE_CHECKING:
+    from client.lm.config import Trained
 
 
 @dataclass(frozen=True, slots=True)

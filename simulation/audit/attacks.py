@@ -38,7 +38,11 @@ def _released(seen: Federated) -> dict[str, torch.Tensor]:
     aggregate = {"aggregate": seen.shared[None]}
     if trusted(seen):
         return aggregate
-    return aggregate | {"own release": seen.cohort.received[-1] + seen.cohort.changes[-1]}
+    own = seen.cohort.received[0].repeat(len(seen.cohort.streams), 1)
+    for received, changes in zip(seen.cohort.received, seen.cohort.changes, strict=True):
+        sent = changes.any(1)  # a device need not be asked in the last round
+        own[sent] = (received + changes)[sent]
+    return aggregate | {"own release": own}
 
 
 def trusted(seen: Federated) -> bool:

@@ -17,7 +17,7 @@ from scipy import stats
 
 from client.budget import planned_event
 from client.lm.model import LanguageModel
-from simulation.audit import checks
+from simulation.audit import checks, hostile
 from simulation.audit.attacks import membership, reidentified, trusted
 from simulation.audit.bounds import (
     best_epsilon,
@@ -27,6 +27,7 @@ from simulation.audit.bounds import (
 )
 from simulation.audit.canaries import Streams, hide
 from simulation.audit.checks import Check, named, without_noise
+from simulation.audit.coins import Recorded
 from simulation.audit.inventory import Sent, inventory
 from simulation.audit.inversion import LONG, reconstructed
 from simulation.audit.judge import Attack, Ceiling, judge
@@ -90,19 +91,23 @@ class Auditor:
     def seed(self) -> int:
         return self.config.seed
 
-    def play(self, what: str, config: ExperimentConfig, streams: Streams) -> Federated:
-        """A federation with these streams, all of each there in the first round."""
+    def play(self, what: str, config: ExperimentConfig, streams: Streams, coins: Recorded | None = None) -> Federated:
+        """A federation with these streams, all of each there in the first round; what it tosses is written down."""
         self.listener(what)
-        return play(self.lm, config, config.server, named(streams), self.seed, at_once=True)
+        return play(self.lm, config, config.server, named(streams), self.seed, at_once=True, coins=coins)
 
     def audit(self, canaries: int) -> Audit:
         """Raises `ValueError` where the streams have too few places for so many canaries."""
         coins = DialogueCoins if self.config.privacy.by_dialogue else DeviceCoins
         one_run = coins(self.lm, self.config, self.streams, canaries, self.seed)
-        seen = self.play("the run itself", self.config, self.streams)
+        recorded = Recorded()
+        seen = self.play("the run itself", self.config, self.streams, recorded)
         self.listener("proofs")
-        proofs = [*checks.accounting(), *checks.noise(self.config, seen), *checks.sampling(seen)]
+        proofs = [*checks.accounting(), *checks.noise(self.config, seen)]
+        proofs += checks.sampling(recorded, self.config.shared.sampling_rate)
         proofs.append(checks.coupling(self.lm, self.config, self.streams[0], self.streams[-1], self.seed))
+        self.listener("hostile adapters")
+        proofs += hostile.reach(self.lm, self.config, self.seed)
         claimed = checks.claimed_epsilon(self.config)
         self.listener("one-run audit")
         guessed = one_run.guessed(worst_case(self.config, self.config.privacy.epsilon))

@@ -51,14 +51,17 @@ def _refutes_gaussian(m: int, guesses: int, correct: int, mu: float, tau: float)
     """Whether so many correct guesses have a chance below `tau` under µ-GDP.
 
     r and h are the shares of canaries that are guessed right and wrong in outcomes with at least i right ones: h
-    cannot be below what the trade-off curve leaves for r, Φ(Φ⁻¹(r) − µ).
+    cannot be below what the trade-off curve leaves for r, Φ(Φ⁻¹(r) − µ). Of those of `guesses` that are not right all
+    are wrong: what was not guessed counts for neither.
     """
     h, r = tau * (guesses - correct) / m, tau * correct / m
     for i in range(correct - 1, -1, -1):
         larger = max(h, float(ndtr(ndtri(r) - mu)))
-        r += i / (m - i) * (larger - h)
+        r += i / (guesses - i) * (larger - h)
         h = larger
-    return r + h > guesses / m
+        if r + h > guesses / m:  # they only grow
+            return True
+    return False
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:

@@ -22,12 +22,13 @@ from scipy.optimize import brentq
 from client.config import DeviceConfig
 from client.dialogue import Dialogue
 from client.lm.model import LanguageModel
-from client.shared import drawn, release_noise
+from client.shared import release_noise
 from privacy.accounting import Event, epsilon
 from privacy.noise import inverse_column
 from privacy.plan import RoundPlan
 from server.config import ServerConfig
 from simulation.audit.canaries import Streams
+from simulation.audit.coins import Recorded
 from simulation.audit.judge import planned_events
 from simulation.config import ExperimentConfig
 from simulation.federation import Federated, InMemory, passing_ledger, play
@@ -97,8 +98,9 @@ def _replaced_epsilon(rate: float, sigma: float, delta: float) -> float:
 def noise(config: ExperimentConfig, seen: Federated) -> list[Check]:
     """What was released, in every round, less the same without noise, by the announced deviation.
 
-    Standard, normal, and not the same twice. Controls: σ / 3.3; the same noise in each round. The same without noise is
-    had by sending the devices the same adapters again; where the server adds the noise, from the devices' own changes.
+    Standard, normal, and not the same twice. Controls: σ / 3.3; the same noise in two releases. The same without noise
+    is had by sending the devices the same adapters again, with the coins that were written down; where the server adds
+    the noise, from the devices' own changes.
     """
     drawn = _central(config, seen) if config.privacy.mode == "user-central" else _local(config, seen)  # by round
     every = np.concatenate([d.ravel() for d in drawn])
@@ -115,10 +117,24 @@ def noise(config: ExperimentConfig, seen: Federated) -> list[Check]:
     found.append(
         Check("least deviation in any round", min(by_round), 1 - 3 * off, 1 + 3 * off, "one round without", 0.0)
     )
-    if len(drawn) > 1 and config.server.noise_bands == 1:
-        alike, most = float(np.corrcoef(drawn[0].ravel(), drawn[1].ravel())[0, 1]), 4 / math.sqrt(drawn[0].size)
-        found.append(Check("correlation of two rounds' noise", alike, -most, most, "the same noise", 1.0))
+    if config.server.noise_bands == 1:
+        rough = 0.05 if config.privacy.by_dialogue and config.shared.steps_per_round > 1 else 0.0
+        found += _alike([row for of_round in drawn for row in np.atleast_2d(of_round)], rough)
     return found
+
+
+def _alike(rows: Sequence[np.ndarray], rough: float) -> list[Check]:
+    """The two releases, of any devices and rounds, whose noise is most alike, of those that have as many numbers."""
+    by_width: dict[int, list[np.ndarray]] = {}
+    for row in rows:
+        by_width.setdefault(len(row), []).append(row)
+    several = {width: np.stack(alike) for width, alike in by_width.items() if len(alike) > 1}
+    if not several:
+        return []
+    most = max(float(np.abs(np.triu(np.corrcoef(stacked), 1)).max()) for stacked in several.values())
+    pairs = sum(math.comb(len(stacked), 2) for stacked in several.values())
+    bound = max(rough, float(stats.norm.isf(1e-4 / pairs)) / math.sqrt(min(several)))
+    return [Check("greatest correlation of two releases' noise", most, 0.0, bound, "the same noise", 1.0)]
 
 
 def _uniform(count: int) -> np.ndarray:
@@ -156,20 +172,39 @@ def _central(config: ExperimentConfig, seen: Federated) -> list[np.ndarray]:
     return drawn
 
 
-def sampling(seen: Federated) -> list[Check]:
-    """The share of the pool's slots that were drawn, of those that a release was paid for; control: all of them."""
-    site = seen.site
-    if not site.config.privacy.by_dialogue:
+def sampling(coins: Recorded, rate: float) -> list[Check]:
+    """The coins that devices tossed, as they were written down: their share, whether any repeat, and how many fall.
+
+    Controls: all slots drawn; the same coins twice; batches of one size. Nothing is shown of a rate of 1.
+    """
+    drawn = [row for row in coins.drawn.values() if len(row)]
+    if rate == 1 or not drawn:
         return []
-    count, rate = 0, site.config.shared.sampling_rate
-    hits = 0
-    for number in range(1, site.config.rounds + 1):
-        for state in seen.cohort.states.values():
-            for step in range(site.config.shared.steps_per_round):
-                hits += len(drawn(state, len(state.pool.slots), RoundPlan(number, number - 1), step, site))
-                count += len(state.pool.slots)
-    off = 4 * math.sqrt(rate * (1 - rate) / count)
-    return [Check(f"share of {count:,} slots that coins drew", hits / count, rate - off, rate + off, "all", 1.0)]
+    found = [_share("slots that coins drew", np.concatenate(drawn), rate, "all")]
+    for axis, where in enumerate(("devices", "rounds", "steps")):
+        if pairs := coins.pairs(axis):
+            same = np.concatenate([a == b for a, b in pairs])
+            found.append(_share(f"coins that fell alike in two {where}", same, rate**2 + (1 - rate) ** 2, "the same"))
+    return [*found, *_sizes([len(row) for row in drawn], [int(row.sum()) for row in drawn], rate)]
+
+
+def _share(what: str, hits: np.ndarray, rate: float, control: str) -> Check:
+    off = 4 * math.sqrt(rate * (1 - rate) / len(hits))
+    return Check(f"share of {len(hits):,} {what}", float(hits.mean()), rate - off, rate + off, control, 1.0)
+
+
+def _sizes(counts: Sequence[int], sizes: Sequence[int], rate: float) -> list[Check]:
+    """How far the sizes of samples spread, as binomial ones do 9,998 times of 10,000; control: all of one size."""
+    slots = np.array(counts)
+
+    def spread(drawn: np.ndarray) -> np.ndarray:
+        of_each: np.ndarray = ((drawn - rate * slots) ** 2 / (rate * (1 - rate) * slots)).mean(axis=-1)
+        return of_each
+
+    usual = spread(np.random.Generator(np.random.Philox(key=0)).binomial(slots, rate, size=(10_000, len(slots))))
+    fixed, title = float(spread(np.round(rate * slots))), f"spread of {len(slots):,} samples' sizes"
+    low, high = (float(np.quantile(usual, q)) for q in (1e-4, 1 - 1e-4))
+    return [Check(title, float(spread(np.array(sizes))), low, high, "one size", fixed)] if fixed < low else []
 
 
 def coupling(
@@ -212,12 +247,13 @@ def _replaced(stream: Sequence[Dialogue], place: int, others: Sequence[Dialogue]
 def _moved(
     lm: LanguageModel, config: DeviceConfig, stream: Sequence[Dialogue], instead: Sequence[Dialogue], seed: int
 ) -> float:
-    return float((_changes(lm, config, [stream], seed) - _changes(lm, config, [instead], seed)).norm())
-
-
-def _changes(lm: LanguageModel, config: DeviceConfig, streams: Streams, seed: int) -> torch.Tensor:
-    """(K, P) of the first round."""
-    return play(lm, config, ServerConfig(), named(streams), seed, at_once=True).cohort.changes[0]
+    """How far the change of the first round, with the same coins in both worlds."""
+    coins = Recorded()
+    one, other = (
+        play(lm, config, ServerConfig(), named([s]), seed, at_once=True, coins=coins).cohort.changes[0]
+        for s in (stream, instead)
+    )
+    return float((one - other).norm())
 
 
 def named(streams: Streams) -> dict[str, Sequence[Dialogue]]:

@@ -55,6 +55,7 @@ class Description:
     example: Dialogue | None
     dropped_empty: int
     dropped_repeated: int
+    dropped_broken: int  # with half a character
     silent: int  # users of whom nothing is left
     held_out: int
     held_out_met: int  # word for word in the same user's stream
@@ -86,6 +87,7 @@ def describe(config: DataConfig, seed: int) -> Description:
         example=pairs[seed % len(pairs)] if pairs else None,
         dropped_empty=replies.empty,
         dropped_repeated=replies.repeated,
+        dropped_broken=replies.broken,
         silent=replies.silent,
         held_out=sum(len(held_out) for _, held_out in cuts),
         held_out_met=sum(met_before(stream, held_out) for stream, held_out in cuts),
@@ -134,7 +136,8 @@ def told_before(held_out: int, met: int) -> str:
 
 def _left_out(d: Description) -> str:
     silent = f" ({d.silent:,} users have no others)" if d.silent else ""
-    return f"{d.dropped_empty:,} empty pairs{silent}, {d.dropped_repeated:,} recorded twice"
+    broken = f", {d.dropped_broken:,} with half a character" if d.dropped_broken else ""
+    return f"{d.dropped_empty:,} empty pairs{silent}, {d.dropped_repeated:,} recorded twice{broken}"
 
 
 def _start(text: str, characters: int = 600) -> str:

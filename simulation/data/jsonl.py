@@ -78,17 +78,6 @@ def _check_text(key: str, value: object, where: str) -> None:
     if value is not None and not isinstance(value, str) and not (key == "user" and whole):
         expected = "a text or an integer" if key == "user" else "a text"
         raise DataError(f"{where}: {key} = {shown(value)} must be {expected}")
-    if isinstance(value, str) and not is_whole(value):
-        raise DataError(f"{where}: {key} = {shown(value)} has half a surrogate pair, which is no character")
-
-
-def is_whole(text: str) -> bool:
-    """Whether each of its characters can be written: JSON can name halves of them, as \\ud83d."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _time(row: Row, where: str) -> float:

@@ -76,7 +76,7 @@ class User:
 
 @dataclass(frozen=True)
 class Replies:
-    """All replies of a data set by user, in time order, and how many were left out as empty or recorded twice.
+    """All replies of a data set by user, in time order, and how many were left out as empty, broken or recorded twice.
 
     Where the data knows no users, all of them stand under the user "".
     """
@@ -85,7 +85,8 @@ class Replies:
     anonymous: bool
     empty: int
     repeated: int
-    silent: int = 0  # users all of whose replies were left out as empty
+    silent: int = 0  # users all of whose replies were left out as empty or broken
+    broken: int = 0  # with half a character, which JSON can name and nothing can write
 
 
 def load_population(config: DataConfig, seed: int) -> Sequence[User]:
@@ -105,7 +106,7 @@ def collect(config: DataConfig) -> Replies:
     found: dict[str, list[Dialogue]] = {}
     seen: set[tuple[str, float, str, str]] = set()
     silent: set[str] = set()
-    empty = repeated = 0
+    empty = repeated = broken = 0
     anonymous = False
     for conversation in _conversations(config):
         anonymous = conversation.replies_by == ""
@@ -114,13 +115,25 @@ def collect(config: DataConfig) -> Replies:
             if not reply.prompt or not reply.response:
                 empty += 1
                 silent.add(user)
+            elif not all(map(is_whole, (user, reply.prompt, reply.response, reply.domain))):
+                broken += 1
+                silent.add(user)
             elif record in seen:
                 repeated += 1
             else:
                 seen.add(record)
                 found.setdefault(user, []).append(reply)
     in_order = {user: _in_order(found[user]) for user in sorted(found)}
-    return Replies(in_order, anonymous, empty, repeated, len(silent - found.keys()))
+    return Replies(in_order, anonymous, empty, repeated, len(silent - found.keys()), broken)
+
+
+def is_whole(text: str) -> bool:
+    """Whether each of its characters can be written: JSON can name halves of them, as \\ud83d."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def streams(replies: Replies, config: DataConfig, seed: int) -> dict[str, tuple[Dialogue, ...]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from client.agent.cli import plain_errors
 
 app = typer.Typer(no_args_is_help=True, help="A server for real devices: terms, certificates, who may join, rounds.")
 console = Console(soft_wrap=True, markup=False)
-STOPPED = 130
 
 
 @app.callback()
@@ -48,11 +46,13 @@ def init(
     """
     from secrets import randbits
 
+    from client.agent.acceptance import check_settings
     from client.agent.terms import Terms
     from client.lm.places import base_hash
     from server.config import ServerConfig
     from simulation.config import validate
     from simulation.deployment.certificates import make_certificates
+    from simulation.deployment.settings import check_rule
 
     folder = folder.resolve()
     with plain_errors():
@@ -63,6 +63,8 @@ def init(
             "min_devices": min_devices, "patience_s": patience_s,
         }  # fmt: skip
         terms = validate(Terms, told, "server init")
+        check_settings(terms.shared, terms.rounds)
+        check_rule(settings, terms)
         make_certificates(folder, host)
 
         from simulation.deployment.rounds import make_folder  # and with it torch, now that nothing is left to refuse
@@ -89,11 +91,13 @@ def start(
     """
     from client.agent.terms import read_terms
     from simulation.deployment.certificates import TERMS, check_folder
+    from simulation.deployment.settings import check_rule, read_settings
 
     folder = folder.resolve()
     with plain_errors(), _stoppable(f"stopped; florilegium server start {folder} goes on"):
         check_folder(folder)
         terms = read_terms(folder / TERMS)
+        check_rule(read_settings(folder), terms)
 
         from simulation.deployment.rounds import all_done, run_rounds, serving  # and with it torch and flwr
 
@@ -167,17 +171,12 @@ def _registering(folder: Path) -> Iterator[ModuleType]:
 
 @contextmanager
 def _stoppable(text: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end what is being done in here, once; what was stored is whole."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    """Ctrl-C or `kill` ends what is being done in here, once; what was stored is whole."""
+    from simulation.stopping import Stopped, stoppable
+
     try:
-        yield
-    except KeyboardInterrupt:
+        with stoppable():
+            yield
+    except Stopped as stopped:
         console.print(text)
-        raise typer.Exit(STOPPED) from None
-
-
-def _stop(*_: object) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+        raise typer.Exit(stopped.exit_code) from None

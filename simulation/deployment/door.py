@@ -16,7 +16,7 @@ import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from client.agent.door import Bounds, Door, open_door
+from client.agent.door import Bounds, Door, Guest, open_door, place_of
+from client.agent.guests import Rate, by_address
 from client.agent.home import DeviceError
 from client.agent.invitation import JOIN
 from simulation.deployment.link import Link
 
 log = logging.getLogger(__name__)
 PREFIX, ACTIVATE = "/v1/fleet/", "activate-node"
-BOUNDS = Bounds(connections=2048, of_an_address=1024, body_s=120.0, idle_s=120.0)
+BOUNDS = Bounds(connections=2048, of_an_address=1024, guests=128, body_s=120.0, idle_s=120.0)
 STRANGERS_BYTES = 4096  # of the one request that a key which is not admitted may make: to be told so
 Welcome = Callable[[str, str, str], bool]  # device, secret, public key
 _Handler = Callable[[Any, Link], Any]
@@ -69,28 +70,6 @@ class TurnedAwayError(Exception):
     def __init__(self, status: int, told: str) -> None:
         super().__init__(told)
         self.status = status
-
-
-@dataclass
-class Rate:
-    """So much in a minute, and so much at once: a bucket that fills again."""
-
-    at_once: float
-    a_minute: float
-    left: float = field(init=False)
-    last: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.left = self.at_once
-
-    def take(self, amount: float, clock: float) -> bool:
-        """Whether there was enough; then it is taken."""
-        self.left = min(self.at_once, self.left + (clock - self.last) * self.a_minute / 60)
-        self.last = clock
-        if amount > self.left:
-            return False
-        self.left -= amount
-        return True
 
 
 @dataclass(frozen=True)
@@ -139,6 +118,8 @@ class FleetDoor:
         name, key = self._who(request)
         if not name and path != PREFIX + ACTIVATE:
             raise TurnedAwayError(401, "this key is not admitted")
+        if name:
+            place_of(request.scope).shown()
         body = await self._body(request, name)
         return await run_in_threadpool(self._handled, path, handler, body, name, key)
 
@@ -237,6 +218,7 @@ def fleet_door(
     allowed: Allowed,
     bounds: Bounds = BOUNDS,
     welcome: Welcome = lambda device, secret, key: False,
+    guest: Guest = by_address,
 ) -> Iterator[Door]:
     """Open on this address while this lasts; `welcome` says of whoever shows an invitation whether it is one.
 
@@ -244,7 +226,8 @@ def fleet_door(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
-    with open_door(FleetDoor(link, allowed, welcome), _listening(host, port), bounds, secured=context) as door:
+    app, listens = FleetDoor(link, allowed, welcome), _listening(host, port)
+    with open_door(app, listens, bounds, secured=context, guest=guest) as door:
         yield door
 
 

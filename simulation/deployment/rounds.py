@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import tomli_w
 from filelock import FileLock, Timeout
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
+from client.agent.acceptance import check_for_everyone
 from client.agent.agent import Federation
 from client.agent.config import new_config
 from client.agent.home import DeviceError, write_private
 from client.agent.seal import hash_of, new_key, public_half, sealed
 from client.agent.terms import Terms, read_terms, write_terms
+from client.lm.adapter import AdapterLayout
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
 from client.phases import release_schema
@@ -30,13 +30,14 @@ from privacy.noise import ReleaseNoise
 from privacy.release import Schema
 from privacy.seeds import derive_seed
 from server.config import ServerConfig
-from server.intake import Limits, to_arrays, to_numpy
+from server.intake import Limits, RoundFacts, to_arrays, to_numpy
 from server.optimizers import Moments
-from server.strategy import NoReleaseError, ReleaseStrategy
-from simulation.deployment.certificates import CERTIFICATE, KEY, OPERATOR_KEY, SETTINGS, TERMS, check_folder
+from server.strategy import TOO_FEW, NoReleaseError, ReleaseStrategy
+from simulation.deployment.certificates import CERTIFICATE, KEY, OPERATOR_KEY, TERMS, check_folder
 from simulation.deployment.door import Allowed, fleet_door
 from simulation.deployment.link import Link, LinkGrid
 from simulation.deployment.register import NODES, admitted, welcome
+from simulation.deployment.settings import check_rule, read_settings, write_settings
 from simulation.experiment import commit, committed
 from simulation.runs import RunFolder
 
@@ -52,14 +53,14 @@ Tell = Callable[[str], None]
 
 def make_folder(folder: Path, terms: Terms, settings: ServerConfig, least_epsilon: float) -> Terms:
     """The terms with the operator's key and the bound of a release in them, and all that a server needs beside its
-    certificates; raises `DeviceError`."""
+    certificates; raises `DeviceError`, for terms that no device would accept too."""
+    check_for_everyone(_layout(terms), terms.shared, terms.rounds)
     private = new_key()
     told = terms.model_copy(update={"operator": public_half(private)})
     told = told.model_copy(update={"largest_norm_l2": largest_norm(told, least_epsilon)})
     write_private(folder / OPERATOR_KEY, private)
     write_terms(folder / TERMS, told)
-    rule = settings.model_dump(include={"rule", "trimmed_share", "byzantine", "krum_keep"})
-    (folder / SETTINGS).write_text(tomli_w.dumps(rule), encoding="utf-8")
+    write_settings(folder, settings)
     (folder / NODES).mkdir(mode=0o700)
     return told
 
@@ -79,17 +80,13 @@ def all_done(folder: Path) -> bool:
     return last is not None and last.round >= read_terms(folder / TERMS).rounds
 
 
-def read_settings(folder: Path) -> ServerConfig:
-    """How the server aggregates. Raises `DeviceError` for a file that does not say so."""
-    try:
-        return ServerConfig.model_validate(tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise DeviceError(f"{folder / SETTINGS}: {error}") from None
-
-
 def _schema(terms: Terms) -> Schema:
+    return release_schema(_layout(terms), terms.shared.upload)
+
+
+def _layout(terms: Terms) -> AdapterLayout:
     lm = LanguageModel.load(ModelConfig(name=terms.model, dtype="float32"))
-    return release_schema(lm.lora_layout(terms.shared.adapter, public_seed=terms.seed), terms.shared.upload)
+    return lm.lora_layout(terms.shared.adapter, public_seed=terms.seed)
 
 
 # -- rounds -----------------------------------------------------------------------------------------------------------
@@ -130,12 +127,17 @@ class OperatorStrategy(ReleaseStrategy):
         self.nodes = self.link.online()
         self.names, self.devices = sorted(self.nodes), {node: name for name, node in self.nodes.items()}
 
+    def _asked(self) -> int:
+        """How many of those who are connected now a round would ask."""
+        there = len(self.link.online())
+        return min(there, self.config.wanted(there))
+
     def collected(self, number: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord | None:
         """As the others do; a round that too few releases came for is asked again, which costs no device anything."""
         for attempt in range(TRIES):
             if attempt:
                 self.tell(f"round {number}: {self.facts[number].releases} of {self.least_releases} releases; once more")
-            while len(self.link.online()) < self.terms.min_devices:
+            while self._asked() < self.least_releases:
                 time.sleep(LOOK_S)
             self.look()
             try:
@@ -152,6 +154,7 @@ def strategy_of(folder: Path, link: Link, tell: Tell) -> tuple[OperatorStrategy,
     """Where the last process left off: a round that was aggregated is not asked for again."""
     terms, run = read_terms(folder / TERMS), RunFolder(folder)
     settings = read_settings(folder)
+    check_rule(settings, terms)
     lm = LanguageModel.load(ModelConfig(name=terms.model, dtype="float32"))
     layout = lm.lora_layout(terms.shared.adapter, public_seed=terms.seed)
     last = run.last_shared()
@@ -185,10 +188,18 @@ def run_rounds(folder: Path, link: Link, tell: Tell) -> None:
         if number:
             facts = strategy.facts[number]
             run.record("round", round=number, **asdict(facts))
-            refused = "".join(f", {count} {code}" for code, count in sorted(facts.refused.items()))
-            tell(f"round {number}: {facts.releases} releases{refused}")
+            tell(f"round {number}: {came_to(facts, strategy.least_releases)}")
 
     strategy.start(LinkGrid(link), arrays, strategy.terms.rounds, strategy.terms.patience_s, evaluate_fn=over)
+
+
+def came_to(facts: RoundFacts, least: int) -> str:
+    """A round in a line, for the operator."""
+    codes = sorted(code for code in facts.refused if code != TOO_FEW)  # who is too few was no fault of theirs
+    refused = "".join(f", {facts.refused[code]} {code}" for code in codes)
+    if facts.releases < least:
+        return f"not aggregated: {facts.releases} releases of the {least} that it needs{refused}"
+    return f"{facts.releases} releases{refused}"
 
 
 # -- the process ------------------------------------------------------------------------------------------------------
@@ -199,7 +210,9 @@ def serving(folder: Path, host: str, port: int) -> Iterator[Link]:
     """The door of this folder's server is open while this lasts, for whoever is admitted. Raises `DeviceError`."""
     check_folder(folder)
     terms = read_terms(folder / TERMS)
-    allowed = Allowed.of(_schema(terms).size_bytes)
+    layout = _layout(terms)
+    check_for_everyone(layout, terms.shared, terms.rounds)  # the file may have been edited
+    allowed = Allowed.of(release_schema(layout, terms.shared.upload).size_bytes)
     with _alone(folder), _logged(folder):
         link = Link()
         link.set_admitted(admitted(folder))

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,6 @@ class FederatedCell(SeededCell):
 
     def _without_server(self, states: States, site: Site, number: int) -> Result:
         """Base model and personal adapters on it alone: the same in all cells that differ in what is shared."""
-        known = self.config.model_dump_json(exclude={"shared", "privacy", "server", *UNSEEN})
 
         def measured() -> Result:
             arms: dict[str, Arm] = {"base": []}
@@ -99,8 +99,20 @@ class FederatedCell(SeededCell):
                 arms["local"] = [site.lm.adapters(site.personal_layout, rows)]
             return self._measured(arms, number)
 
-        found: Result = self.bench.remembered((known, self.cell.study.hidden_share, number), measured)
+        found: Result = self.bench.remembered(self._learned_alone(states, number), measured)
         return found
+
+    def _learned_alone(self, states: States, number: int) -> Hashable:
+        """All that the arms without a server depend on.
+
+        What is shared and the server have their part in it by what they leave in the buffers: who was asked when, and
+        about what.
+        """
+        settings = self.config.model_dump_json(exclude={"shared", "privacy", "server", *UNSEEN})
+        learned = [
+            (s.id, [(k.id, k.prompt, s.replies[k.id], s.synthetic.get(k.id, ())) for k in s.annotated]) for s in states
+        ]
+        return settings, number, sha256(repr(learned).encode("utf-8", "surrogatepass")).hexdigest()
 
     def _measured(self, arms: Mapping[str, Arm], number: int) -> Result:
         """NLL and ROUGE-1 of each arm, by user and by query, and the mean length of replies."""
@@ -125,9 +137,10 @@ class FederatedCell(SeededCell):
 def _told(seen: Federated) -> Result:
     """What the federation cost and how much of its releases was signal."""
     pages = seen.cohort.pages
-    spent = [p["epsilon"] for p in pages[-1].values() if p["epsilon"] is not None]
-    first = seen.cohort.changes[0].double()  # (K, P)
-    variance = float((first - first.mean(0)).square().sum() / max(1, len(first) - 1))
+    spent = [p["epsilon"] for page in pages for p in page.values() if p["epsilon"] is not None]
+    first = seen.cohort.sent(0).double()  # (devices that released, P)
+    mean = first.sum(0) / max(1, len(first))
+    variance = float((first - mean).square().sum() / max(1, len(first) - 1))
     ratios = [f.signal_to_noise for f in seen.facts.values()]
     return {
         "epsilon": max(spent, default=0.0),
@@ -135,8 +148,8 @@ def _told(seen: Federated) -> Result:
         "refused": dict(sum((Counter(f.refused) for f in seen.facts.values()), Counter[str]())),
         "signal_to_noise": [None if math.isnan(r) else r for r in ratios],
         "shared_norm_l2": float(seen.shared.norm()),
-        # of the first round, noise and all: squared norm of the mean change, and what a device adds to it
-        "mean_square": float(first.mean(0).square().sum()),
+        # of the first round's releases, noise and all: squared norm of the mean change, and what a device adds to it
+        "mean_square": float(mean.square().sum()),
         "variance": variance,
         "width": seen.site.shared_layout.width,
         "averaging_error": [f.averaging_error for f in seen.facts.values()],

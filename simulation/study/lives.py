@@ -8,7 +8,7 @@ with the adapter as it was half way and as it is at the end.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -18,7 +18,7 @@ from client.dialogue import Dialogue
 from client.lm.adapter import Adapters
 from client.lm.model import LanguageModel
 from privacy.seeds import derive_seed
-from simulation.data.population import User, load_population
+from simulation.data.population import DataConfig, User, load_population
 from simulation.evaluate import score_arms
 from simulation.personal.config import LivesConfig
 from simulation.personal.live import SPAN, Lived, better_from, live, movements, reptile
@@ -106,8 +106,11 @@ class LivesCell(SeededCell):
             streams = [u.stream for u in load_population(others, config.seed)]
             return reptile(lm, layout, config.reptile, streams, seed)
 
-        known = (config.model, config.adapter, config.reptile, config.others, others, seed)
-        return lm.adapters(layout, self.bench.remembered(known, learn))
+        return lm.adapters(layout, self.bench.remembered(self._of_others(others, seed), learn))
+
+    def _of_others(self, others: DataConfig, seed: int) -> Hashable:
+        """All that what others have made depends on; `seed` follows from the cell's and the repetition."""
+        return ("made", self.config.model, self.config.adapter, self.config.reptile, others, seed)
 
     def _better_from(
         self, lived: Lived, lm: LanguageModel, streams: dict[str, list[Dialogue]], made: Adapters | None
@@ -147,18 +150,16 @@ class LivesCell(SeededCell):
             return {}
         whole = [self._unshifted(u)[: half + SPAN] for u in self.users.values()]
         profile = self.config.asls.profile
-        usual = self.bench.remembered(
-            (self.config.model, self.config.data, self.config.interactions, self.config.shift, profile, "movements"),
-            lambda: movements(lm, profile, whole),
-        )[:, after]
+        usual = self.bench.remembered(self._of_everybody(), lambda: movements(lm, profile, whole))[:, after]
         names = list(self.users)
         moved = movements(lm, profile, [s[: half + SPAN] for s in shifted])[:, after]
-        mine = [k for k, n in enumerate(names) if n.startswith(f"seed{self._number}-")]
-        limits = [np.quantile(np.delete(usual, k, 0), ALARM) for k in mine]
-        return {
-            "alarms after the shift": float(np.mean([m > limit for m, limit in zip(moved, limits, strict=True)])),
-            "alarms without one": float(np.mean([usual[k] > limit for k, limit in zip(mine, limits, strict=True)])),
-        }
+        return alarms(usual, moved, [k for k, n in enumerate(names) if n.startswith(f"seed{self._number}-")])
+
+    def _of_everybody(self) -> Hashable:
+        """All that everybody's unshifted movements depend on."""
+        config = self.config
+        people = (config.data, self.cell.seeds, config.seed)
+        return ("movements", config.model, people, config.interactions, config.shift, config.asls.profile)
 
     def _unshifted(self, user: User) -> list[Dialogue]:
         """The stream as it would have gone on."""
@@ -167,6 +168,18 @@ class LivesCell(SeededCell):
         count = Counter(d.domain for d in user.stream)
         first = min(count, key=lambda x: (-count[x], x))
         return [d for d in user.stream if d.domain == first]
+
+
+def alarms(usual: np.ndarray, moved: np.ndarray, mine: Sequence[int]) -> dict[str, float | None]:
+    """Shares of the movements of some people that are taken for a shift: where there was one, and where there was none.
+
+    `usual` (K, T) is everybody's without a shift, `moved` (len(mine), T) that of the people `mine` with one.
+    """
+    limits = [np.quantile(np.delete(usual, k, 0), ALARM) for k in mine]
+    return {
+        "alarms after the shift": float(np.mean([m > limit for m, limit in zip(moved, limits, strict=True)])),
+        "alarms without one": float(np.mean([usual[k] > limit for k, limit in zip(mine, limits, strict=True)])),
+    }
 
 
 def _measured(lived: Lived) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -46,10 +47,7 @@ class MethodsCell(Seeded):
         seed = derive_seed(config.seed, "methods", number)
 
         def task_adapter(learn: Any) -> Adapters:
-            known = config.model_dump_json(include={"model", "task", "task_stage", "seed"})
-            prompts = config.method.model_dump_json(include={"retrieve", "retriever", "profile"})
-            name = config.method.name if config.method.name == "kgt" else ""
-            adapter: Adapters = self.bench.remembered((known, prompts, name, config.history, number), learn)
+            adapter: Adapters = self.bench.remembered(self._of_task(number), learn)
             return adapter
 
         played = play(lm, config, task, pool, users, seed, task_adapter, self.listener)
@@ -68,6 +66,13 @@ class MethodsCell(Seeded):
                 **{f"seconds to {phase}": seconds for phase, seconds in played.seconds.items()},
             },
         }
+
+    def _of_task(self, number: int) -> Hashable:
+        """All that the task's adapter depends on: of a method its prompts, which are those of others but for `kgt`."""
+        known = self.config.model_dump_json(include={"model", "task", "task_stage", "history", "seed"})
+        prompts = self.config.method.model_dump_json(include={"retrieve", "retriever", "profile"})
+        name = self.config.method.name if self.config.method.name == "kgt" else ""
+        return (known, prompts, name, self.cell.seeds, number)
 
     def _measured(self, answers: Answers, task: Task, users: list[TaskUser]) -> Result:
         """NLL and the task's metrics, over all, by user and by query, and the mean length of replies."""

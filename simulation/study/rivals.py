@@ -7,6 +7,7 @@ be compared pair by pair.
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from functools import cached_property
 
 from client.budget import planned_event
@@ -52,11 +53,12 @@ class RivalsCell(SeededCell):
     def _arms(self, played: Played, people: list[User], number: int) -> Result:
         """NLL of the rival, of the base model and with what a stranger has kept; ROUGE-1 of the rival."""
         queries, settings = [u.held_out for u in people], self.config.evaluation
-        lm, known = played.ground.lm, (self.config.model, self.config.data, self.config.seed, number)
+        lm = played.ground.lm
         found: Result = {
             "own": {"nll": _by_both(measure.nll(played, queries))},
             "base": self.bench.remembered(
-                known, lambda: {"nll": _by_both(measure_nll(score_users(lm, queries, {"base": []})["base"]))}
+                self._of_base(number),
+                lambda: {"nll": _by_both(measure_nll(score_users(lm, queries, {"base": []})["base"]))},
             ),
         }
         if other := measure.strangers(played):
@@ -68,6 +70,10 @@ class RivalsCell(SeededCell):
             rouge, length = measure.rouge(played, few, settings.sampling, seed)
             found["own"] |= {"rouge1": _by_both(rouge), "mean_length_tokens": length}
         return found
+
+    def _of_base(self, number: int) -> Hashable:
+        """All that the base model's figures depend on: it, and a seed's people."""
+        return (self.config.model, self.config.data, self.cell.seeds, self.config.seed, number)
 
 
 def _by_both(measured: Measured) -> Result:

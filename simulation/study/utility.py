@@ -183,7 +183,10 @@ def but_noise(o: Outcome) -> str:
 
 
 def _ratio(o: Outcome, twin: Outcome, devices: int) -> float:
-    squares = [max(0.0, s["mean_square"] - s["variance"] / twin.devices) + s["variance"] / devices for s in twin.seeds]
+    squares = [
+        max(0.0, s["mean_square"] - s["variance"] / max(1, s["releases"][0])) + s["variance"] / devices
+        for s in twin.seeds
+    ]
     by_rate = o.config.privacy.by_dialogue and o.config.shared.learning_rate / twin.config.shared.learning_rate
     noise = release_noise(o.config, 1, 0).of_mean(devices) / (by_rate or 1.0)
     return float(np.sqrt(np.mean(squares)) / (noise * math.sqrt(o.seeds[0]["width"])))

@@ -253,7 +253,7 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"{where}: {key} = {value!r} must be a text or a number")
-    return str(value).strip()
+    return str(value).strip().encode("utf-8", "replace").decode()  # half a character becomes a "?"
 
 
 def _seconds(date: Any, where: str) -> float:

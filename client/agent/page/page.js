@@ -136,11 +136,35 @@ async function showKept() {
 }
 
 async function erase(ids) {
-  const done = await follow("erase", { ids }, (told) => { at("progress").textContent = `erasing: ${told.phase}`; });
+  const under = await ask("said-under", { ids });
+  const answer = under.length ? await decided(under) : "erase";
+  if (!answer) return;
+  const asked = { ids, keep_replies: answer === "keep" };
+  const done = await follow("erase", asked, (told) => { at("progress").textContent = `erasing: ${told.phase}`; });
   const sent = done["cannot be recalled"];
-  at("progress").textContent = `erased; ${done.dialogues} dialogues left${done.retrained ? ", the adapter is trained anew" : ""}${sent ? `; ${sent} releases were sent before and cannot be recalled` : ""}`;
+  const replies = done.replies ? `, with ${plural(done.replies, "reply", "replies")} of the model` : "";
+  at("progress").textContent = `erased${replies}; ${done.dialogues} dialogues left${done.retrained ? ", the adapter is trained anew" : ""}${sent ? `; ${sent} releases were sent before and cannot be recalled` : ""}`;
   await refresh();
 }
+
+/* "erase", "keep", or nothing: what becomes of the replies that may hold what is erased. */
+function decided(under) {
+  const box = at("under");
+  at("under-count").textContent = `${plural(under.length, "reply", "replies")} of the model may hold what is erased: given since it learned from it, or with it in sight. What you wrote there stays.`;
+  at("under-replies").replaceChildren(...under.map((turn) => {
+    const entry = made("li");
+    entry.append(made("p", turn.prompt, { className: "you" }), made("p", turn.said, { className: "said" }));
+    return entry;
+  }));
+  box.returnValue = "";
+  box.showModal();
+  return new Promise((resolve) => box.addEventListener("close", () => resolve(box.returnValue), { once: true }));
+}
+for (const answer of ["none", "keep", "erase"]) {
+  at(`under-${answer}`).addEventListener("click", () => at("under").close(answer === "none" ? "" : answer));
+}
+
+function plural(count, one, many) { return `${count} ${count === 1 ? one : many}`; }
 
 // -- profile ---------------------------------------------------------------------------------------------------------
 

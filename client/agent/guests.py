@@ -1,0 +1,107 @@
+"""Who is a guest at a door: connections that have not shown yet that they may ask, counted with others of their kind.
+
+On Linux a process on the same machine is known by its user, whom the kernel tells for a connection of this machine's
+own. Not covered: other systems, where all users of the machine have one address and nobody is a guest.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import struct
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+
+SOCK_DIAG_BY_FAMILY, NETLINK_SOCK_DIAG = 20, 4
+HEAD, ASKED, PORTS, UID = (struct.Struct(form) for form in ("=IHHII", "=BBBBI", "!HH", "=I"))
+STATE_AT, UID_AT = 17, 80  # bytes into an answer: its head of 16, then an inet_diag_msg
+ESTABLISHED = 1
+ANY_COOKIE = b"\xff" * 8
+OWN = ("127.0.0.1", "::/64")  # of ::1
+OTHERS = "other users"  # of this machine, all together: who may make namespaces has many numbers
+
+
+@dataclass
+class Rate:
+    """So much in a minute, and so much at once: a bucket that fills again."""
+
+    at_once: float
+    a_minute: float
+    left: float = field(init=False)
+    last: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.left = self.at_once
+
+    def take(self, amount: float, clock: float) -> bool:
+        """Whether there was enough; then it is taken."""
+        self.left = min(self.at_once, self.left + (clock - self.last) * self.a_minute / 60)
+        self.last = clock
+        if amount > self.left:
+            return False
+        self.left -= amount
+        return True
+
+    def give(self, amount: float) -> None:
+        """Back, of what was taken."""
+        self.left = min(self.at_once, self.left + amount)
+
+
+def nobody(address: str, connection: socket.socket) -> str:
+    """At a door that others cannot reach."""
+    return ""
+
+
+def by_address(address: str, connection: socket.socket) -> str:
+    """Whoever comes from elsewhere is a guest at first, with all others of that address.
+
+    From this machine's own address a proxy comes, with everybody.
+    """
+    return "" if address in OWN else address
+
+
+def by_user(address: str, connection: socket.socket) -> str:
+    """A process of another user of this machine is a guest, and so is whoever has gone again."""
+    return OTHERS if kernel_tells() and user_of(connection) != os.getuid() else ""
+
+
+def network_of(address: str) -> str:
+    """What one host can have as many of as it likes counts as one address: a /64 of IPv6."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if found.version == 4:
+        return address
+    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+
+
+def user_of(connection: socket.socket) -> int | None:
+    """The user at the other end of a connection of this machine's own over IPv4; None for one that is not open there.
+
+    The kernel is asked for this one connection (sock_diag(7)); /proc/net/tcp has the same, and walks a table of all.
+    """
+    with suppress(OSError, ValueError):
+        (host, port), (own_host, own_port) = connection.getpeername(), connection.getsockname()
+        ends = PORTS.pack(port, own_port) + b"".join(socket.inet_aton(h).ljust(16, b"\0") for h in (host, own_host))
+        asked = ASKED.pack(socket.AF_INET, socket.IPPROTO_TCP, 0, 0, 2**32 - 1) + ends + bytes(4) + ANY_COOKIE
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
+            kernel.setblocking(False)  # the answer is there when `send` returns
+            kernel.send(HEAD.pack(HEAD.size + len(asked), SOCK_DIAG_BY_FAMILY, 1, 1, 0) + asked)
+            answer = kernel.recv(4096)
+        open_there = len(answer) >= UID_AT + UID.size and answer[STATE_AT] == ESTABLISHED
+        if open_there and HEAD.unpack_from(answer)[1] == SOCK_DIAG_BY_FAMILY:
+            return int(UID.unpack_from(answer, UID_AT)[0])
+    return None
+
+
+@cache
+def kernel_tells() -> bool:
+    """Whether this system's kernel says whose a connection is."""
+    if not hasattr(socket, "AF_NETLINK"):
+        return False
+    with socket.create_server(("127.0.0.1", 0)) as listens, socket.create_connection(listens.getsockname()) as own:
+        return user_of(own) == os.getuid()

@@ -1,0 +1,43 @@
+"""What chance decides of a release: a device's secret, whom each step draws, and the key of the noise.
+
+A seam of its own, so that an audit can write down what a real round drew and toss the same again in another world.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from client.pool import poisson_sample
+from client.state import DeviceState
+from privacy.plan import RoundPlan
+from privacy.seeds import derive_key, fresh_secret
+
+if TYPE_CHECKING:
+    from client.phases import Site
+
+
+class Coins:
+    """As every device tosses them."""
+
+    def secret(self, device: str, site: Site) -> int:
+        """Of a new device, from which the pool's coins follow, and in a simulation all others."""
+        return fresh_secret() if site.config.privacy.secret == "os" else derive_key(site.seed, device, "secret")
+
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
+        """One Poisson sample of so many: each has a coin of its own."""
+        return poisson_sample(count, site.config.shared.sampling_rate, _key(state, plan, site, "coins", step))
+
+    def noise_key(self, state: DeviceState, plan: RoundPlan, site: Site) -> int:
+        """For the noise of all steps of a release."""
+        return _key(state, plan, site, "noise")
+
+
+def _key(state: DeviceState, plan: RoundPlan, site: Site, *purpose: str | int) -> int:
+    """For what may be drawn once: for an experiment and a round the ledger pays once, for one adapter received.
+
+    With secrets from the operating system it is drawn anew each time: should a device be set back to an old state,
+    with its ledger, then another release is another release, and not the same noise on something else.
+    """
+    if site.config.privacy.secret == "os":
+        return fresh_secret()
+    return derive_key(state.secret, site.experiment, plan.round, *purpose)

@@ -1,0 +1,40 @@
+"""How a server for real devices aggregates: the file that `server init` writes, and what does not go together in it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import tomli_w
+
+from client.agent.home import DeviceError
+from client.agent.terms import Terms
+from server.config import ServerConfig
+from simulation.deployment.certificates import SETTINGS
+
+OF_RULE = {"rule", "trimmed_share", "byzantine", "krum_keep"}
+
+
+def write_settings(folder: Path, settings: ServerConfig) -> None:
+    (folder / SETTINGS).write_text(tomli_w.dumps(settings.model_dump(include=OF_RULE)), encoding="utf-8")
+
+
+def read_settings(folder: Path) -> ServerConfig:
+    """Raises `DeviceError` for a file that does not say how."""
+    try:
+        return ServerConfig.model_validate(tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DeviceError(f"{folder / SETTINGS}: {error}") from None
+
+
+def check_rule(settings: ServerConfig, terms: Terms) -> None:
+    """Raises `DeviceError` where a round that has the releases it is to have could have too few for its rule."""
+    if (needed := settings.least_releases) > terms.min_devices:
+        why = {
+            "krum": f"with byzantine = {settings.byzantine} and krum_keep = {settings.krum_keep}",
+            "trimmed-mean": f"to leave out one at each end with trimmed_share = {settings.trimmed_share:g}",
+        }[settings.rule]
+        raise DeviceError(
+            f"min_devices = {terms.min_devices} is below the {needed} releases that {settings.rule} needs {why}: "
+            f"florilegium server init --min-devices {needed}, or another rule"
+        )
