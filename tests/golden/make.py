@@ -237,9 +237,9 @@ def file_of(made_by: Mapping[str, str]) -> Path:
 
 
 def stored() -> list[Record]:
-    """The record of this kind of machine first, if there is one."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(HERE.glob("*.json"))]
-    return sorted(found, key=lambda record: record["made_by"] != here())
+    """The record of the most similar kind of machine first."""
+    found, made_by = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(HERE.glob("*.json"))], here()
+    return sorted(found, key=lambda record: sum(record["made_by"].get(key) != x for key, x in made_by.items()))
 
 
 def moved(before: Record, now: Record) -> list[str]:
