@@ -11,8 +11,8 @@ instructions than it has. Whether that ends as on one that has no more is not kn
 
 The test compares to the bit under the same variables too. All files have to be made anew together.
 
-Each runs in this process on one thread, in float32, over people made up here. Not covered: Flower's own simulation and
-processes of Ray, which other tests compare with this.
+Each runs on one thread, in float32, over people made up here; all but two in this process. Not covered: real devices,
+studies and audits.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ CASES: dict[str, Case] = {
     "rolora-sampled": Case(("shared.adapter.factors=alternate", "server.sampled_share=0.5", "rounds=3")),
     "world": Case((*WORLD, "server.sampled_share=0.5", "world.over_sampling=2", "evaluation.users=3")),
     "fedbuff": Case((*WORLD, "server.buffer=2", "server.concurrency=3"), stopped=True),
+    "on-flower": Case(("engine=flower", "data.users=3")),
+    "on-actors": Case(("ray.actors=2", "data.users=5", "cohort_size=2")),
     "alone": Case(("server.rule=none", "evaluation.newcomers=2", "selection.policy=random",
                    "selection.annotations_per_round=2")),
 }  # fmt: skip
@@ -130,13 +132,16 @@ def write_people(path: Path) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """So that sums are made in one order."""
-    before = torch.get_num_threads()
+    """So that sums are made in one order, in processes that are started too."""
+    before, told = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        os.environ.pop("OMP_NUM_THREADS")
+        os.environ.update({"OMP_NUM_THREADS": told} if told else {})
 
 
 def _stop_in_round_two(config: Any, folder: Path) -> None:
