@@ -24,6 +24,7 @@ from client.lm.model import LanguageModel
 from privacy.ledger import Ledger
 from simulation.config import ExperimentConfig, config_folder, load_config
 from simulation.data import population
+from simulation.data.conversations import read_chitchat
 from simulation.data.population import DataConfig, User, load_population
 
 SMALL = (
@@ -50,7 +51,8 @@ def _collected(context_turns: int) -> population.Replies:
 
 def collect(config: DataConfig) -> population.Replies:
     """As ever, but the bundled chats are read once in a process: that takes three seconds."""
-    return _collected(config.context_turns) if config.name == "chitchat" else _collect(config)
+    bundled = config.name == "chitchat" and population.READERS["chitchat"] is read_chitchat
+    return _collected(config.context_turns) if bundled else _collect(config)
 
 
 population.collect = collect

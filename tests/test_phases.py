@@ -21,7 +21,7 @@ from client.lm.lessons import Lesson
 from client.lm.model import LanguageModel, schedule, schedule_steps
 from client.phases import Site, States, annotate, descend, learn_personal, observe, synthesize
 from client.round import adopt, contribute, live
-from client.shared import clipped_change, drawn, noisy_steps
+from client.shared import clipped_change, noisy_steps
 from client.state import DeviceState
 from privacy.dpsgd import PrivateRow
 from privacy.plan import RoundPlan
@@ -222,13 +222,13 @@ def test_coins_of_a_sample_are_new_in_each_step_and_round_and_of_each_device(lm:
     site = site_of(lm)
     one, other = site.new_state("d0"), site.new_state("d1")
     found = [
-        drawn(state, 200, RoundPlan(number, 0), step, site)
+        site.coins.sample(state, 200, RoundPlan(number, 0), step, site)
         for state in (one, other)
         for number in (1, 2)
         for step in (0, 1)
     ]
     assert len({tuple(sample) for sample in found}) == 8
-    assert found[0] == drawn(one, 200, RoundPlan(1, 0), 0, site)
+    assert found[0] == site.coins.sample(one, 200, RoundPlan(1, 0), 0, site)
     assert all(60 <= len(sample) <= 140 for sample in found)  # half of them; σ = 7
 
 

@@ -6,15 +6,19 @@ terms say. Not covered: what a server makes of the releases.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import ValidationError
 
 from client.agent.home import DeviceError
 from client.budget import planned_event, planned_steps
 from client.config import DeviceConfig, SharedConfig
-from client.lm.adapter import AdapterLayout
 from privacy.accounting import Event, epsilon
 from privacy.errors import UserError
 from privacy.policy import Mode, PrivacyConfig
+
+if TYPE_CHECKING:
+    from client.lm.adapter import AdapterLayout
 
 LARGEST_RANK = 256  # of a shared adapter
 BOUNDS: dict[str, tuple[float, float]] = {  # of `shared` and `shared.adapter`: the least and the most
