@@ -48,7 +48,7 @@ def test_a_bit_that_moves_is_told_and_another_machine_is_held_to_the_figures() -
         compared("x", a_record(nll=4.001), ours)
     with pytest.raises(AssertionError, match=r"events: round\.releases is gone"):
         compared("x", a_record(nll=4.0) | {"events": {}}, ours)
-    with pytest.warns(UserWarning, match=r"by figures alone, .*'another'"):
+    with pytest.warns(UserWarning, match=r"by figures alone, .*'capability'"):
         compared("x", other_bit, theirs)
     with pytest.warns(UserWarning, match="by figures alone"), pytest.raises(AssertionError, match="nll"):
         compared("x", a_record(nll=4.2), theirs)
