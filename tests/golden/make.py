@@ -224,16 +224,19 @@ def here() -> Record:
         "transformers": transformers.__version__,
         "numpy": np.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "vendor": _vendor(),
+        "vendor": _processor("vendor_id"),
+        "model": f"{_processor('cpu family')}-{_processor('model')}",
         "held": " ".join(f"{key}={os.environ[key]}" for key in HELD if key in os.environ),
     }
 
 
-def _vendor() -> str:
-    """Of the processor: libraries choose by it."""
+def _processor(what: str) -> str:
+    """Of the processor, where Linux tells: libraries choose by its vendor and its model."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), sys.platform)
+    return next(
+        (value.strip() for key, _, value in (x.partition(":") for x in lines) if key.strip() == what), "unknown"
+    )
 
 
 def file_of(made_by: Mapping[str, str]) -> Path:
