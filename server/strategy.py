@@ -113,13 +113,14 @@ class ReleaseStrategy(Strategy):
     def sampled(self, server_round: int) -> list[str]:
         """The devices that are asked in a round, by name, from the experiment's seed.
 
-        With correlated noise a device is asked every `bands` rounds: each is in one of so many groups.
+        As many as make an aggregate at least. With correlated noise a device is asked every `bands` rounds: each is in
+        one of so many groups.
         """
         if self.noise.bands > 1:
             group = server_round % self.noise.bands
             return [n for n in self.names if derive_seed(self.seed, n, "group") % self.noise.bands == group]
         wanted = self.config.wanted(len(self.names))
-        count = min(len(self.names), devices_to_ask(wanted, self.over_sampling))
+        count = min(len(self.names), max(self.least_releases, devices_to_ask(wanted, self.over_sampling)))
         rng = np.random.Generator(np.random.Philox(key=derive_seed(self.seed, server_round, "sample")))
         return sorted(self.names[i] for i in rng.choice(len(self.names), size=count, replace=False))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,17 +227,52 @@ def test_a_rule_makes_nothing_of_fewer_releases_than_it_needs(config: ServerConf
     assert server.facts[1].refused == {"no-release": 1, "too-few": needed - 1} and server.facts[1].change_norm_l2 == 0
 
 
+def operator(
+    config: ServerConfig, there: Callable[[], Sequence[str]], told: list[str], least: int = 0
+) -> OperatorStrategy:
+    """Of a server's folder, for devices `d0` and on, of which these are there."""
+    server = OperatorStrategy(config, SCHEMA, 0, ReleaseNoise(), least_releases=least)
+    server.terms, server.operator_key, server.tell = Terms(name="orchard"), new_key(), told.append
+    server.link = SimpleNamespace(online=lambda: {n: int(n[1:]) + 1 for n in there()})  # type: ignore[assignment]
+    return server
+
+
 def test_an_operator_asks_again_and_tells_what_was_missing() -> None:
     """Three times in all, each time the same question; then the round is over, without an aggregate."""
     names, told = [f"d{k}" for k in range(5)], list[str]()
     devices = Scripted({**dict(zip(names, drawn(0, 5), strict=True)), "d0": None})
-    server = OperatorStrategy(ServerConfig(rule="krum", byzantine=1), SCHEMA, 0, ReleaseNoise())
-    server.terms, server.operator_key, server.tell = Terms(name="orchard"), new_key(), told.append
-    there = {name: k + 1 for k, name in enumerate(names)}
-    server.link = SimpleNamespace(online=lambda: there)  # type: ignore[assignment]
+    server = operator(ServerConfig(rule="krum", byzantine=1), lambda: names, told)
     assert server.collected(1, start(), grid_of(devices, names), 1.0) is None
     assert told == ["round 1: 4 of 5 releases; once more"] * 2
     assert [name for name, _, _ in devices.asked] == names * 3 and server.facts[1].refused["too-few"] == 4
+
+
+def test_a_share_of_the_devices_is_as_many_as_the_terms_ask_for() -> None:
+    """A half of four devices would be two; of three releases an aggregate is made, so that three are asked."""
+    names, told = [f"d{k}" for k in range(4)], list[str]()
+    devices = Scripted(dict(zip(names, drawn(0, 4), strict=True)))
+    server = operator(ServerConfig(sampled_share=0.5), lambda: names, told, least=3)
+    assert server.collected(1, start(), grid_of(devices, names), 1.0) is not None
+    assert len({name for name, _, _ in devices.asked}) == len(devices.asked) == 3 and not told
+
+
+def test_a_round_asks_the_same_devices_again_and_others_for_those_alone_who_have_gone() -> None:
+    """Half of six, then half of eight, as two more come: the same three each time, until one of them has gone."""
+    every, told = [f"d{k}" for k in range(8)], list[str]()
+    devices = Scripted(dict.fromkeys(every))  # nobody sends a release
+    there = every[:6]
+    server = operator(ServerConfig(sampled_share=0.5), lambda: there, told, least=3)
+
+    def tell(line: str) -> None:  # between two tries
+        nonlocal there
+        there = every if not told else [n for n in every if n != devices.asked[0][0]]
+        told.append(line)
+
+    server.tell = tell
+    assert server.collected(1, start(), grid_of(devices, every), 1.0) is None and len(told) == 2
+    asked = [name for name, _, _ in devices.asked]
+    first, second, third = asked[:3], asked[3:6], asked[6:]
+    assert first == second and len(set(third)) == 3 and set(first) - set(third) == {first[0]}
 
 
 def test_a_release_whose_product_is_too_large_is_refused_whole() -> None:

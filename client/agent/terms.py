@@ -26,7 +26,7 @@ class Terms(Config):
     rounds: int = Field(3, ge=1, le=10_000)
     seed: int = Field(0, ge=0, description="of the shared adapter's start, and of who is asked in a round")
     shared: SharedConfig = SharedConfig(adapter=AdapterConfig(rank=4, alpha=64, factors="b", targets=("v_proj",)))
-    fraction: float = Field(1.0, gt=0, le=1, description="of the devices, asked in each round")
+    fraction: float = Field(1.0, gt=0, le=1, description="of the devices, asked in each round; min_devices at least")
     min_devices: int = Field(1, ge=1, description="releases below which a round is not aggregated")
     largest_norm_l2: float = Field(0.0, ge=0, description="above which a release is refused; 0: none is")
     patience_s: float = Field(600.0, gt=0, description="for the answers of a round")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -99,6 +99,7 @@ class OperatorStrategy(ReleaseStrategy):
     terms: Terms
     operator_key: bytes
     tell: Tell
+    asked: Sequence[str] = ()  # in the round that is under way
 
     def greet(self, grid: Grid) -> None:
         """Nobody is asked for a name: names are bound to keys by the operator."""
@@ -120,26 +121,38 @@ class OperatorStrategy(ReleaseStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         self.look()
+        self.asked = super().sampled(server_round)
         return super().configure_evaluate(server_round, arrays, config, grid)
+
+    def sampled(self, server_round: int) -> list[str]:
+        """Drawn of those who are there as a round begins, and the same in all of its tries."""
+        return list(self.asked) or super().sampled(server_round)
 
     def look(self) -> None:
         """Who is connected now."""
         self.nodes = self.link.online()
         self.names, self.devices = sorted(self.nodes), {node: name for name, node in self.nodes.items()}
 
-    def _asked(self) -> int:
-        """How many of those who are connected now a round would ask."""
-        there = len(self.link.online())
-        return min(there, self.config.wanted(there))
+    def _again(self, number: int) -> list[str]:
+        """Whom the round has asked before, but for those who have gone; of others so many as it cannot do without."""
+        there = [name for name in self.asked if name in self.nodes]
+        others = sorted(set(self.names) - set(there), key=lambda name: derive_seed(self.seed, name, number))
+        return sorted([*there, *others[: max(0, self.least_releases - len(there))]])
 
     def collected(self, number: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord | None:
-        """As the others do; a round that too few releases came for is asked again, which costs no device anything."""
+        """As the others do, with as many devices as the terms ask for; a round that too few releases came for is asked
+        again.
+
+        The same devices are: one that has paid for the round sends its release once more, and no other pays instead.
+        """
+        self.asked = ()
         for attempt in range(TRIES):
             if attempt:
                 self.tell(f"round {number}: {self.facts[number].releases} of {self.least_releases} releases; once more")
-            while self._asked() < self.least_releases:
+            while len(self.link.online()) < self.least_releases:
                 time.sleep(LOOK_S)
             self.look()
+            self.asked = self._again(number) if attempt else super().sampled(number)
             try:
                 found = super().collected(number, arrays, grid, timeout)
             except NoReleaseError as error:
