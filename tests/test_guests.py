@@ -8,17 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Thread
 
 import httpx
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from client.agent import guests
 from client.agent.door import REMEMBERED, Bounds, Door, open_door, place_of
 from client.agent.guests import OTHERS, Rate, by_address, by_user, kernel_tells, network_of, user_of
-from client.agent.supernode import OwnersAlone
+from client.agent.supernode import OwnersAlone, close_to_others
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel that tells is Linux'")
 AS_ROOT = pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="needs another user's process")
@@ -175,6 +177,81 @@ def test_the_kernel_tells_whose_a_connection_is() -> None:
         assert kernel_tells() and user_of(here) == user_of(own) == os.getuid() and by_user("127.0.0.1", here) == ""
         own.close()  # from now on it is nobody's: the kernel would say root's
         assert user_of(here) is None and by_user("127.0.0.1", here) == OTHERS
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """All that this process may have are taken while this lasts, but for those that it has."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(map(int, os.listdir("/proc/self/fd"))) + 1
+    taken = list[int]()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for each in taken:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@LINUX
+def test_the_owner_is_known_where_no_descriptors_are_left() -> None:
+    assert kernel_tells()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listens,
+        socket.create_connection(listens.getsockname()) as own,
+        no_descriptors(),
+    ):
+        with pytest.raises(OSError):  # so it is
+            socket.socket()
+        assert by_user("127.0.0.1", own) == ""
+
+
+@LINUX
+def test_what_could_not_be_found_out_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    guests._tells.cache_clear()
+    with no_descriptors():
+        assert not kernel_tells()
+    assert kernel_tells()
+
+
+@LINUX
+def test_an_answer_that_nobody_took_is_not_the_next_ones() -> None:
+    """Of a connection that is not open, asked for before one that is."""
+    nobodys = guests.ASKED.pack(socket.AF_INET, socket.IPPROTO_TCP, 0, 0, 2**32 - 1) + bytes(40) + guests.ANY_COOKIE
+    head = guests.HEAD.pack(guests.HEAD.size + len(nobodys), guests.SOCK_DIAG_BY_FAMILY, 1, 0, 0)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listens,
+        socket.create_connection(listens.getsockname()) as own,
+    ):
+        guests._kernel().send(head + nobodys)
+        assert user_of(own) == os.getuid()
+
+
+def test_an_arrival_that_cannot_be_judged_is_cut_off() -> None:
+    def broken(address: str, connection: socket.socket) -> str:
+        raise OSError("no descriptors")
+
+    with opened(broken) as (door, _, port):
+        assert refused(port) and not door.inside
+
+
+def test_a_server_of_flowers_is_its_owners_or_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is set up; where that is not had, nothing is served."""
+    for kind, method in ((uvicorn.Config, "__init__"), (uvicorn.Server, "startup")):
+        monkeypatch.setattr(kind, method, getattr(kind, method))  # put back afterwards
+    close_to_others()
+    config = uvicorn.Config(told, http="h11", ws="auto", port=0, lifespan="off", log_config=None)
+    config.load()
+    assert config.http_protocol_class is OwnersAlone and config.ws_protocol_class is None
+    config.http_protocol_class = H11Protocol
+    with pytest.raises(SystemExit, match="open to others"):
+        uvicorn.Server(config).run()
 
 
 @AS_ROOT

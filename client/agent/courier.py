@@ -1,9 +1,10 @@
 """Carries a server's messages to the agent and its answers back, beside Flower's own SuperNode.
 
-`flower-supernode` holds the connection (TLS, the node's key) and offers each message as a task. Stock Flower would then
-start a process, install the bundle that the server sent and run its code. Here nothing of the bundle is unpacked or
-run, whatever is in it: the agent, which has the model in its memory, answers by its owner's settings. What goes wrong
-is answered with a code. Written for Flower 1.41, whose private parts it uses.
+The SuperNode (`client.agent.supernode`, a process of its own) holds the connection (TLS, the node's key) and offers
+each message as a task. Stock Flower would then start a process, install the bundle that the server sent and run its
+code. Here nothing of the bundle is unpacked or run, whatever is in it: the agent, which has the model in its memory,
+answers by its owner's settings. What goes wrong is answered with a code. Written for Flower 1.41 and 1.42, whose
+private parts it uses.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from client.agent.guests import Rate, network_of, nobody
+from client.agent.guests import Rate, kernel_tells, network_of, nobody
 from client.agent.home import DeviceError
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ def open_door(
     `guest` says of an arrival with which others it is counted until `Place.shown`, or nothing.
     """
     raise_descriptors()
+    kernel_tells()  # found out while there are descriptors for it
     door = Door(app, bounds, secured, headers or {}, guest)
     thread = threading.Thread(target=door.run, args=([listening],), daemon=True)
     thread.start()
@@ -182,7 +183,11 @@ class Entrance(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         peer = transport.get_extra_info("peername")
         address = network_of(str(peer[0])) if isinstance(peer, tuple) else ""
-        place = self.door.admit(address, transport.get_extra_info("socket"))
+        try:
+            place = self.door.admit(address, transport.get_extra_info("socket"))
+        except Exception as error:  # noqa: BLE001  # left to the loop, it would stay open without any bound
+            log.error("an arrival could not be judged: %s", type(error).__name__)
+            place = None
         if place is None:
             transport.abort()
             return

@@ -7,13 +7,14 @@ or for connections: another user of the machine could fill its memory. On Linux 
 from __future__ import annotations
 
 import asyncio
-from functools import partial
+import socket
+from typing import Any
 
 import uvicorn
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from client.agent.guests import by_user
+from client.agent.guests import by_user, kernel_tells
 
 
 class OwnersAlone(H11Protocol):
@@ -30,9 +31,28 @@ class OwnersAlone(H11Protocol):
             super().connection_lost(exc)
 
 
+def close_to_others() -> None:
+    """From here on whatever server of uvicorn's this process makes is its owner's alone, or ends.
+
+    Its methods are exchanged, not its names: a Flower that imports them otherwise gets these too.
+    """
+    set_up, begin = uvicorn.Config.__init__, uvicorn.Server.startup
+
+    def for_owners(self: uvicorn.Config, *args: Any, **named: Any) -> None:
+        set_up(self, *args, **{**named, "http": OwnersAlone, "ws": "none"})
+
+    async def closed(self: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
+        if self.config.http_protocol_class is not OwnersAlone or self.config.ws_protocol_class is not None:
+            raise SystemExit("Flower sets the SuperNode's port up in another way: it would be open to others")
+        await begin(self, sockets)
+
+    uvicorn.Config.__init__, uvicorn.Server.startup = for_owners, closed  # type: ignore[method-assign]
+
+
 def main() -> None:
     """`flower-supernode`, with its options."""
-    uvicorn.Config = partial(uvicorn.Config, http=OwnersAlone, ws="none")  # type: ignore[assignment,misc]
+    kernel_tells()  # found out while there are descriptors for it
+    close_to_others()
     flower_supernode()
 
 
