@@ -31,7 +31,8 @@ from privacy.policy import Mode
 from server.config import ServerConfig
 from simulation.deployment.certificates import CA, CERTIFICATE, KEY, OPERATOR_KEY, SETTINGS, TERMS
 from simulation.deployment.link import Link
-from simulation.deployment.rounds import make_folder, serving, strategy_of
+from simulation.deployment.rounds import layout_of, make_folder, serving, strategy_of
+from simulation.runs import RunFolder
 
 SERVER = "127.0.0.1:9092"
 SAID = (("Do you like apples?", "Only the green ones."), ("What shall we cook?", "Pumpkin soup."), ("And?", "Nothing."))
@@ -86,7 +87,7 @@ def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
     server = home.folder.parent / "server"
     server.mkdir()
     make_folder(server, terms(), ServerConfig(), 8.0)
-    strategy, _ = strategy_of(server, Link(), lambda line: None)
+    strategy, _ = strategy_of(server, Link(), layout_of(terms()), print)
     assert strategy.noise.on_sum == 0
     monkeypatch.setattr(coins, "fresh_secret", lambda: 7)
     row, plan = agent.site.shared_layout.start(0), RoundPlan(1, 0)
@@ -179,13 +180,30 @@ def test_a_server_is_not_made_nor_started_for_terms_that_no_device_takes(
     tmp_path: Path, changes: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(UserError, match=told):
-        make_folder(tmp_path, terms(**changes), ServerConfig(), 8.0)
+        make_folder(tmp_path, terms(**changes), ServerConfig(), 8.0, ["localhost"])
     assert not list(tmp_path.iterdir())
+    layout = layout_of(terms())
     for name in (OPERATOR_KEY, SETTINGS, CA, CERTIFICATE, KEY):
         (tmp_path / name).touch()
     write_terms(tmp_path / TERMS, terms(**changes))  # edited afterwards
-    with pytest.raises(UserError, match=told), serving(tmp_path, "127.0.0.1", 0):
+    with pytest.raises(UserError, match=told), serving(tmp_path, "127.0.0.1", 0, layout, print):
         pass
+
+
+def test_a_federation_that_has_begun_goes_on_under_terms_that_nobody_would_take_now(tmp_path: Path) -> None:
+    make_folder(tmp_path, terms(), ServerConfig(), 8.0, ["localhost"])
+    layout, lines = layout_of(terms()), list[str]()
+    write_terms(tmp_path / TERMS, terms(shared={"sampling_rate": 1e-6}))
+    for number, begun in ((0, False), (1, True)):
+        RunFolder(tmp_path).save_shared(number, {"row": np.zeros(1)}, {}, {})
+        if begun:
+            with serving(tmp_path, "127.0.0.1", 0, layout, lines.append) as link:
+                assert not link.online()
+        else:
+            with pytest.raises(UserError, match="below"), serving(tmp_path, "127.0.0.1", 0, layout, lines.append):
+                pass
+    [line] = lines
+    assert "no device would join for these terms now" in line and "sampling_rate = 1e-06" in line
 
 
 def test_what_one_mode_alone_bears_is_left_to_the_devices(device: Agent, lm: LanguageModel) -> None:

@@ -37,7 +37,7 @@ from simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certif
 from simulation.deployment.cli import app as server_app
 from simulation.deployment.link import Link
 from simulation.deployment.register import admit
-from simulation.deployment.rounds import came_to, make_folder, serving, strategy_of
+from simulation.deployment.rounds import came_to, layout_of, make_folder, serving, strategy_of
 from simulation.deployment.settings import check_rule
 from simulation.runs import RunFolder
 
@@ -129,7 +129,7 @@ def test_a_release_is_bounded_by_what_its_noise_allows(tmp_path: Path) -> None:
         for name, epsilon in (("strict", 8.0), ("loose", 1.0))
     )
     assert 1 < strict.largest_norm_l2 < loose.largest_norm_l2 < 100
-    strategy, arrays = strategy_of(tmp_path / "strict", Link(), print)
+    strategy, arrays = strategy_of(tmp_path / "strict", Link(), layout_of(terms), print)
     assert (strategy.limits.largest_norm_l2, strategy.config.rule) == (strict.largest_norm_l2, "trimmed-mean")
     strategy.nodes = {f"device-{k}": k for k in range(4)}
     strategy.names, strategy.devices = sorted(strategy.nodes), {k: name for name, k in strategy.nodes.items()}
@@ -276,7 +276,8 @@ def test_who_does_not_know_the_other_stays_apart(
             admit(folder, name, str(public))
         agents[name].join(read_terms(folder / "terms.toml"), address)
     with ExitStack() as running:
-        link = running.enter_context(serving(folder, "127.0.0.1", port))
+        layout = layout_of(read_terms(folder / "terms.toml"))
+        link = running.enter_context(serving(folder, "127.0.0.1", port, layout, print))
         for agent in agents.values():
             running.enter_context(connected(agent))
         until = time.monotonic() + 300

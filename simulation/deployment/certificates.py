@@ -36,11 +36,7 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> Path:
     The machine's own names are added, by which its operator's commands reach it. Raises `DeviceError` where there are
     certificates already.
     """
-    if (folder / KEY).exists():
-        raise DeviceError(
-            f"{folder} has certificates already: devices that trust them would refuse others; take another folder"
-        )
-    names = [_alternative(h) for h in dict.fromkeys([*hosts, *OWN_HOSTS])]
+    names = check_new(folder, hosts)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     authority_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     authority, server = (_named(text) for text in ("florilegium authority", hosts[0]))
@@ -51,6 +47,15 @@ def make_certificates(folder: Path, hosts: Sequence[str]) -> Path:
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     write_private(folder / KEY, private)
     return folder / CA
+
+
+def check_new(folder: Path, hosts: Sequence[str]) -> list[x509.GeneralName]:
+    """These names and addresses with the machine's own; raises `DeviceError` for others, or where certificates are."""
+    if (folder / KEY).exists():
+        raise DeviceError(
+            f"{folder} has certificates already: devices that trust them would refuse others; take another folder"
+        )
+    return [_alternative(h) for h in dict.fromkeys([*hosts, *OWN_HOSTS])]
 
 
 def _named(text: str) -> x509.Name:

@@ -51,7 +51,7 @@ def init(
     from client.lm.places import base_hash
     from server.config import ServerConfig
     from simulation.config import validate
-    from simulation.deployment.certificates import make_certificates
+    from simulation.deployment.certificates import check_new
     from simulation.deployment.settings import check_rule
 
     folder = folder.resolve()
@@ -65,11 +65,11 @@ def init(
         terms = validate(Terms, told, "server init")
         check_settings(terms.shared, terms.rounds)
         check_rule(settings, terms)
-        make_certificates(folder, host)
+        check_new(folder, host)
 
-        from simulation.deployment.rounds import make_folder  # and with it torch, now that nothing is left to refuse
+        from simulation.deployment.rounds import make_folder  # and with it torch, now that little is left to refuse
 
-        made = make_folder(folder, terms, settings, least_epsilon)
+        made = make_folder(folder, terms, settings, least_epsilon, host)
     console.print(
         f"{folder}: give terms.toml and ca.pem to the devices' owners, and let in who sends you a node.pub: "
         f"florilegium server admit {folder} NAME node.pub"
@@ -99,15 +99,16 @@ def start(
         terms = read_terms(folder / TERMS)
         check_rule(read_settings(folder), terms)
 
-        from simulation.deployment.rounds import all_done, run_rounds, serving  # and with it torch and flwr
+        from simulation.deployment.rounds import all_done, layout_of, run_rounds, serving  # and with it torch and flwr
 
         if not all_done(folder):
-            with serving(folder, host, port) as link:
+            layout = layout_of(terms)
+            with serving(folder, host, port, layout, console.print) as link:
                 console.print(
                     f"{len(link.nodes)} devices may connect to {host}:{port}; a round begins when {terms.min_devices} "
                     f"are there"
                 )
-                run_rounds(folder, link, console.print)
+                run_rounds(folder, link, layout, console.print)
     console.print(f"all rounds are done: {folder / 'server'}")
 
 

@@ -26,14 +26,14 @@ from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
 from client.phases import release_schema
 from client.shared import release_limits
+from privacy.errors import UserError
 from privacy.noise import ReleaseNoise
-from privacy.release import Schema
 from privacy.seeds import derive_seed
 from server.config import ServerConfig
 from server.intake import Limits, RoundFacts, to_arrays, to_numpy
 from server.optimizers import Moments
 from server.strategy import TOO_FEW, NoReleaseError, ReleaseStrategy
-from simulation.deployment.certificates import CERTIFICATE, KEY, OPERATOR_KEY, TERMS, check_folder
+from simulation.deployment.certificates import CERTIFICATE, KEY, OPERATOR_KEY, TERMS, check_folder, make_certificates
 from simulation.deployment.door import Allowed, fleet_door
 from simulation.deployment.link import Link, LinkGrid
 from simulation.deployment.register import NODES, admitted, welcome
@@ -51,13 +51,19 @@ Tell = Callable[[str], None]
 # -- a server's folder ------------------------------------------------------------------------------------------------
 
 
-def make_folder(folder: Path, terms: Terms, settings: ServerConfig, least_epsilon: float) -> Terms:
-    """The terms with the operator's key and the bound of a release in them, and all that a server needs beside its
-    certificates; raises `DeviceError`, for terms that no device would accept too."""
-    check_for_everyone(_layout(terms), terms.shared, terms.rounds)
-    private = new_key()
+def make_folder(
+    folder: Path, terms: Terms, settings: ServerConfig, least_epsilon: float, hosts: Sequence[str] = ()
+) -> Terms:
+    """The terms with the operator's key and the bound of a release in them, and all that a server at `hosts` needs.
+
+    Raises `DeviceError`, for terms that no device would accept too; then nothing was written.
+    """
+    layout, private = layout_of(terms), new_key()
+    check_for_everyone(layout, terms.shared, terms.rounds)
     told = terms.model_copy(update={"operator": public_half(private)})
-    told = told.model_copy(update={"largest_norm_l2": largest_norm(told, least_epsilon)})
+    told = told.model_copy(update={"largest_norm_l2": largest_norm(told, layout, least_epsilon)})
+    if hosts:
+        make_certificates(folder, hosts)
     write_private(folder / OPERATOR_KEY, private)
     write_terms(folder / TERMS, told)
     write_settings(folder, settings)
@@ -65,13 +71,13 @@ def make_folder(folder: Path, terms: Terms, settings: ServerConfig, least_epsilo
     return told
 
 
-def largest_norm(terms: Terms, epsilon: float) -> float:
+def largest_norm(terms: Terms, layout: AdapterLayout, epsilon: float) -> float:
     """No honest release of a device with this ε or more, and else the settings of a new one, is longer."""
     device = new_config(ModelConfig(name=terms.model)).device
     privacy = device.privacy.model_copy(update={"epsilon": epsilon})
     asked = Federation(terms.name, "", terms.rounds, terms.seed, terms.shared.model_dump(mode="json"))
     settings = asked.settings(device.model_copy(update={"privacy": privacy}))
-    return release_limits(settings, _schema(terms))[0]
+    return release_limits(settings, release_schema(layout, terms.shared.upload))[0]
 
 
 def all_done(folder: Path) -> bool:
@@ -80,11 +86,8 @@ def all_done(folder: Path) -> bool:
     return last is not None and last.round >= read_terms(folder / TERMS).rounds
 
 
-def _schema(terms: Terms) -> Schema:
-    return release_schema(_layout(terms), terms.shared.upload)
-
-
-def _layout(terms: Terms) -> AdapterLayout:
+def layout_of(terms: Terms) -> AdapterLayout:
+    """Of the shared adapter; loads the model, whose layers it is for."""
     lm = LanguageModel.load(ModelConfig(name=terms.model, dtype="float32"))
     return lm.lora_layout(terms.shared.adapter, public_seed=terms.seed)
 
@@ -163,13 +166,11 @@ class OperatorStrategy(ReleaseStrategy):
         return None
 
 
-def strategy_of(folder: Path, link: Link, tell: Tell) -> tuple[OperatorStrategy, ArrayRecord]:
+def strategy_of(folder: Path, link: Link, layout: AdapterLayout, tell: Tell) -> tuple[OperatorStrategy, ArrayRecord]:
     """Where the last process left off: a round that was aggregated is not asked for again."""
     terms, run = read_terms(folder / TERMS), RunFolder(folder)
     settings = read_settings(folder)
     check_rule(settings, terms)
-    lm = LanguageModel.load(ModelConfig(name=terms.model, dtype="float32"))
-    layout = lm.lora_layout(terms.shared.adapter, public_seed=terms.seed)
     last = run.last_shared()
     number = last.round + 1 if last else 1
     strategy = OperatorStrategy(
@@ -191,10 +192,10 @@ def strategy_of(folder: Path, link: Link, tell: Tell) -> tuple[OperatorStrategy,
     return strategy, arrays
 
 
-def run_rounds(folder: Path, link: Link, tell: Tell) -> None:
+def run_rounds(folder: Path, link: Link, layout: AdapterLayout, tell: Tell) -> None:
     """All rounds of the terms that are left; what a round came to is stored before any device gets it."""
     run = RunFolder(folder)
-    strategy, arrays = strategy_of(folder, link, tell)
+    strategy, arrays = strategy_of(folder, link, layout, tell)
 
     def over(number: int, shared: ArrayRecord) -> None:
         run.save_shared(number, to_numpy(shared), strategy.heads, strategy.moments.arrays())
@@ -219,12 +220,11 @@ def came_to(facts: RoundFacts, least: int) -> str:
 
 
 @contextmanager
-def serving(folder: Path, host: str, port: int) -> Iterator[Link]:
+def serving(folder: Path, host: str, port: int, layout: AdapterLayout, tell: Tell) -> Iterator[Link]:
     """The door of this folder's server is open while this lasts, for whoever is admitted. Raises `DeviceError`."""
     check_folder(folder)
     terms = read_terms(folder / TERMS)
-    layout = _layout(terms)
-    check_for_everyone(layout, terms.shared, terms.rounds)  # the file may have been edited
+    _check_terms(folder, terms, layout, tell)
     allowed = Allowed.of(release_schema(layout, terms.shared.upload).size_bytes)
     with _alone(folder), _logged(folder):
         link = Link()
@@ -235,6 +235,19 @@ def serving(folder: Path, host: str, port: int) -> Iterator[Link]:
             fleet_door(link, host, port, folder / CERTIFICATE, folder / KEY, allowed, welcome=welcomed),
         ):
             yield link
+
+
+def _check_terms(folder: Path, terms: Terms, layout: AdapterLayout, tell: Tell) -> None:
+    """Terms that no device takes: edited since they were made, or made by a version that took them.
+
+    Raises `RefusedTermsError` before the first round; who takes part in one that has begun is served to its end.
+    """
+    try:
+        check_for_everyone(layout, terms.shared, terms.rounds)
+    except UserError as error:
+        if not RunFolder(folder).done and RunFolder(folder).aggregate(1) is None:
+            raise
+        tell(f"no device would join for these terms now: {error}")
 
 
 @contextmanager
