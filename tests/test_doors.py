@@ -35,6 +35,8 @@ from client.agent.guests import Rate, by_address
 from client.agent.home import DeviceError
 from client.agent.invitation import JOIN, accept, read_invitation, write_invitation
 from client.agent.terms import Terms, write_terms
+from privacy.errors import UserError
+from simulation.bench.apart import apart
 from simulation.bench.door import measure
 from simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
 from simulation.deployment.door import BOUNDS, HANDLERS, PREFIX, Allowed, fleet_door
@@ -361,6 +363,11 @@ def test_garbage_writes_no_traceback(narrow: Served, capfd: pytest.CaptureFixtur
         old.maximum_version = ssl.TLSVersion.TLSv1_1
         old.wrap_socket(socket.create_connection(("127.0.0.1", narrow.port)), server_hostname="127.0.0.1")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_benchmark_of_what_does_not_begin_is_told_and_does_not_wait() -> None:
+    with pytest.raises(UserError, match="ended before it began, exit code 1"), apart(time.sleep):
+        pass  # a pipe is no number of seconds
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ STATE_AT, UID_AT = 17, 80  # bytes into an answer: its head of 16, then an inet_
 ERROR, REFUSAL = 2, struct.Struct("=i")  # kind of an answer, and what follows its head
 ESTABLISHED = 1
 ANY_COOKIE = b"\xff" * 8
-OWN = ("127.0.0.1", "::/64")  # of ::1
+OWN = "127.0.0.1"
 OTHERS = "other users"  # of this machine, all together: who may make namespaces has many numbers
 
 
@@ -64,7 +64,7 @@ def by_address(address: str, connection: socket.socket) -> str:
 
     From this machine's own address a proxy comes, with everybody.
     """
-    return "" if address in OWN else address
+    return "" if address == OWN else address
 
 
 def by_user(address: str, connection: socket.socket) -> str:
@@ -73,14 +73,15 @@ def by_user(address: str, connection: socket.socket) -> str:
 
 
 def network_of(address: str) -> str:
-    """What one host can have as many of as it likes counts as one address: a /64 of IPv6."""
+    """What one host can have as many of as it likes counts as one address: a /64 of IPv6, 127.0.0.0/8 here."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return address
-    if found.version == 4:
-        return address
-    return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+    found = getattr(found, "ipv4_mapped", None) or found
+    if found.is_loopback:
+        return OWN
+    return str(found if found.version == 4 else ipaddress.ip_network((found, 64), strict=False))
 
 
 def user_of(connection: socket.socket) -> int | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -22,6 +21,7 @@ import numpy as np
 import psutil
 
 from client.terminal import Figures
+from simulation.bench.apart import apart
 from simulation.bench.engine import machine
 
 READS = ("consents", "status", "profile", "sent")  # as the page asks for them, each in its turn
@@ -59,17 +59,8 @@ class Times:
 
 def measure(clients: list[int], seconds: float) -> list[Measured]:
     """So many clients at once for so long, one number of them after the other; at most `DIALOGUES`."""
-    with TemporaryDirectory() as folder:
-        here, there = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=_serve, args=(folder, there), daemon=True)
-        process.start()
-        try:
-            port, token, dialogues = here.recv()
-            watched = psutil.Process(process.pid)
-            return [_measured(number, seconds, port, token, dialogues, watched) for number in clients]
-        finally:
-            process.terminate()
-            process.join()
+    with TemporaryDirectory() as folder, apart(_serve, folder) as ((port, token, dialogues), watched):
+        return [_measured(number, seconds, port, token, dialogues, watched) for number in clients]
 
 
 def _serve(folder: str, there: Connection) -> None:

@@ -7,7 +7,6 @@ of its own; what asks is in this one, and takes its share of the same processors
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import ssl
 import time
 from base64 import b64encode
@@ -28,6 +27,7 @@ from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from rich.table import Table
 
+from simulation.bench.apart import apart
 from simulation.bench.engine import machine
 from simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
 from simulation.deployment.door import PREFIX, Allowed, fleet_door
@@ -57,20 +57,14 @@ def measure(devices: int, seconds: float, port: int) -> Measured:
     pems = {f"device-{k:05d}": public_key_to_bytes(key.public_key()) for k, key in enumerate(keys)}
     with TemporaryDirectory() as folder:
         make_certificates(Path(folder) / "server", [LOOPBACK])
-        here, there = multiprocessing.Pipe()
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=_serve, args=(Path(folder) / "server", pems, port, there), daemon=True)
-        process.start()
-        nodes, watched = here.recv(), psutil.Process(process.pid)
-        before, spent = watched.memory_info().rss, sum(watched.cpu_times()[:2])
-        asks = [_request(key, nodes[name]) for key, name in zip(keys, pems, strict=True)]
-        trust = ssl.create_default_context(cafile=str(Path(folder) / "server" / CA))
-        began = time.perf_counter()
-        times, failed, largest = asyncio.run(_all(asks, seconds, port, trust, watched))
-        took = time.perf_counter() - began
-        cpu = (sum(watched.cpu_times()[:2]) - spent) / took
-        process.terminate()
-        process.join()
+        with apart(_serve, Path(folder) / "server", pems, port) as (nodes, watched):
+            before, spent = watched.memory_info().rss, sum(watched.cpu_times()[:2])
+            asks = [_request(key, nodes[name]) for key, name in zip(keys, pems, strict=True)]
+            trust = ssl.create_default_context(cafile=str(Path(folder) / "server" / CA))
+            began = time.perf_counter()
+            times, failed, largest = asyncio.run(_all(asks, seconds, port, trust, watched))
+            took = time.perf_counter() - began
+            cpu = (sum(watched.cpu_times()[:2]) - spent) / took
     median, p95, most = (float(q) for q in np.quantile(1000 * np.array(times), (0.5, 0.95, 1)))
     return Measured(
         devices, took, len(times) / seconds, median, p95, most, failed, before / 1e6, largest / 1e6, cpu
