@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from client.budget import planned_event
 from client.dialogue import Dialogue
@@ -240,6 +241,27 @@ def test_noise_that_two_releases_share_is_seen_by_hand() -> None:
         assert not found.passed and found.figure > 0.6
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 40])
+def test_what_is_compared_block_by_block_is_compared_with_all(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The greatest of the matrix of all; and the one pair that is alike, wherever it is."""
+    rows = list(np.random.default_rng(0).normal(3, 1, size=(11, 50)))
+    monkeypatch.setattr(checks, "NUMBERS", 50 * at_once)
+    assert checks._greatest_correlation(rows) == pytest.approx(np.abs(np.triu(np.corrcoef(rows), 1)).max())
+    for place in (0, 4, 10):
+        twin = [*rows[:place], 2 - 5 * rows[6], *rows[place:]]
+        assert checks._greatest_correlation(twin) == pytest.approx(1)
+    [unvaried] = checks._alike([*rows, np.full(50, 0.0)], 0.0)  # a release without noise
+    assert not unvaried.passed
+
+
+def test_sizes_spread_the_same_however_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, sizes, found = [60] * 7, [30, 28, 35, 31, 26, 30, 33], []
+    for numbers in (7 * 10_000, 7 * 999, 1):
+        monkeypatch.setattr(checks, "NUMBERS", numbers)
+        found += checks._sizes(counts, sizes, 0.5)
+    assert len(found) == 3 and found[0] == found[1] == found[2]
+
+
 # -- hostile adapters ---------------------------------------------------------------------------------------------
 
 
@@ -250,6 +272,21 @@ def test_no_crafted_adapter_lets_a_dialogue_reach_others_but_in_uneven_passes(
     reached, moved = hostile.reach(lm, CONFIG, seed=0)
     assert reached.passed and reached.control_caught, reached
     assert moved.passed and moved.control_caught and moved.figure > 0.1, moved
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_size"), [("Gemma3TextConfig", 8), ("Qwen3Config", 16), ("LlamaConfig", 10)]
+)  # of 40 numbers in four heads: of a size of their own, below or above 40 / 4, or without one
+def test_a_trap_drowns_one_head_of_any_model(lm: LanguageModel, kind: str, head_size: int) -> None:
+    sizes = {"hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1}
+    own = {"head_dim": head_size} if head_size != 10 else {}
+    config = getattr(transformers, kind)(**sizes, **own, intermediate_size=48, vocab_size=len(lm.tokenizer))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    other = LanguageModel(model, lm.tokenizer, lm.config)
+    layout = other.lora_layout(CONFIG.shared.adapter, public_seed=1)
+    row = hostile.crafted(other, layout, [hostile.SAID] * 4, 0)["trap"]
+    drowned = next(b[0] for name, _, b in layout.split(row[None]) if name.endswith("v_proj"))
+    assert int((drowned != 0).any(1).sum()) == head_size <= len(drowned)
 
 
 def test_a_trap_makes_of_rounding_what_no_other_adapter_does(lm: LanguageModel) -> None:

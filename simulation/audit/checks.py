@@ -37,6 +37,8 @@ GRID = ((0.01, 1.0, 1000, 1e-5), (0.1, 1.0, 100, 1e-5), (0.5, 4.0, 100, 1e-6), (
 Kind = TypeVar("Kind", bound=DeviceConfig)
 BOUND = 2.0 + 1e-4  # clipping norms, when one unit is replaced
 COPIES = 4
+DRAWS = 10_000  # of all samples' sizes, for how far they usually spread
+NUMBERS = 2**22  # that are held at one time, of more
 
 
 @dataclass(frozen=True)
@@ -128,13 +130,34 @@ def _alike(rows: Sequence[np.ndarray], rough: float) -> list[Check]:
     by_width: dict[int, list[np.ndarray]] = {}
     for row in rows:
         by_width.setdefault(len(row), []).append(row)
-    several = {width: np.stack(alike) for width, alike in by_width.items() if len(alike) > 1}
+    several = {width: alike for width, alike in by_width.items() if len(alike) > 1}
     if not several:
         return []
-    most = max(float(np.abs(np.triu(np.corrcoef(stacked), 1)).max()) for stacked in several.values())
-    pairs = sum(math.comb(len(stacked), 2) for stacked in several.values())
+    most = float(np.max([_greatest_correlation(alike) for alike in several.values()]))
+    pairs = sum(math.comb(len(alike), 2) for alike in several.values())
     bound = max(rough, float(stats.norm.isf(1e-4 / pairs)) / math.sqrt(min(several)))
     return [Check("greatest correlation of two releases' noise", most, 0.0, bound, "the same noise", 1.0)]
+
+
+def _greatest_correlation(rows: Sequence[np.ndarray]) -> float:
+    """Of any two rows, of which a bounded number is held twice; nan, which passes nowhere, if one does not vary."""
+    at_once = max(1, NUMBERS // len(rows[0]))
+    most, starts = list[float](), range(0, len(rows), at_once)
+    for first in starts:
+        one = _of_length_1(rows[first : first + at_once])
+        most.append(float(np.abs(np.triu(one @ one.T, 1)).max()))
+        for later in starts[first // at_once + 1 :]:
+            most.append(float(np.abs(one @ _of_length_1(rows[later : later + at_once]).T).max()))
+    return float(np.max(most))
+
+
+def _of_length_1(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """(n, width) without their means."""
+    stacked = np.stack(rows)
+    stacked -= stacked.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        stacked /= np.linalg.norm(stacked, axis=1, keepdims=True)
+    return stacked
 
 
 def _uniform(count: int) -> np.ndarray:
@@ -201,7 +224,9 @@ def _sizes(counts: Sequence[int], sizes: Sequence[int], rate: float) -> list[Che
         of_each: np.ndarray = ((drawn - rate * slots) ** 2 / (rate * (1 - rate) * slots)).mean(axis=-1)
         return of_each
 
-    usual = spread(np.random.Generator(np.random.Philox(key=0)).binomial(slots, rate, size=(10_000, len(slots))))
+    generator, at_once = np.random.Generator(np.random.Philox(key=0)), max(1, NUMBERS // len(slots))
+    shares = [min(at_once, DRAWS - done) for done in range(0, DRAWS, at_once)]
+    usual = np.concatenate([spread(generator.binomial(slots, rate, size=(share, len(slots)))) for share in shares])
     fixed, title = float(spread(np.round(rate * slots))), f"spread of {len(slots):,} samples' sizes"
     low, high = (float(np.quantile(usual, q)) for q in (1e-4, 1 - 1e-4))
     return [Check(title, float(spread(np.array(sizes))), low, high, "one size", fixed)] if fixed < low else []

@@ -85,7 +85,8 @@ def trap(
     alike = [(name, b) for name, b in parts.items() if name.endswith(kind)]
     (_, first), (later, second) = alike[0], alike[-1] if len(alike) == 1 else alike[1]
     of = lm.engine.model.config.get_text_config()
-    one_head = len(first) if kind != "v_proj" else of.hidden_size // of.num_attention_heads  # others would turn it
+    head_size = getattr(of, "head_dim", None) or of.hidden_size // of.num_attention_heads
+    one_head = min(len(first), head_size) if kind == "v_proj" else len(first)  # others would turn it
     direction = torch.nn.functional.normalize(torch.randn(one_head, generator=generator), dim=0)
     first.zero_()
     first[:one_head, 0] = DROWNING * direction / layout.scale
