@@ -30,7 +30,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
-from client.agent.door import Bounds, Door, Guest
+from client.agent.door import Bounds, Door, KindOf
 from client.agent.guests import Rate, by_address
 from client.agent.home import DeviceError
 from client.agent.invitation import JOIN, accept, read_invitation, write_invitation
@@ -105,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def served(folder: Path, allowed: Allowed, bounds: Bounds, guest: Guest = by_address) -> Iterator[Served]:
+def served(folder: Path, allowed: Allowed, bounds: Bounds, kind_of: KindOf = by_address) -> Iterator[Served]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
@@ -114,7 +114,7 @@ def served(folder: Path, allowed: Allowed, bounds: Bounds, guest: Guest = by_add
     link.set_admitted({"alice": alice.pem})
     alice.node = link.nodes["alice"]
     files = folder / CERTIFICATE, folder / KEY
-    with fleet_door(link, "127.0.0.1", port, *files, allowed, bounds, guest=guest) as door:
+    with fleet_door(link, "127.0.0.1", port, *files, allowed, bounds, kind_of=kind_of) as door:
         yield Served(link, door, address, folder, alice, mallory)
 
 

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from client.agent import guests
-from client.agent.door import REMEMBERED, Bounds, Door, open_door, place_of
+from client.agent.door import REMEMBERED, Bounds, Door, open_door, visit_of
 from client.agent.guests import OTHERS, Rate, by_address, by_user, kernel_tells, network_of, user_of
 from client.agent.supernode import OwnersAlone, close_to_others
 
@@ -65,7 +65,7 @@ for number in range(100_000):
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     """Says yes to everybody; who has a key is no guest."""
     if (b"key", b"mine") in scope["headers"]:
-        place_of(scope).shown()
+        visit_of(scope).shown()
     await told(scope, receive, send)
 
 
@@ -80,11 +80,11 @@ async def told(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @contextmanager
-def opened(guest: object, **bounds: float) -> Iterator[tuple[Door, str, int]]:
+def opened(kind_of: object, **bounds: float) -> Iterator[tuple[Door, str, int]]:
     listens = socket.socket()
     listens.bind(("127.0.0.1", 0))
     port = int(listens.getsockname()[1])
-    with open_door(app, listens, Bounds(**bounds), guest=guest) as door:  # type: ignore[arg-type]
+    with open_door(app, listens, Bounds(**bounds), kind_of=kind_of) as door:  # type: ignore[arg-type]
         yield door, f"http://127.0.0.1:{port}/", port
 
 

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import h11
@@ -34,8 +35,8 @@ log = logging.getLogger(__name__)
 READY_S = 30.0
 RECORD_BYTES = 2**14
 REMEMBERED = 4096  # kinds of guests whose arrivals are counted
-PLACE = "place"  # of a connection, in the state of its requests
-Guest = Callable[[str, socket.socket], str]  # an address, a connection → kind of guest
+VISIT = "visit"  # in the state of the requests of a connection
+KindOf = Callable[[str, socket.socket], str]  # an address, a connection → kind of guest
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,15 @@ def open_door(
     *,
     secured: ssl.SSLContext | None = None,
     headers: Mapping[str, str] | None = None,
-    guest: Guest = nobody,
+    kind_of: KindOf = nobody,
 ) -> Iterator[Door]:
     """Serves while this lasts, in a thread; each answer has these headers. Raises `DeviceError`.
 
-    `guest` says of an arrival with which others it is counted until `Place.shown`, or nothing.
+    `kind_of` says of an arrival with which others it is counted until `Visit.shown`, or nothing.
     """
     raise_descriptors()
     kernel_tells()  # found out while there are descriptors for it
-    door = Door(app, bounds, secured, headers or {}, guest)
+    door = Door(app, bounds, secured, headers or {}, kind_of)
     thread = threading.Thread(target=door.run, args=([listening],), daemon=True)
     thread.start()
     until = time.monotonic() + READY_S
@@ -99,7 +100,7 @@ class Door(uvicorn.Server):
     """uvicorn, with the bounds of a door in front of it."""
 
     def __init__(
-        self, app: ASGIApp, bounds: Bounds, secured: ssl.SSLContext | None, headers: Mapping[str, str], guest: Guest
+        self, app: ASGIApp, bounds: Bounds, secured: ssl.SSLContext | None, headers: Mapping[str, str], kind_of: KindOf
     ) -> None:
         config = uvicorn.Config(
             Quiet(app), http=Bounded, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="critical",
@@ -108,7 +109,7 @@ class Door(uvicorn.Server):
             timeout_graceful_shutdown=int(bounds.stop_s),
         )  # fmt: skip
         super().__init__(config)
-        self.bounds, self.secured, self.guest = bounds, secured, guest
+        self.bounds, self.secured, self.kind_of = bounds, secured, kind_of
         if secured is not None:  # asyncio keeps 256 KiB ready for each connection; a record of TLS has 16 at most
             asyncio.sslproto.SSLProtocol.max_size = RECORD_BYTES
         self.inside, self.guests = Counter[str](), Counter[str]()  # address, kind of guest → connections
@@ -121,17 +122,30 @@ class Door(uvicorn.Server):
         ]
         self.started = True
 
-    def admit(self, address: str, connection: socket.socket) -> Place | None:
+    def admit(self, address: str, connection: socket.socket) -> Visit | None:
         """Counts a connection in, if there is room for it."""
         if self.inside.total() >= self.bounds.connections or self.inside[address] >= self.bounds.of_an_address:
             return None
-        guest = self.guest(address, connection)
-        if guest and (self.guests[guest] >= self.bounds.guests or not self._rate(guest).take(1, time.monotonic())):
+        kind = self.kind_of(address, connection)
+        if kind and (self.guests[kind] >= self.bounds.guests or not self._rate(kind).take(1, time.monotonic())):
             return None
         self.inside[address] += 1
-        if guest:
-            self.guests[guest] += 1
-        return Place(self, address, guest)
+        if kind:
+            self.guests[kind] += 1
+        return Visit(self, address, kind)
+
+    def shown(self, visit: Visit) -> None:
+        """It may ask: it is no guest any more, and its arrival was none's."""
+        if visit.kind:
+            self._rate(visit.kind).give(1)
+            _take_from(self.guests, visit.kind)
+            visit.kind = ""
+
+    def leave(self, visit: Visit) -> None:
+        """It is over."""
+        if visit.kind:
+            _take_from(self.guests, visit.kind)
+        _take_from(self.inside, visit.address)
 
     def _rate(self, guest: str) -> Rate:
         if guest not in self._rates:
@@ -142,35 +156,31 @@ class Door(uvicorn.Server):
 
 
 @dataclass
-class Place:
-    """A connection's, from its arrival to its end."""
+class Visit:
+    """A connection, from its arrival to its end."""
 
     door: Door
     address: str
-    guest: str  # the others with which it is counted; empty once it is no guest
+    kind: str  # of guest: the others with which it is counted; empty once it is none
 
     def shown(self) -> None:
-        """It may ask: it is no guest any more, and its arrival was none's."""
-        if self.guest:
-            self.door._rate(self.guest).give(1)
-            self._take_from(self.door.guests, self.guest)
-            self.guest = ""
-
-    def leave(self) -> None:
-        if self.guest:
-            self._take_from(self.door.guests, self.guest)
-        self._take_from(self.door.inside, self.address)
-
-    def _take_from(self, counted: Counter[str], name: str) -> None:
-        counted[name] -= 1
-        if not counted[name]:
-            del counted[name]
+        """It may ask."""
+        self.door.shown(self)
 
 
-def place_of(scope: Scope) -> Place:
-    """Of the connection that a request came over."""
-    found: Place = scope["state"][PLACE]
+def _take_from(counted: Counter[str], name: str) -> None:
+    counted[name] -= 1
+    if not counted[name]:
+        del counted[name]
+
+
+def visit_of(scope: Scope) -> Visit:
+    """The connection that a request came over."""
+    found: Visit = scope["state"][VISIT]
     return found
+
+
+place_of = visit_of
 
 
 class Entrance(asyncio.Protocol):
@@ -184,15 +194,15 @@ class Entrance(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         address = network_of(str(peer[0])) if isinstance(peer, tuple) else ""
         try:
-            place = self.door.admit(address, transport.get_extra_info("socket"))
+            visit = self.door.admit(address, transport.get_extra_info("socket"))
         except Exception as error:  # noqa: BLE001  # left to the loop, it would stay open without any bound
             log.error("an arrival could not be judged: %s", type(error).__name__)
-            place = None
-        if place is None:
+            visit = None
+        if visit is None:
             transport.abort()
             return
-        inside = Bounded(self.door.config, self.door.server_state, {PLACE: place})
-        inside.bounds, inside.let_go = self.door.bounds, place.leave
+        inside = Bounded(self.door.config, self.door.server_state, {VISIT: visit})
+        inside.bounds, inside.let_go = self.door.bounds, partial(self.door.leave, visit)
         if self.door.secured is None:
             transport.set_protocol(inside)
             inside.connection_made(transport)
@@ -283,7 +293,7 @@ class Quiet:
 
         async def noting(message: Message) -> None:
             nonlocal begun
-            if not begun and place_of(scope).guest:
+            if not begun and visit_of(scope).kind:
                 message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             begun = True
             await send(message)

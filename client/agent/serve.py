@@ -64,7 +64,7 @@ def showing(agent: Agent, port: int) -> Iterator[str]:
         ) from None
     port = listens.getsockname()[1]
     address = f"http://127.0.0.1:{port}/"
-    with open_door(page_application(agent, port), listens, PAGES, headers=HEADERS, guest=by_user):
+    with open_door(page_application(agent, port), listens, PAGES, headers=HEADERS, kind_of=by_user):
         agent.page_address = f"{address}#token={agent.page_token}"
         yield address
     agent.page_address = ""

@@ -14,7 +14,7 @@ from privacy.plan import RoundPlan
 if TYPE_CHECKING:
     from client.phases import Site
 
-Place = tuple[str, int, int]  # a device, a round, a step
+Step = tuple[str, int, int]  # of a device, in a round
 
 
 class Recorded(Coins):
@@ -22,7 +22,7 @@ class Recorded(Coins):
 
     def __init__(self) -> None:
         self.secrets: dict[str, int] = {}  # by device
-        self.samples: dict[Place, tuple[int, list[int]]] = {}  # of so many slots, those that were drawn
+        self.samples: dict[Step, tuple[int, list[int]]] = {}  # of so many slots, those that were drawn
         self.noise_keys: dict[tuple[str, int], int] = {}  # by device and round
 
     def secret(self, device: str, site: Site) -> int:
@@ -39,15 +39,15 @@ class Recorded(Coins):
         return drawn
 
     def noise_key(self, state: DeviceState, plan: RoundPlan, site: Site) -> int:
-        place = state.id, plan.round
-        if place not in self.noise_keys:
-            self.noise_keys[place] = super().noise_key(state, plan, site)
-        return self.noise_keys[place]
+        known = state.id, plan.round
+        if known not in self.noise_keys:
+            self.noise_keys[known] = super().noise_key(state, plan, site)
+        return self.noise_keys[known]
 
     @property
-    def drawn(self) -> dict[Place, np.ndarray]:
+    def drawn(self) -> dict[Step, np.ndarray]:
         """(n,) of each step: whether each slot was drawn."""
-        return {place: np.isin(np.arange(count), drawn) for place, (count, drawn) in self.samples.items()}
+        return {step: np.isin(np.arange(count), drawn) for step, (count, drawn) in self.samples.items()}
 
     def pairs(self, axis: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of neighbours in device (0), round (1) or step (2) that share all else, each step in one pair at most.
@@ -55,9 +55,9 @@ class Recorded(Coins):
         Where one has more slots than the other, as many as both have.
         """
         drawn = self.drawn
-        lines: dict[tuple[object, ...], list[Place]] = {}
-        for place in sorted(drawn):
-            lines.setdefault((*place[:axis], *place[axis + 1 :]), []).append(place)
+        lines: dict[tuple[object, ...], list[Step]] = {}
+        for step in sorted(drawn):
+            lines.setdefault((*step[:axis], *step[axis + 1 :]), []).append(step)
         found = [pair for line in lines.values() for pair in list(pairwise(line))[::2]]
         sizes = [min(len(drawn[a]), len(drawn[b])) for a, b in found]
         return [(drawn[a][:n], drawn[b][:n]) for (a, b), n in zip(found, sizes, strict=True) if n]

@@ -36,7 +36,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from client.agent.door import Bounds, Door, Guest, open_door, place_of
+from client.agent.door import Bounds, Door, KindOf, open_door, visit_of
 from client.agent.guests import Rate, by_address
 from client.agent.home import DeviceError
 from client.agent.invitation import JOIN
@@ -119,7 +119,7 @@ class FleetDoor:
         if not name and path != PREFIX + ACTIVATE:
             raise TurnedAwayError(401, "this key is not admitted")
         if name:
-            place_of(request.scope).shown()
+            visit_of(request.scope).shown()
         body = await self._body(request, name)
         return await run_in_threadpool(self._handled, path, handler, body, name, key)
 
@@ -218,7 +218,7 @@ def fleet_door(
     allowed: Allowed,
     bounds: Bounds = BOUNDS,
     welcome: Welcome = lambda device, secret, key: False,
-    guest: Guest = by_address,
+    kind_of: KindOf = by_address,
 ) -> Iterator[Door]:
     """Open on this address while this lasts; `welcome` says of whoever shows an invitation whether it is one.
 
@@ -227,7 +227,7 @@ def fleet_door(
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
     app, listens = FleetDoor(link, allowed, welcome), _listening(host, port)
-    with open_door(app, listens, bounds, secured=context, guest=guest) as door:
+    with open_door(app, listens, bounds, secured=context, kind_of=kind_of) as door:
         yield door
 
 
