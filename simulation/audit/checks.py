@@ -108,11 +108,10 @@ def noise(config: ExperimentConfig, seen: Federated) -> list[Check]:
     every = np.concatenate([d.ravel() for d in drawn])
     off = max(0.005 if config.shared.steps_per_round == 1 or not config.privacy.by_dialogue else 0.05,
               4 / math.sqrt(2 * len(every)))  # fmt: skip
-    weak = every / 3.3
     title = f"deviation of {len(every):,} numbers of noise by the announced one"
     normal, uniform = (float(stats.kstest(x, "norm").pvalue) for x in (every / every.std(), _uniform(len(every))))
     found = [
-        Check(title, float(every.std()), 1 - off, 1 + off, "σ / 3.3", float(weak.std())),
+        Check(title, float(every.std()), 1 - off, 1 + off, "σ / 3.3", float(every.std()) / 3.3),
         Check("p of the noise being normal", normal, 1e-3, 1.0, "uniform noise", uniform),
     ]
     by_round = [float(d.std()) for d in drawn]
