@@ -178,7 +178,7 @@ class Ledger:
         noise is drawn anew each time a round is never granted again: what was paid for and not sent is lost. Rounds may
         come in any order, or a question for the last one would use all others up.
         """
-        with self._lock, self._connected() as connection:
+        with self._connected() as connection, self._lock:  # in this order: a thread may have the file's turn already
             connection.execute("BEGIN IMMEDIATE")
             asked = Counter(r.device for r in requests)
             judged = [
@@ -202,7 +202,7 @@ class Ledger:
 
     def accounts(self, devices: Sequence[tuple[str, str]]) -> list[Account | None]:
         """Those of many devices with their secrets, read at once."""
-        with self._lock, self._connected() as connection:
+        with self._connected() as connection, self._lock:  # in this order: a thread may have the file's turn already
             found = [self._read(device, genesis, connection) for device, genesis in devices]
             self._forget()
         return found

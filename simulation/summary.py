@@ -88,7 +88,7 @@ def summarize(events: Iterable[Event]) -> Summary:
         "refused": dict(sum((Counter(e["refused"]) for e in rounds), Counter())),
         "epsilon": devices.epsilon,
         "epsilon_of_mean": seen.epsilon if (seen := bystander(start, rounds)) else None,
-        "least_releases": seen.releases if seen else None,
+        "fewest_releases": seen.releases if seen else None,
         "delta": start["privacy"]["delta"],
         "noise_multiplier": start["privacy"]["noise_multiplier"],
         "privacy_mode": start["privacy"]["mode"],
@@ -188,7 +188,7 @@ def render_summary(summary: Summary) -> RenderableType:
 def _towards_others(summary: Summary) -> str:
     if summary["epsilon_of_mean"] is None:
         return ""
-    return f" towards the server; {Bystander(summary['epsilon_of_mean'], summary['least_releases']).told}"
+    return f" towards the server; {Bystander(summary['epsilon_of_mean'], summary['fewest_releases']).told}"
 
 
 def _failures(summary: Summary) -> str:

@@ -819,12 +819,12 @@ def question(agent: Agent, number: int, row: torch.Tensor) -> Message:
 def test_an_answer_leaves_at_the_pace_and_its_envelope_tells_no_time(joined: tuple[Agent, torch.Tensor]) -> None:
     agent, row = joined
     pace, waits = agent.pace(), list[float]()
-    assert pace >= LEAST_S and math.log2(pace).is_integer() and agent.pace(pace) == pace == reopened(agent).pace()
+    assert pace >= LEAST_S and math.log2(pace).is_integer() and agent.status()["pace"] == pace == reopened(agent).pace()
     asked = question(agent, 1, row)
     began = time.monotonic()
     reply = answered(asked, agent, waits.append)
     spent = time.monotonic() - began
-    assert len(waits) == 1 and 0 <= agent.pace() - waits[0] <= spent  # the rest of the pace
+    assert len(waits) == 1 and 0 <= doubled(pace, spent) - waits[0] <= spent  # the rest of it
     assert reply.metadata.created_at == asked.metadata.created_at and reply.metadata.ttl == asked.metadata.ttl
     began = time.monotonic()
     assert answered(question(agent, 2, row), agent).has_content()
@@ -834,15 +834,58 @@ def test_an_answer_leaves_at_the_pace_and_its_envelope_tells_no_time(joined: tup
     assert again.config_records["header"]["error"] == "no-device"  # withdrawn while it waited
 
 
-def test_a_pace_that_was_too_short_is_doubled_for_good(joined: tuple[Agent, torch.Tensor]) -> None:
-    agent, _ = joined
+def test_a_pace_that_was_too_short_for_the_work_is_doubled_for_good(
+    joined: tuple[Agent, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for the owner is not work; a phase that fails is answered no sooner."""
+    agent, row = joined
     assert [doubled(0.25, s) for s in (0.0, 0.25, 0.26, 0.5, 1.1)] == [0.25, 0.25, 0.5, 0.5, 2.0]
-    pace = agent.pace()
-    assert agent.pace(3 * pace) == 4 * pace == agent.pace() == reopened(agent).pace()
+    pace, waits = agent.pace(), list[float]()
+    with monkeypatch.context() as patch:
+        patch.setattr(Agent, "_released", lambda *_: 1 / 0)
+        reply = answered(question(agent, 1, row), agent, waits.append).content
+    assert reply.config_records["header"]["error"] == "failed" and waits[0] > 0
+    holding, done = Event(), Event()
+
+    def talk() -> None:
+        with agent._busy:
+            holding.set()
+            done.wait(1.5 * pace)
+
+    thread = Thread(target=talk)
+    thread.start()
+    holding.wait()
+    answered(question(agent, 1, row), agent, waits.append)
+    thread.join()
+    assert waits[1] > 0 and agent.pace() == pace
+    agent._keep_pace(3 * pace)
+    assert 4 * pace == agent.pace() == reopened(agent).pace()
     agent.leave()
     assert agent.pace() == 0
     agent.join(TERMS, SERVER)
     assert agent.pace() < 4 * pace  # of other terms, anew
+
+
+def test_looking_and_paying_at_once_wait_for_each_other(joined: tuple[Agent, torch.Tensor]) -> None:
+    """A thread with the vault's turn asks the ledger while another one pays."""
+    agent, _ = joined
+    state = agent._state()
+
+    def look() -> None:
+        for _ in range(20):
+            with agent.journal.open():
+                agent.ledger.account(state.id, state.genesis)
+
+    def pay() -> None:
+        for _ in range(20):
+            agent.ledger.accounts([(state.id, state.genesis)])
+
+    threads = [Thread(target=work, daemon=True) for work in (look, pay)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.slow

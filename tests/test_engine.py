@@ -421,6 +421,7 @@ print(repr(float(train().double().sum())), engine.allowance.tokens)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited by setrlimit")
+@pytest.mark.slow
 def test_out_of_memory_goes_on_with_smaller_passes_and_says_so_once() -> None:
     def run(tokens: int, mebibytes: int) -> tuple[float, int, str]:
         done = subprocess.run(

@@ -263,6 +263,7 @@ def test_a_stream_is_lived_through(lm: LanguageModel, people: list[User], arm: s
     np.testing.assert_allclose(again.nll[0], found.nll[1], atol=1e-3)  # alone as in company
 
 
+@pytest.mark.slow
 def test_learning_from_a_stream_helps_later_in_it(lm: LanguageModel, people: list[User]) -> None:
     streams = {f"d{k}": user.stream[:24] for k, user in enumerate(people)}
     asked = UserConfig(accepts=1, slips=0, corrects=1)

@@ -217,3 +217,32 @@ def test_a_pass_that_changes_a_bit_of_what_an_example_has_alone_is_noticed(
 
     monkeypatch.setattr(lm.engine, "_own_gradients", coarser)
     assert not lm.engine.rows_apart(layout, 32, 2)
+
+
+def test_targets_that_change_with_their_place_go_through_the_head_alone(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen, layout = lm.engine._token_losses, set[int](), lm.lora_layout(DEFAULT)
+    assert lm.engine.targets_apart()
+
+    def by_place(hidden: torch.Tensor, targets: torch.Tensor, piece: int = 0) -> torch.Tensor:
+        seen.add(piece)
+        return whole(hidden, targets, piece) * (1 + 1e-6 * torch.arange(len(hidden)) * (piece > 1))
+
+    monkeypatch.setattr(lm.engine, "_apart", {})
+    monkeypatch.setattr(lm.engine, "_token_losses", by_place)
+    assert not lm.engine.targets_apart()
+    seen.clear()
+    gradients(lm, layout, honest(lm, layout), POOL[:2])
+    assert seen == {32, 1}  # tried, and left
+
+
+def test_another_layout_of_as_many_numbers_is_tried_for_itself(lm: LanguageModel) -> None:
+    one, other = (
+        lm.lora_layout(AdapterConfig(rank=r, factors="b", targets=t))
+        for r, t in ((8, ("v_proj",)), (4, ("v_proj", "k_proj")))
+    )
+    assert one.width == other.width
+    for layout in (one, other):
+        gradients(lm, layout, honest(lm, layout), POOL)
+    assert {kind[0] for kind in lm.engine._apart if len(kind) > 1} >= {one, other}

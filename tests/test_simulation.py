@@ -110,7 +110,7 @@ def test_the_summary_has_what_programs_rely_on(finished: Path) -> None:
             assert set(figures) == {"mean_per_user", "mean_per_query", "ci95"}
             assert figures["ci95"][0] <= figures["mean_per_user"] <= figures["ci95"][1]
     assert 7.9 < summary["epsilon"] <= 8.0 and summary["delta"] == 1e-5
-    assert 0 < summary["epsilon_of_mean"] < summary["epsilon"] and summary["least_releases"] == 3
+    assert 0 < summary["epsilon_of_mean"] < summary["epsilon"] and summary["fewest_releases"] == 3
     assert summary["privacy_unit"] == "one dialogue (a prompt and its reply)"
     assert summary["upload_bytes_per_release"] == 4 * 4 * 192 * 4  # float32, layers, outputs, rank
     assert summary["download_bytes_per_round"] == 2 * summary["upload_bytes_per_release"]

@@ -133,6 +133,7 @@ def test_a_flower_bundle_is_small_and_holds_no_weights(tmp_path: Path) -> None:
     assert not [name for name in names if name.endswith(".safetensors")]
 
 
+@pytest.mark.slow
 def test_a_board_needs_nothing_that_only_a_simulation_needs() -> None:
     """The agent, its page and its courier load without the packages of the extra [simulation]."""
     probe = """

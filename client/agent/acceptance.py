@@ -98,7 +98,10 @@ def check_work(layout: AdapterLayout, config: DeviceConfig) -> None:
 
 
 def check_for_everyone(layout: AdapterLayout, shared: SharedConfig, rounds: int) -> None:
-    """Raises `RefusedTermsError` for what no device takes, whatever its owner's settings."""
+    """Raises `RefusedTermsError` for work that no device takes on, whatever its mode.
+
+    Not covered: what depends on an owner's ε and δ, as `check_promise` does.
+    """
     check_settings(shared, rounds)
     refused = list[UserError]()
     for mode in ANSWERING:
@@ -106,7 +109,7 @@ def check_for_everyone(layout: AdapterLayout, shared: SharedConfig, rounds: int)
             config = DeviceConfig(shared=shared, rounds=rounds, privacy=PrivacyConfig(mode=mode))
             check_work(layout, config)
             if shared.source == "pool" and not shared.pool_capacity:
-                planned_event(config)
+                raise RefusedTermsError("the terms want shared.pool_capacity = 0, which leaves nothing to train on")
         except (UserError, ValidationError) as error:
             refused.append(error if isinstance(error, UserError) else RefusedTermsError(str(error)))
     if len(refused) == len(ANSWERING):

@@ -548,58 +548,68 @@ class Agent:
     def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
         """The release of a round, stored before it is handed out; None where consent, budget or order forbid one."""
         with self._busy:
-            federation = self.federation
-            if federation is None or not self.federating or not 1 <= plan.round <= federation.rounds:
-                return [None]
-            state, site, answered = self._state(), self._site_in(federation), self.journal.fact("answered rounds", {})
-            rounds = answered.get(federation.name, [])  # in any order: none of them ends another
-            if plan.round in rounds:
-                return [resend(state, received, plan, site) if plan.round == rounds[-1] else None]
-            before = self._gathered(self._with_spent_head(state), site)
-            (state,), (release,), (page,) = contribute([before], [[]], received, plan, site)
-            if release is None and not self._has_paid(state, federation.name, plan.round):
-                return self._unanswered(replace(state, sent=before.sent, asked=before.asked), plan, page)
-            if state.head:
-                replace_file(self.home.spent, state.head)
-            if not self.federating:  # any more
-                return [None]
-            size = site.upload_bytes(state.id, plan) if release else 0
-            told = Sent(
-                time.time(), federation.name, plan.round, "release" if release else page.get("refusal", "no-release"),
-                size, page.get("epsilon"),
-            )  # fmt: skip
-
-            def also(connection: Any) -> None:
-                write_fact(connection, "answered rounds", {**answered, federation.name: [*rounds, plan.round]})
-                write_sent(connection, told)
-
-            self._save(state, also)
-            self._retire(state)
+            began = time.monotonic()
+            release = self._released(received, plan)
+            self._keep_pace(time.monotonic() - began)
             return [release]
 
-    def pace(self, spent: float = 0.0) -> float:
-        """Seconds after a question at which its answer leaves, if the work for it took so many; 0 without a server.
+    def _released(self, received: torch.Tensor, plan: RoundPlan) -> Release | None:
+        federation = self.federation
+        if federation is None or not self.federating or not 1 <= plan.round <= federation.rounds:
+            return None
+        state, site, answered = self._state(), self._site_in(federation), self.journal.fact("answered rounds", {})
+        rounds = answered.get(federation.name, [])  # in any order: none of them ends another
+        if plan.round in rounds:
+            return resend(state, received, plan, site) if plan.round == rounds[-1] else None
+        before = self._gathered(self._with_spent_head(state), site)
+        (state,), (release,), (page,) = contribute([before], [[]], received, plan, site)
+        if release is None and not self._has_paid(state, federation.name, plan.round):
+            self._note_unanswered(replace(state, sent=before.sent, asked=before.asked), plan, page)
+            return None
+        if state.head:
+            replace_file(self.home.spent, state.head)
+        if not self.federating:  # any more
+            return None
+        size = site.upload_bytes(state.id, plan) if release else 0
+        told = Sent(
+            time.time(), federation.name, plan.round, "release" if release else page.get("refusal", "no-release"),
+            size, page.get("epsilon"),
+        )  # fmt: skip
 
-        It is rehearsed once for a federation's terms, and doubled from then on where work took longer.
-        """
-        with self._busy:
-            if not self.federating:
-                return 0.0
-            known = self.journal.fact("pace", 0.0)
-            now = doubled(known or rehearsed(self.site), spent)
-            if now != known:
-                self.journal.set_fact("pace", now)
-            return now
+        def also(connection: Any) -> None:
+            write_fact(connection, "answered rounds", {**answered, federation.name: [*rounds, plan.round]})
+            write_sent(connection, told)
+
+        self._save(state, also)
+        self._retire(state)
+        return release
+
+    def pace(self) -> float:
+        """Seconds after a question at which its answer leaves; 0 without a server. Rehearsed once for a federation."""
+        if not self.federating:
+            return 0.0
+        known: float = self.journal.fact("pace", 0.0)
+        if not known:
+            with self._busy:
+                known = rehearsed(self.site)
+                self.journal.set_fact("pace", known)
+        return known
+
+    def _keep_pace(self, worked: float) -> None:
+        """Doubles it for good where the work alone, without waiting for the owner, took longer."""
+        known = self.journal.fact("pace", 0.0)
+        if known and doubled(known, worked) != known:
+            self.journal.set_fact("pace", doubled(known, worked))
 
     def _has_paid(self, state: DeviceState, federation: str, number: int) -> bool:
         account = self.ledger.account(state.id, state.genesis)
         return account is not None and any((e.experiment, e.round) == (federation, number) for e in account.entries)
 
-    def _unanswered(self, state: DeviceState, plan: RoundPlan, page: dict[str, Any]) -> list[Release | None]:
+    def _note_unanswered(self, state: DeviceState, plan: RoundPlan, page: dict[str, Any]) -> None:
         """A question that the ledger refuses, by a wrong head say: noted once, and the round may be asked for again."""
         federation = self.federation
         if federation is None:
-            return [None]
+            return
         told = Sent(time.time(), federation.name, plan.round, page.get("refusal", "no-release"), 0, page.get("epsilon"))
         known = {(s.federation, s.round, s.kind) for s in self.journal.sent()}
 
@@ -608,7 +618,6 @@ class Agent:
                 write_sent(connection, told)
 
         self._save(state, also)
-        return [None]
 
     def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
         """Keeps the aggregated adapter for the next learning, whatever its version: one too high would end others."""
@@ -662,6 +671,7 @@ class Agent:
             "unprotected": unprotected(privacy),
             "releases": len(self.releases),
             "turned away": dict(self.turned_away),
+            "pace": self.journal.fact("pace", 0.0),
             "epsilon": self.epsilon(),
             "epsilon_budget": privacy.epsilon,
             "delta": privacy.delta,

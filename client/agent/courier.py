@@ -44,6 +44,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from client.agent.agent import Agent
 from client.agent.home import DeviceError, write_private
+from client.agent.pace import doubled
 from client.agent.seal import is_sealed
 from client.app import answer, refusal
 from client.records import on_a_wire
@@ -70,15 +71,16 @@ def answered(message: Message, agent: Agent, wait: Callable[[float], object] = t
 
     No exception leaves: its text would go to the server.
     """
+    began = time.monotonic()
     try:
         if why := _objection(message, agent):
             log.warning("%s", why)
             return refusal(BAD_MESSAGE).to(message)
-        pace, began = agent.pace(), time.monotonic()
+        pace = agent.pace()
         reply = _answered(message, agent)
-        if message.metadata.message_type == MessageType.TRAIN:
-            spent = time.monotonic() - began
-            wait(max(0.0, pace - spent, agent.pace(spent) - spent))
+        if pace and message.metadata.message_type == MessageType.TRAIN:
+            due = doubled(pace, time.monotonic() - began)
+            wait(max(0.0, began + due - time.monotonic()))
         # Its owner may have ended it meanwhile.
         return reply if agent.federating else refusal(NO_DEVICE).to(message)
     except Exception as error:  # noqa: BLE001  # its text would go to the server

@@ -3,8 +3,9 @@
 The seconds of a private phase follow the coins, the texts, and how much had arrived: whoever measures them learns of
 what was drawn, and a dialogue that is known to be drawn is hidden by less noise. So an answer leaves a fixed time
 after its question, the pace: as long as a round takes in which every text is as long as it may be. An answer that was
-not ready by then, as the machine was busy or much had arrived, leaves after twice the pace, or four times, and that is
-the pace from then on: what is told in all is in which rounds the pace was doubled.
+not ready by then, as the machine was busy, its owner was talking or much had arrived, leaves after twice the pace, or
+four times. Where the work alone took longer, that is the pace from then on. What is told in all is in which rounds it
+took so many times as long.
 """
 
 from __future__ import annotations

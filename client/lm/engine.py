@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -77,7 +78,7 @@ class Engine:
         self.reading = attention.attend_packed(model)
         self.allowance = Allowance(max_batch_tokens or TOKENS.get((self.device.type, self.dtype), 2048))
         self.most_tokens = self.allowance.tokens  # as set: what is left of them when memory was short says something
-        self._apart: dict[tuple[str, int, int, int, int], bool] = {}  # by layout, width, rows and threads
+        self._apart: dict[tuple[object, ...], bool] = {}  # whether rows of a kind of pass do not reach each other
         self._check(expected)
 
     def pack(self, examples: Sequence[Example], slots: Sequence[int]) -> Pack:
@@ -225,24 +226,25 @@ class Engine:
             by_width.setdefault(own_width(example.length), []).append(i)
         for width, some in sorted(by_width.items(), reverse=True):
             while some:
-                rows = self._rows_for(trained.layout, width, len(some))
+                rows = self._rows_for(trained.layout, frozen, width, len(some))
                 group, some = some[:rows], some[rows:]
                 yield group, *differentiate(group, rows)
 
-    def _rows_for(self, layout: Layout, width: int, examples: int) -> int:
+    def _rows_for(self, layout: Layout, frozen: Sequence[Adapters], width: int, examples: int) -> int:
         """In a pass of so many rows each example has the gradient that it has alone."""
         rows = own_rows(examples, min(OWN_TOKENS, self.most_tokens) // width)
-        while rows > 1 and not self._keeps_apart(layout, width, rows):
+        kind = layout, tuple(a.layout for a in frozen), width, torch.get_num_threads()
+        while rows > 1 and not self._tried((*kind, rows), partial(self.rows_apart, layout, width, rows, frozen)):
             rows //= 2
         return rows
 
-    def _keeps_apart(self, layout: Layout, width: int, rows: int) -> bool:
-        kind = type(layout).__name__, layout.width, width, rows, torch.get_num_threads()
+    def _tried(self, kind: tuple[object, ...], attempt: Callable[[], bool]) -> bool:
+        """Whether kernels keep rows apart in passes of this kind: tried once."""
         if kind not in self._apart:
-            self._apart[kind] = self.rows_apart(layout, width, rows)
+            self._apart[kind] = attempt()
         return self._apart[kind]
 
-    def rows_apart(self, layout: Layout, width: int, rows: int) -> bool:
+    def rows_apart(self, layout: Layout, width: int, rows: int, frozen: Sequence[Adapters] = ()) -> bool:
         """Whether an example's gradient is, to the bit, what it is alone: at each end and in the middle of a pass."""
         generator, vocabulary = torch.Generator().manual_seed(width), self.embedding.weight.shape[0]
         ids = torch.randint(vocabulary, (rows, width), generator=generator).tolist()
@@ -252,10 +254,25 @@ class Engine:
         places = sorted({0, 1, rows // 2, rows - 1} & set(range(rows)))
         for place in places:
             examples[place], numbers[place] = examples[0], numbers[0]
-        adapters = Adapters(layout, numbers.to(self.device))
-        alone, _ = self._own_gradients(adapters.pick([0]), [], examples[:1], [1.0], 1)
-        together, _ = self._own_gradients(adapters, [], examples, [1.0] * rows, rows)
+        adapters, beneath = Adapters(layout, numbers.to(self.device)), [a.pick([0]) for a in frozen]
+        alone, _ = self._own_gradients(adapters.pick([0]), beneath, examples[:1], [1.0], 1)
+        beneath = [Adapters(a.layout, a.rows.expand(rows, -1)) for a in beneath]
+        together, _ = self._own_gradients(adapters, beneath, examples, [1.0] * rows, rows)
         return all(torch.equal(together[place], alone[0]) for place in places)
+
+    def targets_apart(self) -> bool:
+        """Whether a target's loss and its derivative are the same to the bit at each place of a piece for the head."""
+        generator, (vocabulary, size) = torch.Generator().manual_seed(0), self.head.weight.shape
+        hidden = torch.randn(OWN_PIECE, size, generator=generator).to(self.device, self.dtype)
+        targets = torch.randint(vocabulary, (OWN_PIECE,), generator=generator).to(self.device)
+
+        def through(places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = hidden[places].requires_grad_(True)
+            losses = self._token_losses(rows, targets[places], OWN_PIECE)
+            return losses.detach(), torch.autograd.grad(losses.sum(), rows)[0]
+
+        mixed, alike = through(list(range(OWN_PIECE))), through([0] * OWN_PIECE)
+        return all(bool((of_all == first[0]).all()) for first, of_all in zip(mixed, alike, strict=True))
 
     def _own_gradients(
         self,
@@ -267,12 +284,13 @@ class Engine:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients (n, P) and summed token losses (n,) of n examples of one width, each with a row of its own."""
         pack, count = OwnPack(examples, rows, self.device), len(examples)
+        piece = OWN_PIECE if self._tried((torch.get_num_threads(),), self.targets_apart) else 1
         parameters = _filled(adapters, rows).rows.detach().clone().requires_grad_(True)
         weight = torch.tensor(weights, device=self.device)
         active = [*(_filled(a, rows) for a in frozen), Adapters(adapters.layout, parameters)]
         with torch.enable_grad(), self.active(active, pack.owned, pack.texts):
             hidden = self._forward(pack.ids, pack.positions)[pack.places]  # (M, H)
-            losses = pack.summed(self._token_losses(hidden, pack.targets, OWN_PIECE))
+            losses = pack.summed(self._token_losses(hidden, pack.targets, piece))
             (gradient,) = torch.autograd.grad((losses * weight).sum(), parameters)
         return gradient[:count], losses.detach()
 
