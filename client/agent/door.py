@@ -180,9 +180,6 @@ def visit_of(scope: Scope) -> Visit:
     return found
 
 
-place_of = visit_of
-
-
 class Entrance(asyncio.Protocol):
     """Where a connection arrives, before anything of it is read."""
 

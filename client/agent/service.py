@@ -34,7 +34,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from client.agent.agent import Agent, AgentError
 from client.agent.config import CONSENTS
-from client.agent.door import place_of
+from client.agent.door import visit_of
 from client.agent.journal import Turn, VaultError
 from client.lm.layers import UnsupportedModelError
 from client.lm.places import ADAPTERS
@@ -93,7 +93,7 @@ class Guard:
             return _error(403, "asked by another page")
         shown = request.headers.get("authorization", "").removeprefix("Bearer ")
         if compare_digest(shown.encode(), self.token.encode()):
-            place_of(request.scope).shown()
+            visit_of(request.scope).shown()
         elif request.url.path not in PAGE:
             return _error(401, "open the address that `florilegium device page` prints")
         return None
