@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes side by side: a thr
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from client.lm.config import ModelConfig
 from client.lm.model import LanguageModel
@@ -26,6 +27,9 @@ from simulation.config import ExperimentConfig, config_folder, load_config
 from simulation.data import population
 from simulation.data.conversations import read_chitchat
 from simulation.data.population import DataConfig, User, load_population
+
+settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")  # machines are shared: a slow moment is no failure
 
 SMALL = (
     "rounds=2",
