@@ -278,8 +278,8 @@ for n in range(len(account.entries) + 1, 10**6):
 
 @pytest.mark.slow
 def test_a_killed_device_has_spent_all_that_it_sent(tmp_path: Path) -> None:
-    """100 times killed at a random moment: every release that left was paid for before, and none left twice."""
-    for attempt in range(100):
+    """Fifty times killed at a random moment: every release that left was paid for before, and none left twice."""
+    for attempt in range(50):
         device = subprocess.Popen([sys.executable, "-c", DEVICE, str(tmp_path)], cwd=Path(__file__).parent.parent)
         sent = tmp_path / "sent"
         before, began = sent.stat().st_size if sent.exists() else 0, time.monotonic()
@@ -292,6 +292,6 @@ def test_a_killed_device_has_spent_all_that_it_sent(tmp_path: Path) -> None:
     account = Ledger(tmp_path / "ledger.db").account("d", GENESIS)
     assert account
     paid = [e.round for e in account.entries]
-    assert len(set(sent_rounds)) == len(sent_rounds) >= 100
+    assert len(set(sent_rounds)) == len(sent_rounds) >= 50
     assert set(sent_rounds) <= set(paid)
-    assert len(paid) - len(sent_rounds) <= 100  # at most one reservation was lost with each kill
+    assert len(paid) - len(sent_rounds) <= 50  # at most one reservation was lost with each kill
