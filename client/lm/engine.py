@@ -245,20 +245,23 @@ class Engine:
         return self._apart[kind]
 
     def rows_apart(self, layout: Layout, width: int, rows: int, frozen: Sequence[Adapters] = ()) -> bool:
-        """Whether an example's gradient is, to the bit, what it is alone: at each end and in the middle of a pass."""
+        """Whether an example's gradient is, to the bit, what it is alone: at each place of a pass, others beside it."""
         generator, vocabulary = torch.Generator().manual_seed(width), self.embedding.weight.shape[0]
-        ids = torch.randint(vocabulary, (rows, width), generator=generator).tolist()
-        examples = [Example(tuple(i[: width // 2]), tuple(i[width // 2 : width - k % 3]), (0, 1), False)
-                    for k, i in enumerate(ids)]  # fmt: skip
-        numbers = layout.start(width) + LARGE * torch.randn(rows, layout.width, generator=generator)
-        places = sorted({0, 1, rows // 2, rows - 1} & set(range(rows)))
-        for place in places:
-            examples[place], numbers[place] = examples[0], numbers[0]
-        adapters, beneath = Adapters(layout, numbers.to(self.device)), [a.pick([0]) for a in frozen]
-        alone, _ = self._own_gradients(adapters.pick([0]), beneath, examples[:1], [1.0], 1)
+        ids = torch.randint(vocabulary, (rows + 1, width), generator=generator).tolist()
+        one, *others = [Example(tuple(i[: width // 2]), tuple(i[width // 2 : width - k % 3]), (0, 1), False)
+                        for k, i in enumerate(ids)]  # fmt: skip
+        numbers = layout.start(width) + LARGE * torch.randn(rows + 1, layout.width, generator=generator)
+        own, beneath = Adapters(layout, numbers.to(self.device)), [a.pick([0]) for a in frozen]
+        alone, _ = self._own_gradients(own.pick([0]), beneath, [one], [1.0], 1)
         beneath = [Adapters(a.layout, a.rows.expand(rows, -1)) for a in beneath]
-        together, _ = self._own_gradients(adapters, beneath, examples, [1.0] * rows, rows)
-        return all(torch.equal(together[place], alone[0]) for place in places)
+        for first in (0, 1):  # at every second place, then at the others
+            places = set(range(first, rows, 2))
+            company = [one if k in places else others[k] for k in range(rows)]
+            adapters = own.pick([0 if k in places else k + 1 for k in range(rows)])
+            together, _ = self._own_gradients(adapters, beneath, company, [1.0] * rows, rows)
+            if not all(torch.equal(together[k], alone[0]) for k in places):
+                return False
+        return True
 
     def targets_apart(self) -> bool:
         """Whether a target's loss and its derivative are the same to the bit at each place of a piece for the head."""
