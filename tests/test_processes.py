@@ -108,10 +108,14 @@ import ctypes, resource, subprocess, sys
 from client.dumps import hide_memory
 from simulation import cli
 
+limits, setrlimit = [], resource.setrlimit
+resource.setrlimit = lambda kind, to: (limits.append((kind, to)), setrlimit(kind, to))  # what was there may be 0 already
+
 @cli.app.command()
 def probe() -> None:
     hide_memory()
     child = "import resource; print(resource.getrlimit(resource.RLIMIT_CORE))"
+    print((resource.RLIMIT_CORE, (0, 0)) in limits)
     print(resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), flush=True)  # dumpable?
     subprocess.run([sys.executable, "-c", child])
 
@@ -125,7 +129,7 @@ def test_what_a_process_has_in_memory_is_dumped_nowhere() -> None:
     """Its own, and that of what it starts."""
     probe = [sys.executable, "-c", LIMITED]
     done = subprocess.run(probe, capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "(0, 0) 0\n(0, 0)\n", done.stderr
+    assert done.stdout == "True\n(0, 0) 0\n(0, 0)\n", done.stderr
 
 
 @pytest.mark.slow
