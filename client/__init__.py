@@ -1,3 +1,0 @@
-from client.folders import make_absolute
-
-make_absolute()

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from client.pool import poisson_sample
-from client.state import DeviceState
-from privacy.plan import RoundPlan
-from privacy.seeds import derive_key, fresh_secret
+from florilegium.client.pool import poisson_sample
+from florilegium.client.state import DeviceState
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.seeds import derive_key, fresh_secret
 
 if TYPE_CHECKING:
-    from client.phases import Site
+    from florilegium.client.phases import Site
 
 
 class Coins:

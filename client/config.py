@@ -6,11 +6,11 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from client.buffer import SelectionConfig
-from client.lm.config import AdapterConfig, ModelConfig
-from client.synthesize import SynthesisConfig
-from privacy.config import Config
-from privacy.policy import PrivacyConfig
+from florilegium.client.lm.config import AdapterConfig, ModelConfig
+from florilegium.client.selection.buffer import SelectionConfig
+from florilegium.client.synthesize import SynthesisConfig
+from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.modes import PrivacyConfig
 
 
 class SharedConfig(Config):

@@ -3,7 +3,7 @@
     stream → observe → annotate → descend → learn_shared → release   (then the server aggregates)
                        synthesize → learn_personal                   (on the new shared adapter)
 
-What the shared adapter's training does is in `client.shared`.
+What the shared adapter's training does is in `client.private_training`.
 
 The control flow of a device is plain Python; whatever touches the language model is one call for all devices.
 A device that is deployed is a cohort of one. Every phase is a function of its arguments: repeated, it gives the
@@ -21,22 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from client.buffer import candidate
-from client.coins import Coins
-from client.config import DeviceConfig
-from client.dialogue import Dialogue, Echo
-from client.lexicons import load_lexicons
-from client.lm.adapter import AdapterLayout, Adapters, Layout, weight_layout
-from client.lm.lessons import Lesson
-from client.lm.model import LanguageModel, schedule, schedule_steps
-from client.state import DeviceState, StateError
-from client.synthesize import Request, Written
-from client.synthesize import synthesize as write_similar
-from privacy.encoding import ENCODINGS
-from privacy.ledger import Accounts, LedgerError
-from privacy.plan import RoundPlan
-from privacy.release import Schema
-from privacy.seeds import derive_seed
+from florilegium.client.coins import Coins
+from florilegium.client.config import DeviceConfig
+from florilegium.client.dialogue import Dialogue, Echo
+from florilegium.client.lm.adapter import AdapterLayout, Adapters, Layout, weight_layout
+from florilegium.client.lm.model import LanguageModel, schedule, schedule_steps
+from florilegium.client.lm.training_data import Lesson
+from florilegium.client.selection.buffer import candidate
+from florilegium.client.selection.lexicons import load_lexicons
+from florilegium.client.state import DeviceState, StateError
+from florilegium.client.synthesize import Request, Written
+from florilegium.client.synthesize import synthesize as write_similar
+from florilegium.privacy.encoding import ENCODINGS
+from florilegium.privacy.ledger import Accounts, LedgerError
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.release import Schema
+from florilegium.privacy.seeds import derive_seed
 
 
 def full_rank(device: str) -> int:

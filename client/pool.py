@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from privacy.seeds import derive_key
+from florilegium.privacy.seeds import derive_key
 
 
 @dataclass(frozen=True)

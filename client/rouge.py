@@ -13,7 +13,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
-from client.words import words
+from florilegium.client.words import words
 
 
 class Words(Tokenizer):  # type: ignore[misc]  # the library has no types

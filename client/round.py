@@ -9,20 +9,11 @@ from dataclasses import replace
 
 import torch
 
-from client.dialogue import Dialogue
-from client.phases import (
-    Observation,
-    Site,
-    States,
-    annotate,
-    descend,
-    learn_personal,
-    observe,
-    synthesize,
-)
-from client.shared import learn_shared, release
-from privacy.plan import RoundPlan
-from privacy.release import Release
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.phases import Observation, Site, States, annotate, descend, learn_personal, observe, synthesize
+from florilegium.client.private_training import learn_shared, release
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.release import Release
 
 
 def contribute(

@@ -18,13 +18,13 @@ import numpy as np
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from client.buffer import Buffer, Kept, SelectionConfig
-from client.config import DeviceConfig
-from client.pool import Pool
-from client.synthesize import Pair
-from privacy.database import connected
-from privacy.errors import DeviceFaultError
-from privacy.seeds import derive_key
+from florilegium.client.config import DeviceConfig
+from florilegium.client.pool import Pool
+from florilegium.client.selection.buffer import Buffer, Kept, SelectionConfig
+from florilegium.client.synthesize import Pair
+from florilegium.privacy.common.database import connected
+from florilegium.privacy.common.errors import DeviceFaultError
+from florilegium.privacy.seeds import derive_key
 
 if TYPE_CHECKING:
     import torch

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from client.lm.config import SamplingConfig
-from client.pii import personal_data
-from client.rouge import rouge1
-from client.words import count, words
-from privacy.config import Config
+from florilegium.client.lm.config import SamplingConfig
+from florilegium.client.pii import personal_data
+from florilegium.client.rouge import rouge1
+from florilegium.client.words import count, words
+from florilegium.privacy.common.base_config import Config
 
 if TYPE_CHECKING:
-    from client.lm.model import LanguageModel
+    from florilegium.client.lm.model import LanguageModel
 
 Treatment = Literal["rewrite", "keep"]
 Pair = tuple[str, str]  # a prompt and its reply

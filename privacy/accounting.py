@@ -25,7 +25,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.pld.common import compute_self_convolve_bounds
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
-from privacy.errors import UserError
+from florilegium.privacy.common.errors import UserError
 
 Adjacency = Literal["replace-one", "add-or-remove-one"]
 NEIGHBOURS = {

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from privacy.release import Array, ReleaseRefusedError, Schema
+from florilegium.privacy.release import Array, ReleaseRefusedError, Schema
 
 Encoded = Mapping[str, npt.NDArray[Any]]  # what travels, by name
 

@@ -25,9 +25,9 @@ from secrets import token_hex
 from threading import Lock
 from typing import Protocol
 
-from privacy.accounting import Adjacency, Event, covered, epsilon
-from privacy.database import connected
-from privacy.errors import DeviceFaultError
+from florilegium.privacy.accounting import Adjacency, Event, covered, epsilon
+from florilegium.privacy.common.database import connected
+from florilegium.privacy.common.errors import DeviceFaultError
 
 # Why nothing is released. GRANTED is the only answer that allows it.
 GRANTED, SPENT, ANSWERED, MISSING, BEHIND, BROKEN, OTHER_UNIT, OTHER_TERMS, TWICE = (

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from privacy.seeds import derive_key
+from florilegium.privacy.seeds import derive_key
 
 
 @dataclass(frozen=True)

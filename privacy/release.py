@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from privacy.errors import FlorilegiumError
+from florilegium.privacy.common.errors import FlorilegiumError
 
 PROTOCOL = 1
 WEIGHT = ".weight"  # ends the names of changes of frozen weights

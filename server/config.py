@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from privacy.config import Config
+from florilegium.privacy.common.base_config import Config
 
 
 class ServerConfig(Config):

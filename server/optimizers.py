@@ -17,11 +17,11 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from privacy.errors import UserError
-from privacy.release import Array
-from server.aggregate import Numbers
-from server.config import ServerConfig
-from server.rules import Places
+from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.release import Array
+from florilegium.server.aggregation import Places
+from florilegium.server.config import ServerConfig
+from florilegium.server.fixed_point import Numbers
 
 Real = TypeVar("Real", np.float32, np.float64)
 

@@ -17,16 +17,24 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from privacy.errors import UserError
-from privacy.gate import NO_RELEASE
-from privacy.noise import ReleaseNoise
-from privacy.release import Array as Numbers
-from privacy.release import Schema
-from privacy.seeds import derive_seed
-from server.config import ServerConfig, devices_to_ask
-from server.factors import MeanOfProducts
-from server.intake import Intake, Limits, RoundFacts, signal_to_noise, signal_to_noise_floor, to_arrays, to_numpy
-from server.optimizers import OPTIMIZERS, Moments, step_at
+from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.noise import ReleaseNoise
+from florilegium.privacy.release import Array as Numbers
+from florilegium.privacy.release import Schema
+from florilegium.privacy.reply_gate import NO_RELEASE
+from florilegium.privacy.seeds import derive_seed
+from florilegium.server.config import ServerConfig, devices_to_ask
+from florilegium.server.lora_products import MeanOfProducts
+from florilegium.server.optimizers import OPTIMIZERS, Moments, step_at
+from florilegium.server.release_collector import (
+    Intake,
+    Limits,
+    RoundFacts,
+    signal_to_noise,
+    signal_to_noise_floor,
+    to_arrays,
+    to_numpy,
+)
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -190,7 +198,7 @@ class ReleaseStrategy(Strategy):
         return self._sent(row, intake.products)
 
     def _sent(self, row: Numbers, products: MeanOfProducts | None) -> ArrayRecord:
-        """The row, and what is added to the frozen weights beside it (`server.factors`)."""
+        """The row, and what is added to the frozen weights beside it (`server.lora_products`)."""
         arrays = self.schema.split(row)
         if products and self.config.products != "average":
             stacked = self.config.products == "stack"

@@ -1,6 +1,6 @@
 """`python -m simulation`: the command without an installation."""
 
-from simulation.cli import main
+from florilegium.simulation.cli.main import main
 
 if __name__ == "__main__":
     main()

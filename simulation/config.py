@@ -13,17 +13,18 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from client.config import DeviceConfig
-from client.lexicons import SOURCES
-from client.lm.config import SamplingConfig
-from client.lm.places import NAMES
-from privacy.config import Config
-from privacy.errors import UserError
-from server.config import ServerConfig, devices_to_ask
-from simulation.data.conversations import READERS
-from simulation.data.folder import shown
-from simulation.data.population import DataConfig
-from simulation.world import WorldConfig
+import florilegium
+from florilegium.client.config import DeviceConfig
+from florilegium.client.lm.config import SamplingConfig
+from florilegium.client.lm.places import NAMES
+from florilegium.client.selection.lexicons import SOURCES
+from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.common.errors import UserError
+from florilegium.server.config import ServerConfig, devices_to_ask
+from florilegium.simulation.data.conversations import READERS
+from florilegium.simulation.data.folder import shown
+from florilegium.simulation.data.population import DataConfig
+from florilegium.simulation.heterogeneity.classes import WorldConfig
 
 SAID = {  # of what pydantic says in words of Python
     "string_type": 'must be a text; in quotes if it looks like something else, as "3", on a command line \'"3"\'',
@@ -195,8 +196,8 @@ class ExperimentConfig(DeviceConfig):
 
 def config_folder() -> Path:
     """The configs that come with the package: beside the sources, or inside an installed distribution."""
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+    installed = Path(florilegium.__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(florilegium.__file__).parent.parent / "configs"
 
 
 def find_config(name: str) -> Path:

@@ -15,32 +15,32 @@ from filelock import FileLock, Timeout
 from flwr.serverapp import Grid
 from safetensors import SafetensorError
 
-from client.folders import make_absolute
-from client.shared import release_limits, release_noise
-from client.state import StoreError
-from privacy.errors import BrokenDeviceError
-from privacy.ledger import LedgerError
-from privacy.plan import RoundPlan
-from privacy.seeds import derive_key, derive_seed
-from server.buffered import BufferedStrategy
-from server.intake import Limits, RoundFacts, to_arrays, to_numpy
-from server.optimizers import Moments
-from server.strategy import Aggregate, NoReleaseError, ReleaseStrategy
-from simulation.board import Board
-from simulation.clock import BufferedClock, Clock
-from simulation.config import ExperimentConfig, with_absolute_paths
-from simulation.crew import Crew
-from simulation.data.population import User
-from simulation.fates import Work
-from simulation.fleet import InProcess, open_fleet
-from simulation.grid import CohortGrid, WorldGrid
-from simulation.host import SimulatedDevices, open_devices
-from simulation.people import device_name
-from simulation.progress import Pulse
-from simulation.report import render_report
-from simulation.runs import RunError, RunFolder, create, resume, settle
-from simulation.session import Session
-from simulation.summary import export_adapters, write_summary
+from florilegium.client.private_training import release_limits, release_noise
+from florilegium.client.state import StoreError
+from florilegium.privacy.common.environment import make_absolute
+from florilegium.privacy.common.errors import BrokenDeviceError
+from florilegium.privacy.ledger import LedgerError
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.seeds import derive_key, derive_seed
+from florilegium.server.fedbuff import BufferedStrategy
+from florilegium.server.optimizers import Moments
+from florilegium.server.release_collector import Limits, RoundFacts, to_arrays, to_numpy
+from florilegium.server.strategy import Aggregate, NoReleaseError, ReleaseStrategy
+from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
+from florilegium.simulation.data.population import User
+from florilegium.simulation.devices.people import device_name
+from florilegium.simulation.devices.simulated import SimulatedDevices, open_devices
+from florilegium.simulation.engines.cohort_grid import CohortGrid, WorldGrid
+from florilegium.simulation.engines.scheduler import Crew
+from florilegium.simulation.engines.workers import InProcess, open_fleet
+from florilegium.simulation.heterogeneity.availability import Work
+from florilegium.simulation.heterogeneity.clock import BufferedClock, Clock
+from florilegium.simulation.recorder import Session
+from florilegium.simulation.reports.run_report import render_report
+from florilegium.simulation.runs.folder import RunError, RunFolder, create, resume, settle
+from florilegium.simulation.runs.progress import Pulse
+from florilegium.simulation.runs.summary import export_adapters, write_summary
+from florilegium.simulation.runs.tensorboard import Board
 
 RUN_VARIABLE = "FLORILEGIUM_RUN"  # how the apps of Flower's own engine find the run's folder
 
@@ -57,8 +57,8 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report.
 
-    `people` are those of `simulation.ready`, where they have been read already. Raises `RunError` also for what the
-    disk does not take. It and `KeyboardInterrupt` say how to go on.
+    `people` are those of `simulation.devices.preflight`, where they have been read already. Raises `RunError` also for
+    what the disk does not take. It and `KeyboardInterrupt` say how to go on.
     """
     if resuming and overwrite:
         raise RunError("--resume and --overwrite exclude each other")
@@ -122,8 +122,8 @@ def _on_cohorts(run: RunFolder, pulse: Pulse, board: Board | None, people: Seque
 
 def _on_flower(run: RunFolder, pulse: Pulse, board: Board | None, people: Sequence[User] | None) -> None:
     """Flower's stock simulation: a message per device, Ray actors."""
-    from simulation.app import client_app
-    from simulation.stock import stock_grid
+    from florilegium.simulation.engines.flower_ray import stock_grid
+    from florilegium.simulation.flower_app import client_app
 
     os.environ[RUN_VARIABLE] = str(run.path)
     devices = open_devices(run, pulse.enter, people)

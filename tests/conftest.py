@@ -20,13 +20,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes side by side: a thr
 import pytest
 from hypothesis import HealthCheck, settings
 
-from client.lm.config import ModelConfig
-from client.lm.model import LanguageModel
-from privacy.ledger import Ledger
-from simulation.config import ExperimentConfig, config_folder, load_config
-from simulation.data import population
-from simulation.data.conversations import read_chitchat
-from simulation.data.population import DataConfig, User, load_population
+from florilegium.client.lm.config import ModelConfig
+from florilegium.client.lm.model import LanguageModel
+from florilegium.privacy.ledger import Ledger
+from florilegium.simulation.config import ExperimentConfig, config_folder, load_config
+from florilegium.simulation.data import population
+from florilegium.simulation.data.conversations import read_chitchat
+from florilegium.simulation.data.population import DataConfig, User, load_population
 
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock")  # machines are shared: a slow moment is no failure

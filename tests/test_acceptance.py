@@ -12,27 +12,27 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from client import coins
-from client.agent import acceptance
-from client.agent.agent import Agent, AgentError
-from client.agent.config import new_config
-from client.agent.home import DeviceError, Home
-from client.agent.terms import LARGEST_FILE, Terms, read_terms, write_terms
-from client.lm.config import ModelConfig
-from client.lm.model import LanguageModel
-from client.lm.places import base_hash
-from client.shared import clipped_change, noisy_steps, release_noise
-from privacy import accounting
-from privacy.accounting import Event, calibrate, epsilon
-from privacy.dpsgd import PrivateRow
-from privacy.errors import UserError
-from privacy.plan import RoundPlan
-from privacy.policy import Mode
-from server.config import ServerConfig
-from simulation.deployment.certificates import CA, CERTIFICATE, KEY, OPERATOR_KEY, SETTINGS, TERMS
-from simulation.deployment.link import Link
-from simulation.deployment.rounds import layout_of, make_folder, serving, strategy_of
-from simulation.runs import RunFolder
+from florilegium.client import coins
+from florilegium.client.agent import acceptance
+from florilegium.client.agent.agent import Agent, AgentError
+from florilegium.client.agent.config import new_config
+from florilegium.client.agent.folder import DeviceError, Home
+from florilegium.client.agent.terms import LARGEST_FILE, Terms, read_terms, write_terms
+from florilegium.client.lm.config import ModelConfig
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.places import base_hash
+from florilegium.client.private_training import clipped_change, noisy_steps, release_noise
+from florilegium.privacy import accounting
+from florilegium.privacy.accounting import Event, calibrate, epsilon
+from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.dpsgd import PrivateRow
+from florilegium.privacy.modes import Mode
+from florilegium.privacy.plan import RoundPlan
+from florilegium.server.config import ServerConfig
+from florilegium.simulation.deployment.certificates import CA, CERTIFICATE, KEY, OPERATOR_KEY, SETTINGS, TERMS
+from florilegium.simulation.deployment.link import Link
+from florilegium.simulation.deployment.rounds import layout_of, make_folder, serving, strategy_of
+from florilegium.simulation.runs.folder import RunFolder
 
 SERVER = "127.0.0.1:9092"
 SAID = (("Do you like apples?", "Only the green ones."), ("What shall we cook?", "Pumpkin soup."), ("And?", "Nothing."))

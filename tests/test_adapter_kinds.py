@@ -13,17 +13,17 @@ from conftest import SMALL
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from client.dialogue import Dialogue
-from client.lm.adapter import Adapters, Layout
-from client.lm.config import AdapterConfig, SamplingConfig
-from client.lm.lessons import Lesson
-from client.lm.model import LanguageModel
-from client.lm.packing import Example
-from client.lm.peft_format import write_peft
-from client.lm.places import Base, nano_folder
-from simulation.config import ConfigError, config_folder, load_config
-from simulation.data.population import load_population
-from simulation.experiment import run_experiment
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.adapter import Adapters, Layout
+from florilegium.client.lm.config import AdapterConfig, SamplingConfig
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.packing import Example
+from florilegium.client.lm.peft_format import write_peft
+from florilegium.client.lm.places import Base, nano_folder
+from florilegium.client.lm.training_data import Lesson
+from florilegium.simulation.config import ConfigError, config_folder, load_config
+from florilegium.simulation.data.population import load_population
+from florilegium.simulation.experiment import run_experiment
 
 KINDS = ["ia3", "prompt"]
 TALKS = [

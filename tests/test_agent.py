@@ -37,31 +37,31 @@ from peft import AutoPeftModelForCausalLM
 from scipy.stats import kstest, spearmanr
 from typer.testing import CliRunner
 
-from client import coins, shared
-from client.agent import board
-from client.agent.agent import Agent, AgentError, _federation, restore
-from client.agent.cli import app as device_app
-from client.agent.config import new_config
-from client.agent.courier import SuperNode, answered
-from client.agent.home import Home, HomeError
-from client.agent.journal import Journal, Turn, VaultError, write_fact
-from client.agent.pace import LEAST_S, doubled
-from client.agent.remote import Remote
-from client.agent.seal import new_key, public_half, sealed
-from client.agent.serve import listening, showing
-from client.agent.terms import Terms
-from client.config import SharedConfig
-from client.lm.config import ModelConfig, TextLimits
-from client.lm.model import LanguageModel
-from client.lm.places import base_hash
-from client.personal.profile import ProfileError
-from client.phases import descend
-from client.records import to_record
-from client.shared import clipped_change, noisy_steps, release_limits, release_noise
-from client.state import StoreError
-from privacy import database
-from privacy.dpsgd import PrivateRow
-from privacy.plan import RoundPlan
+from florilegium.client import coins, private_training
+from florilegium.client.agent import memory_limits
+from florilegium.client.agent.agent import Agent, AgentError, _federation, restore
+from florilegium.client.agent.cli import app as device_app
+from florilegium.client.agent.config import new_config
+from florilegium.client.agent.daemon import listening, showing
+from florilegium.client.agent.folder import Home, HomeError
+from florilegium.client.agent.owner_client import Remote
+from florilegium.client.agent.pace import LEAST_S, doubled
+from florilegium.client.agent.signature import new_key, public_half, sealed
+from florilegium.client.agent.supernode import SuperNode, answered
+from florilegium.client.agent.terms import Terms
+from florilegium.client.agent.vault import Journal, Turn, VaultError, write_fact
+from florilegium.client.config import SharedConfig
+from florilegium.client.flower_arrays import to_record
+from florilegium.client.lm.config import ModelConfig, TextLimits
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.places import base_hash
+from florilegium.client.personalization.profile import ProfileError
+from florilegium.client.phases import descend
+from florilegium.client.private_training import clipped_change, noisy_steps, release_limits, release_noise
+from florilegium.client.state import StoreError
+from florilegium.privacy.common import database
+from florilegium.privacy.dpsgd import PrivateRow
+from florilegium.privacy.plan import RoundPlan
 
 SAID = (
     ("Do you like apples?", "Only the green ones from my aunt's orchard."),
@@ -97,7 +97,7 @@ def reopened(agent: Agent) -> Agent:
 
 def told(home: Home, *command: str) -> subprocess.CompletedProcess[str]:
     """What `florilegium device` prints, in a process of its own as its owner starts it."""
-    line = [sys.executable, "-m", "simulation", "device", *command, "--home", str(home.folder)]
+    line = [sys.executable, "-m", "florilegium", "device", *command, "--home", str(home.folder)]
     return subprocess.run(line, capture_output=True, text=True, timeout=300)
 
 
@@ -203,7 +203,8 @@ def test_a_clock_that_jumps_changes_no_order(home: Home, lm: LanguageModel, monk
 
 def test_one_agent_at_a_time(home: Home, lm: LanguageModel) -> None:
     made(home, lm)
-    code = "import sys, pathlib, client.agent.home as h\nwith h.Home(pathlib.Path(sys.argv[1])).locked(): pass"
+    code = "import sys, pathlib, florilegium.client.agent.folder as h\n"
+    code += "with h.Home(pathlib.Path(sys.argv[1])).locked(): pass"
     command = [sys.executable, "-c", code, str(home.folder)]
     with home.locked():
         other = subprocess.run(command, capture_output=True, text=True)
@@ -654,7 +655,7 @@ def test_what_the_model_said_is_no_users_own_word(home: Home, lm: LanguageModel,
         state = reopened(agent)._state()
         assert {state.replies[t.id] for t in later} == {t.said for t in later}  # the personal adapter learns from them
         said.append([t.said for t in later])
-        pooled.append([[d.response for d in texts] for texts in shared._pooled(state)])
+        pooled.append([[d.response for d in texts] for texts in private_training._pooled(state)])
     assert said[0] != said[1]
     assert pooled == [[["It is under the blue flower pot."], [], []], [["My brother has it in Lisbon."], [], []]]
 
@@ -1466,11 +1467,11 @@ def _talk(address: str, token: str) -> None:
 def test_a_model_is_chosen_that_fits(
     gib: float, name: str, dtype: str, thrifty: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(board, "has_weights", lambda folder: True)
-    found = board.fitting(int(gib * board.GIB))
+    monkeypatch.setattr(memory_limits, "has_weights", lambda folder: True)
+    found = memory_limits.fitting(int(gib * memory_limits.GIB))
     assert (found.name, found.dtype, found.checkpointing) == (name, dtype, thrifty)
-    monkeypatch.setattr(board, "has_weights", lambda folder: False)
-    assert board.fitting(int(gib * board.GIB)).name == "nano"
+    monkeypatch.setattr(memory_limits, "has_weights", lambda folder: False)
+    assert memory_limits.fitting(int(gib * memory_limits.GIB)).name == "nano"
 
 
 @pytest.mark.slow
@@ -1495,7 +1496,7 @@ def test_the_commands_reach_an_agent_that_runs(home: Home) -> None:
     again = told(home, "init")
     assert again.returncode == 2 and "holds a device already" in again.stderr
     for _ in range(2):
-        command = [sys.executable, "-m", "simulation", "device", "serve", "--home", str(home.folder), "--port", "0"]
+        command = [sys.executable, "-m", "florilegium", "device", "serve", "--home", str(home.folder), "--port", "0"]
         serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert serving.stdout and "http://127.0.0.1:" in serving.stdout.readline()
         assert told(home, "chat", "Hello").returncode == 0

@@ -14,13 +14,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy.encoding import ENCODINGS
-from privacy.release import Array, ReleaseRefusedError, Schema
-from server.aggregate import BadReleaseError
-from server.buffered import weight
-from server.config import ServerConfig
-from server.factors import AveragingError, MeanOfProducts, split_factors
-from server.optimizers import (
+from florilegium.privacy.encoding import ENCODINGS
+from florilegium.privacy.release import Array, ReleaseRefusedError, Schema
+from florilegium.server.aggregation import RULES, Krum, Mean, Rule, TooFewReleasesError, TrimmedMean
+from florilegium.server.config import ServerConfig
+from florilegium.server.fedbuff import weight
+from florilegium.server.fixed_point import BadReleaseError
+from florilegium.server.lora_products import AveragingError, MeanOfProducts, split_factors
+from florilegium.server.optimizers import (
     OPTIMIZERS,
     FedAdam,
     FedAvg,
@@ -31,7 +32,6 @@ from server.optimizers import (
     StepTooLargeError,
     step_at,
 )
-from server.rules import RULES, Krum, Mean, Rule, TooFewReleasesError, TrimmedMean
 
 SCHEMA = Schema((("q.lora_A", (2, 5)), ("q.lora_B", (4, 2)), ("v.lora_A", (2, 3)), ("v.lora_B", (6, 2))))
 WIDTH = SCHEMA.size_bytes // 4
@@ -142,7 +142,7 @@ def test_the_trimmed_mean_lies_between_what_was_sent(seed: int, count: int, shar
 
 
 def test_trimming_nothing_is_the_mean_to_the_bit_over_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.rules.BLOCK", 7)
+    monkeypatch.setattr("florilegium.server.aggregation.BLOCK", 7)
     rows, mean = drawn(0, 11), Mean(WIDTH)
     assert given_to(TrimmedMean(WIDTH, 0.0), rows).change().tobytes() == given_to(mean, rows).change().tobytes()
 

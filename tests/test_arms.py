@@ -17,27 +17,27 @@ import pytest
 import tomli_w
 import torch
 
-from client.lm.config import ModelConfig, SamplingConfig
-from client.lm.engine import Engine
-from client.lm.lessons import Lesson
-from client.lm.model import LanguageModel
-from client.lm.packing import Example
-from client.personal.config import Name
-from privacy.seeds import derive_seed
-from simulation.config import ExperimentConfig
-from simulation.crew import Crew
-from simulation.examine import Examiner
-from simulation.experiment import run_experiment
-from simulation.fleet import InProcess
-from simulation.host import open_devices
-from simulation.jobs import Arms
-from simulation.personal.config import MethodsConfig
-from simulation.personal.play import play
-from simulation.rivals.table import RIVALS
-from simulation.runs import RunFolder
-from simulation.study.cells import run_study
-from simulation.study.config import load_study
-from simulation.tasks.task import Item, Query, Task, TaskUser
+from florilegium.client.lm.config import ModelConfig, SamplingConfig
+from florilegium.client.lm.engine import Engine
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.packing import Example
+from florilegium.client.lm.training_data import Lesson
+from florilegium.client.personalization.config import Name
+from florilegium.privacy.seeds import derive_seed
+from florilegium.simulation.baselines.registry import RIVALS
+from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.devices.simulated import open_devices
+from florilegium.simulation.engines.scheduler import Crew
+from florilegium.simulation.engines.workers import InProcess
+from florilegium.simulation.evaluation.arms import Arms
+from florilegium.simulation.evaluation.evaluator import Examiner
+from florilegium.simulation.experiment import run_experiment
+from florilegium.simulation.personalization.config import MethodsConfig
+from florilegium.simulation.personalization.run import play
+from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.studies.config import load_study
+from florilegium.simulation.studies.selection_cell import run_study
+from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser
 
 MARK = "quagga"
 ROUNDS, REPLIES, PEOPLE = 2, 16, 5  # of each person's replies the last quarter is held out

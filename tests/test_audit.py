@@ -14,34 +14,41 @@ import pytest
 import torch
 import transformers
 
-from client.budget import planned_event
-from client.dialogue import Dialogue
-from client.lm.model import LanguageModel
-from client.phases import Site
-from client.state import DeviceState
-from privacy.plan import RoundPlan
-from simulation.audit import checks, hostile
-from simulation.audit.attacks import membership
-from simulation.audit.bounds import (
+from florilegium.client.calibration import planned_event
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.phases import Site
+from florilegium.client.state import DeviceState
+from florilegium.privacy.plan import RoundPlan
+from florilegium.simulation.audit import checks, hostile_adapters
+from florilegium.simulation.audit.attack_metrics import Ceiling, judge
+from florilegium.simulation.audit.attacks import membership
+from florilegium.simulation.audit.bounds import (
     auc_ceiling,
     gaussian_epsilon,
     gaussian_epsilon_of_trials,
     gaussian_one_run_epsilon,
     one_run_epsilon,
 )
-from simulation.audit.canaries import hide, plant
-from simulation.audit.checks import named, without_noise
-from simulation.audit.coins import Recorded
-from simulation.audit.inventory import inventory, wire
-from simulation.audit.inversion import LISTED, reconstructed
-from simulation.audit.judge import Ceiling, judge
-from simulation.audit.one_run import DeviceCoins, DialogueCoins, Guesses, Mistake, explained, worst_case
-from simulation.audit.report import audit_run
-from simulation.cli import main
-from simulation.config import ConfigError, ExperimentConfig
-from simulation.data.population import DataConfig, load_population
-from simulation.federation import play
-from simulation.runs import RunError, RunFolder, create
+from florilegium.simulation.audit.canaries import hide, plant
+from florilegium.simulation.audit.checks import named, without_noise
+from florilegium.simulation.audit.inventory import inventory, wire
+from florilegium.simulation.audit.inversion import LISTED, reconstructed
+from florilegium.simulation.audit.one_run_audit import (
+    DeviceCoins,
+    DialogueCoins,
+    Guesses,
+    Mistake,
+    explained,
+    worst_case,
+)
+from florilegium.simulation.audit.recorded_coins import Recorded
+from florilegium.simulation.audit.report import audit_run
+from florilegium.simulation.cli.main import main
+from florilegium.simulation.config import ConfigError, ExperimentConfig
+from florilegium.simulation.data.population import DataConfig, load_population
+from florilegium.simulation.engines.in_memory import play
+from florilegium.simulation.runs.folder import RunError, RunFolder, create
 
 CONFIG = ExperimentConfig.model_validate({
     "rounds": 2,
@@ -268,8 +275,8 @@ def test_sizes_spread_the_same_however_many_are_drawn_at_once(monkeypatch: pytes
 def test_no_crafted_adapter_lets_a_dialogue_reach_others_but_in_uneven_passes(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hostile, "INSTEAD", {k: hostile.INSTEAD[k] for k in ("longer", "empty")})
-    reached, moved = hostile.reach(lm, CONFIG, seed=0)
+    monkeypatch.setattr(hostile_adapters, "INSTEAD", {k: hostile_adapters.INSTEAD[k] for k in ("longer", "empty")})
+    reached, moved = hostile_adapters.reach(lm, CONFIG, seed=0)
     assert reached.passed and reached.control_caught, reached
     assert moved.passed and moved.control_caught and moved.figure > 0.1, moved
 
@@ -284,7 +291,7 @@ def test_a_trap_drowns_one_head_of_any_model(lm: LanguageModel, kind: str, head_
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     other = LanguageModel(model, lm.tokenizer, lm.config)
     layout = other.lora_layout(CONFIG.shared.adapter, public_seed=1)
-    row = hostile.crafted(other, layout, [hostile.SAID] * 4, 0)["trap"]
+    row = hostile_adapters.crafted(other, layout, [hostile_adapters.SAID] * 4, 0)["trap"]
     drowned = next(b[0] for name, _, b in layout.split(row[None]) if name.endswith("v_proj"))
     assert int((drowned != 0).any(1).sum()) == head_size <= len(drowned)
 
@@ -292,13 +299,13 @@ def test_a_trap_drowns_one_head_of_any_model(lm: LanguageModel, kind: str, head_
 def test_a_trap_makes_of_rounding_what_no_other_adapter_does(lm: LanguageModel) -> None:
     """Embeddings that differ by 1e-6 of themselves: a hundred thousand times as much in a gradient of norm 1."""
     layout = lm.lora_layout(CONFIG.shared.adapter, public_seed=1)
-    pool, moved = [hostile.SAID] * 4, {}
-    for name, row in {**hostile.crafted(lm, layout, pool, 0), "honest": layout.start(0) + 0.05}.items():
-        found = [hostile.even(lm, layout, row, pool)]
+    pool, moved = [hostile_adapters.SAID] * 4, {}
+    for name, row in {**hostile_adapters.crafted(lm, layout, pool, 0), "honest": layout.start(0) + 0.05}.items():
+        found = [hostile_adapters.even(lm, layout, row, pool)]
         hook = lm.engine.embedding.register_forward_hook(
             lambda _, given, out: out * (1 + 1e-6 * torch.cos(torch.arange(out.shape[-1])))
         )
-        found.append(hostile.even(lm, layout, row, pool))
+        found.append(hostile_adapters.even(lm, layout, row, pool))
         hook.remove()
         one, other = (torch.nn.functional.normalize(g, dim=1) for g in found)
         moved[name] = float((one - other).norm(dim=1).max())

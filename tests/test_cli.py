@@ -16,19 +16,19 @@ import pytest
 import typer
 from rich.console import Console
 
-from client.terminal import Figures, telling
-from simulation import cli
-from simulation.bench import scale
-from simulation.config import config_folder, load_config
-from simulation.progress import progress_line
+from florilegium.client.terminal import Figures, telling
+from florilegium.simulation.benchmarks import scale
+from florilegium.simulation.cli import main
+from florilegium.simulation.config import config_folder, load_config
+from florilegium.simulation.runs.progress import progress_line
 
 ROOT = Path(__file__).parent.parent
-FLORILEGIUM = (sys.executable, "-m", "simulation")
+FLORILEGIUM = (sys.executable, "-m", "florilegium")
 FIGURES = ("4.172 ± 0.093", "1,234,567", "0.1043 (−0.0130 … +0.2216)")
 
 PROBE = """
 import contextlib, io, json, sys
-from simulation.cli import main
+from florilegium.simulation.cli.main import main
 found = []
 for arguments in json.load(sys.stdin):
     sys.argv = ["florilegium", *arguments]
@@ -50,7 +50,7 @@ def commands(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple
         yield from commands(command, (*path, name))
 
 
-COMMANDS = dict(commands(typer.main.get_command(cli.app)))
+COMMANDS = dict(commands(typer.main.get_command(main.app)))
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -213,8 +213,8 @@ def test_a_reader_that_has_gone_is_not_told_of() -> None:
 
 RAISING = """
 import sys
-from privacy.errors import UserError
-from simulation import cli
+from florilegium.privacy.common.errors import UserError
+from florilegium.simulation.cli import main as cli
 
 @cli.app.command()
 def broken() -> None:

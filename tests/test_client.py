@@ -16,31 +16,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client import memories
-from client.buffer import Buffer, Kept, SelectionConfig
-from client.config import DeviceConfig
-from client.lexicons import BUNDLED, LexiconError, load_lexicons, matches, words
-from client.lm.config import SamplingConfig
-from client.lm.model import LanguageModel
-from client.memories import Memory, whitening
-from client.phases import Site, annotate, observe, synthesize
-from client.pii import personal_data
-from client.policies import POLICIES
-from client.pool import Pool, poisson_sample
-from client.rouge import rouge1
-from client.round import live
-from client.scores import (
+from florilegium.client.config import DeviceConfig
+from florilegium.client.lm.config import SamplingConfig
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.phases import Site, annotate, observe, synthesize
+from florilegium.client.pii import personal_data
+from florilegium.client.pool import Pool, poisson_sample
+from florilegium.client.rouge import rouge1
+from florilegium.client.round import live
+from florilegium.client.selection import stream_memory
+from florilegium.client.selection.buffer import Buffer, Kept, SelectionConfig
+from florilegium.client.selection.lexicons import BUNDLED, LexiconError, load_lexicons, matches, words
+from florilegium.client.selection.policies import POLICIES
+from florilegium.client.selection.scores import (
     domain_specific_score,
     dominant_domain,
     entropy_over_tokens,
     in_domain_dissimilarity,
     unit,
 )
-from client.state import DeviceStore, StateError, stage
-from client.synthesize import Request, SynthesisConfig, Treatment, objection, unwrap
-from client.synthesize import synthesize as synthesize_texts
-from privacy.plan import RoundPlan
-from simulation.data.population import User
+from florilegium.client.selection.stream_memory import Memory, whitening
+from florilegium.client.state import DeviceStore, StateError, stage
+from florilegium.client.synthesize import Request, SynthesisConfig, Treatment, objection, unwrap
+from florilegium.client.synthesize import synthesize as synthesize_texts
+from florilegium.privacy.plan import RoundPlan
+from florilegium.simulation.data.population import User
 
 LEXICONS = {"food": frozenset({"bread", "cheese"}), "sea": frozenset({"boat"})}
 
@@ -129,9 +129,10 @@ def test_lexicons_of_packages(source: str, domain: str, word: str) -> None:
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_lexicons_say_what_may_be_done_with_them(name: str) -> None:
-    text = files("client").joinpath("wordlists", f"{name}.toml").read_text(encoding="utf-8")
+    text = files("florilegium.client.selection").joinpath("wordlists", f"{name}.toml").read_text(encoding="utf-8")
     assert (
-        "Apache-2.0" in text.splitlines()[0] or files("client").joinpath("wordlists", f"{name}.LICENSE.txt").is_file()
+        "Apache-2.0" in text.splitlines()[0]
+        or files("florilegium.client.selection").joinpath("wordlists", f"{name}.LICENSE.txt").is_file()
     )
     assert load_lexicons((name,))
 
@@ -324,11 +325,11 @@ def test_oasis_drops_what_the_others_already_teach() -> None:
 def test_a_gradient_is_told_from_the_others_by_standard_deviations() -> None:
     """Mean 10 and variance 4 so far, a norm of 12: σ(1) = 0.7311; of the first there is nothing to tell: σ(0)."""
     memory: Memory = {"mean": np.float64(10), "variance": np.float64(4)}
-    newcomer, after = memories.standing(replace(kept("a"), value=12.0), memory)
+    newcomer, after = stream_memory.standing(replace(kept("a"), value=12.0), memory)
     assert newcomer.value == pytest.approx(0.7311, abs=1e-4)
     assert float(after["mean"]) == pytest.approx(0.9 * 10 + 0.1 * 12)
     assert float(after["variance"]) == pytest.approx(0.9 * (4 + 0.1 * 2 * 2))
-    first, began = memories.standing(replace(kept("b"), value=12.0), {})
+    first, began = stream_memory.standing(replace(kept("b"), value=12.0), {})
     assert (first.value, float(began["mean"]), float(began["variance"])) == (0.5, 12, 0)
 
 
@@ -337,19 +338,19 @@ def test_what_policies_remember_of_three_arrivals_by_hand() -> None:
     arrivals = [replace(kept("a"), embedding=np.array(v, np.float16), value=x)
                 for v, x in (((1, 0), 3.0), ((0, 1), 5.0), ((0, 1), 10.0))]  # fmt: skip
 
-    def after(meet: memories.Meet) -> Memory:
+    def after(meet: stream_memory.Meet) -> Memory:
         memory: Memory = {}
         for newcomer in arrivals:
             _, memory = meet(newcomer, memory)
         return memory
 
-    assert after(memories.count) == {"seen": 3}
-    assert after(memories.mean_value) == {"seen": 3, "mean": 6}
-    assert after(memories.mean_vector)["mean"] == pytest.approx([1 / 3, 2 / 3])
-    spread = after(memories.covariance)  # about (1/3, 2/3): (2/3)² + 2 · (1/3)² = 2/3 along both, −2/3 across
+    assert after(stream_memory.count) == {"seen": 3}
+    assert after(stream_memory.mean_value) == {"seen": 3, "mean": 6}
+    assert after(stream_memory.mean_vector)["mean"] == pytest.approx([1 / 3, 2 / 3])
+    spread = after(stream_memory.covariance)  # about (1/3, 2/3): (2/3)² + 2 · (1/3)² = 2/3 along both, −2/3 across
     assert spread["mean"] == pytest.approx([1 / 3, 2 / 3])
     assert spread["squares"].ravel() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3], abs=1e-6)
-    assert after(memories.cluster)["met"].tolist() == [1, 1, 1]
+    assert after(stream_memory.cluster)["met"].tolist() == [1, 1, 1]
 
 
 def test_a_reading_that_is_not_a_number_is_turned_away() -> None:

@@ -20,15 +20,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from rich.console import Console
 
-from client.dialogue import Dialogue
-from simulation.config import ConfigError, data_config
-from simulation.data import conversations, hub
-from simulation.data.conversations import READERS, Conversation, Turn, merge_turns, read_chitchat
-from simulation.data.describe import describe, names, quantiles, render
-from simulation.data.errors import DataError
-from simulation.data.hub import HubFields, read_hub
-from simulation.data.jsonl import read_jsonl, seconds
-from simulation.data.population import (
+import florilegium
+from florilegium.client.dialogue import Dialogue
+from florilegium.simulation.config import ConfigError, data_config
+from florilegium.simulation.data import conversations, hub
+from florilegium.simulation.data.conversations import READERS, Conversation, Turn, merge_turns, read_chitchat
+from florilegium.simulation.data.describe import describe, names, quantiles, render
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.hub import HubFields, read_hub
+from florilegium.simulation.data.jsonl import read_jsonl, seconds
+from florilegium.simulation.data.population import (
     DataConfig,
     Order,
     Replies,
@@ -39,8 +40,8 @@ from simulation.data.population import (
     load_population,
     streams,
 )
-from simulation.facts import people
-from simulation.people import People
+from florilegium.simulation.devices.people import People
+from florilegium.simulation.runs.description import people
 
 needs_folder = pytest.mark.skipif(
     not os.environ.get("FLORILEGIUM_DATA"), reason="FLORILEGIUM_DATA is unset; set it to the folder of .jsonl.xz files"
@@ -626,14 +627,14 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
 def test_offline_it_fails_at_once(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="datasets is not installed; pip install 'florilegium[hub]'")
     program = (
-        "from simulation.data.hub import *\ntry:\n    list(read_hub('owner/talks', HubFields()))\n"
+        "from florilegium.simulation.data.hub import *\ntry:\n    list(read_hub('owner/talks', HubFields()))\n"
         "except DataError as error:\n    print(error)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     ended = subprocess.run(
         [sys.executable, "-c", program],
         env=environment,
-        cwd=Path(hub.__file__).parents[2],
+        cwd=Path(florilegium.__file__).parents[1],
         capture_output=True,
         text=True,
         timeout=20,
@@ -732,11 +733,12 @@ def test_a_folder_that_is_not_set_or_not_there_is_named(monkeypatch: pytest.Monk
 def test_folders_of_the_environment_are_those_of_where_the_program_began(tmp_path: Path) -> None:
     (tmp_path / "sets").mkdir()
     program = (
-        "import client.lm.places, os\nfrom simulation.data.folder import data_folder\n"
-        "os.chdir('/')\nprint(data_folder(), client.lm.places.cache_folder(), client.lm.places.constants.HF_HOME)"
+        "import os\nfrom florilegium.client.lm import places\n"
+        "from florilegium.simulation.data.folder import data_folder\n"
+        "os.chdir('/')\nprint(data_folder(), places.cache_folder(), places.constants.HF_HOME)"
     )
     named = {"FLORILEGIUM_DATA": "sets", "FLORILEGIUM_CACHE": "models", "HF_HOME": "hf"}
-    known = {"PYTHONPATH": str(Path(hub.__file__).parents[2])}
+    known = {"PYTHONPATH": str(Path(florilegium.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **named, **known},

@@ -20,28 +20,28 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from typer.testing import CliRunner
 
-from client.agent.agent import Agent
-from client.agent.config import new_config
-from client.agent.courier import PUBLIC_KEY, REASONS, connected, prepare
-from client.agent.home import DeviceError, Home
-from client.agent.terms import Terms, read_terms, write_terms
-from client.lm.config import ModelConfig
-from client.lm.model import LanguageModel
-from privacy.release import PROTOCOL
-from server.config import ServerConfig
-from server.intake import RoundFacts, to_arrays
-from simulation.bench.poison import RULES, Measured, _measured
-from simulation.config import find_config, load_config
-from simulation.data.population import load_population
-from simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
-from simulation.deployment.cli import app as server_app
-from simulation.deployment.link import Link
-from simulation.deployment.register import admit
-from simulation.deployment.rounds import came_to, layout_of, make_folder, serving, strategy_of
-from simulation.deployment.settings import check_rule
-from simulation.runs import RunFolder
+from florilegium.client.agent.agent import Agent
+from florilegium.client.agent.config import new_config
+from florilegium.client.agent.folder import DeviceError, Home
+from florilegium.client.agent.supernode import PUBLIC_KEY, REASONS, connected, prepare
+from florilegium.client.agent.terms import Terms, read_terms, write_terms
+from florilegium.client.lm.config import ModelConfig
+from florilegium.client.lm.model import LanguageModel
+from florilegium.privacy.release import PROTOCOL
+from florilegium.server.config import ServerConfig
+from florilegium.server.release_collector import RoundFacts, to_arrays
+from florilegium.simulation.benchmarks.poisoning import RULES, Measured, _measured
+from florilegium.simulation.cli.server import app as server_app
+from florilegium.simulation.config import find_config, load_config
+from florilegium.simulation.data.population import load_population
+from florilegium.simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
+from florilegium.simulation.deployment.link import Link
+from florilegium.simulation.deployment.register import admit
+from florilegium.simulation.deployment.rounds import came_to, layout_of, make_folder, serving, strategy_of
+from florilegium.simulation.deployment.settings import check_rule
+from florilegium.simulation.runs.folder import RunFolder
 
-FLORILEGIUM = (sys.executable, "-m", "simulation")
+FLORILEGIUM = (sys.executable, "-m", "florilegium")
 SAID = (("Do you like apples?", "Only green ones."), ("What now?", "Soup with ginger."), ("And then?", "A long walk."))
 
 
@@ -222,7 +222,7 @@ def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: Language
         told("server", "admit", folder, home.folder.name, home.courier / PUBLIC_KEY)
     assert steady.federation == silent.federation and steady.federation
     agents = [Serving(home) for home in homes]
-    command = [sys.executable, "-m", "simulation", "server", "start", str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "florilegium", "server", "start", str(folder), "--port", str(port)]
     server = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

@@ -30,18 +30,18 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
-from client.agent.door import Bounds, Door, KindOf
-from client.agent.guests import Rate, by_address
-from client.agent.home import DeviceError
-from client.agent.invitation import JOIN, accept, read_invitation, write_invitation
-from client.agent.terms import Terms, write_terms
-from privacy.errors import UserError
-from simulation.bench.apart import apart
-from simulation.bench.door import measure
-from simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
-from simulation.deployment.door import BOUNDS, HANDLERS, PREFIX, Allowed, fleet_door
-from simulation.deployment.link import Link, pem_of
-from simulation.deployment.register import admit, admitted, expel, invite, welcome
+from florilegium.client.agent.connection_limits import Rate, by_address
+from florilegium.client.agent.folder import DeviceError
+from florilegium.client.agent.http_server import Bounds, Door, KindOf
+from florilegium.client.agent.invitation import JOIN, accept, read_invitation, write_invitation
+from florilegium.client.agent.terms import Terms, write_terms
+from florilegium.privacy.common.errors import UserError
+from florilegium.simulation.benchmarks.https_server import measure
+from florilegium.simulation.benchmarks.separate_process import apart
+from florilegium.simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
+from florilegium.simulation.deployment.https_server import BOUNDS, HANDLERS, PREFIX, Allowed, fleet_door
+from florilegium.simulation.deployment.link import Link, pem_of
+from florilegium.simulation.deployment.register import admit, admitted, expel, invite, welcome
 
 BIN = Path(sys.executable).parent
 SMALL = Allowed(body_bytes=10_000, bytes_at_once=30_000, bytes_a_minute=60, requests_at_once=30, requests_a_minute=60)

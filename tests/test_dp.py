@@ -15,27 +15,27 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from client.budget import planned_event
-from client.buffer import Buffer, SelectionConfig, candidate
-from client.config import DeviceConfig
-from client.dialogue import Dialogue
-from client.lexicons import load_lexicons
-from client.lm.adapter import AdapterLayout, Adapters
-from client.lm.config import AdapterConfig
-from client.lm.lessons import Lesson
-from client.lm.model import LanguageModel, schedule
-from client.lm.packing import Example
-from client.lm.peft_format import PREFIX
-from client.lm.places import nano_folder
-from client.phases import Site, States, annotate, observe
-from client.shared import learn_shared, release_noise
-from client.state import DeviceState
-from privacy.accounting import Event, epsilon
-from privacy.dpsgd import clipped_sum
-from privacy.ledger import Budget, Request
-from privacy.plan import RoundPlan
-from simulation.audit.checks import with_privacy
-from simulation.data.population import User
+from florilegium.client.calibration import planned_event
+from florilegium.client.config import DeviceConfig
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.adapter import AdapterLayout, Adapters
+from florilegium.client.lm.config import AdapterConfig
+from florilegium.client.lm.model import LanguageModel, schedule
+from florilegium.client.lm.packing import Example
+from florilegium.client.lm.peft_format import PREFIX
+from florilegium.client.lm.places import nano_folder
+from florilegium.client.lm.training_data import Lesson
+from florilegium.client.phases import Site, States, annotate, observe
+from florilegium.client.private_training import learn_shared, release_noise
+from florilegium.client.selection.buffer import Buffer, SelectionConfig, candidate
+from florilegium.client.selection.lexicons import load_lexicons
+from florilegium.client.state import DeviceState
+from florilegium.privacy.accounting import Event, epsilon
+from florilegium.privacy.dpsgd import clipped_sum
+from florilegium.privacy.ledger import Budget, Request
+from florilegium.privacy.plan import RoundPlan
+from florilegium.simulation.audit.checks import with_privacy
+from florilegium.simulation.data.population import User
 
 CLIP = 1.0
 PLAN = RoundPlan(1, 0)

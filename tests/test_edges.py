@@ -15,11 +15,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from client.lm import attention
-from client.lm.adapter import AdapterLayout, Adapters, layout
-from client.lm.engine import Engine
-from client.lm.layers import UnsupportedModelError, adapted_layers
-from client.lm.packing import Example, Texts
+from florilegium.client.lm import attention
+from florilegium.client.lm.adapter import AdapterLayout, Adapters, layout
+from florilegium.client.lm.engine import Engine
+from florilegium.client.lm.layers import UnsupportedModelError, adapted_layers
+from florilegium.client.lm.packing import Example, Texts
 
 WINDOW = 4
 GROUPED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

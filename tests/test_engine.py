@@ -18,19 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from client.lm import layers
-from client.lm.adapter import AdapterLayout, Adapters, layout, narrow, widen
-from client.lm.attention import _Attention, _by_sdpa
-from client.lm.config import ModelConfig
-from client.lm.decode import Decoding, _choose
-from client.lm.engine import Engine
-from client.lm.lessons import Lesson
-from client.lm.loss import token_losses
-from client.lm.model import LanguageModel, schedule, schedule_steps
-from client.lm.packing import Example, Texts, rounded
-from client.lm.places import nano_folder
-from client.lm.processor import multiplies_bfloat16
-from privacy.dpsgd import PrivateRow, clipped_sum
+from florilegium.client.lm import layers
+from florilegium.client.lm.adapter import AdapterLayout, Adapters, layout, narrow, widen
+from florilegium.client.lm.attention import _Attention, _by_sdpa
+from florilegium.client.lm.config import ModelConfig
+from florilegium.client.lm.decode import Decoding, _choose
+from florilegium.client.lm.engine import Engine
+from florilegium.client.lm.loss import token_losses
+from florilegium.client.lm.model import LanguageModel, schedule, schedule_steps
+from florilegium.client.lm.packing import Example, Texts, rounded
+from florilegium.client.lm.places import nano_folder
+from florilegium.client.lm.processor import multiplies_bfloat16
+from florilegium.client.lm.training_data import Lesson
+from florilegium.privacy.dpsgd import PrivateRow, clipped_sum
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -395,13 +395,13 @@ HUNGRY = """
 import logging, resource, sys, torch
 logging.basicConfig(format="%(message)s")
 from transformers import AutoModelForCausalLM
-from client.lm import layers
-from client.lm.adapter import Adapters, layout
-from client.lm.engine import Engine
-from client.lm.lessons import Lesson
-from client.lm.processor import multiplies_bfloat16
-from client.lm.places import nano_folder
-from client.lm.packing import Example
+from florilegium.client.lm import layers
+from florilegium.client.lm.adapter import Adapters, layout
+from florilegium.client.lm.engine import Engine
+from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.processor import multiplies_bfloat16
+from florilegium.client.lm.places import nano_folder
+from florilegium.client.lm.packing import Example
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(str(nano_folder()), dtype=torch.float32)
 engine = Engine(model, max_batch_tokens=int(sys.argv[1]))
@@ -486,7 +486,7 @@ def test_packed_attention_and_its_derivative_are_torchs(
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_losses_in_pieces_are_cross_entropy(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.lm.loss.PIECE", 50 * 7)  # seven tokens at a time
+    monkeypatch.setattr("florilegium.client.lm.loss.PIECE", 50 * 7)  # seven tokens at a time
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(23, 6, generator=generator, requires_grad=True)
     weight, targets = torch.randn(50, 6, generator=generator), torch.randint(0, 50, (23,), generator=generator)
@@ -525,7 +525,7 @@ def bench(folder: Path, *arguments: str, bare: bool = False) -> dict[str, object
     """Runs the command; `bare` leaves only torch and transformers, in every process of it."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(BARE if bare else "", encoding="utf-8")
-    command = [sys.executable, "-m", "simulation", "bench", "engine", "--json", *arguments]
+    command = [sys.executable, "-m", "florilegium", "bench", "engine", "--json", *arguments]
     path = {"PYTHONPATH": f"{folder}:{ROOT}"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, **path})
     assert done.returncode == 0, done.stderr[-3000:]

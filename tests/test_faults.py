@@ -16,19 +16,28 @@ from typing import Any
 import pytest
 from conftest import SMALL
 
-import client.round
-import privacy.errors
-import simulation.examine
-import simulation.session
-from client.state import DeviceState
-from privacy.errors import BrokenDeviceError, DeviceFaultError, FlorilegiumError, UserError
-from privacy.ledger import LedgerError
-from simulation.config import ConfigError, ExperimentConfig, find_config, load_config
-from simulation.experiment import run_experiment
-from simulation.faults import ElsewhereError, Failure, TooManyFailedError, attempt, leave, left, tried
-from simulation.runs import RunFolder
-from simulation.study.cells import run_study
-from simulation.study.config import load_study
+import florilegium
+from florilegium.client import round as client_round
+from florilegium.client.state import DeviceState
+from florilegium.privacy.common import errors
+from florilegium.privacy.common.errors import BrokenDeviceError, DeviceFaultError, FlorilegiumError, UserError
+from florilegium.privacy.ledger import LedgerError
+from florilegium.simulation import recorder
+from florilegium.simulation.config import ConfigError, ExperimentConfig, find_config, load_config
+from florilegium.simulation.engines.faults import (
+    ElsewhereError,
+    Failure,
+    TooManyFailedError,
+    attempt,
+    leave,
+    left,
+    tried,
+)
+from florilegium.simulation.evaluation import evaluator
+from florilegium.simulation.experiment import run_experiment
+from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.studies.config import load_study
+from florilegium.simulation.studies.selection_cell import run_study
 
 FOUR = ["a", "b", "c", "d"]
 QUICK = (*SMALL, "data.users=4", "rounds=1", "evaluation.pooled_epochs=0", "synthesis.sampling.max_new_tokens=2")
@@ -157,7 +166,7 @@ def test_a_phase_that_raises_ends_the_run_and_says_where(
     phase: str, only: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        broken(client.round, phase, TypeError, only, patch)
+        broken(client_round, phase, TypeError, only, patch)
         with pytest.raises(BrokenDeviceError) as caught:
             run_experiment(config(), tmp_path / "run")
     alike = "none" if only else "3"
@@ -185,7 +194,7 @@ def test_an_evaluation_that_raises_ends_the_run(tmp_path: Path, monkeypatch: pyt
 
 def of_evaluation(name: str) -> Any:
     """The module where such a job is called."""
-    return simulation.session if name == "learn_without_server" else simulation.examine
+    return recorder if name == "learn_without_server" else evaluator
 
 
 COUNTED = "engine.on_device_error=count", "engine.failed_share=0.5"
@@ -205,11 +214,11 @@ def test_counted_faults_are_in_table_summary_and_report(
     """Each on a device of its own; the fourth is sound."""
     from rich.console import Console
 
-    from simulation.summary import render_summary
+    from florilegium.simulation.runs.summary import render_summary
 
     devices = {name: f"device-0000{k}" for k, (name, _) in enumerate(faults)}
     for name, device in devices.items():
-        broken(client.round if name in PHASES else of_evaluation(name), name, DeviceFaultError, device, monkeypatch)
+        broken(client_round if name in PHASES else of_evaluation(name), name, DeviceFaultError, device, monkeypatch)
     summary = run_experiment(config(*COUNTED), tmp_path / "run")
     counted = Counter(what for _, what in faults)
     assert summary["failures"] == counted
@@ -231,7 +240,7 @@ def test_counted_faults_are_in_table_summary_and_report(
 
 
 def test_too_many_faults_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(client.round, "synthesize", DeviceFaultError, "device-00002", monkeypatch)
+    broken(client_round, "synthesize", DeviceFaultError, "device-00002", monkeypatch)
     with pytest.raises(
         TooManyFailedError, match=r"adoption failed on 1 of 4 devices; engine.failed_share = 0.1.*00002"
     ):
@@ -248,7 +257,7 @@ def test_a_study_names_the_device_that_breaks_a_cell(tmp_path: Path, monkeypatch
     text = 'data = { users = 3, max_pairs = 40 }\n[study.tables.one]\nrows = { "selection.policy" = ["fifo"] }\n'
     (tmp_path / "small.toml").write_text(text, encoding="utf-8")
     study = load_study(tmp_path / "small.toml", ["rounds=1", "synthesis.per_dialogue=0", "study.seeds=1"])
-    broken(client.round, "learn_personal", TypeError, "seed0-001", monkeypatch)
+    broken(client_round, "learn_personal", TypeError, "seed0-001", monkeypatch)
     with pytest.raises(BrokenDeviceError, match=r"seed0-001: TypeError.*learn_personal of round 1; of the 2 others"):
         run_study(study, tmp_path / "study", lambda phase: None)
 
@@ -263,7 +272,7 @@ import sys
 
 class Breaking(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path, target=None):
-        if name != "client.round":
+        if name != "florilegium.client.round":
             return None
         sys.meta_path.remove(self)
         self.whole = importlib.util.find_spec(name)
@@ -288,8 +297,8 @@ def test_a_bug_is_told_once_and_the_run_goes_on_after_the_mend(engine: tuple[str
     """In whichever process it is: one traceback, the device, the round, the phase, an exit code that says so."""
     (tmp_path / "bug").mkdir()
     (tmp_path / "bug" / "sitecustomize.py").write_text(BUG, encoding="utf-8")
-    command = [sys.executable, "-m", "simulation", "run", "quickstart", *QUICK, *engine, "name=run", "--runs", "runs"]
-    paths = os.pathsep.join([str(tmp_path / "bug"), str(Path(client.__file__).parents[1])])
+    command = [sys.executable, "-m", "florilegium", "run", "quickstart", *QUICK, *engine, "name=run", "--runs", "runs"]
+    paths = os.pathsep.join([str(tmp_path / "bug"), str(Path(florilegium.__file__).parents[1])])
     ill = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=500
     )
@@ -298,7 +307,7 @@ def test_a_bug_is_told_once_and_the_run_goes_on_after_the_mend(engine: tuple[str
     assert re.search(told, ill.stderr), ill.stderr
     assert ill.stderr.count("Traceback") == 1 and "after the mend" in ill.stderr, ill.stderr
     assert not (tmp_path / "runs" / "run" / "summary.json").exists()
-    healthy = {**os.environ, "PYTHONPATH": str(Path(client.__file__).parents[1])}
+    healthy = {**os.environ, "PYTHONPATH": str(Path(florilegium.__file__).parents[1])}
     well = subprocess.run(
         [*command, "--resume"], cwd=tmp_path, env=healthy, capture_output=True, text=True, timeout=500
     )
@@ -311,13 +320,13 @@ def test_a_bug_is_told_once_and_the_run_goes_on_after_the_mend(engine: tuple[str
 
 
 def test_the_tree_of_errors_names_all_of_them() -> None:
-    import simulation.bench.worker
-    import simulation.report  # noqa: F401
+    import florilegium.simulation.benchmarks.engine_worker
+    import florilegium.simulation.reports.run_report  # noqa: F401
 
     def below(kind: type[Exception]) -> set[type[Exception]]:
         return {kind}.union(*(below(k) for k in kind.__subclasses__()))
 
     ours = [k for k in below(FlorilegiumError) if not k.__module__.startswith("test")]
-    missing = [k.__name__ for k in ours if k.__name__ not in str(privacy.errors.__doc__)]
+    missing = [k.__name__ for k in ours if k.__name__ not in str(errors.__doc__)]
     assert not missing, missing
     assert issubclass(TooManyFailedError, UserError)

@@ -17,21 +17,21 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from client.records import Numbers, to_record
-from client.shared import release_limits
-from privacy.release import Release, Schema
-from server.config import ServerConfig
-from server.intake import Intake, Limits
-from simulation.board import Board
-from simulation.cohorts import pack
-from simulation.config import ConfigError, ExperimentConfig, config_folder, load_config, with_absolute_paths
-from simulation.data.population import Bootstrapped, DataConfig, User, load_population
-from simulation.experiment import run_experiment
-from simulation.host import open_devices
-from simulation.planned import planned_tokens
-from simulation.progress import Pulse, Speed
-from simulation.runs import Event, RunFolder, create
-from simulation.shards import Shards
+from florilegium.client.flower_arrays import Numbers, to_record
+from florilegium.client.private_training import release_limits
+from florilegium.privacy.release import Release, Schema
+from florilegium.server.config import ServerConfig
+from florilegium.server.release_collector import Intake, Limits
+from florilegium.simulation.config import ConfigError, ExperimentConfig, config_folder, load_config, with_absolute_paths
+from florilegium.simulation.data.population import Bootstrapped, DataConfig, User, load_population
+from florilegium.simulation.devices.simulated import open_devices
+from florilegium.simulation.devices.workload import planned_tokens
+from florilegium.simulation.engines.cohorts import pack
+from florilegium.simulation.experiment import run_experiment
+from florilegium.simulation.runs.device_store import Shards
+from florilegium.simulation.runs.folder import Event, RunFolder, create
+from florilegium.simulation.runs.progress import Pulse, Speed
+from florilegium.simulation.runs.tensorboard import Board
 
 LEAN = (*SMALL, "data.users=6", "synthesis.per_dialogue=0", "evaluation.rouge_queries_per_user=0",
         "evaluation.pooled_epochs=0")  # fmt: skip
@@ -129,7 +129,7 @@ def test_exact_products_are_sent_as_changes_of_weights(tmp_path: Path) -> None:
 
 def test_what_is_sent_beside_the_adapter_is_part_of_the_devices_model(tmp_path: Path) -> None:
     """A change ΔW of a frozen weight gives the same as an adapter with B A = ΔW, under the adapter's scale."""
-    from client.phases import beneath
+    from florilegium.client.phases import beneath
 
     site = open_devices(create(tmp_path / "run", config("shared.adapter.factors=both"))).site
     row = 0.05 * torch.randn(site.shared_layout.width, generator=torch.Generator().manual_seed(0))

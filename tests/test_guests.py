@@ -17,10 +17,18 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from client.agent import guests
-from client.agent.door import REMEMBERED, Bounds, Door, open_door, visit_of
-from client.agent.guests import OTHERS, Rate, by_address, by_user, kernel_tells, network_of, user_of
-from client.agent.supernode import OwnersAlone, close_to_others
+from florilegium.client.agent import connection_limits
+from florilegium.client.agent.connection_limits import (
+    OTHERS,
+    Rate,
+    by_address,
+    by_user,
+    kernel_tells,
+    network_of,
+    user_of,
+)
+from florilegium.client.agent.http_server import REMEMBERED, Bounds, Door, open_door, visit_of
+from florilegium.client.agent.supernode_process import OwnersAlone, close_to_others
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel that tells is Linux'")
 AS_ROOT = pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="needs another user's process")
@@ -215,7 +223,7 @@ def test_the_owner_is_known_where_no_descriptors_are_left() -> None:
 
 @LINUX
 def test_what_could_not_be_found_out_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    guests._tells.cache_clear()
+    connection_limits._tells.cache_clear()
     with no_descriptors():
         assert not kernel_tells()
     assert kernel_tells()
@@ -224,13 +232,19 @@ def test_what_could_not_be_found_out_is_not_remembered(monkeypatch: pytest.Monke
 @LINUX
 def test_an_answer_that_nobody_took_is_not_the_next_ones() -> None:
     """Of a connection that is not open, asked for before one that is."""
-    nobodys = guests.ASKED.pack(socket.AF_INET, socket.IPPROTO_TCP, 0, 0, 2**32 - 1) + bytes(40) + guests.ANY_COOKIE
-    head = guests.HEAD.pack(guests.HEAD.size + len(nobodys), guests.SOCK_DIAG_BY_FAMILY, 1, 0, 0)
+    nobodys = (
+        connection_limits.ASKED.pack(socket.AF_INET, socket.IPPROTO_TCP, 0, 0, 2**32 - 1)
+        + bytes(40)
+        + connection_limits.ANY_COOKIE
+    )
+    head = connection_limits.HEAD.pack(
+        connection_limits.HEAD.size + len(nobodys), connection_limits.SOCK_DIAG_BY_FAMILY, 1, 0, 0
+    )
     with (
         socket.create_server(("127.0.0.1", 0)) as listens,
         socket.create_connection(listens.getsockname()) as own,
     ):
-        guests._kernel().send(head + nobodys)
+        connection_limits._kernel().send(head + nobodys)
         assert user_of(own) == os.getuid()
 
 

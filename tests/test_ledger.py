@@ -13,8 +13,8 @@ from shutil import copy
 
 import pytest
 
-from privacy.accounting import Event, epsilon
-from privacy.ledger import (
+from florilegium.privacy.accounting import Event, epsilon
+from florilegium.privacy.ledger import (
     ANSWERED,
     BEHIND,
     BROKEN,
@@ -262,8 +262,8 @@ def test_a_file_that_is_no_ledger_pays_for_nothing(tmp_path: Path) -> None:
 DEVICE = """
 import sys
 from pathlib import Path
-from privacy.ledger import Ledger, Request, Budget
-from privacy.accounting import Event
+from florilegium.privacy.ledger import Ledger, Request, Budget
+from florilegium.privacy.accounting import Event
 ledger, sent = Ledger(Path(sys.argv[1]) / "ledger.db"), open(Path(sys.argv[1]) / "sent", "a")
 budget = Budget(1e9, 1e-5, "replace-one", "device")
 account = ledger.account("d", "ab" * 32)

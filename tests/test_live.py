@@ -13,17 +13,17 @@ import pytest
 import torch
 from conftest import Note
 
-from client.dialogue import Dialogue
-from client.lm.config import AdapterConfig, SamplingConfig
-from client.lm.model import LanguageModel
-from client.lm.packing import Example
-from client.personal.asls import Asls, Device, Interaction
-from client.personal.config import ArmName, AslsConfig, ProfileConfig
-from client.personal.profile import Interest, Profile, ProfileError, drift
-from privacy.seeds import derive_seed
-from simulation.data.population import User
-from simulation.personal.config import ReptileConfig, UserConfig
-from simulation.personal.live import better_from, feedback, live, reptile
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.config import AdapterConfig, SamplingConfig
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.packing import Example
+from florilegium.client.personalization.asls import Asls, Device, Interaction
+from florilegium.client.personalization.config import ArmName, AslsConfig, ProfileConfig
+from florilegium.client.personalization.profile import Interest, Profile, ProfileError, drift
+from florilegium.privacy.seeds import derive_seed
+from florilegium.simulation.data.population import User
+from florilegium.simulation.personalization.config import ReptileConfig, UserConfig
+from florilegium.simulation.personalization.interactive import better_from, feedback, live, reptile
 
 SHAPE, GREEDY = AdapterConfig(rank=2, alpha=4), SamplingConfig(max_new_tokens=6)
 AXES = {"ships": [1.0, 0, 0], "sails": [0.95, 0.3, 0], "soup": [0, 1.0, 0], "rain": [0, 0, 1.0]}

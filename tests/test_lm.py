@@ -26,19 +26,19 @@ from transformers import (
     Qwen3Config,
 )
 
-from client.dialogue import Dialogue
-from client.lm import attention
-from client.lm.adapter import Adapters, layout
-from client.lm.cache import KeyValues
-from client.lm.config import AdapterConfig, SamplingConfig
-from client.lm.engine import Engine
-from client.lm.layers import UnsupportedModelError, adapt, adapted_layers
-from client.lm.lessons import Lesson
-from client.lm.model import LanguageModel, schedule
-from client.lm.optimizer import Moments, adamw_
-from client.lm.packing import Example
-from client.lm.peft_format import read_peft, write_peft
-from client.lm.places import Base, nano_folder
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm import attention
+from florilegium.client.lm.adapter import Adapters, layout
+from florilegium.client.lm.cache import KeyValues
+from florilegium.client.lm.config import AdapterConfig, SamplingConfig
+from florilegium.client.lm.engine import Engine
+from florilegium.client.lm.layers import UnsupportedModelError, adapt, adapted_layers
+from florilegium.client.lm.model import LanguageModel, schedule
+from florilegium.client.lm.optimizer import Moments, adamw_
+from florilegium.client.lm.packing import Example
+from florilegium.client.lm.peft_format import read_peft, write_peft
+from florilegium.client.lm.places import Base, nano_folder
+from florilegium.client.lm.training_data import Lesson
 
 TALKS = [Dialogue(str(i), f"what do you think about {w}?", f"i like {w} a lot, {w} is fun") for i, w in enumerate(
     ["movies", "the sea", "old books and new ones", "rain", "jazz", "cats"])]  # fmt: skip

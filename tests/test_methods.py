@@ -12,21 +12,21 @@ import pytest
 import tomli_w
 import torch
 
-from client.dialogue import Dialogue
-from client.lm.model import LanguageModel
-from client.personal.history import Asked
-from simulation.config import ConfigError
-from simulation.personal.config import HistoryConfig, LivesConfig, MethodsConfig
-from simulation.personal.people import halved, person
-from simulation.personal.play import play
-from simulation.study.cells import run_study
-from simulation.study.config import Cell, Study, StudyConfig, TableConfig, load_study
-from simulation.study.lives import HELD_OUT, LivesCell
-from simulation.study.personal_report import STRANGER, render_study, tables
-from simulation.study.workbench import Bench
-from simulation.tasks.config import load_task
-from simulation.tasks.task import Item, Query, Task, TaskUser
-from simulation.world import load_classes
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.personalization.history import Asked
+from florilegium.simulation.config import ConfigError
+from florilegium.simulation.heterogeneity.classes import load_classes
+from florilegium.simulation.personalization.config import HistoryConfig, LivesConfig, MethodsConfig
+from florilegium.simulation.personalization.histories import halved, person
+from florilegium.simulation.personalization.run import play
+from florilegium.simulation.studies.cell import Bench
+from florilegium.simulation.studies.config import Cell, Study, StudyConfig, TableConfig, load_study
+from florilegium.simulation.studies.interactive_cell import HELD_OUT, LivesCell
+from florilegium.simulation.studies.personalization_report import STRANGER, render_study, tables
+from florilegium.simulation.studies.selection_cell import run_study
+from florilegium.simulation.tasks.config import load_task
+from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser
 
 MODEL = {"name": "nano", "dtype": "float32", "limits": {"prompt_tokens": 48, "reply_tokens": 12}}
 METHODS: dict[str, Any] = {

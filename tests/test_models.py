@@ -31,13 +31,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from client.lm import convert, hub, places, processor, pull
-from client.lm.adapter import AdaptedLayer, AdapterLayout
-from client.lm.config import ModelConfig
-from client.lm.model import LanguageModel
-from client.lm.peft_format import write_peft
-from client.lm.places import Base, ModelError
-from simulation import doctor
+from florilegium.client.lm import convert, hub, places, processor, pull
+from florilegium.client.lm.adapter import AdaptedLayer, AdapterLayout
+from florilegium.client.lm.config import ModelConfig
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.peft_format import write_peft
+from florilegium.client.lm.places import Base, ModelError
+from florilegium.simulation.cli import doctor
 
 EOS, PAD = "<end>", "<pad>"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}|{{ m['content'] }}<end>{% endfor %}"
@@ -561,7 +561,7 @@ def test_the_flags_of_a_cpu(tmp_path: Path, line: str) -> None:
 def test_emulated_bfloat16_has_its_price_told(
     fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("client.lm.model.multiplies_bfloat16", lambda _: fast)
+    monkeypatch.setattr("florilegium.client.lm.model.multiplies_bfloat16", lambda _: fast)
     LanguageModel.load(ModelConfig(device="cpu", dtype="bfloat16"))
     found = re.findall(r"emulated on this processor: (\S+) GFLOPS, float32 (\S+);", caplog.text)
     assert len(found) == (0 if fast else 1) and all(float(x) > 0 for pair in found for x in pair)

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from client.budget import planned_event
-from client.lm.model import LanguageModel
-from client.shared import release_noise
-from privacy.accounting import epsilon
-from privacy.seeds import derive_key
-from simulation.audit.attacks import _released
-from simulation.audit.checks import named, without_noise
-from simulation.config import ExperimentConfig
-from simulation.data.population import User
-from simulation.federation import Federated, play
-from simulation.study.federated import _told
+from florilegium.client.calibration import planned_event
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.private_training import release_noise
+from florilegium.privacy.accounting import epsilon
+from florilegium.privacy.seeds import derive_key
+from florilegium.simulation.audit.attacks import _released
+from florilegium.simulation.audit.checks import named, without_noise
+from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.data.population import User
+from florilegium.simulation.engines.in_memory import Federated, play
+from florilegium.simulation.studies.federated_cell import _told
 
 CLIP = 0.05
 DEVICES = 6

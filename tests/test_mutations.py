@@ -18,7 +18,7 @@ def double(x: int) -> int:
     return 2 * x  # twice
 '''
 TESTS = """
-from client.thing import double
+from florilegium.client.thing import double
 
 def test_a_number_by_hand():
     assert double(3) == 6
@@ -85,6 +85,10 @@ def tree(root: Path, *changes: tuple[str, str, str]) -> None:
     for folder in ("client", "tests/mutations"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     (root / "client" / "__init__.py").write_text("")
+    (root / "florilegium").mkdir(exist_ok=True)
+    (root / "florilegium" / "__init__.py").write_text("")
+    if not (root / "florilegium" / "client").is_symlink():
+        (root / "florilegium" / "client").symlink_to("../client")
     (root / "client" / "thing.py").write_text(DOUBLE)
     (root / "tests" / "test_thing.py").write_text(TESTS)
     (root / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")

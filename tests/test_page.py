@@ -12,16 +12,16 @@ from typing import Any, ClassVar
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from client.agent.agent import Agent
-from client.agent.config import new_config
-from client.agent.home import Home
-from client.agent.seal import new_key, public_half
-from client.agent.serve import showing
-from client.agent.terms import Terms
-from client.lm.config import ModelConfig
-from client.lm.model import LanguageModel
-from client.lm.places import base_hash
-from privacy.plan import RoundPlan
+from florilegium.client.agent.agent import Agent
+from florilegium.client.agent.config import new_config
+from florilegium.client.agent.daemon import showing
+from florilegium.client.agent.folder import Home
+from florilegium.client.agent.signature import new_key, public_half
+from florilegium.client.agent.terms import Terms
+from florilegium.client.lm.config import ModelConfig
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.places import base_hash
+from florilegium.privacy.plan import RoundPlan
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

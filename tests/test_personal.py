@@ -11,28 +11,28 @@ import pytest
 import torch
 from conftest import Note
 
-from client.dialogue import Dialogue
-from client.lm.adapter import AdaptedLayer, Adapters
-from client.lm.adapter import layout as lora_layout
-from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, TextLimits
-from client.lm.lessons import Lesson
-from client.lm.model import LanguageModel, schedule
-from client.lm.optimizer import Moments, adamw_
-from client.personal import kgt, per_pcs, rpo
-from client.personal.config import MethodConfig, Name, TrainingConfig
-from client.personal.history import Asked, Past, Person, Wording
-from client.personal.kgt import KnowledgeGraph, Triple
-from client.personal.method import Desk, Method
-from client.personal.oppu import Oppu, Pooled
-from client.personal.per_pcs import Assembled, Pieces, assembled, wide
-from client.personal.pplug import TEMPERATURE, Pplug
-from client.personal.preference import Preferences, prefer, value_and_weights
-from client.personal.prompting import ASK_FOR_PROFILE, Prompting
-from client.personal.retrieve import rankings
-from client.personal.rpo import Rpo, nearness
-from client.personal.table import METHODS, method
-from client.personal.task import learn_task
-from privacy.seeds import derive_seed
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.adapter import AdaptedLayer, Adapters
+from florilegium.client.lm.adapter import layout as lora_layout
+from florilegium.client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, TextLimits
+from florilegium.client.lm.model import LanguageModel, schedule
+from florilegium.client.lm.optimizer import Moments, adamw_
+from florilegium.client.lm.training_data import Lesson
+from florilegium.client.personalization import kgt, per_pcs, rpo
+from florilegium.client.personalization.config import MethodConfig, Name, TrainingConfig
+from florilegium.client.personalization.history import Asked, Past, Person, Wording
+from florilegium.client.personalization.kgt import KnowledgeGraph, Triple
+from florilegium.client.personalization.method import Desk, Method
+from florilegium.client.personalization.oppu import Oppu, Pooled
+from florilegium.client.personalization.per_pcs import Assembled, Pieces, assembled, wide
+from florilegium.client.personalization.pplug import TEMPERATURE, Pplug
+from florilegium.client.personalization.preference import Preferences, prefer, value_and_weights
+from florilegium.client.personalization.prompting import ASK_FOR_PROFILE, Prompting
+from florilegium.client.personalization.registry import METHODS, method
+from florilegium.client.personalization.retrieve import rankings
+from florilegium.client.personalization.rpo import Rpo, nearness
+from florilegium.client.personalization.task_adapter import learn_task
+from florilegium.privacy.seeds import derive_seed
 
 TEXTS = (
     ("what did you cook", "a lentil soup with cumin"),

@@ -13,19 +13,20 @@ import pytest
 import torch
 from conftest import Note, new_ledger
 
-from client import phases, policies
-from client.buffer import Kept
-from client.config import DeviceConfig
-from client.dialogue import Dialogue, Echo
-from client.lm.lessons import Lesson
-from client.lm.model import LanguageModel, schedule, schedule_steps
-from client.phases import Site, States, annotate, descend, learn_personal, observe, synthesize
-from client.round import adopt, contribute, live
-from client.shared import clipped_change, noisy_steps
-from client.state import DeviceState
-from privacy.dpsgd import PrivateRow
-from privacy.plan import RoundPlan
-from privacy.seeds import derive_seed
+from florilegium.client import phases
+from florilegium.client.config import DeviceConfig
+from florilegium.client.dialogue import Dialogue, Echo
+from florilegium.client.lm.model import LanguageModel, schedule, schedule_steps
+from florilegium.client.lm.training_data import Lesson
+from florilegium.client.phases import Site, States, annotate, descend, learn_personal, observe, synthesize
+from florilegium.client.private_training import clipped_change, noisy_steps
+from florilegium.client.round import adopt, contribute, live
+from florilegium.client.selection import policies
+from florilegium.client.selection.buffer import Kept
+from florilegium.client.state import DeviceState
+from florilegium.privacy.dpsgd import PrivateRow
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.seeds import derive_seed
 
 PLAN = RoundPlan(1, 0)
 RATE = 1e-3

@@ -12,18 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from client.app import _release_reply, greeting, refusal
-from client.budget import planned_event
-from client.config import DeviceConfig
-from privacy.accounting import Event, calibrate, covered, epsilon
-from privacy.dpsgd import PrivateRow, clipped_sum
-from privacy.gate import check_reply
-from privacy.noise import ReleaseNoise, column, inverse_column
-from privacy.plan import RoundPlan
-from privacy.release import Release, ReleaseRefusedError, Schema
-from privacy.seeds import derive_key, derive_seed, fresh_secret
-from server.intake import signal_to_noise, signal_to_noise_floor
-from server.rules import Mean
+from florilegium.client.calibration import planned_event
+from florilegium.client.config import DeviceConfig
+from florilegium.client.flower_replies import _release_reply, greeting, refusal
+from florilegium.privacy.accounting import Event, calibrate, covered, epsilon
+from florilegium.privacy.dpsgd import PrivateRow, clipped_sum
+from florilegium.privacy.noise import ReleaseNoise, column, inverse_column
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.release import Release, ReleaseRefusedError, Schema
+from florilegium.privacy.reply_gate import check_reply
+from florilegium.privacy.seeds import derive_key, derive_seed, fresh_secret
+from florilegium.server.aggregation import Mean
+from florilegium.server.release_collector import signal_to_noise, signal_to_noise_floor
 
 
 def test_epsilon_of_known_settings() -> None:

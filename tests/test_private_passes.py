@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.dialogue import Dialogue
-from client.lm.adapter import AdapterLayout, Adapters
-from client.lm.config import AdapterConfig, ModelConfig, TextLimits
-from client.lm.model import LanguageModel
-from client.lm.packing import LEAST_WIDTH, OwnPack, own_rows, own_width
-from privacy.dpsgd import clipped_sum
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.adapter import AdapterLayout, Adapters
+from florilegium.client.lm.config import AdapterConfig, ModelConfig, TextLimits
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.packing import LEAST_WIDTH, OwnPack, own_rows, own_width
+from florilegium.privacy.dpsgd import clipped_sum
 
 CLIP = 1.0
 POOL = [Dialogue(str(k), "are you there?", "yes, i am") for k in range(12)]

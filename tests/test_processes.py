@@ -13,22 +13,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-from client.agent.agent import Agent
-from client.agent.config import new_config
-from client.agent.courier import prepare
-from client.agent.home import Home
-from client.agent.seal import new_key, public_half
-from client.agent.terms import Terms, read_terms
-from client.lm.config import ModelConfig
-from client.lm.model import LanguageModel
-from server.config import ServerConfig
-from simulation.config import ExperimentConfig
-from simulation.deployment.certificates import CA, make_certificates
-from simulation.deployment.rounds import make_folder
-from simulation.runs import create
+from florilegium.client.agent.agent import Agent
+from florilegium.client.agent.config import new_config
+from florilegium.client.agent.folder import Home
+from florilegium.client.agent.signature import new_key, public_half
+from florilegium.client.agent.supernode import prepare
+from florilegium.client.agent.terms import Terms, read_terms
+from florilegium.client.lm.config import ModelConfig
+from florilegium.client.lm.model import LanguageModel
+from florilegium.server.config import ServerConfig
+from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.deployment.certificates import CA, make_certificates
+from florilegium.simulation.deployment.rounds import make_folder
+from florilegium.simulation.runs.folder import create
 
 ROOT = Path(__file__).parent.parent
-FLORILEGIUM = (sys.executable, "-m", "simulation")
+FLORILEGIUM = (sys.executable, "-m", "florilegium")
 
 
 def free_port() -> int:
@@ -93,7 +93,7 @@ def test_all_that_a_run_writes_is_its_owners_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_server_that_is_told_to_end_says_so_as_a_run_does(number: signal.Signals) -> None:
     code = (
-        "import signal, sys; import typer; from simulation.deployment.cli import _stoppable\n"
+        "import signal, sys; import typer; from florilegium.simulation.cli.server import _stoppable\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "try:\n"
         f"    with _stoppable('goes on'): signal.raise_signal({int(number)})\n"
@@ -105,11 +105,11 @@ def test_a_server_that_is_told_to_end_says_so_as_a_run_does(number: signal.Signa
 
 LIMITED = """
 import ctypes, resource, subprocess, sys
-from client.dumps import hide_memory
-from simulation import cli
+from florilegium.privacy.common.dumps import hide_memory
+from florilegium.simulation.cli import main as cli
 
 limits, setrlimit = [], resource.setrlimit
-resource.setrlimit = lambda kind, to: (limits.append((kind, to)), setrlimit(kind, to))  # what was there may be 0 already
+resource.setrlimit = lambda kind, to: (limits.append((kind, to)), setrlimit(kind, to))  # it may be 0 already
 
 @cli.app.command()
 def probe() -> None:
@@ -173,7 +173,7 @@ def test_a_device_ends_with_its_supernode(tmp_path: Path, lm: LanguageModel, num
     assert until(lambda: process.children(recursive=True))
     time.sleep(5)
     children = process.children(recursive=True)
-    assert any("client.agent.supernode" in " ".join(c.cmdline()) for c in children)
+    assert any("florilegium.client.agent.supernode_process" in " ".join(c.cmdline()) for c in children)
     assert {p.rlimit(psutil.RLIMIT_CORE) for p in (process, *children)} == {(0, 0)}
     serving.send_signal(number)
     assert serving.wait(60) == (-number if number is signal.SIGKILL else 0)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from client.buffer import SelectionConfig, candidate
-from client.dialogue import Dialogue
-from client.lexicons import load_lexicons
-from client.lm.model import LanguageModel
-from client.lm.packing import Example
-from client.lm.readings import READINGS, Sight, gradient, mean, nuclear, weighted
-from client.scores import entropy_over_dimensions, entropy_over_tokens
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.features import READINGS, Sight, gradient, mean, nuclear, weighted
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.packing import Example
+from florilegium.client.selection.buffer import SelectionConfig, candidate
+from florilegium.client.selection.lexicons import load_lexicons
+from florilegium.client.selection.scores import entropy_over_dimensions, entropy_over_tokens
 
 
 def sight(n: int = 5, width: int = 7, words: int = 11, seed: int = 0) -> tuple[Sight, torch.nn.Linear]:

@@ -14,21 +14,9 @@ from typing import Any
 
 import pytest
 
-from privacy.accounting import Event as Spent
-from privacy.accounting import epsilon
-from simulation.bystander import bystander
-from simulation.page import duration, signed, size
-from simulation.report import (
-    MOST_DEVICES_LISTED,
-    ReportError,
-    collect,
-    flattened,
-    outcome,
-    read_events,
-    render_report,
-    verdict,
-)
-from simulation.report_figures import (
+from florilegium.privacy.accounting import Event as Spent
+from florilegium.privacy.accounting import epsilon
+from florilegium.simulation.reports.figures import (
     ARMS,
     MINUS,
     device_totals,
@@ -40,6 +28,18 @@ from simulation.report_figures import (
     spread,
     timing,
 )
+from florilegium.simulation.reports.html import duration, signed, size
+from florilegium.simulation.reports.run_report import (
+    MOST_DEVICES_LISTED,
+    ReportError,
+    collect,
+    flattened,
+    outcome,
+    read_events,
+    render_report,
+    verdict,
+)
+from florilegium.simulation.runs.mean_observer import bystander
 
 Event = dict[str, Any]
 

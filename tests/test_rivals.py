@@ -16,32 +16,32 @@ from conftest import new_ledger
 from rich.console import Console
 from torch import nn
 
-from client.config import DeviceConfig
-from client.lm import layers
-from client.lm.adapter import AdaptedLayer, Adapters
-from client.lm.adapter import layout as layout_of
-from client.lm.config import AdapterConfig
-from client.lm.lessons import Lesson
-from client.lm.model import LanguageModel
-from client.lm.packing import Example, Rectangle
-from client.lm.peft_format import AdapterFormatError, write_peft
-from client.lm.places import Base
-from client.phases import Site, annotate, observe
-from client.shared import learn_shared, release_noise
-from privacy.dpsgd import PrivateRow
-from privacy.plan import RoundPlan
-from simulation.config import ConfigError, config_folder
-from simulation.data.population import User
-from simulation.evaluate import measure_nll, score_users
-from simulation.rivals import feddpa, layerwise, measure
-from simulation.rivals.config import Name, RivalsConfig
-from simulation.rivals.fedalt import gated, rest_of_world
-from simulation.rivals.ground import Ground, Held, aggregate, halves, upload
-from simulation.rivals.play import play
-from simulation.rivals.table import RIVALS
-from simulation.study import rivals_report
-from simulation.study.cells import run_study
-from simulation.study.config import load_study
+from florilegium.client.config import DeviceConfig
+from florilegium.client.lm import layers
+from florilegium.client.lm.adapter import AdaptedLayer, Adapters
+from florilegium.client.lm.adapter import layout as layout_of
+from florilegium.client.lm.config import AdapterConfig
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.packing import Example, Rectangle
+from florilegium.client.lm.peft_format import AdapterFormatError, write_peft
+from florilegium.client.lm.places import Base
+from florilegium.client.lm.training_data import Lesson
+from florilegium.client.phases import Site, annotate, observe
+from florilegium.client.private_training import learn_shared, release_noise
+from florilegium.privacy.dpsgd import PrivateRow
+from florilegium.privacy.plan import RoundPlan
+from florilegium.simulation.baselines import evaluation, feddpa, layerwise
+from florilegium.simulation.baselines.config import Name, RivalsConfig
+from florilegium.simulation.baselines.context import Ground, Held, aggregate, halves, upload
+from florilegium.simulation.baselines.fedalt import gated, rest_of_world
+from florilegium.simulation.baselines.registry import RIVALS
+from florilegium.simulation.baselines.run import play
+from florilegium.simulation.config import ConfigError, config_folder
+from florilegium.simulation.data.population import User
+from florilegium.simulation.evaluation.metrics import measure_nll, score_users
+from florilegium.simulation.studies import baselines_report
+from florilegium.simulation.studies.config import load_study
+from florilegium.simulation.studies.selection_cell import run_study
 
 RATE, STEPS, DEVICES = 1e-2, 4, 3
 CPU = torch.device("cpu")
@@ -365,7 +365,7 @@ def test_feddpa_scores_each_query_under_its_own_mixture(lm: LanguageModel, peopl
     played = play(lm, settings("feddpa"), streams, 3)
     queries = [u.held_out[:2] for u in people]
     assert played.rival.by_query is not None
-    found = measure.nll(played, queries)
+    found = evaluation.nll(played, queries)
     shared, own = played.rival.by_query(played.held, played.ground, queries, played.lessons)
     third = [Adapters(a.layout, a.rows[2:3]) for a in (shared, own)]
     alone = measure_nll(score_users(lm, [queries[1][:1]], {"x": third})["x"])
@@ -436,14 +436,14 @@ def test_every_rival_plays_and_trains_on_the_same_tokens(
         played = play(lm, settings(name), streams, 3)
         assert counted[0] == 2 * played.tokens > 0
         tokens.add(played.tokens)
-        scores[name] = measure.nll(played, queries).by_user
+        scores[name] = evaluation.nll(played, queries).by_user
         width = lm.lora_layout(played.ground.config.shared.adapter).width
         sent = {"local": 0, "fedper": width // 2, "fedrep": width // 2}.get(name, width)
         assert played.upload_bytes == 4 * sent and played.download_bytes == 4 * sent
-        stranger = measure.strangers(played)
+        stranger = evaluation.strangers(played)
         assert (stranger is None) == (name in ("fedavg", "fedprox"))
         if stranger:
-            assert measure.nll(stranger, queries).by_user != scores[name]
+            assert evaluation.nll(stranger, queries).by_user != scores[name]
     assert len(tokens) == 1
     assert len(set(scores.values())) == len(RIVALS) - 1  # μ is 0: FedProx is FedAvg
 
@@ -460,8 +460,8 @@ def test_a_study_of_rivals_compares_them_on_the_same_people(tmp_path: Path) -> N
     ]  # fmt: skip
     study = load_study(config_folder() / "rivals.toml", least)
     run_study(study, tmp_path, lambda phase: None)
-    assert rivals_report.render_study(study, tmp_path).exists()
-    (shown,) = rivals_report.tables(study, tmp_path)
+    assert baselines_report.render_study(study, tmp_path).exists()
+    (shown,) = baselines_report.tables(study, tmp_path)
     assert [o.rival for o in shown.outcomes] == ["local", "ours", "feddpa"]
     assert len({o.measured("base") for o in shown.outcomes}) == 1 and len(shown.outcomes[0].by_seed()) == 2
     found = shown.against(shown.outcomes[2], "ours")
@@ -469,7 +469,7 @@ def test_a_study_of_rivals_compares_them_on_the_same_people(tmp_path: Path) -> N
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert [c["upload_bytes"] > 0 for c in summary["tables"]["few"]["cells"]] == [False, True, True]
     told = Console(record=True, width=200, file=io.StringIO())
-    told.print(rivals_report.as_text(study, tmp_path))
+    told.print(baselines_report.as_text(study, tmp_path))
     assert "feddpa" in told.export_text()
     before = (tmp_path / "cells" / next(iter(study.cells)) / "seed0.json").stat().st_mtime_ns
     run_study(study, tmp_path, lambda phase: None)

@@ -33,26 +33,26 @@ from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from test_simulation import assert_same_adapters
 
-from client.app import Question
-from client.lm.model import LanguageModel
-from client.records import to_record
-from client.state import DeviceState
-from privacy.errors import DeviceFaultError
-from privacy.noise import ReleaseNoise
-from privacy.plan import RoundPlan
-from privacy.release import Array
-from server.config import ServerConfig
-from server.intake import Limits, to_numpy
-from server.strategy import NoReleaseError, ReleaseStrategy
-from simulation.config import ExperimentConfig, config_folder, load_config
-from simulation.crew import Crew
-from simulation.experiment import federate, run_experiment
-from simulation.faults import attempt
-from simulation.fleet import Actors, Cohort, Fleet, InProcess, open_fleet
-from simulation.grid import CohortGrid, released
-from simulation.host import SimulatedDevices, open_devices
-from simulation.people import device_name
-from simulation.runs import RunError, RunFolder, create
+from florilegium.client.flower_arrays import to_record
+from florilegium.client.flower_replies import Question
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.state import DeviceState
+from florilegium.privacy.common.errors import DeviceFaultError
+from florilegium.privacy.noise import ReleaseNoise
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.release import Array
+from florilegium.server.config import ServerConfig
+from florilegium.server.release_collector import Limits, to_numpy
+from florilegium.server.strategy import NoReleaseError, ReleaseStrategy
+from florilegium.simulation.config import ExperimentConfig, config_folder, load_config
+from florilegium.simulation.devices.people import device_name
+from florilegium.simulation.devices.simulated import SimulatedDevices, open_devices
+from florilegium.simulation.engines.cohort_grid import CohortGrid, released
+from florilegium.simulation.engines.faults import attempt
+from florilegium.simulation.engines.scheduler import Crew
+from florilegium.simulation.engines.workers import Actors, Cohort, Fleet, InProcess, open_fleet
+from florilegium.simulation.experiment import federate, run_experiment
+from florilegium.simulation.runs.folder import RunError, RunFolder, create
 
 USERS = 5
 QUICK = (
@@ -456,7 +456,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
 # -- kill -9 ------------------------------------------------------------------------------------------------------
 
 FORKED = multiprocessing.get_context("forkserver")  # a new process without the seconds that importing torch takes
-FORKED.set_forkserver_preload(["simulation.experiment"])
+FORKED.set_forkserver_preload(["florilegium.simulation.experiment"])
 
 
 def _watched(config: ExperimentConfig, path: Path, until_s: float = np.inf) -> tuple[float, int]:

@@ -13,22 +13,22 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
-from client.agent.seal import new_key
-from client.agent.terms import Terms
-from client.app import refusal
-from privacy.gate import FAILED
-from privacy.noise import ReleaseNoise
-from privacy.plan import RoundPlan
-from privacy.release import Array, Release, Schema
-from server.buffered import BufferedStrategy
-from server.config import ServerConfig
-from server.intake import Limits, signal_to_noise, to_arrays, to_numpy
-from server.strategy import NoReleaseError, ReleaseStrategy
-from simulation.config import ConfigError, config_folder, load_config
-from simulation.deployment.rounds import OperatorStrategy
-from simulation.fleet import Cohort, Done, Job
-from simulation.grid import CohortGrid
-from simulation.runs import RunFolder
+from florilegium.client.agent.signature import new_key
+from florilegium.client.agent.terms import Terms
+from florilegium.client.flower_replies import refusal
+from florilegium.privacy.noise import ReleaseNoise
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.release import Array, Release, Schema
+from florilegium.privacy.reply_gate import FAILED
+from florilegium.server.config import ServerConfig
+from florilegium.server.fedbuff import BufferedStrategy
+from florilegium.server.release_collector import Limits, signal_to_noise, to_arrays, to_numpy
+from florilegium.server.strategy import NoReleaseError, ReleaseStrategy
+from florilegium.simulation.config import ConfigError, config_folder, load_config
+from florilegium.simulation.deployment.rounds import OperatorStrategy
+from florilegium.simulation.engines.cohort_grid import CohortGrid
+from florilegium.simulation.engines.workers import Cohort, Done, Job
+from florilegium.simulation.runs.folder import RunFolder
 
 SCHEMA = Schema((("q.lora_A", (4, 3)), ("q.lora_B", (2, 4))))
 WIDTH, HEAD = 20, "0" * 64

@@ -21,58 +21,58 @@ import pytest
 import torch
 from flwr.supercore.task_identity import TaskIdentity
 
-from client import budget
-from client.agent.agent import Agent
-from client.agent.config import AgentConfig
-from client.agent.home import Home
-from client.buffer import Buffer, Kept, candidate
-from client.dialogue import Dialogue
-from client.lexicons import load_lexicons
-from client.lm import model
-from client.lm.lessons import Lesson, Training
-from client.lm.model import Features, LanguageModel
-from client.lm.readings import Reading
-from client.lm.text import ChatFormat
-from client.personal import rpo
-from client.personal.asls import Asls, Device, Interaction
-from client.personal.config import AslsConfig
-from client.phases import Site, annotate, descend, learn_personal
-from client.policies import POLICIES
-from client.shared import clipped_change, release_noise
-from client.state import DeviceState
-from client.synthesize import Request, synthesize
-from privacy.config import Config
-from privacy.errors import UserError
-from privacy.noise import ReleaseNoise
-from privacy.plan import RoundPlan
-from server.rules import RULES
-from server.strategy import ReleaseStrategy
-from simulation.changes import check
-from simulation.clock import Clock
-from simulation.config import ConfigError, ExperimentConfig, dump_config, set_value, validate
-from simulation.data.errors import DataError
-from simulation.data.population import load_population
-from simulation.experiment import ENGINES
-from simulation.fates import Work, play_round
-from simulation.personal.config import LivesConfig, MethodsConfig
-from simulation.personal.live import feedback, reptile
-from simulation.personal.play import play as play_method
-from simulation.ready import world_of
-from simulation.rivals import feddpa, layerwise
-from simulation.rivals import play as play_rival
-from simulation.rivals.config import RivalsConfig
-from simulation.rivals.ground import Ground
-from simulation.rivals.table import RIVALS
-from simulation.runs import find_run
-from simulation.study.config import UNSEEN, Cell, StudyConfig
-from simulation.study.federated import FederatedCell
-from simulation.study.lives import LivesCell
-from simulation.study.methods import MethodsCell
-from simulation.study.rivals import RivalsCell
-from simulation.study.workbench import Bench
-from simulation.tasks import config as task_config
-from simulation.tasks.task import Item, Query, Task, TaskUser
-from simulation.world import DeviceClass, World, WorldConfig
+from florilegium.client import calibration
+from florilegium.client.agent.agent import Agent
+from florilegium.client.agent.config import AgentConfig
+from florilegium.client.agent.folder import Home
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm import model
+from florilegium.client.lm.features import Reading
+from florilegium.client.lm.model import Features, LanguageModel
+from florilegium.client.lm.text import ChatFormat
+from florilegium.client.lm.training_data import Lesson, Training
+from florilegium.client.personalization import rpo
+from florilegium.client.personalization.asls import Asls, Device, Interaction
+from florilegium.client.personalization.config import AslsConfig
+from florilegium.client.phases import Site, annotate, descend, learn_personal
+from florilegium.client.private_training import clipped_change, release_noise
+from florilegium.client.selection.buffer import Buffer, Kept, candidate
+from florilegium.client.selection.lexicons import load_lexicons
+from florilegium.client.selection.policies import POLICIES
+from florilegium.client.state import DeviceState
+from florilegium.client.synthesize import Request, synthesize
+from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.noise import ReleaseNoise
+from florilegium.privacy.plan import RoundPlan
+from florilegium.server.aggregation import RULES
+from florilegium.server.strategy import ReleaseStrategy
+from florilegium.simulation.baselines import feddpa, layerwise
+from florilegium.simulation.baselines import run as play_rival
+from florilegium.simulation.baselines.config import RivalsConfig
+from florilegium.simulation.baselines.context import Ground
+from florilegium.simulation.baselines.registry import RIVALS
+from florilegium.simulation.config import ConfigError, ExperimentConfig, dump_config, set_value, validate
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.population import load_population
+from florilegium.simulation.devices.preflight import world_of
+from florilegium.simulation.experiment import ENGINES
+from florilegium.simulation.heterogeneity.availability import Work, play_round
+from florilegium.simulation.heterogeneity.classes import DeviceClass, World, WorldConfig
+from florilegium.simulation.heterogeneity.clock import Clock
+from florilegium.simulation.personalization.config import LivesConfig, MethodsConfig
+from florilegium.simulation.personalization.interactive import feedback, reptile
+from florilegium.simulation.personalization.run import play as play_method
+from florilegium.simulation.runs.changes import check
+from florilegium.simulation.runs.folder import find_run
+from florilegium.simulation.studies.baselines_cell import RivalsCell
+from florilegium.simulation.studies.cell import Bench
+from florilegium.simulation.studies.config import UNSEEN, Cell, StudyConfig
+from florilegium.simulation.studies.federated_cell import FederatedCell
+from florilegium.simulation.studies.interactive_cell import LivesCell
+from florilegium.simulation.studies.methods_cell import MethodsCell
+from florilegium.simulation.tasks import config as task_config
+from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser
 
 PEOPLE, OTHERS = "people.jsonl", "others.jsonl"
 BASE: dict[str, Any] = {"data": {"name": PEOPLE, "users": 3, "split": "all", "min_pairs": 8, "max_pairs": 11}}
@@ -248,7 +248,7 @@ def planning() -> Iterator[list[Any]]:
         return 1.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "calibrate", calibrate)
+        patch.setattr(calibration, "calibrate", calibrate)
         yield calls
 
 
@@ -262,7 +262,7 @@ def taught_for_all(c: ExperimentConfig, tools: Tools) -> Any:
 def noise(c: ExperimentConfig, tools: Tools) -> Any:
     """What a release is planned to spend, its noise, and the budget."""
     with planning() as planned:
-        return budget.planned_event(c), release_noise(c, c.server.noise_bands, 0), c.privacy.budget, planned
+        return calibration.planned_event(c), release_noise(c, c.server.noise_bands, 0), c.privacy.budget, planned
 
 
 def layouts(c: ExperimentConfig, tools: Tools) -> Any:

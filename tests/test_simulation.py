@@ -23,25 +23,32 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
-from client.app import answer
-from client.shared import planned_event
-from privacy.accounting import BudgetError
-from privacy.plan import RoundPlan
-from server.intake import to_arrays
-from simulation import experiment
-from simulation.changes import check
-from simulation.cli import main
-from simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config, with_absolute_paths
-from simulation.data import population
-from simulation.data.errors import DataError
-from simulation.data.population import Bootstrapped, DataConfig, load_population
-from simulation.experiment import run_experiment
-from simulation.host import SimulatedDevices, open_devices
-from simulation.inputs import differing, hashes, people_sha256
-from simulation.people import device_name
-from simulation.progress import Pulse
-from simulation.runs import RunError, RunFolder, check_sources, create, find_run, resume
-from simulation.who import who, write_who
+from florilegium.client.flower_replies import answer
+from florilegium.client.private_training import planned_event
+from florilegium.privacy.accounting import BudgetError
+from florilegium.privacy.plan import RoundPlan
+from florilegium.server.release_collector import to_arrays
+from florilegium.simulation import experiment
+from florilegium.simulation.cli.main import main
+from florilegium.simulation.config import (
+    ConfigError,
+    ExperimentConfig,
+    dump_config,
+    find_config,
+    load_config,
+    with_absolute_paths,
+)
+from florilegium.simulation.data import population
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.population import Bootstrapped, DataConfig, load_population
+from florilegium.simulation.devices.people import device_name
+from florilegium.simulation.devices.simulated import SimulatedDevices, open_devices
+from florilegium.simulation.experiment import run_experiment
+from florilegium.simulation.runs.changes import check
+from florilegium.simulation.runs.folder import RunError, RunFolder, check_sources, create, find_run, resume
+from florilegium.simulation.runs.inputs import differing, hashes, people_sha256
+from florilegium.simulation.runs.owners import who, write_who
+from florilegium.simulation.runs.progress import Pulse
 
 ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
 FINISHED = (*SMALL, "name=small", "server.optimizer=fedavgm")
@@ -80,8 +87,9 @@ def test_the_table_at_the_end_is_whole(finished: Path) -> None:
     """No figure is cut, however narrow the terminal; and what an encoding lacks is written in other characters."""
     summary = json.loads((finished / "summary.json").read_text())
     probe = (
-        "import json, sys\nfrom rich.console import Console\nfrom client.terminal import speak_plainly\n"
-        "from simulation.summary import render_summary\nspeak_plainly()\nsummary = json.load(open(sys.argv[1]))\n"
+        "import json, sys\nfrom rich.console import Console\nfrom florilegium.client.terminal import speak_plainly\n"
+        "from florilegium.simulation.runs.summary import render_summary\nspeak_plainly()\n"
+        "summary = json.load(open(sys.argv[1]))\n"
         "for width in sys.argv[2:]:\n    Console(width=int(width)).print(render_summary(summary))\n    print('=====')"
     )
     command = [sys.executable, "-c", probe, str(finished / "summary.json"), *map(str, WIDTHS)]
@@ -519,7 +527,7 @@ def test_flowers_own_engine_gives_the_same_aggregate(finished: Path, tmp_path: P
 @pytest.mark.slow
 def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
     """smollm2-135m, four devices; every stage leaves its traces."""
-    from client.lm.places import ModelError, resolve
+    from florilegium.client.lm.places import ModelError, resolve
 
     try:
         resolve("smollm2-135m")

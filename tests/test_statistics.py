@@ -12,16 +12,16 @@ import pytest
 import torch
 from scipy import stats
 
-from simulation.config import ExperimentConfig
-from simulation.evaluate import Measured, Scored, compare, derangement, interval, measure_nll
-from simulation.personal.config import MethodsConfig
-from simulation.personal.live import Lived, better_from
-from simulation.rivals.config import RivalsConfig
-from simulation.study import personal_report, rivals_report, utility
-from simulation.study.config import Cell, StudyConfig
-from simulation.study.lives import _measured as of_lives
-from simulation.study.lives import alarms
-from simulation.study.tables import contrast, corrected
+from florilegium.simulation.baselines.config import RivalsConfig
+from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.evaluation.metrics import Measured, Scored, compare, derangement, interval, measure_nll
+from florilegium.simulation.personalization.config import MethodsConfig
+from florilegium.simulation.personalization.interactive import Lived, better_from
+from florilegium.simulation.studies import baselines_report, personalization_report, privacy_utility
+from florilegium.simulation.studies.config import Cell, StudyConfig
+from florilegium.simulation.studies.interactive_cell import _measured as of_lives
+from florilegium.simulation.studies.interactive_cell import alarms
+from florilegium.simulation.studies.statistics import contrast, corrected
 
 SEVERAL = [[0.3, -1.2], [1.0, 10.0, 100.0], [4.1, 4.3, 3.9, 4.0, 4.4, 5.2], list(np.linspace(-1, 2, 40))]
 
@@ -122,10 +122,12 @@ def arm(*by_user: float) -> dict[str, Any]:
     return {"nll": {"by_user": list(by_user), "by_query": list(by_user), "mean_per_query": float(np.mean(by_user))}}
 
 
-def federated(*seeds: dict[str, Any], **more: Any) -> utility.Outcome:
+def federated(*seeds: dict[str, Any], **more: Any) -> privacy_utility.Outcome:
     """A cell of a federated study: the same devices in each seed."""
     cell = Cell(ExperimentConfig(), StudyConfig.model_validate({"kind": "federated", "tables": {"t": {}}}))
-    return utility.Outcome((), cell, {"devices": ["a", "b", "c"], "seeds": [{"arms": arms, **more} for arms in seeds]})
+    return privacy_utility.Outcome(
+        (), cell, {"devices": ["a", "b", "c"], "seeds": [{"arms": arms, **more} for arms in seeds]}
+    )
 
 
 def test_a_unit_of_a_federated_study_is_a_device_whatever_the_dice() -> None:
@@ -136,7 +138,7 @@ def test_a_unit_of_a_federated_study_is_a_device_whatever_the_dice() -> None:
     found = o.measured("shared")
     assert found and found.by_user == (2, 6, 9) and o.measured("personal") is None
     assert o.gain("shared").tolist() == [2, -1, -3] and o.gain("shared", 1).tolist() == [3, -3, -3]
-    (c,) = utility.comparisons([o])
+    (c,) = privacy_utility.comparisons([o])
     assert c.found.users == 3 and c.found.mean_difference == pytest.approx(2 / 3) and c.found.users_better == 1
     t = (2 / 3) / (stats.tstd([-2, 1, 3]) / math.sqrt(3))
     assert c.p == pytest.approx(p_of_two_degrees(t)) and (c.seeds_better, c.seeds) == (0, 2)
@@ -146,7 +148,7 @@ def test_a_table_and_a_metric_are_one_family() -> None:
     """Four comparisons of one cell: the smallest p is taken four times."""
     arms = {"base": arm(4, 5, 6), "local": arm(3.9, 4.8, 5.9), "shared": arm(3.9, 4.9, 5.8), "personal": arm(3, 4.1, 5),
             "shuffled": arm(4.3, 5.1, 6.2)}  # fmt: skip
-    family = utility.comparisons([federated(arms)])
+    family = privacy_utility.comparisons([federated(arms)])
     assert len(family) == 4
     ranked = sorted(family, key=lambda c: c.p)
     by_hand = [min(1.0, c.p * m) for c, m in zip(ranked, (4, 3, 2, 1), strict=True)]
@@ -171,8 +173,10 @@ def test_a_unit_of_other_studies_is_a_person_of_a_seed() -> None:
     ]
     shape = {"adapter": {"rank": 4, "alpha": 4, "factors": "both"}}
     config = RivalsConfig.model_validate({"personal": shape, "shared": shape, "privacy": {"mode": "none"}})
-    rival = rivals_report.Outcome((), config, {"seeds": seeds})
-    method = personal_report.Outcome((), MethodsConfig.model_validate({"model": {"name": "x"}}), {"seeds": seeds})
+    rival = baselines_report.Outcome((), config, {"seeds": seeds})
+    method = personalization_report.Outcome(
+        (), MethodsConfig.model_validate({"model": {"name": "x"}}), {"seeds": seeds}
+    )
     for o in (rival, method):
         found = o.measured()
         assert found and found.by_user == (1, 2, 3, 4, 6) and o.seeds == [0, 0, 0, 1, 1]
@@ -184,7 +188,7 @@ def test_thirds_of_the_people_by_what_they_have() -> None:
         {"arms": {"own": arm(1, 2, 3)}, "history": [9, 2, 5]},
         {"arms": {"own": arm(4, 5, 6)}, "history": [1, 7, 8]},
     ]
-    o = personal_report.Outcome((), MethodsConfig.model_validate({"model": {"name": "x"}}), {"seeds": seeds})
+    o = personalization_report.Outcome((), MethodsConfig.model_validate({"model": {"name": "x"}}), {"seeds": seeds})
     assert [(name, m.by_user) for name, m in o.by_activity()] == [("1–2", (4, 2)), ("5–7", (3, 5)), ("8–9", (6, 1))]
 
 

@@ -22,14 +22,14 @@ import psutil
 import pytest
 from conftest import SMALL
 
-from simulation.bench.worker import AbsentError, Worker
-from simulation.cluster import NOT_STARTED, ClusterError, Wish, _init, open_cluster
-from simulation.config import ExperimentConfig, config_folder, load_config
-from simulation.data.errors import DataError
-from simulation.fleet import Cohort, open_fleet
-from simulation.host import SimulatedDevices, open_devices
-from simulation.runs import RunFolder, create
-from simulation.stopping import end_all
+from florilegium.simulation.benchmarks.engine_worker import AbsentError, Worker
+from florilegium.simulation.config import ExperimentConfig, config_folder, load_config
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.devices.simulated import SimulatedDevices, open_devices
+from florilegium.simulation.engines.ray_cluster import NOT_STARTED, ClusterError, Wish, _init, open_cluster
+from florilegium.simulation.engines.workers import Cohort, open_fleet
+from florilegium.simulation.runs.folder import RunFolder, create
+from florilegium.simulation.runs.stopping import end_all
 
 QUICK = (*SMALL, "evaluation.pooled_epochs=0", "evaluation.rouge_queries_per_user=0", "name=quick")
 FLORILEGIUM = str(Path(sys.executable).parent / "florilegium")
@@ -96,7 +96,7 @@ def assert_all_end(processes: Sequence[psutil.Process], limit_s: float = 30) -> 
 
 PARENT = """
 import subprocess, sys, time
-from simulation.stopping import Stopped, stoppable
+from florilegium.simulation.runs.stopping import Stopped, stoppable
 try:
     with stoppable():
         child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])"
@@ -127,15 +127,17 @@ def test_what_a_stopped_process_has_started_ends_with_it(
 
 
 def test_nohup_is_left_alone(tmp_path: Path) -> None:
-    code = "import signal; from simulation.stopping import stoppable\nwith stoppable(): signal.raise_signal(1)"
+    code = "import signal; from florilegium.simulation.runs.stopping import stoppable\n"
+    code += "with stoppable(): signal.raise_signal(1)"
     done = subprocess.run(["nohup", sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_process_that_is_told_to_ends_with_its_parent(tmp_path: Path) -> None:
-    child = "import time; from simulation.stopping import end_with_parent; end_with_parent(); time.sleep(99)"
+    child = "import time; from florilegium.simulation.runs.stopping import end_with_parent; "
+    child += "end_with_parent(); time.sleep(99)"
     parent = (
-        "import os, pathlib, sys; from simulation.stopping import run_child;"
+        "import os, pathlib, sys; from florilegium.simulation.runs.stopping import run_child;"
         f"run_child([sys.executable, '-c', {child!r}], pathlib.Path.cwd(), os.environ)"
     )
     with begun([sys.executable, "-c", parent], tmp_path, "end_with_parent(); time.sleep") as process:

@@ -20,26 +20,26 @@ import pytest
 import torch
 from rich.console import Console
 
-from client.lexicons import LexiconError
-from client.lm.config import ModelConfig, SamplingConfig
-from client.lm.model import LanguageModel
-from client.shared import release_noise
-from simulation.cli import main
-from simulation.config import ConfigError, config_folder, find_config, load_config
-from simulation.data.population import DataConfig
-from simulation.evaluate import Comparison
-from simulation.runs import RunError
-from simulation.study import utility, utility_report
-from simulation.study.cells import CellRun, run_study
-from simulation.study.config import Study, load_study
-from simulation.study.figures import _within
-from simulation.study.published import PUBLISHED
-from simulation.study.ready import ready
-from simulation.study.remember import RememberingModel
-from simulation.study.report import render_study
-from simulation.study.tables import Contrast, contrasts, corrected, entries
-from simulation.study.utility import outcomes, reaches
-from simulation.study.workbench import Bench
+from florilegium.client.lm.config import ModelConfig, SamplingConfig
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.private_training import release_noise
+from florilegium.client.selection.lexicons import LexiconError
+from florilegium.simulation.cli.main import main
+from florilegium.simulation.config import ConfigError, config_folder, find_config, load_config
+from florilegium.simulation.data.population import DataConfig
+from florilegium.simulation.evaluation.caching_model import RememberingModel
+from florilegium.simulation.evaluation.metrics import Comparison
+from florilegium.simulation.runs.folder import RunError
+from florilegium.simulation.studies import privacy_utility, privacy_utility_report
+from florilegium.simulation.studies.cell import Bench
+from florilegium.simulation.studies.config import Study, load_study
+from florilegium.simulation.studies.figures import _within
+from florilegium.simulation.studies.preflight import ready
+from florilegium.simulation.studies.privacy_utility import outcomes, reaches
+from florilegium.simulation.studies.published import PUBLISHED
+from florilegium.simulation.studies.selection_cell import CellRun, run_study
+from florilegium.simulation.studies.selection_report import render_study
+from florilegium.simulation.studies.statistics import Contrast, contrasts, corrected, entries
 
 SMALL = """
 rounds = 2
@@ -227,7 +227,7 @@ def test_a_torn_line_is_cut_off(finished: tuple[Study, Path], tmp_path: Path) ->
 def test_a_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     """kill -9 at times that fall anywhere; in the end the same results as in one go."""
     config = written(tmp_path)
-    command = [sys.executable, "-m", "simulation", "study", str(config), "--studies"]
+    command = [sys.executable, "-m", "florilegium", "study", str(config), "--studies"]
     subprocess.run([*command, str(tmp_path / "one")], check=True, capture_output=True)
     kills = 0
     for delay in (6.0, 7.0, 8.0, 9.0, 10.0, 60.0, 300.0):
@@ -421,7 +421,7 @@ def test_the_bundled_study_of_privacy_runs(tmp_path: Path) -> None:
     least = ["study.seeds=1", "data.users=4", "rounds=2", "shared.pool_capacity=6", "selection.bins=4"]
     study = load_study(paths[-1], least)
     run_study(study, tmp_path, lambda phase: None)
-    assert utility_report.render_study(study, tmp_path).exists()
+    assert privacy_utility_report.render_study(study, tmp_path).exists()
 
 
 # -- studies of federations ---------------------------------------------------------------------------------------
@@ -506,7 +506,7 @@ def test_a_federated_study_goes_on_with_the_seed_that_it_was_in(federated: tuple
 
 def test_the_page_of_a_federated_study(federated: tuple[Study, Path]) -> None:
     study, folder = federated
-    page = utility_report.render_study(study, folder).read_text()
+    page = privacy_utility_report.render_study(study, folder).read_text()
     for drawn in ("plot-pareto", "plot-signal", "plot-attacks"):
         assert f'id="{drawn}"' in page
     assert "one dialogue (a prompt and its reply)" in page and "no privacy: for simulation only" in page
@@ -515,7 +515,7 @@ def test_the_page_of_a_federated_study(federated: tuple[Study, Path]) -> None:
     assert cell["label"] == {"privacy.epsilon": 8} and len(cell["gain_shared_by_seed"]) == 2
     assert cell["attacks"]["gradient, releases"]["auc_ceiling"] < 1
     told = Console(record=True, width=200, file=io.StringIO())
-    told.print(utility.as_text(study, folder))
+    told.print(privacy_utility.as_text(study, folder))
     text = told.export_text()
     assert "epsilon 8" in text and "∞" in text
 

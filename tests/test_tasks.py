@@ -18,18 +18,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from client.dialogue import Dialogue
-from simulation.data.conversations import READERS, Conversation
-from simulation.data.errors import DataError
-from simulation.data.population import DataConfig, User, half_of
-from simulation.tasks.config import TaskConfig, _with_held_out, load_task
-from simulation.tasks.lamp import OFFICIAL, load_lamp, split_users
-from simulation.tasks.makers import by_length, of_two
-from simulation.tasks.metrics import macro_f1, measure, normal, rmse, slot_accuracy
-from simulation.tasks.populations import MAX_WORDS, bounded, dealt, people, plain
-from simulation.tasks.slots import matches, said_before
-from simulation.tasks.stand_ins import EMOTIONS, STAND_INS, TOPIC_LABELS
-from simulation.tasks.task import Item, Query, Task, TaskUser
+from florilegium.client.dialogue import Dialogue
+from florilegium.simulation.data.conversations import READERS, Conversation
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.population import DataConfig, User, half_of
+from florilegium.simulation.tasks.config import TaskConfig, _with_held_out, load_task
+from florilegium.simulation.tasks.lamp import OFFICIAL, load_lamp, split_users
+from florilegium.simulation.tasks.makers import by_length, of_two
+from florilegium.simulation.tasks.metrics import macro_f1, measure, normal, rmse, slot_accuracy
+from florilegium.simulation.tasks.populations import MAX_WORDS, bounded, dealt, people, plain
+from florilegium.simulation.tasks.slots import matches, said_before
+from florilegium.simulation.tasks.stand_ins import EMOTIONS, STAND_INS, TOPIC_LABELS
+from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser
 
 needs_folder = pytest.mark.skipif(
     not os.environ.get("FLORILEGIUM_DATA"), reason="FLORILEGIUM_DATA is unset; set it to the folder of .jsonl.xz files"
@@ -306,7 +306,8 @@ def test_a_history_has_as_many_items_as_were_asked_for(history: int) -> None:
 
 
 def test_tasks_load_no_model_library() -> None:
-    probe = "import sys, simulation.tasks.config; print(sorted({'torch', 'flwr', 'transformers'} & set(sys.modules)))"
+    probe = "import sys, florilegium.simulation.tasks.config\n"
+    probe += "print(sorted({'torch', 'flwr', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 

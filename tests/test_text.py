@@ -13,13 +13,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from client.dialogue import Dialogue
-from client.lm import text
-from client.lm.config import ModelConfig, TextLimits
-from client.lm.hub import ModelError
-from client.lm.model import LanguageModel
-from client.lm.text import ChatFormat
-from simulation.data.population import User
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm import text
+from florilegium.client.lm.config import ModelConfig, TextLimits
+from florilegium.client.lm.hub import ModelError
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.text import ChatFormat
+from florilegium.simulation.data.population import User
 
 WORDS = [
     "What is 2 + 2? I have 3 cats, said Ann.", "it's fine, the cat sat on the mat", "[INST] who are you [/INST] me",

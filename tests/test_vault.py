@@ -11,9 +11,9 @@ from threading import Event, Thread
 
 import pytest
 
-from client.agent.journal import Journal, Together, VaultError
-from privacy.database import connected
-from simulation.bench.agent import measure
+from florilegium.client.agent.vault import Journal, Together, VaultError
+from florilegium.privacy.common.database import connected
+from florilegium.simulation.benchmarks.agent import measure
 
 
 def test_writes_that_come_while_one_is_under_way_are_one_transaction_after_it(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from client.dialogue import Dialogue
-from client.lexicons import load_lexicons, matches
-from client.rouge import rouge, rouge1
-from client.scores import domain_specific_score, dominant_domain
-from client.synthesize import Request, SynthesisConfig, objection
-from client.words import bare, count, words
-from simulation.audit.canaries import plant
-from simulation.data.population import User
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.rouge import rouge, rouge1
+from florilegium.client.selection.lexicons import load_lexicons, matches
+from florilegium.client.selection.scores import domain_specific_score, dominant_domain
+from florilegium.client.synthesize import Request, SynthesisConfig, objection
+from florilegium.client.words import bare, count, words
+from florilegium.simulation.audit.canaries import plant
+from florilegium.simulation.data.population import User
 
 TEXTS = {
     "Russian": ("я думаю, что кошки любят рыбу", "кошки любят молоко, я думаю"),

@@ -15,13 +15,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from server.config import devices_to_ask
-from simulation.clock import BufferedClock
-from simulation.config import ConfigError
-from simulation.fairness import jain, summarize, worst_decile
-from simulation.fates import Arrival, Fate, Round, Work, arrivals, play_round, trained_tokens
-from simulation.runs import RunError
-from simulation.world import DeviceClass, World, WorldConfig, class_of, load_classes, local_hour, uniform, zone_h
+from florilegium.server.config import devices_to_ask
+from florilegium.simulation.config import ConfigError
+from florilegium.simulation.evaluation.fairness import jain, summarize, worst_decile
+from florilegium.simulation.heterogeneity.availability import (
+    Arrival,
+    Fate,
+    Round,
+    Work,
+    arrivals,
+    play_round,
+    trained_tokens,
+)
+from florilegium.simulation.heterogeneity.classes import (
+    DeviceClass,
+    World,
+    WorldConfig,
+    class_of,
+    load_classes,
+    local_hour,
+    uniform,
+    zone_h,
+)
+from florilegium.simulation.heterogeneity.clock import BufferedClock
+from florilegium.simulation.runs.folder import RunError
 
 SLOW = DeviceClass(
     name="slow",

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from client.agent.home import DeviceError
-from client.budget import planned_event, planned_steps
-from client.config import DeviceConfig, SharedConfig
-from privacy.accounting import Event, epsilon
-from privacy.errors import UserError
-from privacy.policy import Mode, PrivacyConfig
+from florilegium.client.agent.folder import DeviceError
+from florilegium.client.calibration import planned_event, planned_steps
+from florilegium.client.config import DeviceConfig, SharedConfig
+from florilegium.privacy.accounting import Event, epsilon
+from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.modes import Mode, PrivacyConfig
 
 if TYPE_CHECKING:
-    from client.lm.adapter import AdapterLayout
+    from florilegium.client.lm.adapter import AdapterLayout
 
 LARGEST_RANK = 256  # of a shared adapter
 BOUNDS: dict[str, tuple[float, float]] = {  # of `shared` and `shared.adapter`: the least and the most

@@ -24,10 +24,12 @@ import psutil
 import torch
 from pydantic import ValidationError
 
-from client.agent.acceptance import check_promise, check_settings, check_work, unprotected
-from client.agent.config import CONSENTS, AgentConfig, Consent, When
-from client.agent.home import DeviceError, Home, HomeError, replace_file
-from client.agent.journal import (
+from florilegium.client.agent.acceptance import check_promise, check_settings, check_work, unprotected
+from florilegium.client.agent.config import CONSENTS, AgentConfig, Consent, When
+from florilegium.client.agent.folder import DeviceError, Home, HomeError, replace_file
+from florilegium.client.agent.pace import doubled, rehearsed
+from florilegium.client.agent.terms import Terms
+from florilegium.client.agent.vault import (
     Journal,
     Sent,
     Turn,
@@ -37,28 +39,26 @@ from client.agent.journal import (
     write_learned,
     write_sent,
 )
-from client.agent.pace import doubled, rehearsed
-from client.agent.terms import Terms
-from client.buffer import Buffer
-from client.config import DeviceConfig
-from client.dialogue import Dialogue, Echo
-from client.lm.adapter import Adapters
-from client.lm.config import ModelConfig
-from client.lm.layers import UnsupportedModelError
-from client.lm.model import LanguageModel
-from client.lm.peft_format import peft_files, shared_files
-from client.lm.places import BASE_FOLDER, ModelError, base_hash, base_of
-from client.personal.config import ProfileConfig
-from client.personal.profile import Profile, ProfileError
-from client.phases import Site, States, annotate, beneath, observe
-from client.round import contribute, live
-from client.shared import release_limits, resend
-from client.state import DeviceState, DeviceStore, StoreError
-from privacy.errors import UserError
-from privacy.ledger import Account, Ledger
-from privacy.plan import RoundPlan
-from privacy.release import Release, Schema
-from privacy.seeds import fresh_secret
+from florilegium.client.config import DeviceConfig
+from florilegium.client.dialogue import Dialogue, Echo
+from florilegium.client.lm.adapter import Adapters
+from florilegium.client.lm.config import ModelConfig
+from florilegium.client.lm.layers import UnsupportedModelError
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.peft_format import peft_files, shared_files
+from florilegium.client.lm.places import BASE_FOLDER, ModelError, base_hash, base_of
+from florilegium.client.personalization.config import ProfileConfig
+from florilegium.client.personalization.profile import Profile, ProfileError
+from florilegium.client.phases import Site, States, annotate, beneath, observe
+from florilegium.client.private_training import release_limits, resend
+from florilegium.client.round import contribute, live
+from florilegium.client.selection.buffer import Buffer
+from florilegium.client.state import DeviceState, DeviceStore, StoreError
+from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.ledger import Account, Ledger
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.release import Release, Schema
+from florilegium.privacy.seeds import fresh_secret
 
 log = logging.getLogger(__name__)
 LOST = "lost"  # in place of a head that should be there

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from client.agent.home import USUAL, DeviceError, Home, write_private
-from client.terminal import Figures
+from florilegium.client.agent.folder import USUAL, DeviceError, Home, write_private
+from florilegium.client.terminal import Figures
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(soft_wrap=True, markup=False)
@@ -47,10 +47,10 @@ def init(
     federate: Annotated[bool | None, typer.Option(help="Consent to joining a federation.")] = None,
 ) -> None:
     """Make a device: its folder, its key, its encrypted file. Asks for consent, item by item."""
-    from client.agent.board import check_limit, fitting, limit_memory, thrifty
-    from client.agent.config import CONSENTS, new_config
-    from client.lm.config import ModelConfig
-    from client.lm.places import check_model
+    from florilegium.client.agent.config import CONSENTS, new_config
+    from florilegium.client.agent.memory_limits import check_limit, fitting, limit_memory, thrifty
+    from florilegium.client.lm.config import ModelConfig
+    from florilegium.client.lm.places import check_model
 
     if key not in ("file", "keyring"):
         raise typer.BadParameter("--key takes file or keyring")
@@ -72,7 +72,10 @@ def init(
         config = new_config(chosen, "keyring" if key == "keyring" else "file", limit)
         limit_memory(limit)
 
-        from client.agent.agent import Agent, loaded  # and with it torch, now that nothing is left to refuse
+        from florilegium.client.agent.agent import (  # and with it torch, now that nothing is left to refuse
+            Agent,
+            loaded,
+        )
 
         lm = loaded(config.device.model)
         secret = place.make(config)
@@ -100,15 +103,15 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Of the page on 127.0.0.1; 0: any that is free.")] = None,
 ) -> None:
     """Run the agent: the model in memory, the page, learning by itself when that is allowed."""
-    from client.agent.serve import learning, opened, showing
+    from florilegium.client.agent.daemon import learning, opened, showing
 
-    logging.getLogger("client.agent").setLevel(logging.INFO)
+    logging.getLogger("florilegium.client.agent").setLevel(logging.INFO)
     over = threading.Event()
     for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as with `nohup`
             signal.signal(number, lambda *_: over.set())
     with plain_errors(), opened(Home(home)) as agent:
-        from client.agent.courier import connected  # and with it flwr
+        from florilegium.client.agent.supernode import connected  # and with it flwr
 
         wanted = agent.config.port if port is None else port
         with learning(agent), connected(agent), showing(agent, wanted) as address:
@@ -268,8 +271,8 @@ def join(
 
     `serve` then keeps in touch with it.
     """
-    from client.agent.invitation import accept, read_invitation
-    from client.agent.terms import read_terms
+    from florilegium.client.agent.invitation import accept, read_invitation
+    from florilegium.client.agent.terms import read_terms
 
     with plain_errors():
         invitation = read_invitation(terms)
@@ -284,8 +287,8 @@ def join(
         with place.locked():
             place.check()
 
-            from client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
-            from client.agent.courier import prepare
+            from florilegium.client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
+            from florilegium.client.agent.supernode import prepare
 
             agent = Agent.open(place)
             agent.check_terms(asked)
@@ -399,7 +402,7 @@ def restore(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = Fa
         with place.locked():
             place.check_copy()
 
-            from client.agent.agent import restore as put_back
+            from florilegium.client.agent.agent import restore as put_back
 
             put_back(place)
         console.print(
@@ -411,21 +414,21 @@ def restore(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = Fa
 @app.command()
 def rebase(home: HomeOption = HOME) -> None:
     """Begin anew on the model that the settings name now: from the dialogues, which stay. Leaves the federation."""
-    from client.lm.places import check_model
+    from florilegium.client.lm.places import check_model
 
     with plain_errors():
         place = Home(home)
         with place.locked():
             check_model(place.check().device.model.name)
 
-            from client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
+            from florilegium.client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
 
             console.print(_anew(Agent.open(place, rebasing=True).rebase(console.print)))
 
 
 @contextmanager
 def _remote(home: Path) -> Iterator[Any]:
-    from client.agent.remote import reached
+    from florilegium.client.agent.owner_client import reached
 
     with plain_errors(), reached(Home(home)) as agent:
         yield agent

@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import ByteSize, Field
 
-from client.config import DeviceConfig, PersonalConfig, SharedConfig
-from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, TextLimits
-from privacy.config import Config, PlainName
-from privacy.policy import PrivacyConfig
+from florilegium.client.config import DeviceConfig, PersonalConfig, SharedConfig
+from florilegium.client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, TextLimits
+from florilegium.privacy.common.base_config import Config, PlainName
+from florilegium.privacy.modes import PrivacyConfig
 
 Consent = Literal["learn", "federate"]
 CONSENTS: dict[Consent, str] = {

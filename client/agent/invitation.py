@@ -14,9 +14,9 @@ import httpx
 import tomli_w
 from pydantic import Field
 
-from client.agent.home import DeviceError, write_private
-from client.agent.terms import Terms
-from privacy.config import Config
+from florilegium.client.agent.folder import DeviceError, write_private
+from florilegium.client.agent.terms import Terms
+from florilegium.privacy.common.base_config import Config
 
 JOIN = "/v1/fleet/join"
 PATIENCE_S = 30.0

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import time
 
-from client.dialogue import Dialogue
-from client.phases import Site
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.phases import Site
 
 LEAST_S = 0.25
 REHEARSED = 8  # texts

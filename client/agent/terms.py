@@ -8,10 +8,10 @@ from pathlib import Path
 import tomli_w
 from pydantic import Field
 
-from client.agent.home import DeviceError
-from client.config import SharedConfig
-from client.lm.config import AdapterConfig
-from privacy.config import Config, PlainName
+from florilegium.client.agent.folder import DeviceError
+from florilegium.client.config import SharedConfig
+from florilegium.client.lm.config import AdapterConfig
+from florilegium.privacy.common.base_config import Config, PlainName
 
 LARGEST_FILE = 2**16  # bytes
 

@@ -21,7 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
-    from client.lm.config import Trained
+    from florilegium.client.lm.config import Trained
 
 
 @dataclass(frozen=True, slots=True)

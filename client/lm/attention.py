@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from client.lm.cache import KeyValues
-from client.lm.layers import UnsupportedModelError
-from client.lm.packing import Band, Texts
+from florilegium.client.lm.cache import KeyValues
+from florilegium.client.lm.layers import UnsupportedModelError
+from florilegium.client.lm.packing import Band, Texts
 
 NAME = "florilegium"
 READING = "florilegium_reading"  # the attribute of the modules that attend
@@ -77,7 +77,7 @@ def packed_attention(
     reading: Reading = getattr(module, READING, Reading())
     texts, cache = reading.texts, reading.cache
     if texts is None and cache is None:
-        raise RuntimeError("this model reads packed texts only: call it through client.lm.engine.Engine")
+        raise RuntimeError("this model reads packed texts only: call it through florilegium.client.lm.engine.Engine")
     if what := _unknown(key, value, more):
         raise UnsupportedModelError(f"{type(module).__name__} attends with {what}, which packed attention has not")
     reading.windows[module.layer_idx] = sliding_window  # type: ignore[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from client.lm.packing import Texts
+from florilegium.client.lm.packing import Texts
 
 
 class KeyValues:

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from privacy.config import Config, Names
+from florilegium.privacy.common.base_config import Config, Names
 
 SPELLINGS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16"}
 NO_FLOAT16 = (

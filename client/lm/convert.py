@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from client.lm.hub import quiet
-from client.lm.places import ModelError
+from florilegium.client.lm.hub import quiet
+from florilegium.client.lm.places import ModelError
 
 PARAMETERS = 134_515_008
 # 269 MB instead of 538, and no magnitude above 10. Float16 rounds to 11 bits, which the 8 bits of the hub's

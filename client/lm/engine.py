@@ -13,16 +13,15 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from client.lm import attention, layers
-from client.lm.adapter import Adapters, Layout
-from client.lm.cache import KeyValues
-from client.lm.decode import Decoding
-from client.lm.lessons import Lesson, Training, objection
-from client.lm.loss import logits, token_losses
-from client.lm.memory import Allowance, keep_freed_memory
-from client.lm.norms import replace_norms
-from client.lm.optimizer import Moments, adamw_
-from client.lm.packing import (
+from florilegium.client.lm import attention, layers
+from florilegium.client.lm.adapter import Adapters, Layout
+from florilegium.client.lm.batching import by_device, by_tokens
+from florilegium.client.lm.cache import KeyValues
+from florilegium.client.lm.decode import Decoding
+from florilegium.client.lm.loss import logits, token_losses
+from florilegium.client.lm.norms import replace_norms
+from florilegium.client.lm.optimizer import Moments, adamw_
+from florilegium.client.lm.packing import (
     OWN_PIECE,
     OWN_TOKENS,
     Example,
@@ -34,8 +33,9 @@ from client.lm.packing import (
     own_width,
     owned_by,
 )
-from client.lm.passes import by_device, by_tokens
-from client.lm.soft_prompt import PromptLayout, behind
+from florilegium.client.lm.soft_prompt import PromptLayout, behind
+from florilegium.client.lm.token_budget import Allowance, keep_freed_memory
+from florilegium.client.lm.training_data import Lesson, Training, objection
 
 TOKENS = {  # in one pass, if it is not said: what fits the caches of a CPU, what fills a GPU
     ("cpu", torch.float32): 2048,

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from client.lm.places import ModelError, check_weights, first_line, resolve
+from florilegium.client.lm.places import ModelError, check_weights, first_line, resolve
 
 TEMPLATES = {
     # User:\n…\nAssistant:\n…<eos>\n. Texts stand on lines of their own, so that they become the same tokens whether

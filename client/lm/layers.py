@@ -15,11 +15,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from client.lm.adapter import AdaptedLayer, AdapterLayout, Adapters
-from client.lm.ia3 import ScaledLayer, ScalingLayout
-from client.lm.packing import Example, Rectangle
-from client.lm.soft_prompt import AdaptedEmbedding, PromptLayout
-from privacy.errors import UserError
+from florilegium.client.lm.adapter import AdaptedLayer, AdapterLayout, Adapters
+from florilegium.client.lm.ia3 import ScaledLayer, ScalingLayout
+from florilegium.client.lm.packing import Example, Rectangle
+from florilegium.client.lm.soft_prompt import AdaptedEmbedding, PromptLayout
+from florilegium.privacy.common.errors import UserError
 
 ATTENDING = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # as configs name such layers
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as Llama and its kin name them

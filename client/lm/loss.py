@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from client.lm.packing import rounded
+from florilegium.client.lm.packing import rounded
 
 PIECE = 1 << 21  # logits at a time
 

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from client.lm import layers
-from client.lm.adapter import AdapterLayout, Adapters, Layout, layout
-from client.lm.config import AdapterConfig, ModelConfig, SamplingConfig
-from client.lm.engine import Engine
-from client.lm.hub import default_device, load
-from client.lm.ia3 import ScalingLayout
-from client.lm.packing import Example
-from client.lm.processor import multiplies_bfloat16
-from client.lm.readings import READINGS, Reading, Sight
-from client.lm.soft_prompt import PromptLayout
-from client.lm.text import ChatFormat
+from florilegium.client.lm import layers
+from florilegium.client.lm.adapter import AdapterLayout, Adapters, Layout, layout
+from florilegium.client.lm.config import AdapterConfig, ModelConfig, SamplingConfig
+from florilegium.client.lm.engine import Engine
+from florilegium.client.lm.features import READINGS, Reading, Sight
+from florilegium.client.lm.hub import default_device, load
+from florilegium.client.lm.ia3 import ScalingLayout
+from florilegium.client.lm.packing import Example
+from florilegium.client.lm.processor import multiplies_bfloat16
+from florilegium.client.lm.soft_prompt import PromptLayout
+from florilegium.client.lm.text import ChatFormat
 
 log = logging.getLogger(__name__)
 MEASURED = 128  # rows and columns of the matrices whose product is timed
@@ -93,7 +93,7 @@ class LanguageModel:
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], readings: Collection[str] = ("mean",)) -> list[Features]:
-        """Features of each text with the readings of `client.lm.readings` that are named, adapters off."""
+        """Features of each text with the readings of `client.lm.features` that are named, adapters off."""
         examples = self.format.prompts(texts)
         found: dict[int, Features] = {}
         for i, hidden in self.engine.hidden(examples):

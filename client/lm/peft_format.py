@@ -15,11 +15,11 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig
 from safetensors.torch import load_file, save
 
-from client.lm.adapter import AdapterLayout, Layout, weight_layout
-from client.lm.ia3 import ScalingLayout
-from client.lm.places import Base
-from client.lm.soft_prompt import PromptLayout
-from privacy.errors import UserError
+from florilegium.client.lm.adapter import AdapterLayout, Layout, weight_layout
+from florilegium.client.lm.ia3 import ScalingLayout
+from florilegium.client.lm.places import Base
+from florilegium.client.lm.soft_prompt import PromptLayout
+from florilegium.privacy.common.errors import UserError
 
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 Tensors = dict[str, torch.Tensor]

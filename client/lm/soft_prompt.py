@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from client.lm.packing import Example, Rectangle
+from florilegium.client.lm.packing import Example, Rectangle
 
 
 @dataclass(frozen=True)

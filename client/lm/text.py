@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from client.dialogue import Dialogue
-from client.lm.config import ModelConfig
-from client.lm.control import Spelling, plain
-from client.lm.packing import Example
-from client.lm.places import ModelError
-from client.lm.template import render
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.config import ModelConfig
+from florilegium.client.lm.control import Spelling, plain
+from florilegium.client.lm.packing import Example
+from florilegium.client.lm.places import ModelError
+from florilegium.client.lm.template import render
 
 PROMPT_MARK, REPLY_MARK = "prompt⁣mark", "reply⁣mark"
 PROBES = (  # what is tried with every tokenizer; the replies end in different ways

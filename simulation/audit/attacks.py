@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from client.dialogue import Dialogue
-from simulation.audit.canaries import Canary
-from simulation.federation import Federated
+from florilegium.client.dialogue import Dialogue
+from florilegium.simulation.audit.canaries import Canary
+from florilegium.simulation.engines.in_memory import Federated
 
 LOWEST = 0.2  # share of a reply's tokens that Min-K%++ looks at
 

@@ -15,25 +15,25 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from client.budget import planned_event
-from client.lm.model import LanguageModel
-from simulation.audit import checks, hostile
-from simulation.audit.attacks import membership, reidentified, trusted
-from simulation.audit.bounds import (
+from florilegium.client.calibration import planned_event
+from florilegium.client.lm.model import LanguageModel
+from florilegium.simulation.audit import checks, hostile_adapters
+from florilegium.simulation.audit.attack_metrics import Attack, Ceiling, judge
+from florilegium.simulation.audit.attacks import membership, reidentified, trusted
+from florilegium.simulation.audit.bounds import (
     best_epsilon,
     gaussian_epsilon_of_trials,
     gaussian_one_run_epsilon,
     one_run_epsilon,
 )
-from simulation.audit.canaries import Streams, hide
-from simulation.audit.checks import Check, named, without_noise
-from simulation.audit.coins import Recorded
-from simulation.audit.inventory import Sent, inventory
-from simulation.audit.inversion import LONG, reconstructed
-from simulation.audit.judge import Attack, Ceiling, judge
-from simulation.audit.one_run import DeviceCoins, DialogueCoins, Guesses, Mistake, worst_case
-from simulation.config import ExperimentConfig
-from simulation.federation import Federated, play
+from florilegium.simulation.audit.canaries import Streams, hide
+from florilegium.simulation.audit.checks import Check, named, without_noise
+from florilegium.simulation.audit.inventory import Sent, inventory
+from florilegium.simulation.audit.inversion import LONG, reconstructed
+from florilegium.simulation.audit.one_run_audit import DeviceCoins, DialogueCoins, Guesses, Mistake, worst_case
+from florilegium.simulation.audit.recorded_coins import Recorded
+from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.engines.in_memory import Federated, play
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the canaries, those that are guessed; fixed before looking
 HIDDEN = 0.5  # of each stream, what membership is asked of
@@ -107,7 +107,7 @@ class Auditor:
         proofs += checks.sampling(recorded, self.config.shared.sampling_rate)
         proofs.append(checks.coupling(self.lm, self.config, self.streams[0], self.streams[-1], self.seed))
         self.listener("hostile adapters")
-        proofs += hostile.reach(self.lm, self.config, self.seed)
+        proofs += hostile_adapters.reach(self.lm, self.config, self.seed)
         claimed = checks.claimed_epsilon(self.config)
         self.listener("one-run audit")
         guessed = one_run.guessed(worst_case(self.config, self.config.privacy.epsilon))

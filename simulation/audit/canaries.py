@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from client.dialogue import Dialogue
-from client.words import bare
-from privacy.seeds import derive_seed
-from simulation.config import ConfigError
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.words import bare
+from florilegium.privacy.seeds import derive_seed
+from florilegium.simulation.config import ConfigError
 
 PROMPT_WORDS, REPLY_WORDS = 12, 1  # of a canary: a short reply that nobody expects pulls hard
 Streams = Sequence[Sequence[Dialogue]]

@@ -19,19 +19,19 @@ from opacus.accountants import PRVAccountant
 from scipy import stats
 from scipy.optimize import brentq
 
-from client.config import DeviceConfig
-from client.dialogue import Dialogue
-from client.lm.model import LanguageModel
-from client.shared import release_noise
-from privacy.accounting import Event, epsilon
-from privacy.noise import inverse_column
-from privacy.plan import RoundPlan
-from server.config import ServerConfig
-from simulation.audit.canaries import Streams
-from simulation.audit.coins import Recorded
-from simulation.audit.judge import planned_events
-from simulation.config import ExperimentConfig
-from simulation.federation import Federated, InMemory, passing_ledger, play
+from florilegium.client.config import DeviceConfig
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.private_training import release_noise
+from florilegium.privacy.accounting import Event, epsilon
+from florilegium.privacy.noise import inverse_column
+from florilegium.privacy.plan import RoundPlan
+from florilegium.server.config import ServerConfig
+from florilegium.simulation.audit.attack_metrics import planned_events
+from florilegium.simulation.audit.canaries import Streams
+from florilegium.simulation.audit.recorded_coins import Recorded
+from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.engines.in_memory import Federated, InMemory, passing_ledger, play
 
 GRID = ((0.01, 1.0, 1000, 1e-5), (0.1, 1.0, 100, 1e-5), (0.5, 4.0, 100, 1e-6), (0.02, 0.6, 500, 1e-5))  # q, σ, T, δ
 Kind = TypeVar("Kind", bound=DeviceConfig)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.common.serde import message_to_proto  # private: how Flower puts a message onto a wire
 
-from simulation.federation import Federated
+from florilegium.simulation.engines.in_memory import Federated
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from client.config import DeviceConfig
-from client.dialogue import Dialogue
-from client.lm.adapter import Adapters
-from client.lm.model import LanguageModel
-from client.words import bare
-from privacy.seeds import derive_seed
-from server.config import ServerConfig
-from simulation.audit.attacks import trusted
-from simulation.audit.checks import named, one_round
-from simulation.federation import Federated, play
+from florilegium.client.config import DeviceConfig
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.adapter import Adapters
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.words import bare
+from florilegium.privacy.seeds import derive_seed
+from florilegium.server.config import ServerConfig
+from florilegium.simulation.audit.attacks import trusted
+from florilegium.simulation.audit.checks import named, one_round
+from florilegium.simulation.engines.in_memory import Federated, play
 
 LISTED = 64  # words that the attacker chooses from
 LONG = 5  # words of the reply

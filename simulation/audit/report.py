@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from client.lm.places import check_model
-from simulation import page
-from simulation.data.population import load_population
-from simulation.runs import RunError, RunFolder
+from florilegium.client.lm.places import check_model
+from florilegium.simulation.data.population import load_population
+from florilegium.simulation.reports import html
+from florilegium.simulation.runs.folder import RunError, RunFolder
 
 if TYPE_CHECKING:
-    from simulation.audit.audit import Audit
+    from florilegium.simulation.audit.audit import Audit
 
 
 def audit_run(run: RunFolder, devices: int, canaries: int, listener: Callable[[str], None]) -> Audit:
@@ -30,15 +30,15 @@ def audit_run(run: RunFolder, devices: int, canaries: int, listener: Callable[[s
     users = load_population(people, config.seed)
     listener("loading")
 
-    from client.lm.model import LanguageModel  # and with it torch, now that nothing is left to refuse
-    from simulation.audit.audit import Auditor, as_json
-    from simulation.audit.judge import RATES
+    from florilegium.client.lm.model import LanguageModel  # and with it torch, now that nothing is left to refuse
+    from florilegium.simulation.audit.attack_metrics import RATES
+    from florilegium.simulation.audit.audit import Auditor, as_json
 
     streams = [user.stream for user in users]
     found = Auditor(LanguageModel.load(config.model), config, streams, listener).audit(canaries)
     (run.path / "audit.json").write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
-    page.write(
-        run.path / "audit.html", "audit/report.html.j2", plots={}, filters={},
+    html.write(
+        run.path / "audit.html", "audit.html.j2", plots={}, filters={},
         name=run.path.name, found=found, promise=config.privacy.promise, rates=RATES,
     )  # fmt: skip
     return found

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
-from simulation.data.errors import DataError
-from simulation.data.folder import Row, data_folder, json_lines
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.folder import Row, data_folder, json_lines
 
 HALF_DAY_S = 43_200.0
 

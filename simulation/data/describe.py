@@ -16,11 +16,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from client.dialogue import Dialogue
-from client.words import count
-from simulation.data.conversations import READERS, locate
-from simulation.data.errors import DataError
-from simulation.data.population import HUB, DataConfig, collect, cut, met_before, streams
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.words import count
+from florilegium.simulation.data.conversations import READERS, locate
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.population import HUB, DataConfig, collect, cut, met_before, streams
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 Quantiles = tuple[int, ...]

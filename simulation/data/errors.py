@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from privacy.errors import UserError
+from florilegium.privacy.common.errors import UserError
 
 
 class DataError(UserError):

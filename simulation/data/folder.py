@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from simulation.data.errors import DataError
+from florilegium.simulation.data.errors import DataError
 
 Row = dict[str, Any]
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".ndjson")

@@ -15,12 +15,12 @@ from typing import Any
 
 from pydantic import Field
 
-from privacy.config import Config
-from simulation.data.conversations import Conversation, Turn
-from simulation.data.errors import DataError
-from simulation.data.folder import shown
-from simulation.data.jsonl import seconds
-from simulation.data.synonyms import columns_for
+from florilegium.privacy.common.base_config import Config
+from florilegium.simulation.data.conversations import Conversation, Turn
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.folder import shown
+from florilegium.simulation.data.jsonl import seconds
+from florilegium.simulation.data.synonyms import columns_for
 
 ROLES = ("user", "time", "prompt", "response", "domain")
 ANSWER_WITHIN_S = 8.0

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
 
-from simulation.data.conversations import Conversation, Turn
-from simulation.data.errors import DataError
-from simulation.data.folder import Row, json_lines, shown
-from simulation.data.synonyms import hint, most_telling
+from florilegium.simulation.data.conversations import Conversation, Turn
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.folder import Row, json_lines, shown
+from florilegium.simulation.data.synonyms import hint, most_telling
 
 FAR_FUTURE_S = 253_402_300_800  # the year 10,000: what is beyond is in milliseconds
 KEYS = ("user", "time", "prompt", "response", "domain")

@@ -18,14 +18,14 @@ from typing import Literal, Self, overload
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from client.dialogue import Dialogue
-from privacy.config import Config
-from privacy.seeds import derive_seed
-from simulation.data.conversations import READERS, Conversation
-from simulation.data.errors import DataError
-from simulation.data.folder import is_file_name
-from simulation.data.hub import HubFields, read_hub
-from simulation.data.jsonl import read_jsonl
+from florilegium.client.dialogue import Dialogue
+from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.seeds import derive_seed
+from florilegium.simulation.data.conversations import READERS, Conversation
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.folder import is_file_name
+from florilegium.simulation.data.hub import HubFields, read_hub
+from florilegium.simulation.data.jsonl import read_jsonl
 
 Half = Literal["development", "test"]
 Split = Literal["development", "test", "all"]

@@ -2,7 +2,7 @@
 
 Flower's link state and object store hold them, and Flower's own handlers put them in and take them out; its SuperLink,
 which would also run whatever bundle somebody sends to its control interface, is not started. There is one run, one
-process, and no other way in than the door (`simulation.deployment.door`). Written for Flower 1.41 and 1.42, whose
+process, and no other way in than `simulation.deployment.https_server`. Written for Flower 1.41 and 1.42, whose
 private parts it uses.
 """
 

@@ -14,12 +14,12 @@ from secrets import token_hex
 
 from pydantic import ValidationError
 
-from client.agent.home import DeviceError
-from client.agent.invitation import Invitation
-from client.agent.terms import read_terms
-from privacy.gate import NAME
-from simulation.deployment.certificates import CA
-from simulation.deployment.link import pem_of
+from florilegium.client.agent.folder import DeviceError
+from florilegium.client.agent.invitation import Invitation
+from florilegium.client.agent.terms import read_terms
+from florilegium.privacy.reply_gate import NAME
+from florilegium.simulation.deployment.certificates import CA
+from florilegium.simulation.deployment.link import pem_of
 
 log = logging.getLogger(__name__)
 NODES, INVITED = "nodes", "invitations"

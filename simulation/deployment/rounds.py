@@ -15,31 +15,38 @@ from filelock import FileLock, Timeout
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from client.agent.acceptance import check_for_everyone
-from client.agent.agent import Federation
-from client.agent.config import new_config
-from client.agent.home import DeviceError, write_private
-from client.agent.seal import hash_of, new_key, public_half, sealed
-from client.agent.terms import Terms, read_terms, write_terms
-from client.lm.adapter import AdapterLayout
-from client.lm.config import ModelConfig
-from client.lm.model import LanguageModel
-from client.phases import release_schema
-from client.shared import release_limits
-from privacy.errors import UserError
-from privacy.noise import ReleaseNoise
-from privacy.seeds import derive_seed
-from server.config import ServerConfig
-from server.intake import Limits, RoundFacts, to_arrays, to_numpy
-from server.optimizers import Moments
-from server.strategy import TOO_FEW, NoReleaseError, ReleaseStrategy
-from simulation.deployment.certificates import CERTIFICATE, KEY, OPERATOR_KEY, TERMS, check_folder, make_certificates
-from simulation.deployment.door import Allowed, fleet_door
-from simulation.deployment.link import Link, LinkGrid
-from simulation.deployment.register import NODES, admitted, welcome
-from simulation.deployment.settings import check_rule, read_settings, write_settings
-from simulation.experiment import commit, committed
-from simulation.runs import RunFolder
+from florilegium.client.agent.acceptance import check_for_everyone
+from florilegium.client.agent.agent import Federation
+from florilegium.client.agent.config import new_config
+from florilegium.client.agent.folder import DeviceError, write_private
+from florilegium.client.agent.signature import hash_of, new_key, public_half, sealed
+from florilegium.client.agent.terms import Terms, read_terms, write_terms
+from florilegium.client.lm.adapter import AdapterLayout
+from florilegium.client.lm.config import ModelConfig
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.phases import release_schema
+from florilegium.client.private_training import release_limits
+from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.noise import ReleaseNoise
+from florilegium.privacy.seeds import derive_seed
+from florilegium.server.config import ServerConfig
+from florilegium.server.optimizers import Moments
+from florilegium.server.release_collector import Limits, RoundFacts, to_arrays, to_numpy
+from florilegium.server.strategy import TOO_FEW, NoReleaseError, ReleaseStrategy
+from florilegium.simulation.deployment.certificates import (
+    CERTIFICATE,
+    KEY,
+    OPERATOR_KEY,
+    TERMS,
+    check_folder,
+    make_certificates,
+)
+from florilegium.simulation.deployment.https_server import Allowed, fleet_door
+from florilegium.simulation.deployment.link import Link, LinkGrid
+from florilegium.simulation.deployment.register import NODES, admitted, welcome
+from florilegium.simulation.deployment.settings import check_rule, read_settings, write_settings
+from florilegium.simulation.experiment import commit, committed
+from florilegium.simulation.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
 LOG = "server.log"

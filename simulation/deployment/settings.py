@@ -7,10 +7,10 @@ from pathlib import Path
 
 import tomli_w
 
-from client.agent.home import DeviceError
-from client.agent.terms import Terms
-from server.config import ServerConfig
-from simulation.deployment.certificates import SETTINGS
+from florilegium.client.agent.folder import DeviceError
+from florilegium.client.agent.terms import Terms
+from florilegium.server.config import ServerConfig
+from florilegium.simulation.deployment.certificates import SETTINGS
 
 OF_RULE = {"rule", "trimmed_share", "byzantine", "krum_keep"}
 

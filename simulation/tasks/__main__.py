@@ -1,14 +1,14 @@
-"""`python -m simulation.tasks`: the stand-ins as they are here, and what replies made without a model are worth."""
+"""`python -m florilegium.simulation.tasks`: the stand-ins as they are here, and replies without a model."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 
-from simulation.tasks.config import TaskConfig, load_task
-from simulation.tasks.metrics import Answer, measure
-from simulation.tasks.stand_ins import STAND_INS
-from simulation.tasks.task import Task, TaskUser
+from florilegium.simulation.tasks.config import TaskConfig, load_task
+from florilegium.simulation.tasks.metrics import Answer, measure
+from florilegium.simulation.tasks.stand_ins import STAND_INS
+from florilegium.simulation.tasks.task import Task, TaskUser
 
 COLUMNS = ["task", "like", "users", "queries", "history", "pool", "most-common", "metric", "common", "own", "random"]
 

@@ -8,13 +8,13 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from privacy.config import Config
-from privacy.seeds import derive_seed
-from simulation.data.errors import DataError
-from simulation.data.population import DataConfig, Half, half_of
-from simulation.tasks.lamp import OFFICIAL, load_lamp, split_users
-from simulation.tasks.stand_ins import STAND_INS, load_stand_in
-from simulation.tasks.task import Task, TaskUser
+from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.seeds import derive_seed
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.population import DataConfig, Half, half_of
+from florilegium.simulation.tasks.lamp import OFFICIAL, load_lamp, split_users
+from florilegium.simulation.tasks.stand_ins import STAND_INS, load_stand_in
+from florilegium.simulation.tasks.task import Task, TaskUser
 
 LAMP = "lamp:"
 NAMES = (*STAND_INS, *(LAMP + number for number in OFFICIAL))

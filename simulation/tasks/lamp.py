@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from simulation.data.errors import DataError
-from simulation.tasks.task import Item, Query, Task, TaskUser, after_title, as_patterns, by_a_person
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser, after_title, as_patterns, by_a_person
 
 NEWS = (
     "women, religion, politics, style & beauty, entertainment, culture & arts, sports, science & technology, travel, "

@@ -11,13 +11,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from client.dialogue import Dialogue
-from client.words import count
-from privacy.seeds import derive_seed
-from simulation.data.errors import DataError
-from simulation.data.population import User
-from simulation.tasks.populations import plain
-from simulation.tasks.task import Item, Query, Task, TaskUser
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.words import count
+from florilegium.privacy.seeds import derive_seed
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.population import User
+from florilegium.simulation.tasks.populations import plain
+from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser
 
 Split = tuple[list[TaskUser], list[TaskUser]]  # the pool, and the users who are reported on
 Met = dict[tuple[str, str], list[tuple[str, Dialogue]]]  # by kind of prompt, who replied and what

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from client.rouge import rouge
+from florilegium.client.rouge import rouge
 
 Answer = tuple[str, str]  # a prediction and its target
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

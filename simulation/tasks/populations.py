@@ -12,13 +12,13 @@ from hashlib import sha256
 
 import numpy as np
 
-from client.dialogue import Dialogue
-from privacy.seeds import derive_seed
-from simulation.data.conversations import READERS, locate
-from simulation.data.errors import DataError
-from simulation.data.folder import json_lines
-from simulation.data.population import DataConfig, Replies, User, collect, draw, half_of, streams
-from simulation.tasks.slots import read_slots
+from florilegium.client.dialogue import Dialogue
+from florilegium.privacy.seeds import derive_seed
+from florilegium.simulation.data.conversations import READERS, locate
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.folder import json_lines
+from florilegium.simulation.data.population import DataConfig, Replies, User, collect, draw, half_of, streams
+from florilegium.simulation.tasks.slots import read_slots
 
 People = Mapping[str, tuple[Dialogue, ...]]
 MAX_WORDS = 64  # of a talk, a dialogue or an answer that is to be named or titled: a small model's context

@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from privacy.seeds import derive_seed
-from simulation.data.conversations import locate
-from simulation.data.folder import Row, json_lines
-from simulation.tasks.metrics import normal
+from florilegium.privacy.seeds import derive_seed
+from florilegium.simulation.data.conversations import locate
+from florilegium.simulation.data.folder import Row, json_lines
+from florilegium.simulation.tasks.metrics import normal
 
 CONTEXT_TURNS = 8
 CONFIRMS = re.compile(r"\b(confirm\w*|verify|correct|is (?:that|this) right|sound right)\b", re.IGNORECASE)

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from client.dialogue import Dialogue
-from simulation.data.population import DataConfig, User
-from simulation.tasks import populations
-from simulation.tasks.makers import Split, as_recorded, by_length, of_two
-from simulation.tasks.populations import TOPICS, conversation, dealt, once, people
-from simulation.tasks.task import Task, as_patterns, by_a_person
+from florilegium.client.dialogue import Dialogue
+from florilegium.simulation.data.population import DataConfig, User
+from florilegium.simulation.tasks import populations
+from florilegium.simulation.tasks.makers import Split, as_recorded, by_length, of_two
+from florilegium.simulation.tasks.populations import TOPICS, conversation, dealt, once, people
+from florilegium.simulation.tasks.task import Task, as_patterns, by_a_person
 
 FEELINGS = (
     "afraid, angry, annoyed, anticipating, anxious, apprehensive, ashamed, caring, confident, content, devastated, "

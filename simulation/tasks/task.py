@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from client.dialogue import Dialogue
+from florilegium.client.dialogue import Dialogue
 
 Join = Callable[[str, str], str]  # retrieved items, joined, and the prompt; the prompt with the items in it
 

@@ -38,10 +38,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from simulation.config import find_config, load_config
-from simulation.experiment import run_experiment
-from simulation.progress import Pulse
-from simulation.runs import Event, RunFolder
+from florilegium.simulation.config import find_config, load_config
+from florilegium.simulation.experiment import run_experiment
+from florilegium.simulation.runs.folder import Event, RunFolder
+from florilegium.simulation.runs.progress import Pulse
 
 HERE = Path(__file__).parent
 DIGITS = 6  # of the figures that a person reads

@@ -27,8 +27,19 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-COPIED = ("client", "configs", "docs", "privacy", "pyproject.toml", "README.md", "server", "simulation", "tests")
-OURS = ("client", "privacy", "server", "simulation")
+COPIED = (
+    "client",
+    "configs",
+    "docs",
+    "florilegium",
+    "privacy",
+    "pyproject.toml",
+    "README.md",
+    "server",
+    "simulation",
+    "tests",
+)
+OURS = "florilegium"
 HEAVY = (  # what tests import that is not of this project; nothing of it may compute before the fork
     "torch", "transformers", "transformers.generation", "transformers.models.llama.modeling_llama", "peft", "opacus",
     "flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.simulation", "ray", "scipy.stats", "hypothesis", "plotly",
@@ -123,7 +134,7 @@ def attempts(
     pristine = work / "pristine"
     for name in COPIED:
         if (source := root / name).is_dir():
-            shutil.copytree(source, pristine / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, pristine / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.exists():
             shutil.copy2(source, pristine / name)
     tests = sorted({test for m in mutations for test in m.tests})
@@ -145,7 +156,7 @@ def attempts(
 
 def changed_copy(pristine: Path, copy: Path, m: Mutation) -> Path:
     """The tree with a change: all other files, and their bytecode, are hard links."""
-    shutil.copytree(pristine, copy, copy_function=os.link)
+    shutil.copytree(pristine, copy, symlinks=True, copy_function=os.link)
     file = copy / m.file
     changed = m.made(file.read_text(encoding="utf-8"))
     for old in (file, *(file.parent / "__pycache__").glob(f"{file.stem}.*")):
@@ -279,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in () if asked.cold else HEAVY:
         with suppress(ImportError):  # of an extra that is not installed
             importlib.import_module(name)
-    early = [name for name in sys.modules if name.partition(".")[0] in OURS]
+    early = [name for name in sys.modules if name.partition(".")[0] == OURS]
     assert not early, f"imported before the fork, so that no change of them would be seen: {early}"
     print(f"imported after {_since(began):.0f} s", flush=True)
     complaints = []

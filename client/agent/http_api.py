@@ -1,0 +1,332 @@
+"""The agent's door: a socket for its owner's own commands, a page on 127.0.0.1.
+
+The socket lies in a folder that is its owner's alone. The page's port can be reached by every user of the machine and,
+through a browser, by every page that is open in it. The page itself is no secret; what it asks of the agent wants the
+token that `serve` prints, in a header, and the page's own origin and name. The token comes to the page in its address'
+fragment, which no browser sends, and stays in the tab's storage, which no other port of this machine shares; a cookie
+would go to all of them. Nothing that a person said is logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import re
+import zipfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from hmac import compare_digest
+from importlib import resources
+from threading import Thread
+from typing import Any
+
+from anyio import CapacityLimiter, to_thread
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from florilegium.client.agent.agent import Agent, AgentError
+from florilegium.client.agent.config import CONSENTS
+from florilegium.client.agent.http_server import visit_of
+from florilegium.client.agent.vault import Turn, VaultError
+from florilegium.client.lm.layers import UnsupportedModelError
+from florilegium.client.lm.places import ADAPTERS
+from florilegium.client.personalization.profile import ProfileError
+from florilegium.client.state import StateError, StoreError
+from florilegium.privacy.ledger import LedgerError
+
+log = logging.getLogger(__name__)
+PAGE = {"/": "text/html", "/page.js": "text/javascript", "/page.css": "text/css"}
+LARGEST = 200_000  # bytes of a request of the owner's
+HEADERS = {
+    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
+}
+CONVERSATION = re.compile(r"[A-Za-z0-9_-]{0,64}")
+URGENT = {"/api/consent", "/api/leave"}  # what an owner can always do, whatever else goes on
+THREADS = 32  # of which those that write wait for the disk together
+Handler = Callable[[Request], Awaitable[Response]]
+Told = Callable[[dict[str, Any]], None]
+
+
+class TooLargeError(ValueError):
+    """A request has more bytes than it may."""
+
+
+def application(agent: Agent) -> Starlette:
+    """What the owner's own commands may ask."""
+    return Starlette(routes=Service(agent).routes)
+
+
+def page_application(agent: Agent, port: int) -> ASGIApp:
+    """The same for the page on this port, behind its guard."""
+    return Guard(Starlette(routes=Service(agent).routes), agent.page_token, port)
+
+
+class Guard:
+    """Lets through what comes from the page of this agent, opened by its owner."""
+
+    def __init__(self, app: ASGIApp, token: str, port: int) -> None:
+        self.app, self.token, self.port = app, token, port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await (self._refusal(Request(scope)) or self.app)(scope, receive, send)
+
+    def _refusal(self, request: Request) -> Response | None:
+        own = {f"{name}:{self.port}" for name in ("127.0.0.1", "localhost")}
+        origin = request.headers.get("origin")
+        if request.headers.getlist("host") not in [[name] for name in own] or (
+            origin is not None and origin not in {f"http://{name}" for name in own}
+        ):
+            return _error(403, "this page belongs to 127.0.0.1")
+        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            return _error(403, "asked by another page")
+        shown = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if compare_digest(shown.encode(), self.token.encode()):
+            visit_of(request.scope).shown()
+        elif request.url.path not in PAGE:
+            return _error(401, "open the address that `florilegium device page` prints")
+        return None
+
+
+class Service:
+    """The routes over one agent."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self._threads: dict[bool, CapacityLimiter] = {}  # of what is urgent, and of the rest
+
+    @property
+    def routes(self) -> list[Route]:
+        reads: dict[str, Callable[[], Any]] = {
+            "/api/status": self.agent.status,
+            "/api/kept": self.agent.kept,
+            "/api/dialogues": lambda: [_told(t) for t in self.agent.journal.turns()],
+            "/api/profile": lambda: json.loads(self.agent.profile.to_json()),
+            "/api/sent": lambda: [asdict(s) for s in self.agent.journal.sent()],
+            "/api/ledger": self._ledger,
+            "/api/page": lambda: self.agent.page_address,
+            "/api/consents": lambda: {item: {"text": CONSENTS[item], "given": given}
+                                      for item, given in self.agent.consents.items()},
+        }  # fmt: skip
+        writes: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "/api/rate": lambda b: _told(self.agent.rate(_text(b, "id"), _liked(b), _text(b, "wanted", ""))),
+            "/api/consent": lambda b: self.agent.consent(b.get("item"), _flag(b, "given")),  # type: ignore[arg-type]
+            "/api/learns": lambda b: self.agent.learn_when(b.get("when")),  # type: ignore[arg-type]
+            "/api/profile": lambda b: json.loads(self.agent.edit_profile(json.dumps(b)).to_json()),
+            "/api/leave": lambda b: self.agent.leave(),
+            "/api/said-under": lambda b: [_told(turn) for turn in self.agent.said_under(_names(b))],
+        }
+        streams: dict[str, Callable[[dict[str, Any], Told], Any]] = {
+            "/api/chat": self._chat,
+            "/api/learn": lambda b, told: self.agent.learn(lambda phase: told({"phase": phase})),
+            "/api/erase": lambda b, told: self.agent.erase(
+                _names(b), lambda phase: told({"phase": phase}), keep_replies=_flag(b, "keep_replies", False)
+            ),
+        }
+        return [
+            *(Route(path, self._page) for path in PAGE),
+            *(Route(path, partial(self._read, ask=ask)) for path, ask in reads.items()),
+            *(Route(path, partial(self._write, do=do, urgent=path in URGENT), methods=["POST"])
+              for path, do in writes.items()),
+            *(Route(path, partial(self._stream, do=do), methods=["POST"]) for path, do in streams.items()),
+            Route("/api/export", self._export),
+        ]  # fmt: skip
+
+    # -- forms of answers ---------------------------------------------------------------------------------------------
+
+    async def _page(self, request: Request) -> Response:
+        name = "page.html" if request.url.path == "/" else request.url.path[1:]
+        text = (resources.files("florilegium.client.agent") / "page" / name).read_text(encoding="utf-8")
+        return Response(text, media_type=PAGE[request.url.path])
+
+    async def _read(self, request: Request, ask: Callable[[], Any]) -> Response:
+        return await self._answered(lambda: self._at_once(ask))
+
+    def _at_once(self, ask: Callable[[], Any]) -> Any:
+        """With the vault to itself for all that it looks up there, not in turn with others for each."""
+        with self.agent.journal.open():
+            return ask()
+
+    async def _write(self, request: Request, do: Callable[[dict[str, Any]], Any], urgent: bool) -> Response:
+        try:
+            body = await _json(request)
+        except ValueError as error:
+            return _error(413 if isinstance(error, TooLargeError) else 400, str(error))
+        return await self._answered(lambda: do(body), urgent)
+
+    async def _answered(self, work: Callable[[], Any], urgent: bool = False) -> Response:
+        """`urgent`: by threads that nothing else keeps busy."""
+        if urgent not in self._threads:
+            self._threads[urgent] = CapacityLimiter(THREADS)
+        try:
+            return JSONResponse(await to_thread.run_sync(work, limiter=self._threads[urgent]))
+        except Exception as error:  # noqa: BLE001  # the owner is told its kind
+            status, text = _said(error)
+            return _error(status, text)
+
+    async def _stream(self, request: Request, do: Callable[[dict[str, Any], Told], Any]) -> Response:
+        """A line of JSON for each thing to tell; the last is {"done": …} or {"error": …}."""
+        try:
+            body = await _json(request)
+        except ValueError as error:
+            return _error(413 if isinstance(error, TooLargeError) else 400, str(error))
+        lines, loop = asyncio.Queue[dict[str, Any] | None](), asyncio.get_running_loop()
+
+        def told(line: dict[str, Any] | None) -> None:
+            with suppress(RuntimeError):  # the door is closed
+                loop.call_soon_threadsafe(lines.put_nowait, line)
+
+        def work() -> None:
+            try:
+                told({"done": do(body, told)})
+            except Exception as error:  # noqa: BLE001  # the owner is told its kind
+                told({"error": _said(error)[1]})
+            told(None)
+
+        Thread(target=work, daemon=True).start()
+        return StreamingResponse(_lines(lines), media_type="application/x-ndjson")
+
+    # -- what they do -------------------------------------------------------------------------------------------------
+
+    def _chat(self, body: dict[str, Any], told: Told) -> dict[str, Any]:
+        turn = self.agent.chat(
+            _text(body, "prompt"), _conversation(body), lambda text: told({"text": text})
+        )  # fmt: skip
+        return _told(turn)
+
+    def _ledger(self) -> dict[str, Any]:
+        account = self.agent.account
+        budget = self.agent.config.device.privacy
+        return {
+            "unit": budget.promise.unit,
+            "trust": budget.promise.trust,
+            "not covered": budget.promise.not_covered,
+            "budget": budget.epsilon,
+            "delta": budget.delta,
+            "spent": self.agent.epsilon(),
+            "whole": account is not None,
+            "entries": [
+                {"federation": e.experiment, "round": e.round, "dialogues": len(e.dialogues), **asdict(e.event)}
+                for e in (account.entries if account else ())
+            ],
+        }
+
+    async def _export(self, request: Request) -> Response:
+        try:
+            packed = await run_in_threadpool(self._packed)
+        except Exception as error:  # noqa: BLE001  # the owner is told its kind
+            return _error(*_said(error))
+        named = {"content-disposition": 'attachment; filename="florilegium-device.zip"'}
+        return Response(packed, media_type="application/zip", headers=named)
+
+    def _packed(self) -> bytes:
+        """All that is the owner's, readable: dialogues, what is kept, profile, accounts, the adapters."""
+        agent, packed = self.agent, io.BytesIO()
+        lists = {
+            "dialogues": [_told(t) for t in agent.journal.turns()],
+            "kept": agent.kept(),
+            "sent": [asdict(s) for s in agent.journal.sent()],
+        }
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, rows in lists.items():
+                archive.writestr(f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+            archive.writestr("profile.json", agent.profile.to_json())
+            archive.writestr("ledger.json", json.dumps(self._ledger(), indent=1))
+            archive.write(agent.home.settings, "device.toml")
+            for name, content in agent.exported().items():
+                archive.writestr(f"{ADAPTERS}/{name}", content)
+        return packed.getvalue()
+
+
+async def _lines(lines: asyncio.Queue[dict[str, Any] | None]) -> AsyncIterator[str]:
+    while (line := await lines.get()) is not None:
+        yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _said(error: Exception) -> tuple[int, str]:
+    """What the owner is told; what is not one of our own errors could quote anything, and is only named."""
+    if isinstance(error, KeyError):
+        return 404, "there is no such dialogue"
+    if isinstance(error, AgentError | ProfileError):
+        return 400, str(error)
+    if isinstance(error, VaultError | LedgerError | StoreError | StateError | UnsupportedModelError | MemoryError):
+        log.error("%s", type(error).__name__)
+        return 503, str(error)
+    if isinstance(error, TypeError | ValueError):
+        return 400, "the request does not have the expected form"
+    log.error("%s", type(error).__name__)
+    return 500, f"this went wrong here: {type(error).__name__}"
+
+
+def _error(status: int, text: str) -> Response:
+    return JSONResponse({"error": text}, status_code=status)
+
+
+async def _read_body(request: Request, most: int) -> bytes:
+    found = bytearray()
+    async for part in request.stream():
+        found += part
+        if len(found) > most:
+            raise TooLargeError(f"a request has at most {most:,} bytes")
+    return bytes(found)
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    """Raises ValueError for what is not an object of JSON, and `TooLargeError`. Half a character becomes a "?"."""
+    body = await _read_body(request, LARGEST)
+    try:
+        found = json.loads(body or b"{}")
+        written = json.dumps(found, ensure_ascii=False, allow_nan=False)  # NaN and 1e999 are no JSON
+        found = json.loads(written.encode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        raise ValueError("the request is not JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError("the request is not an object of JSON")  # noqa: TRY004  # as all that is wrong with a request
+    return found
+
+
+def _told(turn: Turn) -> dict[str, Any]:
+    return asdict(turn)
+
+
+def _text(body: dict[str, Any], name: str, default: str | None = None) -> str:
+    found = body.get(name, default)
+    if type(found) is not str:
+        raise ValueError(f"{name} must be a text")
+    return found
+
+
+def _conversation(body: dict[str, Any]) -> str:
+    found = _text(body, "conversation", "")
+    if not CONVERSATION.fullmatch(found):
+        raise ValueError("conversation must be at most 64 letters, digits, - and _")
+    return found
+
+
+def _flag(body: dict[str, Any], name: str, default: bool | None = None) -> bool:
+    found = body.get(name, default)
+    if type(found) is not bool:
+        raise ValueError(f"{name} must be true or false")
+    return found
+
+
+def _liked(body: dict[str, Any]) -> bool | None:
+    return None if body.get("liked") is None else _flag(body, "liked")
+
+
+def _names(body: dict[str, Any]) -> list[str]:
+    found = body.get("ids")
+    if type(found) is not list or not all(type(name) is str for name in found):
+        raise ValueError("ids must be a list of texts")
+    return found

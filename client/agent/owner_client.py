@@ -1,0 +1,67 @@
+"""The owner's commands, said to the agent that runs, or to one that runs for as long as a command does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from florilegium.client.agent.folder import DeviceError, Home
+
+PATIENCE_S = 3600.0
+
+
+class RefusedError(DeviceError):
+    """The agent says no; the message is its own."""
+
+
+class Remote:
+    """An agent behind its socket."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self._client = client
+
+    def read(self, path: str) -> Any:
+        return _checked(self._client.get(f"http://agent/api/{path}")).json()
+
+    def write(self, path: str, **body: Any) -> Any:
+        return _checked(self._client.post(f"http://agent/api/{path}", json=body)).json()
+
+    def stream(self, path: str, **body: Any) -> Iterator[dict[str, Any]]:
+        """What the agent tells while it works; the last is what came of it, under "done"."""
+        with self._client.stream("POST", f"http://agent/api/{path}", json=body) as response:
+            if response.status_code != httpx.codes.OK:
+                response.read()
+                _checked(response)
+            for line in response.iter_lines():
+                told = json.loads(line)
+                if "error" in told:
+                    raise RefusedError(told["error"])
+                yield told
+
+    def export(self) -> bytes:
+        return _checked(self._client.get("http://agent/api/export")).content
+
+
+@contextmanager
+def reached(home: Home) -> Iterator[Remote]:
+    """The agent of a home: the one that runs, else one that is started here and ends with this."""
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(home.socket)), timeout=PATIENCE_S) as client:
+        try:
+            client.get("http://agent/api/consents")
+        except httpx.ConnectError:
+            from florilegium.client.agent.daemon import opened  # with it the model's libraries
+
+            with opened(home):
+                yield Remote(client)
+            return
+        yield Remote(client)
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    if response.status_code != httpx.codes.OK:
+        raise RefusedError(str(response.json().get("error", response.status_code)))
+    return response

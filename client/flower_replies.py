@@ -1,0 +1,152 @@
+"""The device's side of Flower's messages: what a server may ask, and what it gets back.
+
+A failure is answered with a code, never with an exception's text, which could quote a dialogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+
+from florilegium.client.flower_arrays import to_record
+from florilegium.privacy.encoding import ENCODINGS, Encoded
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.release import WEIGHT, Release, ReleaseRefusedError, Schema
+from florilegium.privacy.release import Array as Numbers
+from florilegium.privacy.reply_gate import BAD_MESSAGE, NO_RELEASE, check_reply, is_count
+
+NO_ARRAYS = Schema(())
+PLAN = {"round", "version", "head"}  # what a server may say beside the shared adapter
+
+
+class Devices(Protocol):
+    """One device or a cohort, by their names."""
+
+    @property
+    def schema(self) -> Schema: ...
+
+    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]: ...
+
+    def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a server wants of several devices: a kind of message, a plan and the shared adapter (P,)."""
+
+    kind: str
+    plan: RoundPlan
+    received: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one device says to the server. Made by `_reply` alone, so that the gate has passed it."""
+
+    header: Mapping[str, str | int]
+    arrays: Encoded | None = None
+
+    def to(self, message: Message) -> Message:
+        """With the question's own times: an envelope must not tell when the work was done."""
+        reply, asked = Message(self.content, reply_to=message), message.metadata
+        reply.metadata.created_at, reply.metadata.ttl = asked.created_at, asked.ttl
+        return reply
+
+    @cached_property
+    def content(self) -> RecordDict:
+        content = RecordDict({"header": ConfigRecord(dict(self.header))})
+        if self.arrays is not None:
+            content["arrays"] = to_record(self.arrays)
+        return content
+
+
+def answer(messages: Sequence[Message], names: Sequence[str], devices: Devices) -> list[Message]:
+    """Replies to messages of one type to the devices `names`, in their order."""
+    try:
+        question = read_question(messages, names, devices.schema)
+    except (KeyError, ValueError, ReleaseRefusedError):
+        return [refusal(BAD_MESSAGE).to(m) for m in messages]
+    return [reply.to(m) for m, reply in zip(messages, replies(question, names, devices), strict=True)]
+
+
+def replies(question: Question, names: Sequence[str], devices: Devices) -> list[Reply]:
+    """Of each device, in their order."""
+    plan = question.plan
+    if question.kind == MessageType.QUERY:
+        return [greeting(name) for name in names]
+    if question.kind == MessageType.EVALUATE:
+        devices.adopt(names, question.received, plan)
+        return [_reply({"adopted": plan.version})] * len(names)
+    return [_release_reply(r, plan, devices.schema) for r in devices.contribute(names, question.received, plan)]
+
+
+def read_question(messages: Sequence[Message], names: Sequence[str], schema: Schema) -> Question:
+    """What messages of one type ask; they differ in the ledgers' heads alone.
+
+    Raises KeyError, ValueError or `ReleaseRefusedError` for what does not fit the devices' schema.
+    """
+    kind, content = messages[0].metadata.message_type, messages[0].content
+    if kind == MessageType.QUERY:
+        return question(kind, [], {}, names, schema)
+    arrays = {name: array.numpy() for name, array in content.array_records["arrays"].items()}
+    return question(kind, [m.content.config_records["plan"] for m in messages], arrays, names, schema)
+
+
+def question(
+    kind: str,
+    plans: Sequence[Mapping[str, object]],
+    arrays: Mapping[str, Numbers],
+    names: Sequence[str],
+    schema: Schema,
+) -> Question:
+    """What was asked, of a plan for each of the devices `names` and the arrays of a shared adapter.
+
+    Raises KeyError, ValueError or `ReleaseRefusedError` for what does not fit the devices' schema.
+    """
+    if kind not in (MessageType.QUERY, MessageType.TRAIN, MessageType.EVALUATE):
+        raise ValueError("not a kind of message that a device answers")
+    if kind == MessageType.QUERY:
+        return Question(kind, RoundPlan(0, 0), torch.empty(0))
+    if any(set(plan) != PLAN for plan in plans):
+        raise ValueError(f"a plan has {', '.join(sorted(PLAN))} and nothing else: all other settings are the device's")
+    heads = {name: str(plan["head"]) for name, plan in zip(names, plans, strict=True)}
+    plan = RoundPlan(_count(plans[0]["round"]), _count(plans[0]["version"]), heads)
+    down = schema.with_weights() if any(name.endswith(WEIGHT) for name in arrays) else schema
+    return Question(kind, plan, torch.from_numpy(down.join(arrays)))
+
+
+def _count(value: object) -> int:
+    """Raises `ValueError` for what is not a number that a reply could repeat."""
+    number = int(str(value))
+    if not is_count(number):
+        raise ValueError(f"{number} is not a number of a round")
+    return number
+
+
+def _release_reply(release: Release | None, plan: RoundPlan, schema: Schema) -> Reply:
+    if release is None:
+        return refusal(NO_RELEASE)
+    header: dict[str, str | int] = {"protocol": release.protocol, "version": release.version, "head": release.head}
+    sent = schema.of_round(plan.round, schema.rank_of(release.arrays, plan.round))
+    return _reply(header, ENCODINGS[schema.encoding].encode(release.arrays), sent)
+
+
+def greeting(name: str) -> Reply:
+    """Which device this is."""
+    return _reply({"device": name})
+
+
+def refusal(code: str) -> Reply:
+    """An answer that says only that there is none, and why, in a word."""
+    return _reply({"error": code})
+
+
+def _reply(header: Mapping[str, str | int], arrays: Encoded | None = None, schema: Schema = NO_ARRAYS) -> Reply:
+    """The one place where an answer to a server is made."""
+    check_reply(header, arrays, schema)
+    return Reply(header, arrays)

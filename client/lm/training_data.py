@@ -1,0 +1,40 @@
+"""What devices train on, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from florilegium.client.lm.adapter import Adapters
+from florilegium.client.lm.packing import Example
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one device trains on: its examples and the batches, as indices, in their order."""
+
+    examples: Sequence[Example]
+    batches: Sequence[Sequence[int]]
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest batch."""
+        return max((sum(self.examples[i].length for i in batch) for batch in self.batches), default=0)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What came of the lessons."""
+
+    adapters: Adapters
+    losses: list[list[float]]  # of each device and step, nats per token
+    failed: dict[int, str] = field(default_factory=dict)  # devices that are as they were before, and why
+
+
+def objection(losses: Sequence[float], sound: bool) -> str:
+    """Why a device's training does not count; empty when it does."""
+    for step, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            return f"the loss of step {step} is {loss}"
+    return "" if sound else "the adapter is not finite"

@@ -1,0 +1,88 @@
+"""The settings of a method of personalisation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from florilegium.client.lm.config import AdapterConfig
+from florilegium.privacy.common.base_config import Config
+
+Name = Literal["base", "oppu", "pooled", "pplug", "kgt", "per-pcs", "rpo"]
+Retriever = Literal["bm25", "dense", "recent", "random"]
+ArmName = Literal[
+    "full", "with-words", "adaptation-only", "profiling-only", "summary", "no-retuning", "no-feedback",
+    "random-sampling", "none",
+]  # fmt: skip
+
+
+class TrainingConfig(Config):
+    """How an adapter is trained on one person's examples."""
+
+    epochs: int = Field(2, ge=0)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+
+
+class PreferenceConfig(Config):
+    """Of learning from what a person prefers (`rpo`)."""
+
+    beta: float = Field(0.1, gt=0)
+    temperature: float = Field(0.5, gt=0, description="of the nearness of prompts that weighs a pair")
+    nll_weight: float = Field(1.0, ge=0, description="of the chosen replies' loss beside that of the pairs")
+
+
+class MethodConfig(Config):
+    """What a prompt is given of the history, and what is trained on it."""
+
+    name: Name = Field("base", description="a method of `florilegium.client.personalization.registry`")
+    retrieve: int = Field(0, ge=0, description="items of the history in a prompt")
+    retriever: Retriever = "bm25"
+    profile: bool = Field(False, description="the local model's summary of the person in front of a prompt")
+    adapter: AdapterConfig = AdapterConfig(rank=8, alpha=8, targets=("q_proj", "v_proj"))
+    training: TrainingConfig = TrainingConfig()
+    preference: PreferenceConfig = PreferenceConfig()
+
+
+class ProfileConfig(Config):
+    """How interests are kept."""
+
+    interests: int = Field(12, ge=1, description="at most")
+    same: float = Field(
+        0.8, gt=0, le=1, description="cosine from which a text belongs to an interest; with nano one in four does"
+    )
+    half_life: float = Field(30, gt=0, description="interactions after which an interest that does not return is half")
+    feedback_rate: float = Field(0.3, gt=0, le=1, description="of the moving average of feedback")
+
+
+class AslsConfig(Config):
+    """The two layers. `arm` leaves parts out, as the paper's ablation does.
+
+    A profile alone would change nothing: in `profiling-only` its words stand in front of prompts, in `summary` a
+    sentence that the model makes of them, in `with-words` the words beside all that `full` does. `no-feedback` takes
+    every reply that was said as it is, as if nobody had told what they thought of it.
+    """
+
+    arm: ArmName = "full"
+    profile: ProfileConfig = ProfileConfig()
+    drift: float = Field(
+        0.015, ge=0, le=2, description="of the profile's vector since it last adapted; with nano one in ten is beyond"
+    )
+    fresh: int = Field(4, ge=1, description="interactions with feedback that have not been learned from")
+    window: int = Field(16, ge=1, description="interactions that are kept")
+    examples: int = Field(8, ge=1, description="of the window, that are adapted on")
+    steps: int = Field(2, ge=1)
+    rate: float = Field(1e-3, gt=0)
+    boost: float = Field(1.0, ge=0)
+    decay: float = Field(0.05, ge=0)
+    beta: float = Field(0.1, gt=0, description="of the preference term")
+    preference: float = Field(0.5, ge=0, description="weight of the preference term")
+
+    @property
+    def profiles(self) -> bool:
+        return self.arm not in ("adaptation-only", "none")
+
+    @property
+    def adapts(self) -> bool:
+        return self.arm not in ("profiling-only", "summary", "none")

@@ -1,0 +1,29 @@
+"""The methods by name. To add one: its class in a file of its own, its name in `config.Name`, a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from florilegium.client.personalization.config import Name
+from florilegium.client.personalization.kgt import KnowledgeGraph
+from florilegium.client.personalization.method import Desk, Method
+from florilegium.client.personalization.oppu import Oppu, Pooled
+from florilegium.client.personalization.per_pcs import Assembled
+from florilegium.client.personalization.pplug import Pplug
+from florilegium.client.personalization.prompting import Prompting
+from florilegium.client.personalization.rpo import Rpo
+
+METHODS: Mapping[Name, type[Method]] = {
+    "base": Prompting,
+    "oppu": Oppu,
+    "pooled": Pooled,
+    "pplug": Pplug,
+    "kgt": KnowledgeGraph,
+    "per-pcs": Assembled,
+    "rpo": Rpo,
+}
+
+
+def method(desk: Desk) -> Method:
+    """The one that the desk's settings name."""
+    return METHODS[desk.config.name](desk)

@@ -1,0 +1,72 @@
+"""One adapter a person, that learns what the person would rather have said (RPO, Yin et al. 2024, arXiv 2402.10958).
+
+A person's own replies are chosen over those that the model would have given. Within a batch each chosen reply is
+compared with each rejected one, by w_ij = exp(cos_ij / τ) / Σ_j exp(cos_ij / τ), cos_ij that of the embeddings of their
+prompts: replies to prompts that have nothing to do with each other hardly count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.config import SamplingConfig
+from florilegium.client.lm.model import schedule
+from florilegium.client.personalization.oppu import Oppu
+from florilegium.client.personalization.preference import Preferences, prefer
+from florilegium.privacy.seeds import derive_seed
+
+
+class Rpo(Oppu):
+    """Prompts as they are set, and an adapter trained on pairs of replies."""
+
+    def adapt(self, examples: Sequence[Sequence[Dialogue]]) -> None:
+        config, lm = self.desk.config, self.desk.lm
+        training, layout = config.training, lm.layout(config.adapter)
+        start = torch.stack([layout.start(derive_seed(self.desk.seed, "personal", "start")) for _ in examples])
+        rejected = self._replies(examples)
+        batches = [
+            schedule(len(own), training.batch_size, training.epochs, derive_seed(self.desk.seed, p.id, "rpo"))
+            for own, p in zip(examples, self.people, strict=True)
+        ]
+        told = [
+            [self._preferences(own, said, batch) for batch in order]
+            for own, said, order in zip(examples, rejected, batches, strict=True)
+        ]
+        tokens = training.epochs * sum(
+            self.tokens([*own, *(replace(e, response=r) for e, r in zip(own, replies, strict=True))])
+            for own, replies in zip(examples, rejected, strict=True)
+        )
+        self.count(trained=tokens, read=2 * tokens)  # the rewards before and now
+        self.adapters, _ = prefer(
+            lm.engine, lm.adapters(layout, start), self.desk.beneath, told, rate=training.learning_rate,
+            beta=config.preference.beta, nll_weight=config.preference.nll_weight,
+        )  # fmt: skip
+
+    def _replies(self, examples: Sequence[Sequence[Dialogue]]) -> list[list[str]]:
+        """What the model says to each example's prompt, greedily; as long as the person's replies may be."""
+        slots = [k for k, own in enumerate(examples) for _ in own]
+        prompts = [e.prompt for own in examples for e in own]
+        sampling = SamplingConfig(max_new_tokens=self.desk.lm.format.limits.reply_tokens)
+        self.count(read=sum(self.tokens([replace(e, response="")]) for own in examples for e in own))
+        said = iter(self.desk.lm.generate(prompts, slots, self.desk.beneath, sampling, range(len(prompts))))
+        found = [[next(said) for _ in own] for own in examples]
+        self.count(written=sum(self.desk.lm.format.length(text) for own in found for text in own))
+        return found
+
+    def _preferences(self, own: Sequence[Dialogue], said: Sequence[str], batch: Sequence[int]) -> Preferences:
+        lm = self.desk.lm
+        chosen = [own[i] for i in batch]
+        rejected = [replace(own[i], response=said[i]) for i in batch]
+        vectors = torch.stack([f.readings["mean"].vector for f in lm.embed([d.prompt for d in chosen])])
+        pairs = nearness(vectors, self.desk.config.preference.temperature)
+        return Preferences(lm.format.dialogues(chosen), lm.format.dialogues(rejected), pairs)
+
+
+def nearness(prompts: torch.Tensor, temperature: float) -> torch.Tensor:
+    """w (n, n) of prompts' embeddings (n, H): softmax over each row of their cosines by τ."""
+    unit = torch.nn.functional.normalize(prompts, dim=1)
+    return torch.softmax(unit @ unit.T / temperature, dim=1)

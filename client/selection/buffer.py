@@ -1,0 +1,161 @@
+"""The bounded buffer of one device: bins of {domain, text, embedding} that the personal adapter learns from.
+
+`len(buffer) <= capacity` and `size_bytes <= capacity · bin_bytes` after every `offer`. Which one leaves is decided by
+a policy (`client.selection.policies`). Not covered: the user's replies, which are asked for later and stored beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.selection.lexicons import LexiconError, Lexicons, check_source
+from florilegium.client.selection.policies import POLICIES
+from florilegium.client.selection.scores import (
+    domain_specific_score,
+    dominant_domain,
+    entropy_over_dimensions,
+    entropy_over_tokens,
+    in_domain_dissimilarity,
+)
+from florilegium.client.selection.stream_memory import Memory, rounded
+from florilegium.privacy.common.base_config import Config, Names
+
+if TYPE_CHECKING:
+    from florilegium.client.lm.model import Features
+
+QUANTUM = 4  # decimals of a score: rounding in a batch must not decide what is kept
+
+
+class SelectionConfig(Config):
+    """What the personal adapter's buffer holds."""
+
+    policy: str = Field("quality", description=", ".join(POLICIES))
+    bins: int = Field(32, ge=1)
+    bin_bytes: int = Field(22 * 1024, ge=1, description="text and embedding of a bin; what does not fit is turned away")
+    annotations_per_round: int = Field(0, ge=0, description="most bins that a user is asked about in a round; 0: all")
+    entropy: Literal["tokens", "dimensions"] = Field("tokens", description="what the paper's EOE is taken over")
+    pooling: Literal["mean", "weighted"] = Field("mean", description="of tokens, for policies that read nothing else")
+    dissimilarity: Literal["frozen", "recomputed"] = Field("frozen", description="IDD when it came, or in each buffer")
+    lexicons: Names = Field(
+        ("general",), min_length=1, description="general, medical, vader, empath, nrc, or a .toml file"
+    )
+
+    @field_validator("policy")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in POLICIES:
+            raise ValueError(f"must be one of {', '.join(POLICIES)}")
+        return value
+
+    @field_validator("lexicons")
+    @classmethod
+    def _found(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return tuple(check_source(source) for source in value)
+        except LexiconError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def reading(self) -> str:
+        """What is read off a text (`client.lm.features`)."""
+        own = POLICIES[self.policy].reading
+        return self.pooling if own == "mean" else own
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A buffered prompt with its scores. The user's reply to it is not known here."""
+
+    id: str
+    prompt: str
+    domain: str
+    embedding: np.ndarray  # (D,) float16: what the policy compares texts by
+    eoe: float = 0.0
+    dss: float = 0.0
+    idd: float = 1.0
+    value: float = 0.0  # what the policy ranks by, where it has a number of its own
+
+    def dominates(self, other: Kept) -> bool:
+        """Higher on all three scores."""
+        return self.eoe > other.eoe and self.dss > other.dss and self.idd > other.idd
+
+    @property
+    def size_bytes(self) -> int:
+        """Of domain, text and embedding."""
+        return len(self.domain.encode()) + len(self.prompt.encode()) + self.embedding.nbytes
+
+
+def candidate(dialogue: Dialogue, features: Features, lexicons: Lexicons, config: SelectionConfig) -> Kept:
+    """A dialogue that asks for a place, scored except for its dissimilarity, which depends on the buffer."""
+    reading = features.readings[config.reading]
+    over_tokens = config.entropy == "tokens"
+    entropy = entropy_over_tokens(features.token_norms) if over_tokens else entropy_over_dimensions(reading.vector)
+    return Kept(
+        dialogue.id,
+        dialogue.prompt,
+        dominant_domain(dialogue.prompt, lexicons),
+        reading.vector.half().numpy(),
+        1 - rounded(1 - entropy),  # it is nearly 1 for every text
+        round(domain_specific_score(dialogue.prompt, lexicons), QUANTUM),
+        value=reading.value,
+    )
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """At most `capacity` bins, in the order of arrival, and what the policy remembers of the stream."""
+
+    config: SelectionConfig
+    bins: tuple[Kept, ...] = ()
+    memory: Memory = field(default_factory=dict[str, Any])
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    @property
+    def capacity(self) -> float:
+        """Bins: as configured, none or without end for the two bounds."""
+        return POLICIES[self.config.policy].capacity(self.config.bins)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(k.size_bytes for k in self.bins)
+
+    def offer(self, newcomer: Kept, rng: np.random.Generator) -> tuple[Buffer, bool]:
+        """The buffer after the policy's decision, and whether the newcomer is in it.
+
+        What does not fit a bin, or has a reading that is not a number, is turned away.
+        """
+        policy = POLICIES[self.config.policy]
+        if not (np.isfinite(newcomer.embedding).all() and math.isfinite(newcomer.value)):
+            return self, False
+        newcomer, memory = policy.meet(newcomer, self.memory)
+        met = replace(self, memory=memory)
+        if newcomer.size_bytes > self.config.bin_bytes:
+            return met, False
+        newcomer = replace(newcomer, idd=_dissimilarity(newcomer, self.bins))
+        if len(self.bins) < self.capacity:
+            return replace(met, bins=(*self.bins, newcomer)), True
+        leaves = policy.decide(self._scored(), newcomer, memory, rng)
+        if leaves is None:
+            return met, False
+        return replace(met, bins=(*self.bins[:leaves], *self.bins[leaves + 1 :], newcomer)), True
+
+    def _scored(self) -> tuple[Kept, ...]:
+        """The bins with the dissimilarity that they came with, or that each has now to the others of its domain."""
+        if self.config.dissimilarity == "frozen":
+            return self.bins
+        return tuple(
+            replace(k, idd=_dissimilarity(k, (*self.bins[:i], *self.bins[i + 1 :]))) for i, k in enumerate(self.bins)
+        )
+
+
+def _dissimilarity(kept: Kept, others: tuple[Kept, ...]) -> float:
+    near = [k.embedding for k in others if k.domain == kept.domain]
+    return round(in_domain_dissimilarity(kept.embedding, np.stack(near) if near else np.empty((0, 0))), QUANTUM)

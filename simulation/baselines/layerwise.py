@@ -1,0 +1,63 @@
+"""Some layers are everybody's, the others each device's own: FedPer and FedRep.
+
+FedPer (Arivazhagan et al. 2019, arXiv 1912.00818) trains base and personalization layers together and averages the
+base layers alone. FedRep (Collins et al. 2021, arXiv 2102.07078) alternates: first the head, on the representation as
+it was received, then the representation under the new head; the representation is averaged.
+
+Here base and head are the adapters of the first and of the last adapted layers (`rival.personal_share`); the frozen
+language model and its output layer are the same for all. The papers' head is the last layers of a classifier that all
+train from nothing. FedRep's many steps on the head for each one on the representation are half and half here, so that
+all rivals take the same steps.
+
+What is sent is a change of the base layers: clipping it whole protects a device, whatever its own layers did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from florilegium.client.lm.adapter import AdapterLayout
+from florilegium.simulation.baselines.context import Ground, Held, Lessons, aggregate, halves, upload
+from florilegium.simulation.evaluation.metrics import Arm
+
+
+def parts(ground: Ground) -> tuple[AdapterLayout, AdapterLayout]:
+    """Layouts of the layers that are shared and of those that stay; a whole row is one behind the other."""
+    layers = ground.layout.layers
+    count = min(max(1, round(len(layers) * ground.config.rival.personal_share)), len(layers) - 1)
+    return replace(ground.layout, layers=layers[:-count]), replace(ground.layout, layers=layers[-count:])
+
+
+def start(ground: Ground, devices: int) -> Held:
+    width = parts(ground)[0].width
+    return Held(ground.first[:, :width], ground.first[:, width:].repeat(devices, 1))
+
+
+def fedper(held: Held, lessons: Lessons, ground: Ground, number: int) -> tuple[Held, torch.Tensor]:
+    """All steps on both parts together."""
+    whole = torch.cat([held.shared.expand(len(held.own), -1), held.own], 1)  # (K, P)
+    base, own = ground.train(ground.layout, whole, lessons).split([held.shared.shape[1], held.own.shape[1]], 1)
+    return _averaged(held, base, own, ground, number)
+
+
+def fedrep(held: Held, lessons: Lessons, ground: Ground, number: int) -> tuple[Held, torch.Tensor]:
+    """Half of the steps on the head, then half on the representation."""
+    (base_layout, head_layout), (first, second) = parts(ground), halves(lessons)
+    received = ground.lm.adapters(base_layout, held.shared)
+    own = ground.train(head_layout, held.own, first, [received])
+    base = ground.train(base_layout, held.shared, second, [ground.lm.adapters(head_layout, own)])
+    return _averaged(held, base, own, ground, number)
+
+
+def arm(held: Held, ground: Ground) -> Arm:
+    base, head = parts(ground)
+    return [ground.lm.adapters(base, held.shared), ground.lm.adapters(head, held.own)]
+
+
+def _averaged(
+    held: Held, base: torch.Tensor, own: torch.Tensor, ground: Ground, number: int
+) -> tuple[Held, torch.Tensor]:
+    sent = upload(base - held.shared, ground)
+    return Held(held.shared + aggregate(sent, ground, number), own), sent

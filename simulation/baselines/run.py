@@ -1,0 +1,93 @@
+"""Plays a rival: devices meet their streams, keep what the policy keeps, and train on it, round after round.
+
+All rivals get the same batches in the same order. Nothing is on the disk and no message is Flower's: a study compares
+what is learned and counts the bytes of the arrays that would travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.model import LanguageModel, schedule_steps
+from florilegium.client.lm.training_data import Lesson
+from florilegium.client.phases import Site, States, annotate, observe
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.seeds import derive_seed
+from florilegium.simulation.baselines.config import RivalsConfig
+from florilegium.simulation.baselines.context import Ground, Held, Lessons
+from florilegium.simulation.baselines.registry import RIVALS, Rival
+from florilegium.simulation.data.population import met_by
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Played:
+    """A rival after its last round."""
+
+    rival: Rival
+    ground: Ground
+    held: Held
+    lessons: Lessons  # of the last round
+    sent: list[torch.Tensor]  # by round, (K, S): what left each device
+    tokens: float  # that a device was trained on, all rounds together, mean over devices
+
+    @property
+    def upload_bytes(self) -> int:
+        """Of a device in a round."""
+        return FLOAT_BYTES * self.sent[-1].shape[1]
+
+    @property
+    def download_bytes(self) -> int:
+        """Of a device in a round."""
+        return FLOAT_BYTES * self.held.shared.shape[1]
+
+    @property
+    def kept_bytes(self) -> int:
+        """That a device holds between rounds for itself."""
+        return FLOAT_BYTES * self.held.own.shape[1]
+
+
+def play(
+    lm: LanguageModel,
+    config: RivalsConfig,
+    streams: Mapping[str, Sequence[Dialogue]],
+    seed: int,
+    listener: Callable[[str], None] | None = None,
+) -> Played:
+    """All rounds of `config.rival` on devices with these streams, by name."""
+    replies = {name: {d.id: d.response for d in stream} for name, stream in streams.items()}
+    site = Site.of(lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener)
+    rival, ground = RIVALS[config.rival.name], Ground.of(lm, config, seed)
+    states, held = [site.new_state(name) for name in streams], rival.start(ground, len(streams))
+    lessons, sent, tokens = list[Lesson](), list[torch.Tensor](), 0
+    for number in range(1, config.rounds + 1):
+        if listener:
+            listener(f"{config.rival.name}, round {number}")
+        states = _met(states, streams, number, site)
+        lessons = [_lesson(lm, config, s.id, [(k.prompt, s.replies[k.id]) for k in s.annotated], number, seed)
+                   for s in states]  # fmt: skip
+        held, left = rival.turn(held, lessons, ground, number)
+        sent.append(left)
+        tokens += sum(x.examples[i].length for x in lessons for batch in x.batches for i in batch)
+    return Played(rival, ground, held, lessons, sent, tokens / len(streams))
+
+
+def _met(states: States, streams: Mapping[str, Sequence[Dialogue]], number: int, site: Site) -> States:
+    """What of a stream comes in one round, selected and annotated."""
+    rounds = site.config.rounds
+    arrived = [streams[s.id][s.arrived : met_by(len(streams[s.id]), number, rounds)] for s in states]
+    states, _ = observe(states, arrived, RoundPlan(number, number - 1), site)
+    return annotate(states, site)[0]
+
+
+def _lesson(
+    lm: LanguageModel, config: RivalsConfig, device: str, pairs: Sequence[tuple[str, str]], number: int, seed: int
+) -> Lesson:
+    rival = config.rival
+    order = schedule_steps(len(pairs), rival.batch_size, rival.steps, derive_seed(seed, device, number, "order"))
+    return Lesson(lm.format.dialogues([Dialogue("", *pair) for pair in pairs]), order)

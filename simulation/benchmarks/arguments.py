@@ -1,0 +1,61 @@
+"""What a benchmark is asked for, read and checked before anything heavy is loaded.
+
+Without pydantic: `bench engine` runs where there are torch and transformers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from florilegium.client.lm.places import check_model
+from florilegium.privacy.common.errors import UserError
+
+KINDS = ("training", "embedding", "generation", "dp_training")  # of work, in `bench engine`
+
+
+def model(name: str) -> str:
+    """The name of a model that there is; raises `ModelError`."""
+    check_model(name)
+    return name
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Whole numbers from `1,8,64`, in order; raises `UserError`."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise UserError(f"{option} {text!r} must be whole numbers from 1 on, with commas, as in 1,8,64")
+    return found
+
+
+def sizes(text: str, option: str) -> list[float]:
+    """Numbers above zero from `0.75,1`; raises `UserError`."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not min(found) > 0:
+        raise UserError(f"{option} {text!r} must be numbers above 0, with commas, as in 0.75,1")
+    return found
+
+
+def kinds(text: str) -> list[str]:
+    """Of `KINDS`, with commas; raises `UserError`."""
+    return _some_of(KINDS, text, "--kinds")
+
+
+def policies(text: str) -> list[str]:
+    """Of `client.selection.policies.POLICIES`, with commas; all where none is named. Raises `UserError`."""
+    from florilegium.client.selection.policies import POLICIES  # and with it pydantic
+
+    return _some_of(POLICIES, text, "--policies") if text else list(POLICIES)
+
+
+def _some_of(known: Collection[str], text: str, option: str) -> list[str]:
+    asked = text.split(",")
+    for name in asked:
+        if name not in known:
+            raise UserError(f"{option} {name!r} must be of {', '.join(known)}")
+    return asked

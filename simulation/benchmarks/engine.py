@@ -1,0 +1,256 @@
+"""`florilegium bench engine`: how fast K devices are served, ours beside what a user would take instead.
+
+Arms take turns within each repeat, so that a busy machine is busy for all; ratios are of the same repeat. The
+machine's limit, a large product of matrices, is measured in every repeat too.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Group
+
+from florilegium.client.lm.hub import default_device
+from florilegium.client.terminal import Figures
+from florilegium.simulation.benchmarks.arguments import KINDS
+from florilegium.simulation.benchmarks.engine_worker import AbsentError, Answer, Worker
+from florilegium.simulation.benchmarks.engine_workload import NODES, ModelSize, Workload
+
+OURS = "florilegium"
+DTYPES = ("float32", "bfloat16")
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+RIVALS = {
+    "training": ("peft", "pfl", "flower"),
+    "embedding": ("peft",),
+    "generation": ("peft",),
+    "dp_training": ("opacus",),
+}
+ONE_BY_ONE = 8  # devices that a rival does in one repeat: one after the other, so their number does not matter
+COLUMNS = ("arm", "type", "devices", "examples", "devices / s", "tokens / s", "MB", "of limit", "times as fast as")
+DEVICES = (1, 8, 64, 256, 1024)
+SEVERAL = (4, 16)  # examples per step beside 1, for 64 devices
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    arm: str
+    dtype: str
+    work: Workload
+    answers: list[Answer] = field(default_factory=list)
+    peak_bytes: int | None = None
+    first: list[Any] = field(default_factory=list)  # results of the warm-up
+
+    @property
+    def devices_per_s(self) -> list[float]:
+        return [self.work.devices / a.seconds for a in self.answers]
+
+
+def plan(kinds: Sequence[str], devices: Sequence[int], steps: int) -> list[Row]:
+    """Every line that is to be measured, the rivals first."""
+    some = min(64, max(devices))
+    rows = []
+    for kind in kinds:
+        sizes = [(k, 1) for k in sorted(devices)] + [(some, e) for e in SEVERAL]
+        if kind != "training":
+            sizes = [(some, 1), (some, 4)]
+        for each in sorted({e for _, e in sizes}):
+            for arm in RIVALS[kind]:
+                if arm == "flower":
+                    rows += [Row(arm, "float32", Workload(kind, NODES, each, steps))] if each == 1 else []
+                else:
+                    rows += [Row(arm, dtype, Workload(kind, min(ONE_BY_ONE, some), each, steps)) for dtype in DTYPES]
+        rows += [Row(OURS, dtype, Workload(kind, k, e, steps)) for k, e in sizes for dtype in DTYPES]
+    return rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that was measured."""
+
+    rows: list[Row]
+    limit_gflops: dict[str, float]
+    absent: dict[str, str]
+    size: ModelSize
+    machine: dict[str, Any]
+
+
+def measure(
+    model: str,
+    devices: Sequence[int] = DEVICES,
+    kinds: Sequence[str] = KINDS,
+    steps: int = 4,
+    repeats: int = 5,
+    listener: Callable[[str], object] = lambda text: None,
+) -> Outcome:
+    """Runs all arms that are installed, and says of the others why they are not there."""
+    device = default_device()
+    rows, absent = plan(kinds, devices, steps), dict[str, str]()
+    workers: dict[tuple[str, str], Worker] = {}
+    limits: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+    try:
+        for arm, dtype in dict.fromkeys((r.arm, r.dtype) for r in rows):
+            listener(f"starting {arm} {SHORT[dtype]}")
+            try:
+                workers[arm, dtype] = Worker(arm, model, dtype, device)
+            except AbsentError as error:
+                absent[f"{arm} {SHORT[dtype]}"] = str(error)
+        for repeat in range(-1, repeats):
+            for row in [r for r in rows if (r.arm, r.dtype) in workers]:
+                listener(f"{'warming up' if repeat < 0 else f'repeat {repeat + 1} of {repeats}'}: {_title(row)}")
+                try:
+                    answer = workers[row.arm, row.dtype].measure(row.work, memory=repeat < 0)
+                except AbsentError as error:
+                    absent[_title(row)] = str(error)
+                    rows.remove(row)
+                    continue
+                if repeat < 0:
+                    row.peak_bytes, row.first = answer.peak_bytes, answer.results
+                else:
+                    row.answers.append(answer)
+            for dtype in DTYPES:
+                limits[dtype].append(limit_gflops(getattr(torch, dtype), device))
+        ours = [w.size for (arm, _), w in workers.items() if arm == OURS]
+    except BaseException:
+        for worker in workers.values():
+            worker.kill()
+        raise
+    for worker in workers.values():
+        worker.close()
+    if not ours:
+        raise AbsentError(f"our own arm cannot run here: {absent}")
+    measured = [r for r in rows if r.answers]
+    return Outcome(measured, {d: median(v) for d, v in limits.items()}, absent, ours[0], machine(device))
+
+
+def limit_gflops(dtype: torch.dtype, device: str) -> float:
+    """The best of three products of two large square matrices, in 10⁹ operations a second."""
+    side = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(4):
+        began = time.perf_counter()
+        float((a @ b)[0, 0])  # waits for it
+        best = max(best, 2.0 * side**3 / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def machine(device: str) -> dict[str, Any]:
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _title(row: Row) -> str:
+    return f"{row.work.kind} {row.arm} {SHORT[row.dtype]}, {row.work.devices} devices × {row.work.examples_per_step}"
+
+
+# -- what it says -----------------------------------------------------------------------------------------------------
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """The figures as one object; rates are medians over the repeats."""
+    found: dict[str, Any] = {
+        "machine": outcome.machine,
+        "limit_gflops": {SHORT[d]: v for d, v in outcome.limit_gflops.items()},
+    }
+    for kind in KINDS:
+        found[kind] = [_entry(r, outcome) for r in outcome.rows if r.work.kind == kind]
+    return found | {"absent": outcome.absent}
+
+
+def _entry(row: Row, outcome: Outcome) -> dict[str, Any]:
+    rates, tokens = row.devices_per_s, row.work.tokens
+    entry: dict[str, Any] = {
+        "arm": row.arm,
+        "dtype": SHORT[row.dtype],
+        "devices": row.work.devices,
+        "examples_per_step": row.work.examples_per_step,
+        "tokens": tokens,
+        "devices_per_s": {"median": median(rates), "min": min(rates), "max": max(rates)},
+        "tokens_per_s": median(rates) * tokens / row.work.devices,
+        "peak_bytes": row.peak_bytes,
+        "limit_share": limit_share(row, outcome),
+    }
+    if row.arm == OURS:
+        entry["ratios"] = [
+            {"to": rival.arm, "dtype": SHORT[rival.dtype], "times": times, "result_difference": difference(row, rival)}
+            for rival, times in ratios(row, outcome.rows)
+        ]
+    return entry
+
+
+def limit_share(row: Row, outcome: Outcome) -> float:
+    """Of the large product's speed in the same type, by the model's operations alone."""
+    per_device = row.work.flops(outcome.size) / row.work.devices
+    return median(row.devices_per_s) * per_device / 1e9 / outcome.limit_gflops[row.dtype]
+
+
+def ratios(row: Row, rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, float]]]:
+    """How many times a rival's devices a second, repeat by repeat."""
+    for rival in rows:
+        same = rival.work.kind == row.work.kind and rival.work.examples_per_step == row.work.examples_per_step
+        if rival.arm != OURS and same:
+            times = [a / b for a, b in zip(row.devices_per_s, rival.devices_per_s, strict=True)]
+            yield rival, {"median": median(times), "min": min(times), "max": max(times)}
+
+
+def difference(row: Row, rival: Row) -> float:
+    """Largest difference between the results of the devices that both did; of token ids, the share that differs."""
+    pairs = list(zip(row.first, rival.first, strict=False))
+    if row.work.kind == "generation":
+        tokens: list[bool] = [a != b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)]
+        return sum(tokens) / len(tokens)
+    return float(max(abs(a - b) / max(1.0, abs(b)) for a, b in pairs))
+
+
+def as_table(outcome: Outcome) -> Group:
+    """The figures for people."""
+    limits = ", ".join(f"{SHORT[d]} {v:,.0f} GFLOPS" for d, v in outcome.limit_gflops.items())
+    machine = outcome.machine
+    parts: list[Any] = [f"{machine['processor']}, {machine['cores']} cores, {machine['device']}; limit {limits}"]
+    for kind in dict.fromkeys(r.work.kind for r in outcome.rows):
+        table = Figures(title=kind.replace("_", " "), title_justify="left", box=None, pad_edge=False)
+        for name in COLUMNS:
+            table.add_column(name, justify="left" if name in ("arm", "type", COLUMNS[-1]) else "right")
+        for row in (r for r in outcome.rows if r.work.kind == kind):
+            table.add_row(*_cells(_entry(row, outcome)))
+        parts += ["", table]
+    parts += ["", *(f"absent: {name}: {reason}" for name, reason in outcome.absent.items())]
+    return Group(*parts)
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    rates, peak = entry["devices_per_s"], entry["peak_bytes"]
+    ratios = [(r["to"], r["dtype"], r["times"]) for r in entry.get("ratios", [])]
+    return [
+        entry["arm"],
+        entry["dtype"],
+        str(entry["devices"]),
+        str(entry["examples_per_step"]),
+        f"{rates['median']:.2f} ({rates['min']:.2f}–{rates['max']:.2f})",
+        f"{entry['tokens_per_s']:,.0f}",
+        "" if peak is None else f"{peak / 1e6:,.0f}",
+        f"{entry['limit_share']:.0%}",
+        ", ".join(f"{arm} {d} {t['median']:.1f} ({t['min']:.1f}–{t['max']:.1f})" for arm, d, t in ratios),
+    ]

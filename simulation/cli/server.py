@@ -1,0 +1,190 @@
+"""`florilegium server`: a server for real devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from florilegium.client.agent.cli import plain_errors
+
+app = typer.Typer(no_args_is_help=True, help="A server for real devices: terms, certificates, who may join, rounds.")
+console = Console(soft_wrap=True, markup=False)
+
+
+@app.callback()
+def private() -> None:
+    """A server for real devices: terms, certificates, who may join, rounds."""
+    os.umask(0o077)  # keys, and who takes part, are the operator's alone
+
+
+@app.command()
+def init(
+    folder: Path,
+    name: Annotated[str, typer.Option(help="Of the federation.")],
+    host: Annotated[list[str], typer.Option(help="Names and addresses that devices know the server by.")],
+    model: str = "nano",
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    min_devices: Annotated[int, typer.Option(min=1, help="Releases below which a round is not aggregated.")] = 1,
+    patience_s: Annotated[float, typer.Option(min=1, help="For the answers of a round.")] = 600.0,
+    least_epsilon: Annotated[float, typer.Option(min=0.01, help="Of devices: it bounds the norm of a release.")] = 4.0,
+    rule: Annotated[str, typer.Option(help="mean, trimmed-mean or krum.")] = "mean",
+    trimmed_share: Annotated[float, typer.Option(help="Of the releases, left out at both ends by trimmed-mean.")] = 0.1,
+    byzantine: Annotated[int, typer.Option(help="Releases of a round that may be false, for krum.")] = 0,
+    krum_keep: Annotated[int, typer.Option(help="Releases that krum averages.")] = 1,
+) -> None:
+    """Make FOLDER with the terms of a federation, the certificates of its server and the key of its operator.
+
+    Devices' owners need FOLDER/terms.toml and FOLDER/ca.pem; `server admit` lets their devices in.
+    """
+    from secrets import randbits
+
+    from florilegium.client.agent.acceptance import check_settings
+    from florilegium.client.agent.terms import Terms
+    from florilegium.client.lm.places import base_hash
+    from florilegium.server.config import ServerConfig
+    from florilegium.simulation.config import validate
+    from florilegium.simulation.deployment.certificates import check_new
+    from florilegium.simulation.deployment.settings import check_rule
+
+    folder = folder.resolve()
+    with plain_errors():
+        of_rule = {"rule": rule, "trimmed_share": trimmed_share, "byzantine": byzantine, "krum_keep": krum_keep}
+        settings = validate(ServerConfig, of_rule, "server init")
+        told = {
+            "name": name, "model": model, "base": base_hash(model), "rounds": rounds, "seed": randbits(48),
+            "min_devices": min_devices, "patience_s": patience_s,
+        }  # fmt: skip
+        terms = validate(Terms, told, "server init")
+        check_settings(terms.shared, terms.rounds)
+        check_rule(settings, terms)
+        check_new(folder, host)
+
+        from florilegium.simulation.deployment.rounds import (
+            make_folder,  # and with it torch, now that little is left to refuse
+        )
+
+        made = make_folder(folder, terms, settings, least_epsilon, host)
+    console.print(
+        f"{folder}: give terms.toml and ca.pem to the devices' owners, and let in who sends you a node.pub: "
+        f"florilegium server admit {folder} NAME node.pub"
+    )
+    console.print(f"a release longer than {made.largest_norm_l2:.3g} is refused: that of a device with ε below "
+                  f"{least_epsilon:g}, or of one that does not keep to what is agreed")  # fmt: skip
+
+
+@app.command()
+def start(
+    folder: Path,
+    host: Annotated[str, typer.Option(help="To listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
+) -> None:
+    """Run the rounds of FOLDER's terms with the devices that were admitted. Goes on where it was stopped.
+
+    What is listened to is what a registered device asks, and nothing else: there is nothing on this port that starts,
+    shows or stops anything.
+    """
+    from florilegium.client.agent.terms import read_terms
+    from florilegium.simulation.deployment.certificates import TERMS, check_folder
+    from florilegium.simulation.deployment.settings import check_rule, read_settings
+
+    folder = folder.resolve()
+    with plain_errors(), _stoppable(f"stopped; florilegium server start {folder} goes on"):
+        check_folder(folder)
+        terms = read_terms(folder / TERMS)
+        check_rule(read_settings(folder), terms)
+
+        from florilegium.simulation.deployment.rounds import (
+            all_done,
+            layout_of,
+            run_rounds,
+            serving,
+        )  # and with it torch and flwr
+
+        if not all_done(folder):
+            layout = layout_of(terms)
+            with serving(folder, host, port, layout, console.print) as link:
+                console.print(
+                    f"{len(link.nodes)} devices may connect to {host}:{port}; a round begins when {terms.min_devices} "
+                    f"are there"
+                )
+                run_rounds(folder, link, layout, console.print)
+    console.print(f"all rounds are done: {folder / 'server'}")
+
+
+@app.command()
+def admit(
+    folder: Path,
+    name: str,
+    key: Annotated[str, typer.Argument(help="A device's courier/node.pub, or its text in quotes.")],
+) -> None:
+    """Let a device in, under this NAME from now on; a server that runs does so at once."""
+    with _registering(folder) as register:
+        register.admit(folder.resolve(), name, key)
+        console.print(f"{name} may connect")
+
+
+@app.command()
+def invite(
+    folder: Path,
+    name: str,
+    server: Annotated[str, typer.Option(help="host:port as the device reaches it.")],
+) -> None:
+    """Make NAME.invitation, the one file that a device needs to join under this NAME; it works once."""
+    from florilegium.client.agent.invitation import write_invitation
+
+    with _registering(folder) as register:
+        path = Path(f"{name}.invitation").resolve()
+        write_invitation(path, register.invite(folder.resolve(), name, server))
+        console.print(f"{path}: for {name} alone; florilegium device join {path.name}")
+
+
+@app.command()
+def expel(folder: Path, name: str) -> None:
+    """Let a device in no more; a server that runs ends its connection at once."""
+    with _registering(folder) as register:
+        register.expel(folder.resolve(), name)
+        console.print(f"{name} may not connect any more; what it has sent stays in what was made of it")
+
+
+@app.command("list")
+def list_devices(folder: Path) -> None:
+    """Who may connect: names, and the beginning of the SHA-256 of their keys."""
+    with _registering(folder) as register:
+        table = Table("device", "key")
+        for name, key in register.admitted(folder.resolve()).items():
+            table.add_row(name, register.fingerprint(key))
+        console.print(table)
+
+
+@contextmanager
+def _registering(folder: Path) -> Iterator[ModuleType]:
+    """What changes who may join; where there is no server's folder it is told before anything is loaded."""
+    from florilegium.simulation.deployment.certificates import check_folder
+
+    with plain_errors():
+        check_folder(folder.resolve())
+
+        from florilegium.simulation.deployment import register  # and with it flwr
+
+        yield register
+
+
+@contextmanager
+def _stoppable(text: str) -> Iterator[None]:
+    """Ctrl-C or `kill` ends what is being done in here, once; what was stored is whole."""
+    from florilegium.simulation.runs.stopping import Stopped, stoppable
+
+    try:
+        with stoppable():
+            yield
+    except Stopped as stopped:
+        console.print(text)
+        raise typer.Exit(stopped.exit_code) from None

@@ -1,0 +1,107 @@
+"""A Flower Grid that hands whole cohorts to the processes of a fleet.
+
+Strategy and ServerApp cannot tell it from Flower's own: messages go in, replies come out, each as soon as its cohort
+is done. What is saved is the message store, the polling and the pickling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+from uuid import uuid4
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity  # private: a message cannot be made outside a run without it
+
+from florilegium.client.flower_replies import Devices, Question, Reply, greeting, read_question, replies
+from florilegium.privacy.release import Schema
+from florilegium.simulation.engines.workers import Done, Job
+from florilegium.simulation.heterogeneity.clock import WAITED_FOR, Clock
+
+GREETED_AT_ONCE = 1024  # messages; a whole population's would fill the memory
+Spread = Callable[[Job, Sequence[str], Any], Iterator[Done]]  # over cohorts and processes
+
+
+class CohortGrid(Grid):
+    """Nodes 1 … n are the devices `names[0]` … `names[n − 1]`; `spread` does their work."""
+
+    def __init__(self, spread: Spread, schema: Schema, names: Sequence[str]) -> None:
+        self.spread, self.schema, self.names = spread, schema, names
+        self.replies: dict[str, Message] = {}
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError("a cohort grid belongs to no run of a SuperLink")
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError("a cohort grid belongs to no run of a SuperLink")
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(1, len(self.names) + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        answers = list(self.send_and_receive(messages))
+        ids = [str(uuid4()) for _ in answers]
+        self.replies.update(zip(ids, answers, strict=True))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self.replies.pop(i) for i in list(message_ids) if i in self.replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Messages of one type; the replies come in any order."""
+        left = iter(messages)
+        while some := list(islice(left, GREETED_AT_ONCE)):
+            if some[0].metadata.message_type == MessageType.QUERY:
+                yield from (greeting(self._name(m)).to(m) for m in some)
+            else:
+                yield from self._asked([*some, *left])
+
+    def _name(self, message: Message) -> str:
+        return self.names[message.metadata.dst_node_id - 1]
+
+    def _asked(self, messages: Sequence[Message]) -> Iterator[Message]:
+        if not messages:
+            return
+        by_name = {self._name(m): m for m in messages}
+        question = read_question(messages, list(by_name), self.schema)
+        asked = released if question.kind == MessageType.TRAIN else adopted
+        for _, answers in self.spread(asked, list(by_name), question):
+            yield from (reply.to(by_name[name]) for name, reply in answers)
+
+
+class WorldGrid(CohortGrid):
+    """Devices that are there or not, fast or slow: of those that compute, only some answer in time."""
+
+    def __init__(self, spread: Spread, schema: Schema, names: Sequence[str], clock: Clock) -> None:
+        super().__init__(spread, schema, names)
+        self.clock = clock
+
+    def _asked(self, messages: Sequence[Message]) -> Iterator[Message]:
+        by_name = {self._name(m): m for m in messages}
+        number = int(str(messages[0].content.config_records["plan"]["round"]))
+        fates = self.clock.round(number, list(by_name)).outcomes
+        asking = messages[0].metadata.message_type == MessageType.TRAIN
+        present = WAITED_FOR if asking else ("answers", "late")  # who dropped out is not back yet
+        for reply in super()._asked([m for name, m in by_name.items() if fates[name] in present]):
+            if not asking or fates[self.names[reply.metadata.src_node_id - 1]] == "answers":
+                yield reply
+
+
+def released(devices: Devices, names: Sequence[str], question: Question) -> list[tuple[str, Reply]]:
+    """The replies of a cohort that is asked for releases."""
+    return list(zip(names, replies(question, names, devices), strict=True))
+
+
+def adopted(devices: Devices, names: Sequence[str], question: Question) -> list[tuple[str, Reply]]:
+    """The replies of a cohort that is given what its releases became."""
+    return list(zip(names, replies(question, names, devices), strict=True))

@@ -1,0 +1,170 @@
+"""A whole federation in memory, for studies and audits: the devices' and the server's own code, Flower's messages
+between them, and of the devices nothing on the disk but their ledger. Not covered: evaluation, resuming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Message
+
+from florilegium.client.coins import Coins
+from florilegium.client.config import DeviceConfig
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.flower_replies import Devices
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.phases import Observation, Site
+from florilegium.client.private_training import release_limits, release_noise
+from florilegium.client.round import contribute
+from florilegium.client.state import DeviceState
+from florilegium.privacy.ledger import Ledger
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.release import Release, Schema
+from florilegium.privacy.seeds import derive_key, derive_seed, fresh_secret
+from florilegium.server.config import ServerConfig
+from florilegium.server.release_collector import Limits, RoundFacts, to_numpy
+from florilegium.server.strategy import ReleaseStrategy
+from florilegium.simulation.config import ConfigError
+from florilegium.simulation.data.population import met_by
+from florilegium.simulation.engines.cohort_grid import CohortGrid
+from florilegium.simulation.engines.faults import tried
+from florilegium.simulation.engines.workers import Cohort, Done, Job
+
+
+@dataclass
+class InMemory:
+    """All devices of a federation (`client.flower_replies.Devices`), and what left them."""
+
+    site: Site
+    streams: Mapping[str, Sequence[Dialogue]]
+    at_once: bool = False  # whether all of a stream is there in the first round, or equal parts of it in each
+    states: dict[str, DeviceState] = field(default_factory=dict)
+    pages: list[dict[str, Observation]] = field(default_factory=list)  # by round and device
+    received: list[torch.Tensor] = field(default_factory=list)  # by round, (P,): before it
+    changes: list[torch.Tensor] = field(default_factory=list)  # by round, (K, P); zero for one that sent nothing
+
+    def __post_init__(self) -> None:
+        self.states = {name: self.site.new_state(name) for name in self.streams}
+
+    @property
+    def schema(self) -> Schema:
+        return self.site.schema
+
+    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
+        arrived = [self.streams[n][self.states[n].arrived : self._until(n, plan.round)] for n in names]
+        states, releases, pages = contribute([self.states[n] for n in names], arrived, received, plan, self.site)
+        self.states |= {s.id: s for s in states}
+        self.pages.append(dict(zip(names, pages, strict=True)))
+        self.received.append(received)
+        sent = {n: r for n, r in zip(names, releases, strict=True) if r}
+        self.changes.append(torch.from_numpy(np.stack([self._row(sent.get(n), plan.round) for n in self.streams])))
+        return releases
+
+    def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None:
+        """Nothing: personal adapters are trained after the last round, where they are wanted."""
+
+    def sent(self, index: int) -> torch.Tensor:
+        """(devices that released, P): what they did in the round with this index."""
+        return self.changes[index][[self.pages[index].get(n, {}).get("upload_bytes", 0) > 0 for n in self.streams]]
+
+    def _until(self, name: str, number: int) -> int:
+        length = len(self.streams[name])
+        return length if self.at_once else met_by(length, number, self.site.config.rounds)
+
+    def _row(self, release: Release | None, number: int) -> np.ndarray:
+        row, schema = np.zeros(self.site.shared_layout.width, np.float32), self.site.schema
+        if release:
+            row[schema.places(number)] = schema.of_round(number).join(release.arrays)
+        return row
+
+
+class RecordingGrid(CohortGrid):
+    """All devices in one cohort; keeps what they reply, as it is before it goes onto a wire."""
+
+    def __init__(self, devices: Devices, names: Sequence[str]) -> None:
+        super().__init__(self._at_once, devices.schema, names)
+        self.devices = devices
+        self.sent: list[Message] = []
+
+    def _at_once(self, job: Job, names: Sequence[str], shared: Any) -> Iterator[Done]:
+        yield Cohort(tuple(names)), tried(lambda some: job(self.devices, [names[k] for k in some], shared), names)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            self.sent.append(reply)
+            yield reply
+
+
+@dataclass(frozen=True)
+class Federated:
+    """A federation that has ended, as its server saw it."""
+
+    cohort: InMemory
+    shared: torch.Tensor  # (P,): after the last round
+    facts: dict[int, RoundFacts]
+    sent: list[Message]  # every reply of every device
+
+    @property
+    def site(self) -> Site:
+        return self.cohort.site
+
+    @property
+    def aggregated(self) -> list[torch.Tensor]:
+        """By round, (P,): what the round changed in the shared adapter."""
+        after = [*self.cohort.received[1:], self.shared]
+        return [b - a for a, b in zip(self.cohort.received, after, strict=True)]
+
+
+@contextmanager
+def passing_ledger() -> Iterator[Ledger]:
+    """An empty one, gone afterwards."""
+    with TemporaryDirectory() as folder:
+        yield Ledger(Path(folder) / "ledger.db")
+
+
+def play(
+    lm: LanguageModel,
+    config: DeviceConfig,
+    server: ServerConfig,
+    streams: Mapping[str, Sequence[Dialogue]],
+    seed: int,
+    *,
+    at_once: bool = False,
+    listener: Callable[[str], None] | None = None,
+    coins: Coins | None = None,
+) -> Federated:
+    """A federation of devices with these streams, by name. Its ledger is gone when it has ended.
+
+    `coins`: those that its devices toss; None: as every device does.
+    """
+    replies = {name: {d.id: d.response for d in stream} for name, stream in streams.items()}
+    with passing_ledger() as ledger:
+        site = Site.of(lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener, ledger)
+        return federate(InMemory(replace(site, coins=coins or site.coins), streams, at_once), server)
+
+
+def federate(cohort: InMemory, server: ServerConfig, limits: Limits | None = None) -> Federated:
+    """All rounds, by the strategy that every engine runs, within the devices' own limits or these.
+
+    Raises `ConfigError` for a server that has no rounds.
+    """
+    if not server.by_rounds:
+        raise ConfigError("studies and audits ask by rounds; server.buffer and server.rule = 'none' do not")
+    site = cohort.site
+    secret = fresh_secret() if site.config.privacy.secret == "os" else derive_key(site.seed, "server")
+    noise = release_noise(site.config, server.noise_bands, secret)
+    limits = limits or Limits(*release_limits(site.config, cohort.schema))
+    strategy = ReleaseStrategy(server, cohort.schema, site.seed, noise, limits=limits)
+    start = site.shared_layout.start(derive_seed(site.seed, "shared"))
+    arrays = strategy.first(start.numpy())
+    grid = RecordingGrid(cohort, list(cohort.streams))
+    result = strategy.start(grid, arrays, site.config.rounds)
+    shared = torch.from_numpy(strategy.whole.join(to_numpy(result.arrays)))
+    return Federated(cohort, shared, strategy.facts, grid.sent)

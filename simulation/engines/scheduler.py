@@ -1,0 +1,102 @@
+"""A fleet with its devices in cohorts: what the driver asks of all of them, how far they are, and which have failed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from florilegium.client.flower_replies import refusal
+from florilegium.privacy.reply_gate import FAILED
+from florilegium.simulation.devices.simulated import SimulatedDevices
+from florilegium.simulation.engines.cohorts import pack
+from florilegium.simulation.engines.faults import Failure, TooManyFailedError, attempt, left
+from florilegium.simulation.engines.workers import Cohort, Done, Fleet, Job
+from florilegium.simulation.runs.progress import Pulse
+
+ASKED_FOR = {"released": "release", "adopted": "adoption", "learn_without_server": "control"}  # by the job
+
+
+@dataclass(frozen=True)
+class Crew:
+    """`pulse` is told of each device that answered the server."""
+
+    fleet: Fleet
+    devices: SimulatedDevices
+    pulse: Pulse = field(default_factory=Pulse)
+    failures: list[Failure] = field(default_factory=list)  # that nobody has taken yet
+    asked: Counter[str] = field(default_factory=Counter)  # devices, by what they were asked for, since then
+
+    def cohorts(self, names: Sequence[str]) -> list[Cohort]:
+        config = self.devices.run.config
+        tokens = dict.fromkeys(names, 1.0)
+        if self.fleet.size > 1:
+            planned = {name: self.devices.planned(name) for name in names}
+            tokens = {name: p.before + p.after for name, p in planned.items()}
+        return pack(names, tokens, self.devices.run.shards, self.fleet.size, config.cohort_size)
+
+    def map(self, job: Job, names: Sequence[str], shared: Any = None) -> Iterator[Done]:
+        """The result of each cohort of these devices, as soon as there is one.
+
+        Without those that failed, where that is counted.
+        """
+        what = ASKED_FOR.get(job.__name__, "evaluation")
+        careful = partial(attempt, job, self.devices.run.config.engine.on_device_error == "count")
+        self.asked[what] += len(names)
+        for cohort, found in self.fleet.map(careful, self.cohorts(names), shared):
+            self.failures.extend(Failure(device, what, error) for device, error in found.failed.items())
+            for some, result in found.results:
+                yield Cohort(some, cohort.home), result
+
+    def taken(self) -> list[Failure]:
+        """The failures since the last call."""
+        failures = list(self.failures)
+        self.failures.clear()
+        self.asked.clear()
+        return failures
+
+    def check(self) -> None:
+        """Raises `TooManyFailedError` where more have failed since `taken` than is allowed of one kind.
+
+        And what another process has left that is not to be counted.
+        """
+        self.failures.extend(left(self.devices.run.faults))
+        config = self.devices.run.config
+        share = config.engine.failed_share
+        for what, failed in Counter(f.what for f in self.failures).items():
+            asked = self.asked[what] or config.data.users
+            if failed > share * asked or failed == asked:
+                first = next(f for f in self.failures if f.what == what)
+                raise TooManyFailedError(
+                    f"{what} failed on {failed} of {asked} devices; engine.failed_share = {share:g} is the most that "
+                    f"may; the first, {first.device}: {first.error}"
+                )
+
+    def ask(self, job: Job, names: Sequence[str], shared: Any = None) -> Iterator[Done]:
+        """As `map`, of what the server asks, told to whoever watches. A device that failed answers that it did."""
+        before = len(self.failures)
+        for cohort, result in self.map(job, names, shared):
+            self.pulse.visit(len(cohort.names))
+            yield cohort, result
+        failed = tuple(f.device for f in self.failures[before:])
+        if failed:
+            yield Cohort(failed), [(name, refusal(FAILED)) for name in failed]
+
+    def gather(self, job: Job, names: Sequence[str], shared: Any = None) -> dict[str, Any]:
+        """The results by device, of a job that returns them so or returns nothing."""
+        found: dict[str, Any] = {}
+        for _, result in self.map(job, names, shared):
+            found |= result or {}
+        self.check()
+        return found
+
+    def gather_arms(self, job: Job, names: Sequence[str], shared: Any = None) -> dict[str, dict[str, Any]]:
+        """The results by arm and device."""
+        found: dict[str, dict[str, Any]] = {}
+        for _, result in self.map(job, names, shared):
+            for arm, of_devices in result.items():
+                found.setdefault(arm, {}).update(of_devices)
+        self.check()
+        return found

@@ -1,0 +1,43 @@
+"""The settings of `florilegium models pretrain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from florilegium.privacy.common.base_config import Config, Names
+
+
+class ModelShape(Config):
+    """The architecture; the defaults are `nano`'s."""
+
+    vocab_size: int = Field(4096, ge=300, le=65_535)
+    hidden_size: int = Field(192, ge=16)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(3, ge=1)
+    intermediate_size: int = Field(512, ge=16)
+    context: int = Field(512, ge=64, description="positions that the model is made for")
+
+
+class PretrainConfig(Config):
+    """How a small model is trained. Lengths and batches are in tokens."""
+
+    out: Path
+    corpora: Names = ("self_dialogue", "ubuntu_irc", "sgd", "topicalchat")
+    model: ModelShape = ModelShape()
+    tokens: int = Field(44_000_000, ge=10_000, description="tokens seen in all")
+    window: int = Field(256, ge=32)
+    batch_tokens: int = Field(8192, ge=256)
+    learning_rate: float = Field(2.5e-3, gt=0)
+    warmup_share: float = Field(0.02, ge=0, lt=1)
+    decay_share: float = Field(0.35, ge=0, le=1, description="last part of the run in which the rate falls to 0")
+    weight_decay: float = Field(0.1, ge=0)
+    rewrite_share: float = Field(0.06, ge=0, lt=1, description="share of turns that also become a rewriting exercise")
+    rewrite_instruction: str = "Rewrite: "
+    held_out: int = Field(400, ge=1, description="conversations kept for the final loss")
+    checkpoint_every_s: float = Field(120, gt=0)
+    compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0

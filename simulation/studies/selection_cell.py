@@ -1,0 +1,210 @@
+"""Runs the cells of a study: each is a cohort of devices without a server, all seeds in one pass.
+
+A cell's folder holds a line for each round that was finished, the devices' states after it, and at the end
+`result.json`. A study that was killed goes on with the round that it was in; a cell with a result is not run again.
+Device k of a seed has the same stream, the same held-out replies, the same first adapter and the same dice in every
+cell, so that cells can be compared pair by pair.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from florilegium.client.phases import Observation, Site, States
+from florilegium.client.round import live
+from florilegium.client.state import DeviceStore, stage
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.seeds import derive_seed
+from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.data.population import User, met_by
+from florilegium.simulation.engines.faults import tried
+from florilegium.simulation.evaluation.metrics import by_device, derangement, measure_rouge, reply_arms, score_arms
+from florilegium.simulation.runs.folder import sources_sha256
+from florilegium.simulation.studies.baselines_cell import RivalsCell
+from florilegium.simulation.studies.cell import Bench, Result, read_result, write_whole
+from florilegium.simulation.studies.config import Cell, Study
+from florilegium.simulation.studies.federated_cell import FederatedCell
+from florilegium.simulation.studies.interactive_cell import LivesCell
+from florilegium.simulation.studies.methods_cell import MethodsCell
+from florilegium.simulation.studies.preflight import ready
+
+Listener = Callable[[str], None]
+SUMMED = (
+    "arrived", "accepted", "truncated", "synthetic_kept", "synthetic_rejected", "personal_steps", "personal_tokens",
+)  # fmt: skip
+LAST = ("buffered", "buffer_bytes", "annotations", "personal_examples")
+
+
+@dataclass
+class CellRun:
+    """One cell while it is being run."""
+
+    cell: Cell
+    folder: Path
+    bench: Bench
+    listener: Listener
+
+    @property
+    def config(self) -> ExperimentConfig:
+        assert isinstance(self.cell.config, ExperimentConfig)
+        return self.cell.config
+
+    @cached_property
+    def users(self) -> dict[str, User]:
+        return self.bench.people(self.config.data, self.cell.seeds, self.config.seed)
+
+    @property
+    def devices(self) -> list[str]:
+        return list(self.users)
+
+    @cached_property
+    def site(self) -> Site:
+        recorded = {name: {d.id: d.response for d in user.stream} for name, user in self.users.items()}
+        return Site.of(
+            self.bench.model(self.config.model),
+            self.config,
+            self.config.seed,
+            lambda device, identity: recorded[device][identity],
+            self.listener,
+        )
+
+    @property
+    def store(self) -> DeviceStore:
+        return DeviceStore(self.folder / "devices.db")
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result.json"
+
+    def run(self) -> Result:
+        """Goes on after the last round that was finished and returns the result."""
+        if self.result.exists():
+            return read_result(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        finished = self._finished()
+        done, names = len(finished), list(self.users)
+        states = [self.store.load(n, stage(done)) if done else self.site.new_state(n) for n in names]
+        for number in range(done + 1, self.config.rounds + 1):
+            states, line = self._round(states, number)
+            self.store.save(states, stage(number))
+            with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+            finished.append(line)
+        result = {**self._verdict(states), "rounds": finished}
+        write_whole(self.result, result)
+        self.store.path.unlink()
+        return result
+
+    def _finished(self) -> list[Result]:
+        """The rounds that were written whole; what a kill left of another is cut off."""
+        path = self.folder / "rounds.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):
+            path.write_text("".join(whole), encoding="utf-8")
+        return [json.loads(line) for line in whole]
+
+    def _round(self, states: States, number: int) -> tuple[States, Result]:
+        rounds, lm = self.config.rounds, self.bench.model(self.config.model)
+        lm.spared_s = 0.0
+        arrived = []
+        for state in states:
+            stream = self.users[state.id].stream
+            arrived.append(stream[state.arrived : met_by(len(stream), number, rounds)])
+        site, plan = self.site, RoundPlan(number, number)
+        states, pages = tried(
+            lambda some: live([states[k] for k in some], [arrived[k] for k in some], None, plan, site),
+            [state.id for state in states],
+        )
+        line = {"round": number, "spared_s": lm.spared_s, **_added_up(pages)}
+        if self.config.evaluation.every_round and number < rounds:
+            self.listener("evaluate")
+            line["nll"] = self._scored({"own": self._rows(states)})["own"]["by_user"]
+        return states, line
+
+    def _rows(self, states: States) -> torch.Tensor:
+        return torch.stack([s.personal for s in states])  # (K, P)
+
+    def _scored(self, rows: Mapping[str, torch.Tensor]) -> dict[str, Result]:
+        lm, queries = self.bench.model(self.config.model), [u.held_out for u in self.users.values()]
+        arms = {name: [lm.adapters(self.site.personal_layout, r)] for name, r in rows.items()}
+        measured = score_arms(lm, queries, arms)
+        return {name: {"by_user": m.by_user, "by_query": m.by_query} for name, m in measured.items()}
+
+    def _verdict(self, states: States) -> Result:
+        """NLL and ROUGE-1 of the last adapters, and the NLL of each under another device's adapter."""
+        self.listener("evaluate")
+        names, rows, settings = list(self.users), self._rows(states), self.config.evaluation
+        given = derangement(len(names), derive_seed(self.config.seed, "shuffled"))
+        nll = self._scored({"own": rows, "shuffled": rows[given]})
+        lm, count = self.bench.model(self.config.model), len(names)
+        queries = [u.held_out[: settings.rouge_queries_per_user] for u in self.users.values()]
+        rouge: Result = {}
+        if settings.rouge_queries_per_user:
+            self.listener("reply")
+            arms = {"own": [lm.adapters(self.site.personal_layout, rows)]}
+            seed = derive_seed(self.config.seed, "reply") >> 1
+            seeds = range(seed, seed + sum(map(len, queries)))
+            replies = reply_arms(lm, queries, arms, settings.sampling, seeds)["own"]
+            measured = measure_rouge(by_device(replies, count))
+            rouge = {
+                "by_user": measured.by_user,
+                "by_query": measured.by_query,
+                "mean_length_tokens": float(np.mean([r.tokens for r in replies])),
+            }
+        return {
+            "settings": self.config.model_dump(mode="json"),
+            "devices": names,
+            "seeds": [int(name.partition("-")[0].removeprefix("seed")) for name in names],
+            "queries": sum(len(u.held_out) for u in self.users.values()),
+            "nll": nll["own"],
+            "nll_shuffled": nll["shuffled"],
+            "rouge1": rouge,
+            "sources": sources_sha256(),
+            "hardware": self.bench.hardware(self.config.model),
+            "finished": round(time.time()),
+        }
+
+
+KINDS: dict[str, type[CellRun | FederatedCell | RivalsCell | MethodsCell | LivesCell]] = {
+    "alone": CellRun,
+    "federated": FederatedCell,
+    "rivals": RivalsCell,
+    "methods": MethodsCell,
+    "lives": LivesCell,
+}
+
+
+def run_study(study: Study, folder: Path, listener: Listener, bench: Bench | None = None) -> None:
+    """Runs what has no result yet, cell by cell, on a bench that is `ready`, or is made so now."""
+    bench = bench or ready(study, folder)
+    cells, kind = study.cells, KINDS[study.config.kind]
+    for number, (key, cell) in enumerate(cells.items(), start=1):
+        kind(cell, folder / "cells" / key, bench, partial(_tell, listener, f"cell {number} of {len(cells)}")).run()
+
+
+def _tell(listener: Listener, where: str, phase: str) -> None:
+    listener(f"{where}: {phase}")
+
+
+def _added_up(pages: list[Observation]) -> Result:
+    """What the devices of a cell did in one round, together."""
+    seconds, reasons = Counter[str](), Counter[str]()
+    for page in pages:
+        seconds.update(page["seconds"])
+        reasons.update(page["synthetic_reasons"])
+    return {
+        **{name: sum(page[name] for page in pages) for name in (*SUMMED, *LAST)},
+        "synthetic_reasons": dict(reasons),
+        "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
+        "failed": [page["personal_failed"] for page in pages if "personal_failed" in page],
+    }
