@@ -13,31 +13,31 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.seeds import derive_key, fresh_secret
 
 if TYPE_CHECKING:
-    from florilegium.client.phases import Site
+    from florilegium.client.phases import CohortContext
 
 
 class Coins:
     """As every device tosses them."""
 
-    def secret(self, device: str, site: Site) -> int:
+    def secret(self, device: str, context: CohortContext) -> int:
         """Of a new device, from which the pool's coins follow, and in a simulation all others."""
-        return fresh_secret() if site.config.privacy.secret == "os" else derive_key(site.seed, device, "secret")
+        return fresh_secret() if context.config.privacy.secret == "os" else derive_key(context.seed, device, "secret")
 
-    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, context: CohortContext) -> list[int]:
         """One Poisson sample of so many: each has a coin of its own."""
-        return poisson_sample(count, site.config.shared.sampling_rate, _key(state, plan, site, "coins", step))
+        return poisson_sample(count, context.config.shared.sampling_rate, _key(state, plan, context, "coins", step))
 
-    def noise_key(self, state: DeviceState, plan: RoundPlan, site: Site) -> int:
+    def noise_key(self, state: DeviceState, plan: RoundPlan, context: CohortContext) -> int:
         """For the noise of all steps of a release."""
-        return _key(state, plan, site, "noise")
+        return _key(state, plan, context, "noise")
 
 
-def _key(state: DeviceState, plan: RoundPlan, site: Site, *purpose: str | int) -> int:
+def _key(state: DeviceState, plan: RoundPlan, context: CohortContext, *purpose: str | int) -> int:
     """For what may be drawn once: for an experiment and a round the ledger pays once, for one adapter received.
 
     With secrets from the operating system it is drawn anew each time: should a device be set back to an old state,
     with its ledger, then another release is another release, and not the same noise on something else.
     """
-    if site.config.privacy.secret == "os":
+    if context.config.privacy.secret == "os":
         return fresh_secret()
-    return derive_key(state.secret, site.experiment, plan.round, *purpose)
+    return derive_key(state.secret, context.experiment, plan.round, *purpose)

@@ -36,7 +36,7 @@ class Devices(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Instruction:
     """What a server wants of several devices: a kind of message, a plan and the shared adapter (P,)."""
 
     kind: str
@@ -45,7 +45,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Reply:
+class DeviceReply:
     """What one device says to the server. Made by `_reply` alone, so that the gate has passed it."""
 
     header: Mapping[str, str | int]
@@ -74,7 +74,7 @@ def answer(messages: Sequence[Message], names: Sequence[str], devices: Devices) 
     return [reply.to(m) for m, reply in zip(messages, replies(question, names, devices), strict=True)]
 
 
-def replies(question: Question, names: Sequence[str], devices: Devices) -> list[Reply]:
+def replies(question: Instruction, names: Sequence[str], devices: Devices) -> list[DeviceReply]:
     """Of each device, in their order."""
     plan = question.plan
     if question.kind == MessageType.QUERY:
@@ -85,7 +85,7 @@ def replies(question: Question, names: Sequence[str], devices: Devices) -> list[
     return [_release_reply(r, plan, devices.schema) for r in devices.contribute(names, question.received, plan)]
 
 
-def read_question(messages: Sequence[Message], names: Sequence[str], schema: Schema) -> Question:
+def read_question(messages: Sequence[Message], names: Sequence[str], schema: Schema) -> Instruction:
     """What messages of one type ask; they differ in the ledgers' heads alone.
 
     Raises KeyError, ValueError or `ReleaseRefusedError` for what does not fit the devices' schema.
@@ -103,7 +103,7 @@ def question(
     arrays: Mapping[str, Numbers],
     names: Sequence[str],
     schema: Schema,
-) -> Question:
+) -> Instruction:
     """What was asked, of a plan for each of the devices `names` and the arrays of a shared adapter.
 
     Raises KeyError, ValueError or `ReleaseRefusedError` for what does not fit the devices' schema.
@@ -111,13 +111,13 @@ def question(
     if kind not in (MessageType.QUERY, MessageType.TRAIN, MessageType.EVALUATE):
         raise ValueError("not a kind of message that a device answers")
     if kind == MessageType.QUERY:
-        return Question(kind, RoundPlan(0, 0), torch.empty(0))
+        return Instruction(kind, RoundPlan(0, 0), torch.empty(0))
     if any(set(plan) != PLAN for plan in plans):
         raise ValueError(f"a plan has {', '.join(sorted(PLAN))} and nothing else: all other settings are the device's")
     heads = {name: str(plan["head"]) for name, plan in zip(names, plans, strict=True)}
     plan = RoundPlan(_count(plans[0]["round"]), _count(plans[0]["version"]), heads)
     down = schema.with_weights() if any(name.endswith(WEIGHT) for name in arrays) else schema
-    return Question(kind, plan, torch.from_numpy(down.join(arrays)))
+    return Instruction(kind, plan, torch.from_numpy(down.join(arrays)))
 
 
 def _count(value: object) -> int:
@@ -128,7 +128,7 @@ def _count(value: object) -> int:
     return number
 
 
-def _release_reply(release: Release | None, plan: RoundPlan, schema: Schema) -> Reply:
+def _release_reply(release: Release | None, plan: RoundPlan, schema: Schema) -> DeviceReply:
     if release is None:
         return refusal(NO_RELEASE)
     header: dict[str, str | int] = {"protocol": release.protocol, "version": release.version, "head": release.head}
@@ -136,17 +136,17 @@ def _release_reply(release: Release | None, plan: RoundPlan, schema: Schema) -> 
     return _reply(header, ENCODINGS[schema.encoding].encode(release.arrays), sent)
 
 
-def greeting(name: str) -> Reply:
+def greeting(name: str) -> DeviceReply:
     """Which device this is."""
     return _reply({"device": name})
 
 
-def refusal(code: str) -> Reply:
+def refusal(code: str) -> DeviceReply:
     """An answer that says only that there is none, and why, in a word."""
     return _reply({"error": code})
 
 
-def _reply(header: Mapping[str, str | int], arrays: Encoded | None = None, schema: Schema = NO_ARRAYS) -> Reply:
+def _reply(header: Mapping[str, str | int], arrays: Encoded | None = None, schema: Schema = NO_ARRAYS) -> DeviceReply:
     """The one place where an answer to a server is made."""
     check_reply(header, arrays, schema)
-    return Reply(header, arrays)
+    return DeviceReply(header, arrays)

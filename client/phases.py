@@ -26,7 +26,7 @@ from florilegium.client.config import DeviceConfig
 from florilegium.client.dialogue import Dialogue, Echo
 from florilegium.client.lm.adapter import AdapterLayout, Adapters, Layout, weight_layout
 from florilegium.client.lm.model import LanguageModel, schedule, schedule_steps
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.selection.buffer import candidate
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.client.state import DeviceState, StateError
@@ -52,7 +52,7 @@ User = Callable[
 
 
 @dataclass(frozen=True)
-class Site:
+class CohortContext:
     """What a cohort works with: the model, the settings, the layouts, the seed and its users."""
 
     lm: LanguageModel
@@ -76,7 +76,7 @@ class Site:
         user: User,
         listener: Callable[[str], None] | None = None,
         ledger: Accounts | None = None,
-    ) -> Site:
+    ) -> CohortContext:
         shared = lm.lora_layout(config.shared.adapter, public_seed=derive_seed(seed, "shared"))
         return cls(lm, config, seed, shared, lm.layout(config.personal.adapter), user, listener, ledger)
 
@@ -135,21 +135,21 @@ def release_schema(layout: AdapterLayout, encoding: str = "fp32") -> Schema:
 
 
 def observe(
-    states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, site: Site
+    states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, context: CohortContext
 ) -> tuple[States, list[Observation]]:
     """Takes what came in: into the buffer by the policy, into the pool by coins. The replies are not looked at.
 
     What was said before a dialogue is in the buffer with it, and not in the pool, where one's words are one dialogue's.
     """
-    selection = site.config.selection
+    selection = context.config.selection
     lexicons = load_lexicons(selection.lexicons)
     texts = [d.in_context.prompt for dialogues in arrived for d in dialogues]
-    features = iter(site.lm.embed(texts, [selection.reading]))
+    features = iter(context.lm.embed(texts, [selection.reading]))
     after, notes = [], []
     for state, dialogues in zip(states, arrived, strict=True):
         if state.buffer.config != selection:
             raise StateError(f"device {state.id} has selected by other settings; start it anew or restore [selection]")
-        rng = np.random.Generator(np.random.Philox(key=derive_seed(site.seed, state.id, plan.round, "policy")))
+        rng = np.random.Generator(np.random.Philox(key=derive_seed(context.seed, state.id, plan.round, "policy")))
         buffer, pool, accepted, truncated = state.buffer, state.pool, 0, 0
         for dialogue in dialogues:
             feature = next(features)
@@ -167,21 +167,21 @@ def observe(
     return after, notes
 
 
-def annotate(states: States, site: Site) -> tuple[States, list[Observation]]:
+def annotate(states: States, context: CohortContext) -> tuple[States, list[Observation]]:
     """Asks each user for the reply to what is kept until there is one, and forgets those of dropped dialogues.
 
     Of the buffer at most `annotations_per_round` are asked, chosen by coins that do not look at the data; the others
     wait for a later round.
     """
-    limit = site.config.selection.annotations_per_round
+    limit = context.config.selection.annotations_per_round
     after, notes = [], []
     for state in states:
         pool = [i for i, _ in state.pool.slots]
         waiting = [k.id for k in state.buffer.bins if k.id not in state.replies and k.id not in pool]
         if limit and math.isfinite(state.buffer.capacity):
-            waiting = sorted(waiting, key=lambda i: derive_seed(site.seed, state.id, i, "ask"))[:limit]
+            waiting = sorted(waiting, key=lambda i: derive_seed(context.seed, state.id, i, "ask"))[:limit]
         kept = [k.id for k in state.buffer.bins if k.id in state.replies] + waiting + pool
-        replies = {i: reply for i in kept if (reply := state.replies.get(i) or site.user(state.id, i))}
+        replies = {i: reply for i in kept if (reply := state.replies.get(i) or context.user(state.id, i))}
         before = state.echoes & state.replies.keys()
         echoes = frozenset(i for i, reply in replies.items() if isinstance(reply, Echo) or i in before)
         asked = state.annotations + sum(i not in state.replies for i in replies)
@@ -190,39 +190,40 @@ def annotate(states: States, site: Site) -> tuple[States, list[Observation]]:
     return after, notes
 
 
-def descend(states: States, site: Site) -> tuple[States, list[Observation]]:
+def synthesize_pool(states: States, context: CohortContext) -> tuple[States, list[Observation]]:
     """Writes dialogues like each one of the pool that is new there, and whose reply is its user's own.
 
     Each is judged by its own original alone: no dialogue decides what becomes of another.
     """
-    settings = site.config.synthesis.model_copy(update={"per_dialogue": site.config.shared.synthetic})
+    settings = context.config.synthesis.model_copy(update={"per_dialogue": context.config.shared.synthetic})
     own = {s.id: s.own for s in states}
-    fresh = [(s, i, p) for s in states for i, p in s.pool.slots if i in own[s.id] and i not in s.descendants]
+    fresh = [(s, i, p) for s in states for i, p in s.pool.slots if i in own[s.id] and i not in s.pool_synthetic]
     requests = [
-        Request(f"{s.id}/{i}", (p, s.replies[i]), derive_seed(site.seed, s.id, i, "descendants")) for s, i, p in fresh
+        Request(f"{s.id}/{i}", (p, s.replies[i]), derive_seed(context.seed, s.id, i, "descendants"))
+        for s, i, p in fresh
     ]
-    made = {r.device: w.kept for r, w in zip(requests, write_similar(requests, [], site.lm, settings), strict=True)}
+    made = {r.device: w.kept for r, w in zip(requests, write_similar(requests, [], context.lm, settings), strict=True)}
     after = [
         replace(
             s,
-            descendants={
-                i: made.get(f"{s.id}/{i}", s.descendants.get(i, ())) for i, _ in s.pool.slots if i in own[s.id]
+            pool_synthetic={
+                i: made.get(f"{s.id}/{i}", s.pool_synthetic.get(i, ())) for i, _ in s.pool.slots if i in own[s.id]
             },
         )
         for s in states
     ]
-    return after, [{"descendants": sum(map(len, s.descendants.values()))} for s in after]
+    return after, [{"descendants": sum(map(len, s.pool_synthetic.values()))} for s in after]
 
 
-def synthesize(states: States, plan: RoundPlan, site: Site) -> tuple[States, list[Observation]]:
+def synthesize(states: States, plan: RoundPlan, context: CohortContext) -> tuple[States, list[Observation]]:
     """Writes dialogues like each newly buffered one; the checks may throw all of them away."""
     fresh = [(s, k) for s in states for k in s.annotated if k.id not in s.synthetic]
     requests = [
-        Request(s.id, (k.prompt, s.replies[k.id]), derive_seed(site.seed, s.id, k.id, "synthesis")) for s, k in fresh
+        Request(s.id, (k.prompt, s.replies[k.id]), derive_seed(context.seed, s.id, k.id, "synthesis")) for s, k in fresh
     ]
     known = [(s.id, text) for s in states for made in s.synthetic.values() for pair in made for text in pair]
     known += [(s.id, text) for s in states for k in s.annotated for text in (k.prompt, s.replies[k.id])]
-    written = write_similar(requests, known, site.lm, site.config.synthesis)
+    written = write_similar(requests, known, context.lm, context.config.synthesis)
     made: dict[str, dict[str, Written]] = {s.id: {} for s in states}
     for (state, kept), found in zip(fresh, written, strict=True):
         made[state.id][kept.id] = found
@@ -241,17 +242,17 @@ def synthesize(states: States, plan: RoundPlan, site: Site) -> tuple[States, lis
 
 
 def learn_personal(
-    states: States, received: torch.Tensor | None, plan: RoundPlan, site: Site
+    states: States, received: torch.Tensor | None, plan: RoundPlan, context: CohortContext
 ) -> tuple[States, list[Observation]]:
     """Trains each personal adapter on what is buffered, the received shared adapter (P,) frozen beneath it, if any."""
-    config, lm = site.config.personal, site.lm
-    lessons = [_lesson(state, plan, site) for state in states]
-    start = [_start(state, site) for state in states]
-    rates = [[config.learning_rate * (1 - s / len(x.batches)) for s in range(len(x.batches))] for x in lessons]
+    config, lm = context.config.personal, context.lm
+    sets = [_lesson(state, plan, context) for state in states]
+    start = [_start(state, context) for state in states]
+    rates = [[config.learning_rate * (1 - s / len(x.batches)) for s in range(len(x.batches))] for x in sets]
     trained = lm.engine.finetune(
-        lm.adapters(site.personal_layout, torch.stack(start)),
-        [] if received is None else beneath(received, [s.id for s in states], site),
-        lessons,
+        lm.adapters(context.personal_layout, torch.stack(start)),
+        [] if received is None else frozen_adapters(received, [s.id for s in states], context),
+        sets,
         rates,
         config.weight_decay,
     )
@@ -261,40 +262,43 @@ def learn_personal(
         {
             "personal_loss_first": x[0] if x else None,
             "personal_loss_last": x[-1] if x else None,
-            "personal_examples": len(lesson.examples),
-            "personal_steps": len(lesson.batches),
-            "personal_tokens": _tokens(lesson),
+            "personal_examples": len(training_set.examples),
+            "personal_steps": len(training_set.batches),
+            "personal_tokens": _tokens(training_set),
             **({"personal_failed": trained.failed[k]} if k in trained.failed else {}),
         }
-        for k, (x, lesson) in enumerate(zip(trained.losses, lessons, strict=True))
+        for k, (x, training_set) in enumerate(zip(trained.losses, sets, strict=True))
     ]
 
 
-def beneath(received: torch.Tensor, devices: Sequence[str], site: Site) -> list[Adapters]:
+def frozen_adapters(received: torch.Tensor, devices: Sequence[str], context: CohortContext) -> list[Adapters]:
     """What lies frozen under personal adapters: the received one, as far as each device has room for it."""
-    return [site.lm.adapters(site.shared_layout, site.shared_rows(received, devices)), *site.weights(received)]
+    return [
+        context.lm.adapters(context.shared_layout, context.shared_rows(received, devices)),
+        *context.weights(received),
+    ]
 
 
-def _start(state: DeviceState, site: Site) -> torch.Tensor:
-    keep = site.config.personal.on_new_shared == "keep"
-    return state.personal if keep else site.new_state(state.id).personal
+def _start(state: DeviceState, context: CohortContext) -> torch.Tensor:
+    keep = context.config.personal.on_new_shared == "keep"
+    return state.personal if keep else context.new_state(state.id).personal
 
 
-def _tokens(lesson: Lesson) -> int:
-    return sum(lesson.examples[i].length for batch in lesson.batches for i in batch)
+def _tokens(training_set: TrainingSet) -> int:
+    return sum(training_set.examples[i].length for batch in training_set.batches for i in batch)
 
 
-def _lesson(state: DeviceState, plan: RoundPlan, site: Site) -> Lesson:
+def _lesson(state: DeviceState, plan: RoundPlan, context: CohortContext) -> TrainingSet:
     """Originals, each with the user's own reply, and what was made from them."""
     dialogues = [
         Dialogue(k.id, prompt, reply)
         for k in state.annotated
         for prompt, reply in ((k.prompt, state.replies[k.id]), *state.synthetic.get(k.id, ()))
     ]
-    config, count = site.config.personal, len(dialogues)
-    seed = derive_seed(site.seed, state.id, plan.round, "personal-order")
+    config, count = context.config.personal, len(dialogues)
+    seed = derive_seed(context.seed, state.id, plan.round, "personal-order")
     if config.steps:
         batches = schedule_steps(count, config.batch_size, config.steps, seed)
     else:
         batches = schedule(count, config.batch_size, config.epochs, seed)
-    return Lesson(site.lm.format.dialogues(dialogues), batches)
+    return TrainingSet(context.lm.format.dialogues(dialogues), batches)

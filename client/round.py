@@ -10,49 +10,62 @@ from dataclasses import replace
 import torch
 
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.phases import Observation, Site, States, annotate, descend, learn_personal, observe, synthesize
-from florilegium.client.private_training import learn_shared, release
+from florilegium.client.phases import (
+    CohortContext,
+    Observation,
+    States,
+    annotate,
+    learn_personal,
+    observe,
+    synthesize,
+    synthesize_pool,
+)
+from florilegium.client.private_training import release, train_shared
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release
 
 
 def contribute(
-    states: States, arrived: Sequence[Sequence[Dialogue]], received: torch.Tensor, plan: RoundPlan, site: Site
+    states: States,
+    arrived: Sequence[Sequence[Dialogue]],
+    received: torch.Tensor,
+    plan: RoundPlan,
+    context: CohortContext,
 ) -> tuple[States, list[Release | None], list[Observation]]:
     """Selects, asks, trains the shared adapter (P,) and releases its noised change.
 
     What only the personal adapter needs comes after the aggregation: it must not delay or spoil a release.
     """
-    diary = Diary(len(states), plan.round, site.listener)
-    states = _gather(states, arrived, plan, site, diary)
-    if site.config.shared.synthetic:
-        with diary.phase("descend") as made:
-            states, made[:] = descend(states, site)
-    with diary.phase("learn_shared") as spent:
-        states, changes, spent[:] = learn_shared(states, received, plan, site)
-    with diary.phase("release") as sent:
-        states, releases = release(changes, states, received, plan, site)
-        sizes = [site.upload_bytes(s.id, plan) if r else 0 for s, r in zip(states, releases, strict=True)]
+    recorder = PhaseRecorder(len(states), plan.round, context.listener)
+    states = _gather(states, arrived, plan, context, recorder)
+    if context.config.shared.synthetic:
+        with recorder.phase("descend") as made:
+            states, made[:] = synthesize_pool(states, context)
+    with recorder.phase("learn_shared") as spent:
+        states, changes, spent[:] = train_shared(states, received, plan, context)
+    with recorder.phase("release") as sent:
+        states, releases = release(changes, states, received, plan, context)
+        sizes = [context.upload_bytes(s.id, plan) if r else 0 for s, r in zip(states, releases, strict=True)]
         sent[:] = [{"upload_bytes": size} for size in sizes]
-    return states, releases, diary.pages
+    return states, releases, recorder.pages
 
 
 def adopt(
-    states: States, received: torch.Tensor | None, plan: RoundPlan, site: Site
+    states: States, received: torch.Tensor | None, plan: RoundPlan, context: CohortContext
 ) -> tuple[States, list[Observation]]:
     """Takes the aggregated shared adapter (P,), if any, synthesizes, and trains the personal adapter on top of it."""
-    diary = Diary(len(states), plan.round, site.listener)
+    recorder = PhaseRecorder(len(states), plan.round, context.listener)
     over = [replace(s, sent=None, asked="") for s in states]
-    return _personalize(over, received, plan, site, diary), diary.pages
+    return _personalize(over, received, plan, context, recorder), recorder.pages
 
 
 def stay(
-    states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, site: Site
+    states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, context: CohortContext
 ) -> tuple[States, list[Release | None], list[Observation]]:
     """As `contribute`, of devices that have no server: nothing is trained for one, nothing leaves."""
-    diary = Diary(len(states), plan.round, site.listener)
-    states = _gather(states, arrived, plan, site, diary)
-    return states, [None] * len(states), [{**page, "upload_bytes": 0, "epsilon": 0.0} for page in diary.pages]
+    recorder = PhaseRecorder(len(states), plan.round, context.listener)
+    states = _gather(states, arrived, plan, context, recorder)
+    return states, [None] * len(states), [{**page, "upload_bytes": 0, "epsilon": 0.0} for page in recorder.pages]
 
 
 def live(
@@ -60,31 +73,39 @@ def live(
     arrived: Sequence[Sequence[Dialogue]],
     received: torch.Tensor | None,
     plan: RoundPlan,
-    site: Site,
+    context: CohortContext,
 ) -> tuple[States, list[Observation]]:
     """A round in which nothing is released, with a shared adapter (P,) beneath the personal one, or without."""
-    diary = Diary(len(states), plan.round, site.listener)
-    states = _gather(states, arrived, plan, site, diary)
-    return _personalize(states, received, plan, site, diary), diary.pages
+    recorder = PhaseRecorder(len(states), plan.round, context.listener)
+    states = _gather(states, arrived, plan, context, recorder)
+    return _personalize(states, received, plan, context, recorder), recorder.pages
 
 
-def _gather(states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, site: Site, diary: Diary) -> States:
-    with diary.phase("observe") as seen:
-        states, seen[:] = observe(states, arrived, plan, site)
-    with diary.phase("annotate") as asked:
-        states, asked[:] = annotate(states, site)
+def _gather(
+    states: States,
+    arrived: Sequence[Sequence[Dialogue]],
+    plan: RoundPlan,
+    context: CohortContext,
+    recorder: PhaseRecorder,
+) -> States:
+    with recorder.phase("observe") as seen:
+        states, seen[:] = observe(states, arrived, plan, context)
+    with recorder.phase("annotate") as asked:
+        states, asked[:] = annotate(states, context)
     return states
 
 
-def _personalize(states: States, received: torch.Tensor | None, plan: RoundPlan, site: Site, diary: Diary) -> States:
-    with diary.phase("synthesize") as written:
-        states, written[:] = synthesize(states, plan, site)
-    with diary.phase("learn_personal") as learned:
-        states, learned[:] = learn_personal(states, received, plan, site)
+def _personalize(
+    states: States, received: torch.Tensor | None, plan: RoundPlan, context: CohortContext, recorder: PhaseRecorder
+) -> States:
+    with recorder.phase("synthesize") as written:
+        states, written[:] = synthesize(states, plan, context)
+    with recorder.phase("learn_personal") as learned:
+        states, learned[:] = learn_personal(states, received, plan, context)
     return states
 
 
-class Diary:
+class PhaseRecorder:
     """What a simulation notes of each device of a cohort, with the cohort's seconds shared out evenly."""
 
     def __init__(self, devices: int, number: int, listener: Callable[[str], None] | None) -> None:

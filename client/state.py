@@ -20,7 +20,7 @@ from safetensors.numpy import save as save_arrays
 
 from florilegium.client.config import DeviceConfig
 from florilegium.client.pool import Pool
-from florilegium.client.selection.buffer import Buffer, Kept, SelectionConfig
+from florilegium.client.selection.buffer import Buffer, BufferEntry, SelectionConfig
 from florilegium.client.synthesize import Pair
 from florilegium.privacy.common.database import connected
 from florilegium.privacy.common.errors import DeviceFaultError
@@ -72,7 +72,7 @@ class DeviceState:
     echoes: frozenset[str] = frozenset()  # those of `replies` that are the model's words, which the user liked
     annotations: int = 0  # times the user was asked
     synthetic: dict[str, tuple[Pair, ...]] = field(default_factory=dict)  # dialogue id → those made from it
-    descendants: dict[str, tuple[Pair, ...]] = field(default_factory=dict)  # as `synthetic`, of the pool's dialogues
+    pool_synthetic: dict[str, tuple[Pair, ...]] = field(default_factory=dict)  # as `synthetic`, of the pool's dialogues
     head: str = ""  # of the ledger when it last paid for this device
     sent: torch.Tensor | None = None  # (P,) of what travelled in the round that is not over: what it repeats if asked
     asked: str = ""  # fingerprint of what had been received for it
@@ -95,7 +95,7 @@ class DeviceState:
         return {i: reply for i, reply in self.replies.items() if i not in self.echoes}
 
     @property
-    def annotated(self) -> tuple[Kept, ...]:
+    def annotated(self) -> tuple[BufferEntry, ...]:
         """The bins whose reply is known: what the personal adapter can learn from."""
         return tuple(k for k in self.buffer.bins if k.id in self.replies)
 
@@ -191,7 +191,7 @@ def _facts(state: DeviceState) -> dict[str, Any]:
         "echoes": sorted(state.echoes),
         "annotations": state.annotations,
         "synthetic": state.synthetic,
-        "descendants": state.descendants,
+        "descendants": state.pool_synthetic,
         "pool": {"capacity": state.pool.capacity, "slots": state.pool.slots, "seen": state.pool.seen},
         "buffer": {"config": _written(state.buffer.config), "bins": bins},
     }
@@ -213,7 +213,7 @@ def _state(told: str, stored: bytes) -> DeviceState:
     facts, arrays = json.loads(told), load_arrays(stored)
     buffer, pool, sent = facts["buffer"], facts["pool"], arrays.get("sent")
     embeddings = arrays["embeddings"] if buffer["bins"] else ()
-    bins = tuple(Kept(embedding=e, **b) for b, e in zip(buffer["bins"], embeddings, strict=True))
+    bins = tuple(BufferEntry(embedding=e, **b) for b, e in zip(buffer["bins"], embeddings, strict=True))
     memory = {name.removeprefix(MEMORY): array for name, array in arrays.items() if name.startswith(MEMORY)}
     return DeviceState(
         id=facts["id"],
@@ -229,7 +229,7 @@ def _state(told: str, stored: bytes) -> DeviceState:
         echoes=frozenset(facts["echoes"]),
         annotations=facts["annotations"],
         synthetic=_pairs(facts["synthetic"]),
-        descendants=_pairs(facts["descendants"]),
+        pool_synthetic=_pairs(facts["descendants"]),
     )
 
 

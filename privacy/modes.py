@@ -19,7 +19,7 @@ Mode = Literal["example-local", "user-local", "user-central", "none"]
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
+class PrivacyUnit:
     """What a mode promises, in the words that every report prints."""
 
     unit: str
@@ -29,29 +29,29 @@ class Promise:
     not_covered: str
 
 
-PROMISES: dict[Mode, Promise] = {
-    "example-local": Promise(
+PRIVACY_UNITS: dict[Mode, PrivacyUnit] = {
+    "example-local": PrivacyUnit(
         unit="one dialogue (a prompt and its reply)",
         of="dialogue",
         adjacency="replace-one",
         trust="the server is not trusted: noise is added on the device",
         not_covered="what spans many dialogues; that, when and how fast a device answers",
     ),
-    "user-local": Promise(
+    "user-local": PrivacyUnit(
         unit="one device: everything that its user ever said",
         of="device",
         adjacency="replace-one",
         trust="the server is not trusted: noise is added on the device",
         not_covered="that, when and how fast a device answers",
     ),
-    "user-central": Promise(
+    "user-central": PrivacyUnit(
         unit="one device: everything that its user ever said",
         of="device",
         adjacency="add-or-remove-one",
         trust="the server is trusted: it sees each device's clipped change and adds the noise to the sum",
         not_covered="anything towards the server; that, when and how fast a device answers",
     ),
-    "none": Promise(
+    "none": PrivacyUnit(
         unit="none",
         of="device",
         adjacency="replace-one",
@@ -99,8 +99,8 @@ class PrivacyConfig(Config):
         return value
 
     @property
-    def promise(self) -> Promise:
-        return PROMISES[self.mode]
+    def promise(self) -> PrivacyUnit:
+        return PRIVACY_UNITS[self.mode]
 
     @property
     def by_dialogue(self) -> bool:

@@ -34,15 +34,15 @@ class BufferedStrategy(ReleaseStrategy):
     def collected(self, number: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord | None:
         """Takes the releases of a version, those that began from the same one together."""
         self.arrays = arrays
-        intake, began = self.intake(number), self.makers(number)
+        collector, began = self.collector(number), self.makers(number)
         for version in sorted(set(began.values())):
             names: Sequence[str] = sorted(name for name, v in began.items() if v == version)
-            intake.ask(names, version, weight(number - 1 - version))
+            collector.ask(names, version, weight(number - 1 - version))
             sent = arrays if version == number - 1 else self.version(version)
             messages = self.messages(names, number, version, sent, MessageType.TRAIN)
             for reply in grid.send_and_receive(messages, timeout=timeout):
-                intake.take(reply)
-        return self.applied(number, intake, over=self.config.buffer)
+                collector.take(reply)
+        return self.applied(number, collector, over=self.config.buffer)
 
 
 def weight(staleness: int) -> float:

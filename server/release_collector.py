@@ -52,7 +52,7 @@ class Limits:
     clip_norm_l2: float = math.inf
 
 
-class Intake:
+class ReleaseCollector:
     """What a round's devices send, summed as it comes."""
 
     def __init__(

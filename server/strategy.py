@@ -27,8 +27,8 @@ from florilegium.server.config import ServerConfig, devices_to_ask
 from florilegium.server.lora_products import MeanOfProducts
 from florilegium.server.optimizers import OPTIMIZERS, Moments, step_at
 from florilegium.server.release_collector import (
-    Intake,
     Limits,
+    ReleaseCollector,
     RoundFacts,
     signal_to_noise,
     signal_to_noise_floor,
@@ -158,26 +158,26 @@ class ReleaseStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the releases of a round make of the shared adapter; refuses and counts whatever is not one."""
-        intake = self.intake(server_round)
-        intake.ask(self.sampled(server_round), version=server_round - 1)
+        collector = self.collector(server_round)
+        collector.ask(self.sampled(server_round), version=server_round - 1)
         for reply in replies:
-            intake.take(reply)
-        return self.applied(server_round, intake), None
+            collector.take(reply)
+        return self.applied(server_round, collector), None
 
-    def intake(self, number: int) -> Intake:
+    def collector(self, number: int) -> ReleaseCollector:
         """For the releases of a round."""
         before = self.whole.join(to_numpy(self.arrays))[: self.schema.width]  # (P,)
         protects_sum = self.noise.on_sum > 0  # and nothing else that the releases could become
-        intake = Intake(
+        collector = ReleaseCollector(
             self.config, self.schema, number, before, self.devices, self.limits, multiplies=not protects_sum
         )
-        self.facts[number] = intake.facts
-        return intake
+        self.facts[number] = collector.facts
+        return collector
 
-    def applied(self, number: int, intake: Intake, over: int = 0) -> ArrayRecord | None:
+    def applied(self, number: int, collector: ReleaseCollector, over: int = 0) -> ArrayRecord | None:
         """The shared adapter after a round, where there was a release; the sum is taken by `over`, if given."""
-        facts, rule, places = intake.close(), intake.rule, self.schema.places(number)
-        self.heads |= intake.heads
+        facts, rule, places = collector.close(), collector.rule, self.schema.places(number)
+        self.heads |= collector.heads
         if not rule.count:
             if not facts.silent and set(facts.refused) - {NO_RELEASE}:
                 raise NoReleaseError(f"round {number}: no device sent a release: {facts.refused}")
@@ -187,15 +187,15 @@ class ReleaseStrategy(Strategy):
             return None
         noise = np.zeros(places.size)
         noise[places] = self.noise.drawn(number, int(places.sum()))
-        by = over or (intake.asked if self.noise.on_sum else 0)
+        by = over or (collector.asked if self.noise.on_sum else 0)
         change = rule.change(noise, by)[places]
         facts.change_norm_l2 = float(np.linalg.norm(change))
         divisors = np.broadcast_to(by or rule.senders, places.shape)
-        noise_std = self.noise.of_mean(intake.weight_squares[places], divisors[places])
+        noise_std = self.noise.of_mean(collector.weight_squares[places], divisors[places])
         facts.signal_to_noise = signal_to_noise(facts.change_norm_l2, noise_std, change.size)
         facts.signal_to_noise_floor = signal_to_noise_floor(change.size)
-        row, self.moments = step_at(self.optimizer, intake.before, change, self.moments, places)
-        return self._sent(row, intake.products)
+        row, self.moments = step_at(self.optimizer, collector.before, change, self.moments, places)
+        return self._sent(row, collector.products)
 
     def _sent(self, row: Numbers, products: MeanOfProducts | None) -> ArrayRecord:
         """The row, and what is added to the frozen weights beside it (`server.lora_products`)."""

@@ -29,18 +29,18 @@ from florilegium.server.strategy import Aggregate, NoReleaseError, ReleaseStrate
 from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
 from florilegium.simulation.data.population import User
 from florilegium.simulation.devices.people import device_name
-from florilegium.simulation.devices.simulated import SimulatedDevices, open_devices
+from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
 from florilegium.simulation.engines.cohort_grid import CohortGrid, WorldGrid
-from florilegium.simulation.engines.scheduler import Crew
-from florilegium.simulation.engines.workers import InProcess, open_fleet
+from florilegium.simulation.engines.scheduler import Scheduler
+from florilegium.simulation.engines.workers import LocalWorkers, open_workers
 from florilegium.simulation.heterogeneity.availability import Work
 from florilegium.simulation.heterogeneity.clock import BufferedClock, Clock
-from florilegium.simulation.recorder import Session
+from florilegium.simulation.recorder import RunRecorder
 from florilegium.simulation.reports.run_report import render_report
 from florilegium.simulation.runs.folder import RunError, RunFolder, create, resume, settle
-from florilegium.simulation.runs.progress import Pulse
+from florilegium.simulation.runs.progress import RunProgress
 from florilegium.simulation.runs.summary import export_adapters, write_summary
-from florilegium.simulation.runs.tensorboard import Board
+from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
 RUN_VARIABLE = "FLORILEGIUM_RUN"  # how the apps of Flower's own engine find the run's folder
 
@@ -51,7 +51,7 @@ def run_experiment(
     *,
     resuming: bool = False,
     overwrite: bool = False,
-    pulse: Pulse | None = None,
+    progress: RunProgress | None = None,
     tensorboard: bool = False,
     people: Sequence[User] | None = None,
 ) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def run_experiment(
     try:
         with FileLock(_lock_of(folder), timeout=0):
             run = resume(folder, config) if resuming else create(folder, config, overwrite=overwrite)
-            return _run(run, resuming, pulse or Pulse(), tensorboard, people)
+            return _run(run, resuming, progress or RunProgress(), tensorboard, people)
     except Timeout:
         raise RunError(f"{folder} is in use by another process; wait for it, or choose name=…") from None
     except (OSError, SafetensorError) as error:
@@ -80,16 +80,16 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _run(
-    run: RunFolder, resuming: bool, pulse: Pulse, tensorboard: bool, people: Sequence[User] | None
+    run: RunFolder, resuming: bool, progress: RunProgress, tensorboard: bool, people: Sequence[User] | None
 ) -> dict[str, Any]:
     begun = False
     try:
         try:
-            ENGINES[run.config.engine.name](run, pulse, Board(run) if tensorboard else None, people)
+            ENGINES[run.config.engine.name](run, progress, TensorBoardWriter(run) if tensorboard else None, people)
         finally:
             begun = run.metrics.exists() if resuming else settle(run)
             if begun:
-                pulse.enter("report")
+                progress.enter("report")
                 render_report(run.path)
         return write_summary(run)
     except (OSError, SafetensorError, StoreError, LedgerError) as error:
@@ -110,43 +110,49 @@ def _way_on(run: RunFolder, begun: bool) -> str:
     return f"what was finished is kept in {run.path}: go on with --resume"
 
 
-def _on_cohorts(run: RunFolder, pulse: Pulse, board: Board | None, people: Sequence[User] | None) -> None:
-    devices = open_devices(run, pulse.enter, people)
+def _on_cohorts(
+    run: RunFolder, progress: RunProgress, board: TensorBoardWriter | None, people: Sequence[User] | None
+) -> None:
+    devices = load_devices(run, progress.enter, people)
     names = [device_name(k) for k in range(run.config.data.users)]
-    with open_fleet(run, devices) as fleet:
-        crew, clock = Crew(fleet, devices, pulse), open_clock(devices, names)
+    with open_workers(run, devices) as workers:
+        scheduler, clock = Scheduler(workers, devices, progress), open_clock(devices, names)
         schema = devices.schema
-        grid = WorldGrid(crew.ask, schema, names, clock) if clock else CohortGrid(crew.ask, schema, names)
-        federate(run, grid, crew, clock, board)
+        grid = WorldGrid(scheduler.ask, schema, names, clock) if clock else CohortGrid(scheduler.ask, schema, names)
+        federate(run, grid, scheduler, clock, board)
 
 
-def _on_flower(run: RunFolder, pulse: Pulse, board: Board | None, people: Sequence[User] | None) -> None:
+def _on_flower(
+    run: RunFolder, progress: RunProgress, board: TensorBoardWriter | None, people: Sequence[User] | None
+) -> None:
     """Flower's stock simulation: a message per device, Ray actors."""
     from florilegium.simulation.engines.flower_ray import stock_grid
     from florilegium.simulation.flower_app import client_app
 
     os.environ[RUN_VARIABLE] = str(run.path)
-    devices = open_devices(run, pulse.enter, people)
-    with stock_grid(client_app, run.config.data.users, run.path, pulse.visit) as grid:
-        federate(run, grid, Crew(InProcess(devices), devices, pulse), board=board)
+    devices = load_devices(run, progress.enter, people)
+    with stock_grid(client_app, run.config.data.users, run.path, progress.visit) as grid:
+        federate(run, grid, Scheduler(LocalWorkers(devices), devices, progress), board=board)
 
 
-Engine = Callable[[RunFolder, Pulse, Board | None, Sequence[User] | None], None]
+Engine = Callable[[RunFolder, RunProgress, TensorBoardWriter | None, Sequence[User] | None], None]
 ENGINES: dict[str, Engine] = {"cohort": _on_cohorts, "flower": _on_flower}
 
 
-def federate(run: RunFolder, grid: Grid, crew: Crew, clock: Clock | None = None, board: Board | None = None) -> None:
+def federate(
+    run: RunFolder, grid: Grid, scheduler: Scheduler, clock: Clock | None = None, board: TensorBoardWriter | None = None
+) -> None:
     """All rounds over a grid, from the last one that was finished, and the verdict."""
-    config, last, devices = run.config, run.last_shared(), crew.devices
-    strategy = _strategy(run, crew, clock, first_round=max(1, last.round + 1) if last else 1)
+    config, last, devices = run.config, run.last_shared(), scheduler.devices
+    strategy = _strategy(run, scheduler, clock, first_round=max(1, last.round + 1) if last else 1)
     try:
         strategy.greet(grid)
     except NoReleaseError:
-        crew.check()  # says why, where a process has left it
+        scheduler.check()  # says why, where a process has left it
         raise
     ends = [e["wall_s"] for e in run.events() if e["event"] == "end"]
-    session = Session(run, devices, strategy, crew, clock, board, earlier_s=ends[-1] if last and ends else 0.0)
-    arrays = strategy.first(devices.site.shared_layout.start(derive_seed(config.seed, "shared")).numpy())
+    session = RunRecorder(run, devices, strategy, scheduler, clock, board, earlier_s=ends[-1] if last and ends else 0.0)
+    arrays = strategy.first(devices.context.shared_layout.start(derive_seed(config.seed, "shared")).numpy())
     if last:
         run.rewind(last.round)
         arrays, strategy.heads, strategy.moments = to_arrays(last.shared), last.heads, Moments.of(last.moments)
@@ -162,7 +168,7 @@ def federate(run: RunFolder, grid: Grid, crew: Crew, clock: Clock | None = None,
         export_adapters(run, devices, shared, session.names)
     except NoReleaseError:
         session.close(interrupted=True)
-        crew.check()  # says why, where faults of devices are counted
+        scheduler.check()  # says why, where faults of devices are counted
         raise
     except BaseException:
         session.close(interrupted=True)
@@ -170,11 +176,11 @@ def federate(run: RunFolder, grid: Grid, crew: Crew, clock: Clock | None = None,
     session.close(interrupted=False)
 
 
-def _strategy(run: RunFolder, crew: Crew, clock: Clock | None, first_round: int) -> ReleaseStrategy:
-    config, devices = run.config, crew.devices
+def _strategy(run: RunFolder, scheduler: Scheduler, clock: Clock | None, first_round: int) -> ReleaseStrategy:
+    config, devices = run.config, scheduler.devices
 
     def checked(made: Aggregate) -> None:
-        crew.check()  # a round of too few is not kept
+        scheduler.check()  # a round of too few is not kept
         commit(run, made)
 
     secret = run.server_secret() if config.privacy.secret == "os" else derive_key(config.seed, "server")
@@ -194,17 +200,17 @@ def _strategy(run: RunFolder, crew: Crew, clock: Clock | None, first_round: int)
 
 def open_clock(devices: SimulatedDevices, names: Sequence[str]) -> Clock | None:
     """That of a run's world, if it has one."""
-    config, site, world = devices.run.config, devices.site, devices.world
+    config, context, world = devices.run.config, devices.context, devices.world
     if world is None:
         return None
-    down_bytes = 2 * site.download_bytes(config.server.products != "average")  # before its training, and after
+    down_bytes = 2 * context.download_bytes(config.server.products != "average")  # before its training, and after
 
     def work(name: str) -> Work:
         tokens = devices.planned(name)
-        return Work(tokens.before, tokens.after, down_bytes, site.upload_bytes(name, RoundPlan(1, 0)))
+        return Work(tokens.before, tokens.after, down_bytes, context.upload_bytes(name, RoundPlan(1, 0)))
 
-    parameters = sum(p.numel() * p.element_size() for p in site.lm.engine.model.parameters())
-    needed_bytes = parameters + 4 * 4 * site.personal_layout.width  # and of the adapter its gradient and two moments
+    parameters = sum(p.numel() * p.element_size() for p in context.lm.engine.model.parameters())
+    needed_bytes = parameters + 4 * 4 * context.personal_layout.width  # and of the adapter its gradient and two moments
     if config.server.buffer:
         server = config.server
         return BufferedClock(world, work, server.buffer, needed_bytes, devices=names, concurrency=server.concurrency)

@@ -20,11 +20,11 @@ from florilegium.client.flower_replies import answer, refusal
 from florilegium.privacy.reply_gate import FAILED, NO_DEVICE
 from florilegium.simulation.config import find_config, load_config
 from florilegium.simulation.devices.people import device_name
-from florilegium.simulation.devices.simulated import SimulatedDevices, devices_of_worker, open_devices
+from florilegium.simulation.devices.simulated import SimulatedDevices, devices_of_worker, load_devices
 from florilegium.simulation.engines.faults import attempt, leave
 from florilegium.simulation.engines.flower_ray import WatchedGrid
-from florilegium.simulation.engines.scheduler import Crew
-from florilegium.simulation.engines.workers import InProcess
+from florilegium.simulation.engines.scheduler import Scheduler
+from florilegium.simulation.engines.workers import LocalWorkers
 from florilegium.simulation.experiment import RUN_VARIABLE, federate
 from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.runs.summary import write_summary
@@ -87,7 +87,7 @@ def main(grid: Grid, context: Context) -> None:
         nodes = len(list(grid.get_node_ids()))
         create(path, load_config(find_config(str(context.run_config["config"])), [f"data.users={nodes}"]))
     run = RunFolder(path)
-    devices = open_devices(run)
-    federate(run, WatchedGrid(grid), Crew(InProcess(devices), devices))
+    devices = load_devices(run)
+    federate(run, WatchedGrid(grid), Scheduler(LocalWorkers(devices), devices))
     write_summary(run)
     log.warning("for the report: florilegium report %s", path)  # its template is not part of a Flower bundle

@@ -18,26 +18,26 @@ from florilegium.server.strategy import ReleaseStrategy
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices
-from florilegium.simulation.engines.scheduler import Crew
+from florilegium.simulation.engines.scheduler import Scheduler
 from florilegium.simulation.evaluation.arms import learn_without_server, noted
-from florilegium.simulation.evaluation.evaluator import Examiner
+from florilegium.simulation.evaluation.evaluator import Evaluator
 from florilegium.simulation.evaluation.fairness import summarize
 from florilegium.simulation.heterogeneity.clock import Clock, as_event
 from florilegium.simulation.runs.description import describe, peak_rss_bytes
 from florilegium.simulation.runs.folder import RunFolder
-from florilegium.simulation.runs.tensorboard import Board
+from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
 
 @dataclass
-class Session:
+class RunRecorder:
     """One run from the driver's side. `after_round` is the strategy's evaluation hook."""
 
     run: RunFolder
     devices: SimulatedDevices
     strategy: ReleaseStrategy
-    crew: Crew
+    scheduler: Scheduler
     clock: Clock | None = None
-    board: Board | None = None
+    board: TensorBoardWriter | None = None
     earlier_s: float = 0.0  # what the run took before it was stopped and resumed
     began: float = field(default_factory=time.perf_counter)
 
@@ -55,13 +55,13 @@ class Session:
         return sorted(asked, key=lambda name: (-asked[name], derive_seed(config.seed, name, "evaluated")))[:count]
 
     @cached_property
-    def examiner(self) -> Examiner:
+    def examiner(self) -> Evaluator:
         failures = (e for e in self.run.events() if e["event"] == "failure" and e["what"] == "control")
         without = {e["device"] for e in failures}
-        return Examiner(self.run, self.devices, self.crew, [n for n in self.names if n not in without])
+        return Evaluator(self.run, self.devices, self.scheduler, [n for n in self.names if n not in without])
 
     def say(self, phase: str) -> None:
-        self.crew.pulse.enter(phase)
+        self.scheduler.progress.enter(phase)
 
     def open(self) -> None:
         """The event that describes the run."""
@@ -84,7 +84,7 @@ class Session:
         if round_number and not self.config.server.absent:
             self.say("control")
             took_part = set(asked)
-            self.crew.gather(learn_without_server, [n for n in self.names if n in took_part], round_number)
+            self.scheduler.gather(learn_without_server, [n for n in self.names if n in took_part], round_number)
             without = self._failed(round_number)
             self.examiner.names = [n for n in self.examiner.names if n not in without]
         seconds["control"] = time.perf_counter() - began
@@ -127,8 +127,8 @@ class Session:
 
         Raises `TooManyFailedError`.
         """
-        self.crew.check()
-        failures = self.crew.taken()
+        self.scheduler.check()
+        failures = self.scheduler.taken()
         events = [{"round": round_number, "device": f.device, "what": f.what, "error": f.error} for f in failures]
         self.run.record_all("failure", events)
         return {f.device for f in failures}
@@ -138,7 +138,7 @@ class Session:
     def _device_events(self, round_number: int, asked: Sequence[str]) -> dict[str, float]:
         """One event a device; the seconds of each phase, summed over devices."""
         seconds: dict[str, float] = {}
-        notes = self.crew.gather(noted, asked, round_number)
+        notes = self.scheduler.gather(noted, asked, round_number)
         events = []
         for device, page in sorted(notes.items()):
             if not page:
@@ -148,7 +148,7 @@ class Session:
             tokens = page.pop("shared_tokens", 0) + page.pop("personal_tokens", 0)
             events.append({"round": round_number, "device": device, "tokens_trained": tokens, **page})
         self.run.record_all("device_round", events)
-        self.crew.pulse.end_round(round_number, sum(e["tokens_trained"] for e in events))
+        self.scheduler.progress.end_round(round_number, sum(e["tokens_trained"] for e in events))
         return seconds
 
     def _round_event(

@@ -16,7 +16,7 @@ from florilegium.client import coins
 from florilegium.client.agent import acceptance
 from florilegium.client.agent.agent import Agent, AgentError
 from florilegium.client.agent.config import new_config
-from florilegium.client.agent.folder import DeviceError, Home
+from florilegium.client.agent.folder import DeviceError, DeviceFolder
 from florilegium.client.agent.terms import LARGEST_FILE, Terms, read_terms, write_terms
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
@@ -38,14 +38,14 @@ SERVER = "127.0.0.1:9092"
 SAID = (("Do you like apples?", "Only the green ones."), ("What shall we cook?", "Pumpkin soup."), ("And?", "Nothing."))
 
 
-def made(home: Home, lm: LanguageModel, **privacy: object) -> Agent:
+def made(home: DeviceFolder, lm: LanguageModel, **privacy: object) -> Agent:
     """A new device with both consents and a few dialogues, with these settings of its privacy."""
     config = new_config(ModelConfig(name="nano")).model_copy(update={"port": 0})
     agent = Agent(home, config, lm, home.make(config))
     agent.consent("learn", True)
     agent.consent("federate", True)
     for prompt, wanted in SAID:
-        agent.rate(agent.journal.add(prompt, "hm", "").id, False, wanted)
+        agent.rate(agent.vault.add(prompt, "hm", "").id, False, wanted)
     set_privacy(agent, **privacy)
     return agent
 
@@ -63,14 +63,14 @@ def terms(**changes: Any) -> Terms:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "device")
+def home(tmp_path: Path) -> DeviceFolder:
+    return DeviceFolder(tmp_path / "device")
 
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Agent:
     """One that never joins anything."""
-    return made(Home(tmp_path_factory.mktemp("home") / "device"), lm)
+    return made(DeviceFolder(tmp_path_factory.mktemp("home") / "device"), lm)
 
 
 # -- modes ------------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def device(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Agent
 
 @pytest.mark.parametrize("mode", get_args(Mode))
 def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
-    home: Home, lm: LanguageModel, mode: Mode, monkeypatch: pytest.MonkeyPatch
+    home: DeviceFolder, lm: LanguageModel, mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server of a deployment adds none: all there is comes from the device."""
     agent = made(home, lm)
@@ -90,10 +90,10 @@ def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
     strategy, _ = strategy_of(server, Link(), layout_of(terms()), print)
     assert strategy.noise.on_sum == 0
     monkeypatch.setattr(coins, "fresh_secret", lambda: 7)
-    row, plan = agent.site.shared_layout.start(0), RoundPlan(1, 0)
+    row, plan = agent.context.shared_layout.start(0), RoundPlan(1, 0)
     [release] = agent.contribute([agent.config.name], row, plan)
     if mode in ("user-central", "none"):
-        assert release is None and agent.account and not agent.account.entries and not agent.journal.sent()
+        assert release is None and agent.account and not agent.account.entries and not agent.vault.sent()
         agent.leave()
         with pytest.raises(AgentError, match=mode):
             agent.join(terms(), SERVER)
@@ -106,15 +106,15 @@ def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
 
     monkeypatch.setattr(PrivateRow, "__init__", silent)
     learn = noisy_steps if mode == "example-local" else clipped_change
-    plain = learn([agent._state()], row, plan, agent.site)[agent.config.name].numpy()
+    plain = learn([agent._state()], row, plan, agent.context)[agent.config.name].numpy()
     sent = np.concatenate([release.arrays[name].ravel() for name, _ in agent.schema.shapes])
-    claimed = release_noise(agent.site.config, 1, 0).on_device
+    claimed = release_noise(agent.context.config, 1, 0).on_device
     assert claimed > 0 and plain.any()
     drawn = (sent - plain) / claimed
     assert abs(drawn.mean()) < 4 / math.sqrt(drawn.size) and drawn.std() == pytest.approx(1, abs=3 / drawn.size**0.5)
 
 
-def test_secrets_that_can_be_repeated_join_no_federation(home: Home, lm: LanguageModel) -> None:
+def test_secrets_that_can_be_repeated_join_no_federation(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm, secret="seed")
     with pytest.raises(AgentError, match=r"privacy\.secret = 'os'"):
         agent.join(terms(), SERVER)
@@ -122,21 +122,21 @@ def test_secrets_that_can_be_repeated_join_no_federation(home: Home, lm: Languag
     agent.join(terms(), SERVER)
     set_privacy(agent, secret="seed")  # changed afterwards
     assert not agent.federating and "simulations" in agent.status()["unprotected"]
-    row = agent.site.shared_layout.start(0)
+    row = agent.context.shared_layout.start(0)
     assert agent.contribute([agent.config.name], row, RoundPlan(1, 0)) == [None]
     assert agent.account and not agent.account.entries
 
 
-def test_under_later_terms_new_dialogues_alone_take_part(home: Home, lm: LanguageModel) -> None:
+def test_under_later_terms_new_dialogues_alone_take_part(home: DeviceFolder, lm: LanguageModel) -> None:
     """Five rounds need more noise than three: what was released under one σ is not drawn under another."""
     agent = made(home, lm)
     agent.join(terms(), SERVER)
-    row, plan, name = agent.site.shared_layout.start(0), RoundPlan(1, 0), agent.config.name
+    row, plan, name = agent.context.shared_layout.start(0), RoundPlan(1, 0), agent.config.name
     assert agent.contribute([name], row, plan) != [None]
     agent.leave()
     agent.join(terms(name="meadow", rounds=5), SERVER)
-    assert agent.contribute([name], row, plan) == [None] and agent.journal.sent()[-1].kind == "other-terms"
-    new = agent.journal.add("Something new?", "hm", "").id
+    assert agent.contribute([name], row, plan) == [None] and agent.vault.sent()[-1].kind == "other-terms"
+    new = agent.vault.add("Something new?", "hm", "").id
     agent.rate(new, False, "The swallows are back.")
     assert agent.contribute([name], row, plan) != [None]  # the refused question has used nothing up
     assert [i for i, _ in agent._state().pool.slots] == [new]

@@ -20,7 +20,7 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.packing import Example
 from florilegium.client.lm.peft_format import write_peft
 from florilegium.client.lm.places import Base, nano_folder
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 from florilegium.simulation.config import ConfigError, config_folder, load_config
 from florilegium.simulation.data.population import load_population
 from florilegium.simulation.experiment import run_experiment
@@ -80,15 +80,15 @@ def test_losses_and_gradients_are_those_of_peft(lm: LanguageModel, tmp_path: Pat
 def test_a_device_learns_scores_and_writes_the_same_alone_and_in_company(lm: LanguageModel, kind: str) -> None:
     layout = layout_of(lm, kind)
     rows = torch.stack([moved(layout, k) for k in range(4)])
-    lessons = [Lesson(lm.format.dialogues(TALKS[k:] + TALKS[:k]), [[0, 1], [2, 3], [k % 4]]) for k in range(4)]
+    sets = [TrainingSet(lm.format.dialogues(TALKS[k:] + TALKS[:k]), [[0, 1], [2, 3], [k % 4]]) for k in range(4)]
     rates = [[1e-2] * 3] * 4
-    together = lm.engine.finetune(Adapters(layout, rows), [], lessons, rates).adapters.rows
+    together = lm.engine.finetune(Adapters(layout, rows), [], sets, rates).adapters.rows
     examples, prompts = lm.format.dialogues(TALKS), [d.prompt for d in TALKS]
     greedy = SamplingConfig(max_new_tokens=8)
     scores = lm.score(examples, range(4), [Adapters(layout, together)])
     replies = lm.generate(prompts, range(4), [Adapters(layout, together)], greedy, range(4))
     for k in range(4):
-        alone = lm.engine.finetune(Adapters(layout, rows[k : k + 1]), [], lessons[k : k + 1], rates[:1]).adapters.rows
+        alone = lm.engine.finetune(Adapters(layout, rows[k : k + 1]), [], sets[k : k + 1], rates[:1]).adapters.rows
         assert (alone[0] - rows[k]).norm() > 1e-2
         torch.testing.assert_close(together[k], alone[0], atol=1e-4, rtol=1e-3)
         own = [Adapters(layout, together[k : k + 1])]

@@ -43,20 +43,20 @@ from florilegium.client.agent.agent import Agent, AgentError, _federation, resto
 from florilegium.client.agent.cli import app as device_app
 from florilegium.client.agent.config import new_config
 from florilegium.client.agent.daemon import listening, showing
-from florilegium.client.agent.folder import Home, HomeError
-from florilegium.client.agent.owner_client import Remote
+from florilegium.client.agent.folder import DeviceFolder, HomeError
+from florilegium.client.agent.owner_client import OwnerClient
 from florilegium.client.agent.pace import LEAST_S, doubled
 from florilegium.client.agent.signature import new_key, public_half, sealed
 from florilegium.client.agent.supernode import SuperNode, answered
 from florilegium.client.agent.terms import Terms
-from florilegium.client.agent.vault import Journal, Turn, VaultError, write_fact
+from florilegium.client.agent.vault import Turn, Vault, VaultError, write_fact
 from florilegium.client.config import SharedConfig
 from florilegium.client.flower_arrays import to_record
 from florilegium.client.lm.config import ModelConfig, TextLimits
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.places import base_hash
 from florilegium.client.personalization.profile import ProfileError
-from florilegium.client.phases import descend
+from florilegium.client.phases import synthesize_pool
 from florilegium.client.private_training import clipped_change, noisy_steps, release_limits, release_noise
 from florilegium.client.state import StoreError
 from florilegium.privacy.common import database
@@ -78,11 +78,11 @@ PAGE = 4096  # bytes
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "device")
+def home(tmp_path: Path) -> DeviceFolder:
+    return DeviceFolder(tmp_path / "device")
 
 
-def made(home: Home, lm: LanguageModel, **changes: Any) -> Agent:
+def made(home: DeviceFolder, lm: LanguageModel, **changes: Any) -> Agent:
     """A new device with both consents."""
     config = new_config(ModelConfig(name="nano")).model_copy(update={"port": 0, **changes})
     agent = Agent(home, config, lm, home.make(config))
@@ -95,7 +95,7 @@ def reopened(agent: Agent) -> Agent:
     return Agent(agent.home, agent.config, agent.lm, agent.home.read_key(agent.config))
 
 
-def told(home: Home, *command: str) -> subprocess.CompletedProcess[str]:
+def told(home: DeviceFolder, *command: str) -> subprocess.CompletedProcess[str]:
     """What `florilegium device` prints, in a process of its own as its owner starts it."""
     line = [sys.executable, "-m", "florilegium", "device", *command, "--home", str(home.folder)]
     return subprocess.run(line, capture_output=True, text=True, timeout=300)
@@ -103,7 +103,7 @@ def told(home: Home, *command: str) -> subprocess.CompletedProcess[str]:
 
 def talked(agent: Agent, said: tuple[tuple[str, str], ...] = SAID) -> list[str]:
     """Dialogues whose owner said what they would have said; their ids."""
-    turns = [agent.journal.add(prompt, "hm", "") for prompt, _ in said]
+    turns = [agent.vault.add(prompt, "hm", "") for prompt, _ in said]
     for turn, (_, wanted) in zip(turns, said, strict=True):
         agent.rate(turn.id, False, wanted)
     return [t.id for t in turns]
@@ -123,7 +123,7 @@ def decrypted(path: Path, key: str) -> bytes:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_home_is_for_its_owner_alone(home: Home, lm: LanguageModel) -> None:
+def test_a_home_is_for_its_owner_alone(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     assert home.folder.stat().st_mode & 0o777 == 0o700 and (home.folder / "key").stat().st_mode & 0o777 == 0o600
     with pytest.raises(HomeError, match="holds a device already"):
@@ -161,13 +161,13 @@ class Ring(KeyringBackend):
         del self.kept[service, username]
 
 
-def test_a_key_may_lie_in_the_keyring(home: Home, lm: LanguageModel) -> None:
+def test_a_key_may_lie_in_the_keyring(home: DeviceFolder, lm: LanguageModel) -> None:
     before, ring = keyring.get_keyring(), Ring()
     keyring.set_keyring(ring)
     try:
         agent = made(home, lm, key="keyring")
         talked(agent)
-        assert not (home.folder / "key").exists() and len(reopened(agent).journal.turns()) == 6
+        assert not (home.folder / "key").exists() and len(reopened(agent).vault.turns()) == 6
         ring.locked = True
         with pytest.raises(HomeError, match="unlock it"):
             home.read_key(agent.config)
@@ -180,18 +180,20 @@ def test_a_key_may_lie_in_the_keyring(home: Home, lm: LanguageModel) -> None:
         keyring.set_keyring(before)
 
 
-def test_a_clock_that_jumps_changes_no_order(home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_jumps_changes_no_order(
+    home: DeviceFolder, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dialogues are taken up as they were had, rounds answered in their order, whatever year the clock shows."""
     agent, now = made(home, lm), [1.8e9]
     monkeypatch.setattr(time, "time", lambda: now[0])
     agent.join(TERMS, SERVER)
     first = talked(agent, SAID[:3])
-    row = agent.site.shared_layout.start(0)
+    row = agent.context.shared_layout.start(0)
     before = asked(agent, 1, row)
     now[0] = 0.0  # a battery that was empty
     later = talked(agent, SAID[3:])
     agent.learn()
-    assert [t.id for t in agent.journal.turns()] == [*first, *later] and len(agent.kept()) == 6
+    assert [t.id for t in agent.vault.turns()] == [*first, *later] and len(agent.kept()) == 6
     assert asked(agent, 1, row)[0] == before[0]
     now[0] = 4e9
     asked(agent, 2, row, version=1)
@@ -201,7 +203,7 @@ def test_a_clock_that_jumps_changes_no_order(home: Home, lm: LanguageModel, monk
     assert agent._state().arrived == 5
 
 
-def test_one_agent_at_a_time(home: Home, lm: LanguageModel) -> None:
+def test_one_agent_at_a_time(home: DeviceFolder, lm: LanguageModel) -> None:
     made(home, lm)
     code = "import sys, pathlib, florilegium.client.agent.folder as h\n"
     code += "with h.Home(pathlib.Path(sys.argv[1])).locked(): pass"
@@ -212,17 +214,17 @@ def test_one_agent_at_a_time(home: Home, lm: LanguageModel) -> None:
     assert subprocess.run(command).returncode == 0
 
 
-def test_settings_that_are_wrong_are_told(home: Home, lm: LanguageModel) -> None:
+def test_settings_that_are_wrong_are_told(home: DeviceFolder, lm: LanguageModel) -> None:
     made(home, lm)
     assert home.config().device.privacy.secret == "os"
     home.settings.write_text(home.settings.read_text().replace("context_turns", "context_turn"))
     with pytest.raises(HomeError, match="did you mean 'context_turns'"):
         home.config()
     with pytest.raises(HomeError, match="florilegium device init"):
-        Home(home.folder / "nowhere").config()
+        DeviceFolder(home.folder / "nowhere").config()
 
 
-def test_a_vault_is_encrypted_and_wants_its_key(home: Home, lm: LanguageModel) -> None:
+def test_a_vault_is_encrypted_and_wants_its_key(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     talked(agent)
     agent.learn()
@@ -230,28 +232,28 @@ def test_a_vault_is_encrypted_and_wants_its_key(home: Home, lm: LanguageModel) -
     raw, plain = home.vault.read_bytes(), decrypted(home.vault, key)
     assert b"orchard" in plain and b"orchard" not in raw and b"orchard" not in home.good_copy.read_bytes()
     with pytest.raises(VaultError, match="if the key is right"):
-        Journal(home.vault, "0" * 64)
+        Vault(home.vault, "0" * 64)
     with pytest.raises(sqlite3.DatabaseError):
         sqlite3.connect(home.vault).execute("SELECT * FROM dialogue")
 
 
-def test_a_damaged_vault_is_refused_and_restored(home: Home, lm: LanguageModel) -> None:
+def test_a_damaged_vault_is_refused_and_restored(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     talked(agent)
     agent.learn()
-    whole = agent.journal.turns()
+    whole = agent.vault.turns()
     raw = bytearray(home.vault.read_bytes())
     raw[5 * PAGE + 100] ^= 1
     home.vault.write_bytes(raw)
     with pytest.raises(VaultError, match="device restore"):
-        Journal(home.vault, home.read_key(agent.config)).check()
+        Vault(home.vault, home.read_key(agent.config)).check()
     home.write_config(agent.config)
     done = told(home, "restore", "--yes")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert reopened(agent).journal.turns() == whole
+    assert reopened(agent).vault.turns() == whole
 
 
-def test_a_vault_that_is_empty_is_damaged(home: Home, lm: LanguageModel) -> None:
+def test_a_vault_that_is_empty_is_damaged(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     talked(agent)
     agent.learn()
@@ -259,30 +261,30 @@ def test_a_vault_that_is_empty_is_damaged(home: Home, lm: LanguageModel) -> None
     with pytest.raises(VaultError, match="device restore"):
         Agent.open(home)
     restore(home)
-    assert len(reopened(agent).journal.turns()) == 6
+    assert len(reopened(agent).vault.turns()) == 6
 
 
-def test_restoring_is_of_the_copy_alone_and_brings_no_consent_back(home: Home, lm: LanguageModel) -> None:
+def test_restoring_is_of_the_copy_alone_and_brings_no_consent_back(home: DeviceFolder, lm: LanguageModel) -> None:
     """What SQLite left beside the damaged file is not played into the copy; what was set aside stays."""
     agent = made(home, lm)
     agent.join(TERMS, SERVER)
     talked(agent)
     agent.learn()
-    before = agent.journal.turns()
+    before = agent.vault.turns()
     for number in (1, 2):
         home.vault.write_bytes(home.vault.read_bytes()[:-PAGE] + b"x" * PAGE)
         home.vault.with_name("device.db-journal").write_bytes(b"left behind" * 1000)
         restore(home)
         assert (home.folder / f"device.damaged-{number}.db").exists()
     agent = reopened(agent)
-    agent.journal.check()
-    assert agent.journal.turns() == before and not any(agent.consents.values()) and agent.federation is None
+    agent.vault.check()
+    assert agent.vault.turns() == before and not any(agent.consents.values()) and agent.federation is None
 
 
-def test_what_is_not_the_devices_is_left_alone(home: Home, lm: LanguageModel, tmp_path: Path) -> None:
+def test_what_is_not_the_devices_is_left_alone(home: DeviceFolder, lm: LanguageModel, tmp_path: Path) -> None:
     (tmp_path / "thesis.odt").write_text("years")
     with pytest.raises(HomeError, match="is not empty"):
-        Home(tmp_path).make(new_config(ModelConfig(name="nano")))
+        DeviceFolder(tmp_path).make(new_config(ModelConfig(name="nano")))
     made(home, lm)
     (home.folder / "thesis.odt").write_text("years")
     home.settings.write_text("nonsense")
@@ -293,14 +295,14 @@ def test_what_is_not_the_devices_is_left_alone(home: Home, lm: LanguageModel, tm
 # -- talking and learning ---------------------------------------------------------------------------------------------
 
 
-def test_a_reply_grows_and_is_kept_with_consent_alone(home: Home, lm: LanguageModel) -> None:
+def test_a_reply_grows_and_is_kept_with_consent_alone(home: DeviceFolder, lm: LanguageModel) -> None:
     agent, heard = made(home, lm), list[str]()
     turn = agent.chat("Do you like music?", "c", heard.append)
     assert len(heard) > 1 and heard[-1].strip() == turn.said
     assert all(later.startswith(sooner) for sooner, later in pairwise(heard))
-    assert agent.journal.turns() == [turn]
+    assert agent.vault.turns() == [turn]
     agent.consent("learn", False)
-    assert agent.chat("And films?").id == "" and agent.journal.count() == 1
+    assert agent.chat("And films?").id == "" and agent.vault.count() == 1
     with pytest.raises(AgentError, match="not consented"):
         agent.learn()
     with pytest.raises(AgentError, match="nothing to reply to"):
@@ -309,22 +311,22 @@ def test_a_reply_grows_and_is_kept_with_consent_alone(home: Home, lm: LanguageMo
         agent.chat("x" * 100_000)
 
 
-def test_a_conversation_is_seen_as_far_as_its_context_goes(home: Home, lm: LanguageModel) -> None:
+def test_a_conversation_is_seen_as_far_as_its_context_goes(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm, context_turns=2)
     for prompt, said in (("a", "b"), ("c", "d")):
-        agent.journal.add(prompt, said, "talk")
-    agent.journal.add("other", "talk", "elsewhere")
+        agent.vault.add(prompt, said, "talk")
+    agent.vault.add("other", "talk", "elsewhere")
     assert agent._context("talk") == "c\nd" and agent._context("") == ""
     agent.learn()
     assert {k["prompt"] for k in agent.kept()} == {"a", "a\nb\nc", "other"}
     assert [prompt for _, prompt in agent._state().pool.slots] == ["a", "c", "other"]  # each in one slot alone
 
 
-def test_learning_is_what_the_owner_said(home: Home, lm: LanguageModel) -> None:
+def test_learning_is_what_the_owner_said(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     ids = talked(agent)
-    silent = agent.journal.add("What is the time?", "I do not know.", "").id
-    liked = agent.journal.add("Good night!", "Sleep well, dear.", "").id
+    silent = agent.vault.add("What is the time?", "I do not know.", "").id
+    liked = agent.vault.add("Good night!", "Sleep well, dear.", "").id
     agent.rate(liked, True)
     phases: list[str] = []
     page = agent.learn(phases.append)
@@ -382,12 +384,12 @@ def all_after_each_cut(agent: Agent, work: Callable[[Agent], Any], monkeypatch: 
         writes: list[str] = []
         with monkeypatch.context() as patch:
             with_connections(patch, lambda connection: Cut(connection, writes, limit))  # noqa: B023
-            patch.setattr(Journal, "copy_to", lambda self, path: None)  # which needs a real connection
+            patch.setattr(Vault, "copy_to", lambda self, path: None)  # which needs a real connection
             try:
                 work(agent)
             except PowerCut:
                 agent = reopened(agent)
-                agent.journal.check()
+                agent.vault.check()
                 continue
         assert limit > 3
         return agent
@@ -395,18 +397,18 @@ def all_after_each_cut(agent: Agent, work: Callable[[Agent], Any], monkeypatch: 
 
 
 def test_a_power_cut_leaves_what_was_before_or_after(
-    home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    home: DeviceFolder, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process dies before each write of a cycle; the next one goes on, with nothing lost or taken up twice."""
     agent = made(home, lm)
     ids = talked(agent)
     agent = all_after_each_cut(agent, lambda a: a.learn(), monkeypatch)
-    assert agent.journal.fact("cycle") == 1 and agent._state().arrived == 6
+    assert agent.vault.fact("cycle") == 1 and agent._state().arrived == 6
     assert {k["id"] for k in agent.kept()} == set(ids) and all(k["reply"] for k in agent.kept())
 
 
 def test_a_power_cut_while_erasing_leaves_nothing_behind(
-    home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    home: DeviceFolder, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = made(home, lm)
     ids = talked(agent)
@@ -414,22 +416,22 @@ def test_a_power_cut_while_erasing_leaves_nothing_behind(
 
     def erase(again: Agent) -> None:
         again.finish()
-        if again.journal.count() == len(ids):
+        if again.vault.count() == len(ids):
             again.erase(ids[:2])
 
     agent = all_after_each_cut(agent, erase, monkeypatch)
-    assert {k["id"] for k in agent.kept()} == set(ids[2:]) and agent.journal.count() == 4
+    assert {k["id"] for k in agent.kept()} == set(ids[2:]) and agent.vault.count() == 4
     assert agent._state().arrived == 4 and agent.profile.interactions == 4
     assert SAID[0][1].encode() not in decrypted(home.vault, home.read_key(agent.config))
 
 
 def test_a_power_cut_in_a_round_sends_nothing_twice(
-    home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    home: DeviceFolder, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = made(home, lm)
     agent.join(TERMS, SERVER)
     talked(agent)
-    row, answers = agent.site.shared_layout.start(0), list[Any]()
+    row, answers = agent.context.shared_layout.start(0), list[Any]()
     agent = all_after_each_cut(agent, lambda a: answers.append(asked(a, 1, row)), monkeypatch)
     assert [header for header, _ in answers] == [{"error": "no-release"}]  # paid for, and cut before it was kept
     assert agent.account and len(agent.account.entries) == 1 and not agent.releases
@@ -437,7 +439,9 @@ def test_a_power_cut_in_a_round_sends_nothing_twice(
     assert "error" not in header and len(agent.account.entries) == 2
 
 
-def test_a_full_disk_is_told_and_loses_nothing(home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_and_loses_nothing(
+    home: DeviceFolder, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     agent = made(home, lm)
     talked(agent)
 
@@ -449,17 +453,17 @@ def test_a_full_disk_is_told_and_loses_nothing(home: Home, lm: LanguageModel, mo
     with monkeypatch.context() as patch:
         with_connections(patch, full)
         with pytest.raises(VaultError, match="make room"):
-            agent.journal.add("x" * 30_000, "y" * 30_000, "")
+            agent.vault.add("x" * 30_000, "y" * 30_000, "")
         with pytest.raises((VaultError, StoreError), match="full"):
             for _ in range(20):
                 agent.learn()
-                agent.journal.add("x" * 3000, "y" * 3000, "")
-    there = agent.journal.count()
+                agent.vault.add("x" * 3000, "y" * 3000, "")
+    there = agent.vault.count()
     agent.learn()
     assert there >= 6 and agent._state().arrived == there
 
 
-def test_dialogues_beyond_what_is_kept_go_unless_they_are_learned_from(home: Home, lm: LanguageModel) -> None:
+def test_dialogues_beyond_what_is_kept_go_unless_they_are_learned_from(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm, keep=8)
     device = agent.config.device.model_copy(
         update={
@@ -469,14 +473,14 @@ def test_dialogues_beyond_what_is_kept_go_unless_they_are_learned_from(home: Hom
     )
     agent.config = agent.config.model_copy(update={"device": device})
     for k in range(20):
-        agent.journal.add(f"What is {k} and {k}?", "hm", "")
+        agent.vault.add(f"What is {k} and {k}?", "hm", "")
     agent.learn()
-    assert agent.journal.count() == 8
-    assert {k["id"] for k in agent.kept()} <= {t.id for t in agent.journal.turns()}
+    assert agent.vault.count() == 8
+    assert {k["id"] for k in agent.kept()} <= {t.id for t in agent.vault.turns()}
     assert len(agent.kept()) <= 4
 
 
-def test_when_it_learns_by_itself(home: Home, lm: LanguageModel) -> None:
+def test_when_it_learns_by_itself(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     night, day = (time.struct_time((2026, 1, 1, hour, *[0] * 5)) for hour in (2, 12))
     assert not agent.due(night, True)  # nothing new
@@ -494,23 +498,23 @@ def test_when_it_learns_by_itself(home: Home, lm: LanguageModel) -> None:
         agent.learn_when("always")  # type: ignore[arg-type]
 
 
-def test_an_adapter_is_bound_to_its_base(home: Home, lm: LanguageModel) -> None:
+def test_an_adapter_is_bound_to_its_base(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     agent.join(TERMS, SERVER)
     ids = talked(agent)
     agent.learn()
     learned = agent.kept()
-    agent.journal.set_fact("base", "0" * 64)
+    agent.vault.set_fact("base", "0" * 64)
     with pytest.raises(AgentError, match="device rebase"):
         reopened(agent)
     agent = Agent(home, agent.config, lm, home.read_key(agent.config), rebasing=True)
     assert agent.rebase()["retrained"]
     agent = reopened(agent)
     assert agent.federation is None and {k["id"] for k in agent.kept()} == {k["id"] for k in learned} == set(ids)
-    assert not torch.equal(agent.personal_row, agent.site.new_state(agent.config.name).personal)
+    assert not torch.equal(agent.personal_row, agent.context.new_state(agent.config.name).personal)
 
 
-def test_a_profile_is_read_and_edited(home: Home, lm: LanguageModel) -> None:
+def test_a_profile_is_read_and_edited(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     talked(agent)
     agent.learn()
@@ -523,23 +527,23 @@ def test_a_profile_is_read_and_edited(home: Home, lm: LanguageModel) -> None:
 
 
 def test_a_device_talks_on_the_shared_adapter_that_its_own_was_learned_on(
-    home: Home, lm: LanguageModel, noted: Note
+    home: DeviceFolder, lm: LanguageModel, noted: Note
 ) -> None:
     """A newer one waits until the device learns again; an erasure learns on the old one."""
     agent = made(home, lm)
-    ids, width = talked(agent, SAID[:3]), agent.site.shared_layout.width
+    ids, width = talked(agent, SAID[:3]), agent.context.shared_layout.width
     first, second = (0.05 * torch.randn(width, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
     said, learned = noted(lm, "reply"), noted(lm.engine, "finetune")
 
     def sent(version: int, row: torch.Tensor) -> None:
-        with agent.journal.open() as connection:
+        with agent.vault.open() as connection:
             write_fact(connection, "newest", version, row.numpy().tobytes())
 
     def beneath() -> list[torch.Tensor]:
         agent.chat("Hello")
         return [adapters.rows[0] for adapters in said[-1]["adapters"]]
 
-    assert [len(row) for row in beneath()] == [agent.site.personal_layout.width]  # nothing was sent yet
+    assert [len(row) for row in beneath()] == [agent.context.personal_layout.width]  # nothing was sent yet
     sent(1, first)
     agent.learn()
     sent(2, second)
@@ -555,7 +559,7 @@ def test_a_device_talks_on_the_shared_adapter_that_its_own_was_learned_on(
 # -- erasure ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_erased_was_never_said(home: Home, lm: LanguageModel, tmp_path: Path) -> None:
+def test_what_is_erased_was_never_said(home: DeviceFolder, lm: LanguageModel, tmp_path: Path) -> None:
     """Text, descendants, buffer, profile and adapter are those of a device that never had the dialogue."""
     agent = made(home, lm)
     marker = "xylophone-7731"
@@ -572,11 +576,11 @@ def test_what_is_erased_was_never_said(home: Home, lm: LanguageModel, tmp_path: 
             assert marker.encode() not in path.read_bytes()
             if path.suffix == ".db":
                 assert marker.encode() not in decrypted(path, home.read_key(agent.config)), path
-    other = made(Home(tmp_path / "other"), lm)
-    other.journal.set_fact("seed", agent.journal.fact("seed"))
+    other = made(DeviceFolder(tmp_path / "other"), lm)
+    other.vault.set_fact("seed", agent.vault.fact("seed"))
     other.config = other.config.model_copy(update={"name": agent.config.name})
-    for turn in agent.journal.turns():
-        with other.journal.open() as connection:
+    for turn in agent.vault.turns():
+        with other.vault.open() as connection:
             connection.execute(
                 "INSERT INTO dialogue (id, time, conversation, prompt, said, liked, wanted) "
                 f"VALUES ({', '.join('?' * 7)})",
@@ -590,10 +594,10 @@ def test_what_is_erased_was_never_said(home: Home, lm: LanguageModel, tmp_path: 
     assert mine.synthetic != {} and marker not in str(mine)
 
 
-def test_erasing_reaches_what_quoted_it(home: Home, lm: LanguageModel) -> None:
+def test_erasing_reaches_what_quoted_it(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
-    first = agent.journal.add("My pin is 4711-zebra", "ok", "talk")
-    agent.journal.add("And now?", "what?", "talk")
+    first = agent.vault.add("My pin is 4711-zebra", "ok", "talk")
+    agent.vault.add("And now?", "what?", "talk")
     agent.learn()
     assert "4711-zebra" in str(agent.kept())
     agent.erase([first.id])
@@ -603,10 +607,10 @@ def test_erasing_reaches_what_quoted_it(home: Home, lm: LanguageModel) -> None:
         agent.erase([first.id])
 
 
-def test_erasing_reaches_what_was_made_from_what_quoted_it(home: Home, lm: LanguageModel) -> None:
+def test_erasing_reaches_what_was_made_from_what_quoted_it(home: DeviceFolder, lm: LanguageModel) -> None:
     """The second dialogue is kept with the first before it, and learned from: what was made of it quotes the first."""
     agent = made(home, lm)
-    first, second = (agent.journal.add(said, "ok", "talk") for said in ("My pin is 4711-zebra", "And now?"))
+    first, second = (agent.vault.add(said, "ok", "talk") for said in ("My pin is 4711-zebra", "And now?"))
     agent.rate(second.id, False, "Go to bed.")
     agent.learn()
     state = agent._state()
@@ -619,7 +623,7 @@ def test_erasing_reaches_what_was_made_from_what_quoted_it(home: Home, lm: Langu
         assert b"4711-zebra" not in decrypted(path, home.read_key(agent.config)), path
 
 
-def parrot(home: Home, lm: LanguageModel) -> Agent:
+def parrot(home: DeviceFolder, lm: LanguageModel) -> Agent:
     """A device whose model soon says again what its owner has taught it, and always the same."""
     agent = made(home, lm)
     device = agent.config.device
@@ -642,11 +646,11 @@ def taught(agent: Agent, secret: str, conversation: str = "") -> str:
 LATER = ("Do you know where the key is?", "Where do I keep it?")
 
 
-def test_what_the_model_said_is_no_users_own_word(home: Home, lm: LanguageModel, tmp_path: Path) -> None:
+def test_what_the_model_said_is_no_users_own_word(home: DeviceFolder, lm: LanguageModel, tmp_path: Path) -> None:
     """One correction changed, the same questions and 👍 after it: of the pool that dialogue alone is another."""
     pooled, said = [], []
     for number, secret in enumerate(("It is under the blue flower pot.", "My brother has it in Lisbon.")):
-        agent = parrot(Home(tmp_path / str(number)), lm)
+        agent = parrot(DeviceFolder(tmp_path / str(number)), lm)
         taught(agent, secret)
         later = [agent.chat(question) for question in LATER]
         for turn in later:
@@ -661,24 +665,24 @@ def test_what_the_model_said_is_no_users_own_word(home: Home, lm: LanguageModel,
 
 
 @pytest.mark.parametrize("own", ["", "hm"])
-def test_a_reply_is_the_owners_own_where_its_owner_wrote_it(home: Home, lm: LanguageModel, own: str) -> None:
+def test_a_reply_is_the_owners_own_where_its_owner_wrote_it(home: DeviceFolder, lm: LanguageModel, own: str) -> None:
     """Not where the model's is liked, or sent back as it was; a correction afterwards makes it so."""
     agent = made(home, lm)
-    turn = agent.journal.add("Hello", "hm", "")
+    turn = agent.vault.add("Hello", "hm", "")
     agent.rate(turn.id, True, own)
     agent.learn()
     assert agent._state().replies == {turn.id: "hm"} and agent._state().own == {}
-    config = agent.site.config
+    config = agent.context.config
     synthetic = config.model_copy(update={"shared": config.shared.model_copy(update={"synthetic": 2})})
-    [after], _ = descend([agent._state()], replace(agent.site, config=synthetic))
-    assert after.descendants == {}  # nor is anything written like it for the shared adapter
+    [after], _ = synthesize_pool([agent._state()], replace(agent.context, config=synthetic))
+    assert after.pool_synthetic == {}  # nor is anything written like it for the shared adapter
     agent.rate(turn.id, True, "Good morning.")
     agent.learn()
     assert agent._state().own == agent._state().replies == {turn.id: "Good morning."}
 
 
 @pytest.mark.parametrize("liked", [True, None])
-def test_what_went_through_a_reply_is_erased_with_it(home: Home, lm: LanguageModel, liked: bool | None) -> None:
+def test_what_went_through_a_reply_is_erased_with_it(home: DeviceFolder, lm: LanguageModel, liked: bool | None) -> None:
     """By what the adapter had learned, or by what stood before it: in no file, in nothing that is kept, not said."""
     agent = parrot(home, lm)
     planted = taught(agent, "It is under the blue flower pot.")
@@ -687,7 +691,7 @@ def test_what_went_through_a_reply_is_erased_with_it(home: Home, lm: LanguageMod
         agent.rate(turn.id, liked)
     agent.rate(turn.id, liked, "In the drawer.")
     agent.learn()
-    assert any("flower pot" in t.said for t in agent.journal.turns() if t.id != planted)
+    assert any("flower pot" in t.said for t in agent.vault.turns() if t.id != planted)
     under = agent.said_under([planted])
     assert [t.prompt for t in under] == list(LATER)
     assert agent.erase([planted])["replies"] == 2
@@ -698,13 +702,15 @@ def test_what_went_through_a_reply_is_erased_with_it(home: Home, lm: LanguageMod
     assert "flower pot" not in str(agent._state()) + agent.chat("Where is the key?").said + agent.chat(LATER[0]).said
 
 
-def test_provenance_goes_through_replies_and_is_kept_where_a_dialogue_grew_old(home: Home, lm: LanguageModel) -> None:
+def test_provenance_goes_through_replies_and_is_kept_where_a_dialogue_grew_old(
+    home: DeviceFolder, lm: LanguageModel
+) -> None:
     agent = made(home, lm)
-    first = agent.journal.add("a", "b", "talk")
+    first = agent.vault.add("a", "b", "talk")
     second = agent.chat("And then?", "talk")
     elsewhere = agent.chat("What is new?")
     third = agent.chat("And then?", "talk")  # two lines of context: the second alone
-    agent.journal.forget([second.id])  # dropped, not erased
+    agent.vault.forget([second.id])  # dropped, not erased
     assert [t.id for t in agent.said_under([first.id])] == [third.id]
     assert agent.said_under([elsewhere.id]) == []
     agent.rate(elsewhere.id, None, "Nothing.")
@@ -712,22 +718,22 @@ def test_provenance_goes_through_replies_and_is_kept_where_a_dialogue_grew_old(h
     fourth = agent.chat("Hello")
     assert [t.id for t in agent.said_under([elsewhere.id])] == [fourth.id]
     done = agent.erase([elsewhere.id], keep_replies=True)
-    assert done["replies"] == 0 and agent.journal.turn(fourth.id).said == fourth.said
+    assert done["replies"] == 0 and agent.vault.turn(fourth.id).said == fourth.said
 
 
 def test_an_erasure_that_cannot_end_is_tried_again(
-    home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    home: DeviceFolder, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk without room for the good copy: the device lives on, and nothing holds what was to go."""
     agent = made(home, lm)
     ids = talked(agent)
     agent.learn()
 
-    def full(journal: Journal, path: Path) -> None:
+    def full(vault: Vault, path: Path) -> None:
         raise VaultError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "copy_to", full)
+        patch.setattr(Vault, "copy_to", full)
         with pytest.raises(VaultError):
             agent.erase(ids[:1])
         agent = reopened(agent)
@@ -737,7 +743,7 @@ def test_an_erasure_that_cannot_end_is_tried_again(
     assert home.good_copy.exists() and SAID[0][1].encode() not in decrypted(home.vault, home.read_key(agent.config))
 
 
-def test_an_interest_that_its_owner_removed_stays_away(home: Home, lm: LanguageModel) -> None:
+def test_an_interest_that_its_owner_removed_stays_away(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     ids = talked(agent)
     agent.learn()
@@ -748,12 +754,12 @@ def test_an_interest_that_its_owner_removed_stays_away(home: Home, lm: LanguageM
     assert gone not in [i.text for i in agent.profile.interests] and agent.profile.interests
 
 
-def test_erasing_all_leaves_a_device_that_knows_nothing(home: Home, lm: LanguageModel) -> None:
+def test_erasing_all_leaves_a_device_that_knows_nothing(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     ids = talked(agent)
     agent.learn()
     agent.erase(ids)
-    start = agent.site.new_state(agent.config.name).personal
+    start = agent.context.new_state(agent.config.name).personal
     assert torch.equal(agent.personal_row, start) and not agent.kept() and not agent.profile.interests
     assert agent.chat("Hello").said is not None
     home.erase()
@@ -784,11 +790,11 @@ def asked(agent: Agent, number: int, row: torch.Tensor, kind: str = "train", **m
 
 
 @pytest.fixture
-def joined(home: Home, lm: LanguageModel) -> tuple[Agent, torch.Tensor]:
+def joined(home: DeviceFolder, lm: LanguageModel) -> tuple[Agent, torch.Tensor]:
     agent = made(home, lm)
     agent.join(TERMS, SERVER)
     talked(agent)
-    return agent, agent.site.shared_layout.start(0)
+    return agent, agent.context.shared_layout.start(0)
 
 
 def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, torch.Tensor]) -> None:
@@ -805,7 +811,7 @@ def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, t
     assert "error" not in header and not np.array_equal(other[next(iter(other))], arrays[next(iter(arrays))])
     assert asked(agent, 1, row)[0] == {"error": "no-release"}  # nor one before the last any more
     assert asked(agent, 4, row)[0] == {"error": "no-release"}  # more rounds than agreed to
-    assert [s.kind for s in agent.journal.sent()] == ["release", "release"]
+    assert [s.kind for s in agent.vault.sent()] == ["release", "release"]
     assert agent.learn()["personal_examples"] and agent._used()[1] == 1
     assert {"personal/adapter_config.json", "shared/adapter_config.json", "base/config.json"} <= agent.exported().keys()
 
@@ -874,7 +880,7 @@ def test_looking_and_paying_at_once_wait_for_each_other(joined: tuple[Agent, tor
 
     def look() -> None:
         for _ in range(20):
-            with agent.journal.open():
+            with agent.vault.open():
                 agent.ledger.account(state.id, state.genesis)
 
     def pay() -> None:
@@ -890,14 +896,14 @@ def test_looking_and_paying_at_once_wait_for_each_other(joined: tuple[Agent, tor
 
 
 @pytest.mark.slow
-def test_a_rounds_seconds_do_not_tell_what_was_drawn(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rounds_seconds_do_not_tell_what_was_drawn(home: DeviceFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two hundred rounds of half a pool of short and long dialogues; the control is the work itself."""
     lm = LanguageModel.load(ModelConfig(dtype="float32", limits=TextLimits(prompt_tokens=12, reply_tokens=12)))
     agent, rounds, drawn_tokens, work, seconds = made(home, lm), 200, list[int](), list[float](), list[float]()
     settings = SharedConfig(steps_per_round=2, pool_capacity=16, sampling_rate=0.5, adapter=TERMS.shared.adapter)
     agent.join(TERMS.model_copy(update={"rounds": rounds, "shared": settings}), SERVER)
     talked(agent, tuple((f"Number {k}? " + "and " * (k % 8), "yes " * (1 + k % 8)) for k in range(16)))
-    row, gradients = agent.site.shared_layout.start(0), lm.engine.dp_gradients
+    row, gradients = agent.context.shared_layout.start(0), lm.engine.dp_gradients
 
     def noting(trained: Any, frozen: Any, batches: Any) -> Any:
         drawn_tokens[-1] += sum(e.length for batch in batches for e in batch)
@@ -950,12 +956,12 @@ def test_nothing_leaves_without_consent_budget_or_ledger(joined: tuple[Agent, to
     agent.consent("learn", False)
     assert asked(agent, 1, row)[0] == {"error": "no-device"} and not agent.kept()
     agent.consent("learn", True)
-    agent.journal.copy_to(agent.home.good_copy)  # before anything is paid for
+    agent.vault.copy_to(agent.home.good_copy)  # before anything is paid for
     assert "error" not in asked(agent, 1, row)[0]
     agent.home.good_copy.replace(agent.home.vault)
     old = reopened(agent)
     assert asked(old, 1, row)[0] == {"error": "no-release"} and asked(old, 2, row)[0] == {"error": "no-release"}
-    assert old.journal.sent()[-1].kind == "ledger-missing"
+    assert old.vault.sent()[-1].kind == "ledger-missing"
 
 
 def test_a_question_with_a_wrong_head_uses_nothing_up(joined: tuple[Agent, torch.Tensor]) -> None:
@@ -964,7 +970,7 @@ def test_a_question_with_a_wrong_head_uses_nothing_up(joined: tuple[Agent, torch
     header, first = asked(agent, 1, row)
     for _ in range(3):
         assert asked(agent, 2, row, head="ab" * 32)[0] == {"error": "no-release"}
-    assert [s.kind for s in agent.journal.sent()] == ["release", "ledger-behind"]  # told once
+    assert [s.kind for s in agent.vault.sent()] == ["release", "ledger-behind"]  # told once
     again_header, again = asked(agent, 1, row)
     assert again_header == header and all(np.array_equal(first[n], again[n]) for n in first)
     assert "error" not in asked(agent, 2, row, head=header["head"])[0]
@@ -978,16 +984,14 @@ def test_a_home_that_was_set_back_is_noticed_by_the_head_of_the_other_payment(
     asked(agent, 1, row)
     shutil.copytree(agent.home.folder, tmp_path / "old")
     header, _ = asked(agent, 2, row)
-    old = Agent(Home(tmp_path / "old"), agent.config, agent.lm, agent.home.read_key(agent.config))
+    old = Agent(DeviceFolder(tmp_path / "old"), agent.config, agent.lm, agent.home.read_key(agent.config))
     other, _ = asked(old, 2, row)
     assert other["head"] != header["head"]
     assert asked(old, 3, row, head=header["head"])[0] == {"error": "no-release"}
-    assert (
-        old.journal.sent()[-1].kind == "ledger-behind" and "error" not in asked(agent, 3, row, head=header["head"])[0]
-    )
+    assert old.vault.sent()[-1].kind == "ledger-behind" and "error" not in asked(agent, 3, row, head=header["head"])[0]
 
 
-def test_a_budget_that_is_spent_stays_spent(home: Home, lm: LanguageModel) -> None:
+def test_a_budget_that_is_spent_stays_spent(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     device = agent.config.device.model_copy(
         update={"privacy": agent.config.device.privacy.model_copy(update={"mode": "user-local", "releases": 1})}
@@ -995,10 +999,10 @@ def test_a_budget_that_is_spent_stays_spent(home: Home, lm: LanguageModel) -> No
     agent.config = agent.config.model_copy(update={"device": device})
     agent.join(TERMS, SERVER)
     talked(agent)
-    row = agent.site.shared_layout.start(0)
+    row = agent.context.shared_layout.start(0)
     assert "error" not in asked(agent, 1, row)[0]
     before = agent._state().personal
-    assert asked(agent, 2, row)[0] == {"error": "no-release"} and agent.journal.sent()[-1].kind == "budget-spent"
+    assert asked(agent, 2, row)[0] == {"error": "no-release"} and agent.vault.sent()[-1].kind == "budget-spent"
     agent.leave()
     agent.join(TERMS.model_copy(update={"name": "another"}), "x:1")
     assert asked(agent, 1, row)[0] == {"error": "no-release"}
@@ -1024,11 +1028,11 @@ def test_a_round_that_is_being_worked_on_is_not_sent_after_a_no(joined: tuple[Ag
 
     def no(phase: str) -> None:
         if phase == "learn_shared":
-            agent.journal.set_fact("federation", None) if item == "leave" else agent.consent(item, False)
+            agent.vault.set_fact("federation", None) if item == "leave" else agent.consent(item, False)
 
     with agent._telling(no):
         assert asked(agent, 1, row)[0] == {"error": "no-device"}
-    assert not agent.journal.sent() and agent._state().sent is None
+    assert not agent.vault.sent() and agent._state().sent is None
 
 
 @pytest.mark.parametrize(
@@ -1042,7 +1046,7 @@ def test_a_round_that_is_being_worked_on_is_not_sent_after_a_no(joined: tuple[Ag
     ],
 )
 def test_terms_that_do_not_fit_are_told_and_change_nothing(
-    home: Home, lm: LanguageModel, shared: dict[str, Any], told: str
+    home: DeviceFolder, lm: LanguageModel, shared: dict[str, Any], told: str
 ) -> None:
     agent = made(home, lm)
     before = home.settings.read_text()
@@ -1054,14 +1058,16 @@ def test_terms_that_do_not_fit_are_told_and_change_nothing(
     assert agent.federation is None and home.settings.read_text() == before and agent.chat("Hello")
 
 
-def test_a_pool_has_the_slots_that_a_federation_wants(home: Home, lm: LanguageModel) -> None:
+def test_a_pool_has_the_slots_that_a_federation_wants(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     talked(agent)
     agent.learn()
     small = TERMS.shared.model_copy(update={"pool_capacity": 2})
     agent.join(TERMS.model_copy(update={"shared": small}), SERVER)
     assert len(agent._state().pool.slots) == 2 == agent._state().pool.capacity
-    assert "error" not in asked(agent, 1, agent.site.shared_layout.start(0))[0] and len(agent._state().pool.slots) == 2
+    assert (
+        "error" not in asked(agent, 1, agent.context.shared_layout.start(0))[0] and len(agent._state().pool.slots) == 2
+    )
     agent.leave()
     assert agent._state().pool.capacity == agent.config.device.shared.pool_capacity
 
@@ -1136,13 +1142,13 @@ def test_only_the_operators_questions_are_answered(joined: tuple[Agent, torch.Te
         assert forged(agent, content) == {"error": "bad-message"}
     for kind, content in (("query", true), ("query", RecordDict()), ("evaluate", true), ("train.other", true)):
         assert forged(agent, content, kind) == {"error": "bad-message"}
-    assert agent.account and not agent.account.entries and not agent.journal.sent() and agent._newest()[1] == 0
+    assert agent.account and not agent.account.entries and not agent.vault.sent() and agent._newest()[1] == 0
     assert agent.status()["turned away"] == {"a question that its operator did not sign": len(strange) + 4}
     assert "error" not in forged(agent, true) and forged(agent, true) == forged(agent, true)  # the round is there
 
 
 def test_terms_without_an_operator_or_with_a_bound_below_its_noise_are_not_joined(
-    home: Home, lm: LanguageModel
+    home: DeviceFolder, lm: LanguageModel
 ) -> None:
     agent = made(home, lm)
     with pytest.raises(AgentError, match="no key of its operator"):
@@ -1164,7 +1170,7 @@ def test_a_server_cannot_ask_for_more(joined: tuple[Agent, torch.Tensor]) -> Non
 
 @pytest.mark.parametrize("mode", ["example-local", "user-local"])  # no other one answers a server
 def test_a_release_is_noise_on_what_was_learned(
-    mode: str, home: Home, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    mode: str, home: DeviceFolder, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The payload less its replay without noise, over the noise's scale: a standard normal."""
     agent = made(home, lm)
@@ -1173,7 +1179,7 @@ def test_a_release_is_noise_on_what_was_learned(
     agent.config = agent.config.model_copy(update={"device": device})
     agent.join(TERMS, SERVER)
     talked(agent)
-    row, original = agent.site.shared_layout.start(0), PrivateRow.__init__
+    row, original = agent.context.shared_layout.start(0), PrivateRow.__init__
     learn = noisy_steps if mode == "example-local" else clipped_change
 
     def silent(self: PrivateRow, *args: Any, **settings: Any) -> None:
@@ -1184,13 +1190,13 @@ def test_a_release_is_noise_on_what_was_learned(
             patch.setattr(coins, "fresh_secret", lambda: secret)  # else drawn by the system, anew each time
             if quiet:
                 patch.setattr(PrivateRow, "__init__", silent)
-            found = learn([agent._state()], row, RoundPlan(number, 0), agent.site)
+            found = learn([agent._state()], row, RoundPlan(number, 0), agent.context)
             return found[agent.config.name].numpy()
 
     with monkeypatch.context() as patch:
         patch.setattr(coins, "fresh_secret", lambda: 7)
         _, arrays = asked(agent, 1, row)
-    scale = release_noise(agent.site.config, 1, 0).on_device
+    scale = release_noise(agent.context.config, 1, 0).on_device
     payload = np.concatenate([arrays[name].ravel() for name, _ in agent.schema.shapes])
     quiet = {k: replayed(k, 1, quiet=True) for k in (7, *range(5))}
     rest = [(payload - quiet[7]) / scale]
@@ -1204,13 +1210,13 @@ def test_a_release_is_noise_on_what_was_learned(
 
 
 @pytest.fixture
-def door(home: Home, lm: LanguageModel) -> Iterator[SimpleNamespace]:
+def door(home: DeviceFolder, lm: LanguageModel) -> Iterator[SimpleNamespace]:
     """An agent behind its socket and its page."""
     agent = made(home, lm)
     with home.locked(), listening(agent), showing(agent, 0) as address:
         url, token = address.rstrip("/"), agent.page_token
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(home.socket)), timeout=60) as client:
-            yield SimpleNamespace(agent=agent, remote=Remote(client), client=client, url=url, token=token)
+            yield SimpleNamespace(agent=agent, remote=OwnerClient(client), client=client, url=url, token=token)
 
 
 def test_the_socket_is_its_owners(door: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1237,14 +1243,14 @@ def test_the_command_lists_the_replies_that_may_hold_what_is_erased_and_asks(
 ) -> None:
     agent, (first, *_) = door.agent, talked(door.agent, SAID[:2])
     agent.learn()
-    quoting = [agent.journal.add("Which ones?", f"Green ones, {k}.", "", after=1).id for k in "ab"]
+    quoting = [agent.vault.add("Which ones?", f"Green ones, {k}.", "", after=1).id for k in "ab"]
     asked = ["erase", first, "--home", str(agent.home.folder)]
     done = CliRunner().invoke(device_app, asked, input=f"{answer}\n")
     assert done.exit_code == 0 and "Erase these 2 replies of the model too?" in done.output, done.output
     assert all(f"{i} Green ones, {k}." in done.output for i, k in zip(quoting, "ab", strict=True))
-    assert [agent.journal.turn(i).said for i in quoting] == left
+    assert [agent.vault.turn(i).said for i in quoting] == left
     with pytest.raises(KeyError):
-        agent.journal.turn(first)
+        agent.vault.turn(first)
 
 
 @pytest.mark.parametrize(
@@ -1387,7 +1393,7 @@ def test_what_could_not_be_written_again_is_refused_before(door: SimpleNamespace
     reply = door.client.post(f"http://agent/api/{path}", content=body)
     last = json.loads(reply.text.splitlines()[-1])
     assert reply.status_code in (200, 400) and "error" in last and "done" not in last
-    assert door.remote.read("profile") == {"interests": [], "interactions": 0} and door.agent.journal.count() == 0
+    assert door.remote.read("profile") == {"interests": [], "interactions": 0} and door.agent.vault.count() == 0
     assert door.remote.export()
 
 
@@ -1395,7 +1401,7 @@ def test_half_a_character_is_cleaned_wherever_a_text_comes_in(door: SimpleNamesp
     door.agent.consent("learn", True)
     said = door.client.post("http://agent/api/chat", content=b'{"prompt": "\\ud83d tea?"}').text.splitlines()
     turn = json.loads(said[-1])["done"]
-    assert turn["prompt"] == "? tea?" == door.agent.journal.turn(turn["id"]).prompt
+    assert turn["prompt"] == "? tea?" == door.agent.vault.turn(turn["id"]).prompt
     assert door.agent.chat("\udcff tea?").prompt == "? tea?"  # as a terminal that is not UTF-8 gives it
     assert door.agent.rate(turn["id"], False, "green \ud83d").wanted == "green ?"
     door.client.post("http://agent/api/profile", content=b'{"interests": [{"text": "\\ud800 x"}], "interactions": 0}')
@@ -1403,11 +1409,11 @@ def test_half_a_character_is_cleaned_wherever_a_text_comes_in(door: SimpleNamesp
     assert door.agent.learn()["arrived"] == 2
 
 
-def test_a_vault_with_half_a_surrogate_is_repaired(home: Home, lm: LanguageModel) -> None:
+def test_a_vault_with_half_a_surrogate_is_repaired(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
-    agent.journal.set_fact("profile", '{"interests": [{"text": "\ud800 apples"}], "interactions": 3}')
+    agent.vault.set_fact("profile", '{"interests": [{"text": "\ud800 apples"}], "interactions": 3}')
     assert [i.text for i in agent.profile.interests] == ["? apples"] and agent.profile.interactions == 3
-    agent.journal.set_fact("profile", '{"interests": [{"text": "apples"}], "interactions": -3}')
+    agent.vault.set_fact("profile", '{"interests": [{"text": "apples"}], "interactions": -3}')
     assert not agent.profile.interests
     agent.edit_profile('{"interests": [{"text": "pears"}], "interactions": 3}')
     assert [i.text for i in reopened(agent).profile.interests] == ["pears"]
@@ -1436,7 +1442,7 @@ def test_consents_do_not_wait_for_talk(door: SimpleNamespace) -> None:
         one.join()
 
 
-def test_a_request_that_does_not_end_does_not_hold_up_a_stop(home: Home, lm: LanguageModel) -> None:
+def test_a_request_that_does_not_end_does_not_hold_up_a_stop(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     with home.locked(), listening(agent), showing(agent, 0) as address:
         port = int(address.rstrip("/").rpartition(":")[2])
@@ -1476,7 +1482,7 @@ def test_a_model_is_chosen_that_fits(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux'")
-def test_a_limit_of_memory_is_kept_to_and_told(home: Home) -> None:
+def test_a_limit_of_memory_is_kept_to_and_told(home: DeviceFolder) -> None:
     """Too little for the model is told; with enough the settings are thrifty, and the agent learns."""
     done = told(home, "init", "--model", "nano", "--memory-limit", "200MiB", "--learn", "--no-federate")
     assert done.returncode == 2 and "memory" in done.stderr and not home.exists
@@ -1489,7 +1495,7 @@ def test_a_limit_of_memory_is_kept_to_and_told(home: Home) -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_reach_an_agent_that_runs(home: Home) -> None:
+def test_the_commands_reach_an_agent_that_runs(home: DeviceFolder) -> None:
     """The whole of it as its owner does it: a process that serves, killed and started again."""
     done = told(home, "init", "--model", "nano", "--learn", "--no-federate")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -21,16 +21,16 @@ from florilegium.client.lm.config import ModelConfig, SamplingConfig
 from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.packing import Example
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization.config import Name
 from florilegium.privacy.seeds import derive_seed
-from florilegium.simulation.baselines.registry import RIVALS
+from florilegium.simulation.baselines.registry import BASELINES
 from florilegium.simulation.config import ExperimentConfig
-from florilegium.simulation.devices.simulated import open_devices
-from florilegium.simulation.engines.scheduler import Crew
-from florilegium.simulation.engines.workers import InProcess
+from florilegium.simulation.devices.simulated import load_devices
+from florilegium.simulation.engines.scheduler import Scheduler
+from florilegium.simulation.engines.workers import LocalWorkers
 from florilegium.simulation.evaluation.arms import Arms
-from florilegium.simulation.evaluation.evaluator import Examiner
+from florilegium.simulation.evaluation.evaluator import Evaluator
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.personalization.config import MethodsConfig
 from florilegium.simulation.personalization.run import play
@@ -105,7 +105,7 @@ class Heard:
         return self.learned, self.finetuned, self.selected, self.scored, self.written
 
     @property
-    def lessons(self) -> list[Example]:
+    def sets(self) -> list[Example]:
         return [e for _, examples in self.learned for e in examples]
 
 
@@ -117,13 +117,11 @@ def listening() -> Iterator[Heard]:
     hidden, score, generate = Engine.hidden, Engine.score, LanguageModel.generate
 
     def finetuning(
-        self: Engine, trained: Any, frozen: Any, lessons: list[Lesson], rates: Any, *more: Any, **named: Any
+        self: Engine, trained: Any, frozen: Any, sets: list[TrainingSet], rates: Any, *more: Any, **named: Any
     ) -> Any:
-        heard.learned.append(("finetune", [e for x in lessons for e in x.examples]))
-        heard.finetuned.append(
-            {"start": trained.rows.clone(), "frozen": list(frozen), "lessons": lessons, "rates": rates}
-        )
-        return finetune(self, trained, frozen, lessons, rates, *more, **named)
+        heard.learned.append(("finetune", [e for x in sets for e in x.examples]))
+        heard.finetuned.append({"start": trained.rows.clone(), "frozen": list(frozen), "lessons": sets, "rates": rates})
+        return finetune(self, trained, frozen, sets, rates, *more, **named)
 
     def differentiating(self: Engine, trained: Any, frozen: Any, batches: Any) -> Any:
         heard.learned.append(("dp_gradients", [e for batch in batches for e in batch]))
@@ -168,7 +166,7 @@ def in_words(lm: LanguageModel, examples: list[Example]) -> list[str]:
 
 def assert_unseen(lm: LanguageModel, heard: Heard) -> None:
     """What is held out was asked about, and neither learned from nor looked at by what selects."""
-    asked, learned, selected = (in_words(lm, e) for e in (heard.scored, heard.lessons, heard.selected))
+    asked, learned, selected = (in_words(lm, e) for e in (heard.scored, heard.sets, heard.selected))
     assert learned and any(MARK in text for text in asked)
     assert not [text for text in (*learned, *selected) if MARK in text]
 
@@ -209,12 +207,12 @@ def run(listening: Heard, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run_experiment(config, folder / "run")
     kept = Heard(*map(list, listening.everything))
     made = RunFolder(folder / "run")
-    devices = open_devices(made)
-    crew = Crew(InProcess(devices), devices)
+    devices = load_devices(made)
+    scheduler = Scheduler(LocalWorkers(devices), devices)
     last = made.last_shared()
     assert last
     shared = torch.from_numpy(devices.schema.join(last.shared))
-    arms = Examiner(made, devices, crew, list(devices.users)[:3])._arms(ROUNDS, shared)
+    arms = Evaluator(made, devices, scheduler, list(devices.users)[:3])._arms(ROUNDS, shared)
     return Run(made, kept, shared, arms)
 
 
@@ -227,7 +225,7 @@ def test_no_arm_of_a_run_has_seen_what_is_held_out(lm: LanguageModel, run: Run) 
 
 def test_the_arms_of_a_run_are_made_of_what_they_are_named_after(run: Run) -> None:
     """`shuffled` differs from `personal` in one thing: whose the personal adapter is."""
-    devices, names = open_devices(run.folder), list(run.arms.names)
+    devices, names = load_devices(run.folder), list(run.arms.names)
     parts = {arm: [part.kind for part in of] for arm, of in run.arms.arms.items()}
     assert parts == {
         "base": [], "shared": ["shared"], "local": ["personal"], "personal": ["shared", "personal"],
@@ -273,9 +271,9 @@ def test_a_curve_is_of_every_round_or_of_the_last(run: Run, alone: RunFolder) ->
 
 def test_without_a_server_nothing_shared_is_beneath(alone: RunFolder) -> None:
     """The arms are those of devices alone."""
-    devices = open_devices(alone)
-    examiner = Examiner(alone, devices, Crew(InProcess(devices), devices), list(devices.users))
-    arms = examiner._arms(1, torch.ones(devices.site.shared_layout.width))
+    devices = load_devices(alone)
+    examiner = Evaluator(alone, devices, Scheduler(LocalWorkers(devices), devices), list(devices.users))
+    arms = examiner._arms(1, torch.ones(devices.context.shared_layout.width))
     assert {arm: [part.kind for part in of] for arm, of in arms.arms.items()} == {
         "base": [], "personal": ["personal"], "shuffled": ["personal"],
     }  # fmt: skip
@@ -300,9 +298,9 @@ def test_local_differs_from_personal_in_nothing_but_what_is_beneath(run: Run) ->
 def test_pooled_is_one_adapter_on_all_that_the_evaluated_met(lm: LanguageModel, run: Run) -> None:
     """36 replies in batches of 12, twice, at a rate that falls to zero; from a start of its own, on the bare model."""
     (call,) = [c for c in run.heard.finetuned if len(c["lessons"]) == 1 and len(c["lessons"][0].examples) == 36]
-    (lesson,), (rates,) = call["lessons"], call["rates"]
-    assert call["frozen"] == [] and [len(b) for b in lesson.batches] == [12] * 6
-    assert sorted(i for b in lesson.batches[:3] for i in b) == list(range(36))
+    (training_set,), (rates,) = call["lessons"], call["rates"]
+    assert call["frozen"] == [] and [len(b) for b in training_set.batches] == [12] * 6
+    assert sorted(i for b in training_set.batches[:3] for i in b) == list(range(36))
     assert rates == pytest.approx([1e-3 * (1 - s / 6) for s in range(6)])
     first = derive_seed(0, "pooled", "start")
     assert torch.equal(call["start"], lm.layout(run.folder.config.personal.adapter).start(first)[None])
@@ -311,10 +309,10 @@ def test_pooled_is_one_adapter_on_all_that_the_evaluated_met(lm: LanguageModel, 
 def test_newcomers_learn_from_their_own_streams_on_the_shared_adapter(lm: LanguageModel, run: Run) -> None:
     last = run.heard.finetuned[-1]
     assert len(last["lessons"]) == 2 and torch.equal(last["frozen"][0].rows, run.shared[None])
-    users = open_devices(run.folder).users
-    for lesson, name in zip(last["lessons"], ("device-00003", "device-00004"), strict=True):
+    users = load_devices(run.folder).users
+    for training_set, name in zip(last["lessons"], ("device-00003", "device-00004"), strict=True):
         person = users[name].id.removeprefix("u")
-        originals = [t for t in in_words(lm, list(lesson.examples)) if f"of {person}," in t]
+        originals = [t for t in in_words(lm, list(training_set.examples)) if f"of {person}," in t]
         assert originals and all(f"|>{person} as" in t for t in originals)
 
 
@@ -361,7 +359,7 @@ def test_no_rival_has_seen_what_is_held_out(lm: LanguageModel, heard: Heard, tmp
     of it either.
     """
     shape = {"adapter": {"rank": 2, "alpha": 4, "targets": ["v_proj"], "factors": "both"}}
-    names = [name for name in RIVALS if (name == "feddpa") == looking]
+    names = [name for name in BASELINES if (name == "feddpa") == looking]
     study_of(tmp_path, "rivals", {"rival.name": names}, rounds=1, rival={"steps": 2, "batch_size": 2},
              shared={**shape, "pool_capacity": 0, "source": "buffer"}, personal=shape,
              privacy={"mode": "none", "clips": "change"},
@@ -406,7 +404,7 @@ def test_no_method_has_seen_the_answers(lm: LanguageModel, heard: Heard, name: N
     task = Task("replies", ("rouge1",), asked="{text}")
     pool = [task_user("p0", "soup"), task_user("p1", "rain")]
     play(lm, config, task, pool, [task_user("u0", "ships"), task_user("u1", "tea")], seed=0)
-    learned = in_words(lm, heard.lessons)
+    learned = in_words(lm, heard.sets)
     assert any(MARK in text for text in in_words(lm, heard.scored))
     assert learned and not [text for text in learned if MARK in text]
     assert [t for t in learned if "soup it is" in t]  # of the pool

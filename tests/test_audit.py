@@ -17,7 +17,7 @@ import transformers
 from florilegium.client.calibration import planned_event
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import Site
+from florilegium.client.phases import CohortContext
 from florilegium.client.state import DeviceState
 from florilegium.privacy.plan import RoundPlan
 from florilegium.simulation.audit import checks, hostile_adapters
@@ -182,28 +182,28 @@ def test_canaries_take_places_by_coins(streams: list[list[Dialogue]]) -> None:
 class SameInSteps(Recorded):
     """Coins of a round's first step in all of its steps."""
 
-    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
-        first = super().sample(state, count, plan, 0, site)
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, context: CohortContext) -> list[int]:
+        first = super().sample(state, count, plan, 0, context)
         self.samples[state.id, plan.round, step] = count, first
         return first
 
 
 class SameInRounds(Recorded):
-    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
-        first = super().sample(state, count, RoundPlan(1, 0), step, site)
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, context: CohortContext) -> list[int]:
+        first = super().sample(state, count, RoundPlan(1, 0), step, context)
         self.samples[state.id, plan.round, step] = count, first
         return first
 
 
 class SameInDevices(Recorded):
-    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
-        first = super().sample(replace(state, id="device-0"), count, plan, step, site)
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, context: CohortContext) -> list[int]:
+        first = super().sample(replace(state, id="device-0"), count, plan, step, context)
         self.samples[state.id, plan.round, step] = count, first
         return first
 
 
 class OneSize(Recorded):
-    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, context: CohortContext) -> list[int]:
         chosen = np.random.default_rng(len(self.samples)).choice(count, size=count // 2, replace=False).tolist()
         self.samples[state.id, plan.round, step] = count, chosen
         return chosen
@@ -224,14 +224,14 @@ def test_coins_are_audited_as_they_fell(lm: LanguageModel, kind: type[Recorded],
     """Eight devices with 64 slots, two rounds of two steps: each mistake is seen by the check that is for it."""
     config = CONFIG.model_copy(update={"privacy": CONFIG.privacy.model_copy(update={"secret": secret})})
     coins = kind()
-    site = replace(Site.of(lm, config, 0, lambda device, dialogue: ""), coins=coins)
-    states = [site.new_state(f"device-{k}") for k in range(8)]
+    context = replace(CohortContext.of(lm, config, 0, lambda device, dialogue: ""), coins=coins)
+    states = [context.new_state(f"device-{k}") for k in range(8)]
     for number in (1, 2):
         for step in (0, 1):
             for state in states:
-                first = coins.sample(state, 64, RoundPlan(number, 0), step, site)
+                first = coins.sample(state, 64, RoundPlan(number, 0), step, context)
                 if kind is Recorded:
-                    assert coins.sample(state, 64, RoundPlan(number, 0), step, site) is first  # in another world
+                    assert coins.sample(state, 64, RoundPlan(number, 0), step, context) is first  # in another world
     found = checks.sampling(coins, config.shared.sampling_rate)
     assert len(found) == 5 and all(c.control_caught for c in found)
     failed = [c.name for c in found if not c.passed]
@@ -378,7 +378,7 @@ def test_every_byte_that_devices_send_is_accounted_for(lm: LanguageModel, stream
     seen = play(lm, CONFIG, CONFIG.server, named(streams), 0)
     sent = inventory(seen)
     assert [(s.answers, s.messages) for s in sent] == [("query", 4), ("train", 8), ("evaluate", 8)]
-    width = seen.site.shared_layout.width
+    width = seen.context.shared_layout.width
     assert [s.array_bytes for s in sent] == [0, 4 * width, 0]
     assert all(s.wire_bytes - s.array_bytes < 1500 for s in sent)
     everything = b"".join(wire(m) for m in seen.sent)

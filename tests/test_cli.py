@@ -290,15 +290,15 @@ def test_a_benchmarks_figures_are_not_cut(width: int) -> None:
 def test_a_log_has_a_line_for_each_round_and_the_phases_around_them() -> None:
     config = load_config(config_folder() / "quickstart.toml", ["data.users=3", "rounds=2"])
     console = Console(file=StringIO(), width=44)
-    with progress_line(config, console) as pulse:
-        pulse.enter("observe")
+    with progress_line(config, console) as progress:
+        progress.enter("observe")
         for number in (1, 2):
             for visits in (2, 1, 3):  # two cohorts release, all adopt
-                pulse.enter("learn")
-                pulse.visit(visits)
-            pulse.end_round(number, tokens=1000)
-        pulse.enter("evaluate")
-        pulse.enter("evaluate")
+                progress.enter("learn")
+                progress.visit(visits)
+            progress.end_round(number, tokens=1000)
+        progress.enter("evaluate")
+        progress.enter("evaluate")
     loading, observe, learn, one, two, evaluate = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert (loading, evaluate) == ("quickstart: loading", "quickstart: evaluate")
     assert (observe, learn) == ("quickstart: observe", "quickstart: learn")

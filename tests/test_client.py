@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from florilegium.client.config import DeviceConfig
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import Site, annotate, observe, synthesize
+from florilegium.client.phases import CohortContext, annotate, observe, synthesize
 from florilegium.client.pii import personal_data
 from florilegium.client.pool import Pool, poisson_sample
 from florilegium.client.rouge import rouge1
 from florilegium.client.round import live
 from florilegium.client.selection import stream_memory
-from florilegium.client.selection.buffer import Buffer, Kept, SelectionConfig
+from florilegium.client.selection.buffer import Buffer, BufferEntry, SelectionConfig
 from florilegium.client.selection.lexicons import BUNDLED, LexiconError, load_lexicons, matches, words
 from florilegium.client.selection.policies import POLICIES
 from florilegium.client.selection.scores import (
@@ -35,7 +35,7 @@ from florilegium.client.selection.scores import (
     in_domain_dissimilarity,
     unit,
 )
-from florilegium.client.selection.stream_memory import Memory, whitening
+from florilegium.client.selection.stream_memory import StreamMemory, whitening
 from florilegium.client.state import DeviceStore, StateError, stage
 from florilegium.client.synthesize import Request, SynthesisConfig, Treatment, objection, unwrap
 from florilegium.client.synthesize import synthesize as synthesize_texts
@@ -49,12 +49,12 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def kept(identity: str, eoe: float = 0.5, dss: float = 0.5, domain: str = "", angle: float = 0.0) -> Kept:
+def kept(identity: str, eoe: float = 0.5, dss: float = 0.5, domain: str = "", angle: float = 0.0) -> BufferEntry:
     embedding = np.array([math.cos(angle), math.sin(angle)], dtype=np.float16)
-    return Kept(identity, f"prompt {identity}", domain, embedding, eoe, dss)
+    return BufferEntry(identity, f"prompt {identity}", domain, embedding, eoe, dss)
 
 
-def a_buffer(capacity: int, policy: str, bins: tuple[Kept, ...] = ()) -> Buffer:
+def a_buffer(capacity: int, policy: str, bins: tuple[BufferEntry, ...] = ()) -> Buffer:
     return Buffer(SelectionConfig(bins=capacity, policy=policy), bins)
 
 
@@ -205,7 +205,7 @@ def test_a_text_that_does_not_fit_a_bin_is_turned_away() -> None:
     assert taken and not refused and ids(after) == ["a"]
 
 
-def offered(policy: str, capacity: int, arrivals: Sequence[Kept], seed: int = 0) -> list[str]:
+def offered(policy: str, capacity: int, arrivals: Sequence[BufferEntry], seed: int = 0) -> list[str]:
     """The ids that a buffer holds after all have come."""
     buffer, dice = a_buffer(capacity, policy), rng(seed)
     for newcomer in arrivals:
@@ -278,7 +278,7 @@ def test_whitened_vectors_vary_alike_in_all_directions() -> None:
     """One coordinate varies 5 times as much as another; after whitening by what was remembered, both by 1."""
     loud, quiet = rng(4).normal(size=(2, 3000))
     vectors = np.stack([np.full(3000, 50), loud, quiet / 5], axis=1).astype(np.float16)
-    memory: Memory = {}
+    memory: StreamMemory = {}
     for n, vector in enumerate(vectors):
         _, memory = POLICIES["whitened-kcenter"].meet(replace(kept(str(n)), embedding=vector), memory)
     white = unit(vectors) @ whitening(memory)  # three dimensions are not projected
@@ -324,7 +324,7 @@ def test_oasis_drops_what_the_others_already_teach() -> None:
 
 def test_a_gradient_is_told_from_the_others_by_standard_deviations() -> None:
     """Mean 10 and variance 4 so far, a norm of 12: σ(1) = 0.7311; of the first there is nothing to tell: σ(0)."""
-    memory: Memory = {"mean": np.float64(10), "variance": np.float64(4)}
+    memory: StreamMemory = {"mean": np.float64(10), "variance": np.float64(4)}
     newcomer, after = stream_memory.standing(replace(kept("a"), value=12.0), memory)
     assert newcomer.value == pytest.approx(0.7311, abs=1e-4)
     assert float(after["mean"]) == pytest.approx(0.9 * 10 + 0.1 * 12)
@@ -338,8 +338,8 @@ def test_what_policies_remember_of_three_arrivals_by_hand() -> None:
     arrivals = [replace(kept("a"), embedding=np.array(v, np.float16), value=x)
                 for v, x in (((1, 0), 3.0), ((0, 1), 5.0), ((0, 1), 10.0))]  # fmt: skip
 
-    def after(meet: stream_memory.Meet) -> Memory:
-        memory: Memory = {}
+    def after(meet: stream_memory.Update) -> StreamMemory:
+        memory: StreamMemory = {}
         for newcomer in arrivals:
             _, memory = meet(newcomer, memory)
         return memory
@@ -501,9 +501,9 @@ def test_personal_data(text: str, found: list[str]) -> None:
 # -- phases and state ---------------------------------------------------------------------------------------------
 
 
-def site_of(lm: LanguageModel, config: DeviceConfig, people: list[User]) -> Site:
+def site_of(lm: LanguageModel, config: DeviceConfig, people: list[User]) -> CohortContext:
     recorded = {d.id: d.response for user in people for d in user.stream}
-    return Site.of(lm, config, 0, lambda device, dialogue: recorded[dialogue])
+    return CohortContext.of(lm, config, 0, lambda device, dialogue: recorded[dialogue])
 
 
 SETTINGS = DeviceConfig.model_validate({
@@ -514,11 +514,11 @@ SETTINGS = DeviceConfig.model_validate({
 
 
 def test_a_device_remembers_itself(lm: LanguageModel, people: list[User], tmp_path: Path) -> None:
-    site, plan = site_of(lm, SETTINGS, people), RoundPlan(1, 0)
-    states, _ = observe([site.new_state("d0")], [people[0].stream[:20]], plan, site)
-    states, _ = annotate(states, site)
-    states, _ = synthesize(states, plan, site)
-    state = replace(states[0], head="of the ledger", descendants={"x": (("a", "b"),)})
+    context, plan = site_of(lm, SETTINGS, people), RoundPlan(1, 0)
+    states, _ = observe([context.new_state("d0")], [people[0].stream[:20]], plan, context)
+    states, _ = annotate(states, context)
+    states, _ = synthesize(states, plan, context)
+    state = replace(states[0], head="of the ledger", pool_synthetic={"x": (("a", "b"),)})
     store = DeviceStore(tmp_path / "states.db")
     store.save([state], stage(1))
     again = store.load("d0", stage(1))
@@ -537,15 +537,15 @@ def test_selection_goes_on_after_a_restart_as_if_there_had_been_none(
 ) -> None:
     """Everything that a policy remembers is on the disk: two halves with a restart between give the same bins."""
     settings = SETTINGS.model_copy(update={"selection": SelectionConfig(policy=policy, bins=4)})
-    site, store = site_of(lm, settings, people), DeviceStore(tmp_path / "states.db")
+    context, store = site_of(lm, settings, people), DeviceStore(tmp_path / "states.db")
     stream = people[0].stream[:30]
     halves = [[stream[:15]], [stream[15:]]]
-    states = [site.new_state("d0")]
-    states, _ = observe(states, halves[0], RoundPlan(1, 0), site)
+    states = [context.new_state("d0")]
+    states, _ = observe(states, halves[0], RoundPlan(1, 0), context)
     store.save(states, stage(1))
     restarted = [store.load("d0", stage(1))]
-    went_on, _ = observe(states, halves[1], RoundPlan(2, 0), site)
-    again, _ = observe(restarted, halves[1], RoundPlan(2, 0), site)
+    went_on, _ = observe(states, halves[1], RoundPlan(2, 0), context)
+    again, _ = observe(restarted, halves[1], RoundPlan(2, 0), context)
     assert ids(again[0].buffer) == ids(went_on[0].buffer)
     assert again[0].buffer.memory.keys() == went_on[0].buffer.memory.keys()
     for name, value in went_on[0].buffer.memory.items():
@@ -556,21 +556,21 @@ def test_selection_goes_on_after_a_restart_as_if_there_had_been_none(
 
 
 def test_selection_is_the_same_alone_and_in_a_cohort(lm: LanguageModel, people: list[User]) -> None:
-    site, plan = site_of(lm, SETTINGS, people), RoundPlan(1, 0)
+    context, plan = site_of(lm, SETTINGS, people), RoundPlan(1, 0)
     arrived = [user.stream[:25] for user in people]
-    states = [site.new_state("d0"), site.new_state("d1")]
-    together, _ = observe(states, arrived, plan, site)
+    states = [context.new_state("d0"), context.new_state("d1")]
+    together, _ = observe(states, arrived, plan, context)
     for k in range(2):
-        alone, _ = observe([states[k]], [arrived[k]], plan, site)
+        alone, _ = observe([states[k]], [arrived[k]], plan, context)
         assert ids(alone[0].buffer) == ids(together[k].buffer)
         assert alone[0].pool == together[k].pool
 
 
 def test_a_user_is_asked_once_for_each_dialogue_that_is_kept(lm: LanguageModel, people: list[User]) -> None:
-    site = site_of(lm, SETTINGS, people)
-    states, _ = observe([site.new_state("d0")], [people[0].stream[:20]], RoundPlan(1, 0), site)
-    once, notes = annotate(states, site)
-    twice, again = annotate(once, site)
+    context = site_of(lm, SETTINGS, people)
+    states, _ = observe([context.new_state("d0")], [people[0].stream[:20]], RoundPlan(1, 0), context)
+    once, notes = annotate(states, context)
+    twice, again = annotate(once, context)
     wanted = {k.id for k in once[0].buffer.bins} | {i for i, _ in once[0].pool.slots}
     assert set(once[0].replies) == wanted
     assert notes == again == [{"annotations": len(wanted)}]
@@ -584,9 +584,9 @@ def test_a_limit_on_annotations_leaves_the_pool_and_the_full_stream_alone(
 
     def replies(policy: str, limit: int) -> tuple[set[str], set[str]]:
         selection = SelectionConfig(policy=policy, bins=4, annotations_per_round=limit)
-        site = site_of(lm, SETTINGS.model_copy(update={"selection": selection}), people)
-        states, _ = observe([site.new_state("d0")], [stream], plan, site)
-        states, _ = annotate(states, site)
+        context = site_of(lm, SETTINGS.model_copy(update={"selection": selection}), people)
+        states, _ = observe([context.new_state("d0")], [stream], plan, context)
+        states, _ = annotate(states, context)
         return {i for i, _ in states[0].pool.slots}, set(states[0].replies)
 
     pool, everything = replies("quality", 0)
@@ -599,20 +599,20 @@ def test_who_is_asked_does_not_depend_on_when_it_came(lm: LanguageModel, people:
     """Else a limit would prefer what came while a bin was free, of policies that keep it."""
     selection = SelectionConfig(policy="quality", bins=20, annotations_per_round=5)
     shared = SETTINGS.shared.model_copy(update={"pool_capacity": 0})
-    site = site_of(lm, SETTINGS.model_copy(update={"selection": selection, "shared": shared}), people)
+    context = site_of(lm, SETTINGS.model_copy(update={"selection": selection, "shared": shared}), people)
     first = []
     for name in (f"d{n}" for n in range(40)):
-        states, _ = observe([site.new_state(name)], [people[0].stream[:20]], RoundPlan(1, 0), site)
-        states, _ = annotate(states, site)
+        states, _ = observe([context.new_state(name)], [people[0].stream[:20]], RoundPlan(1, 0), context)
+        states, _ = annotate(states, context)
         first += [ids(states[0].buffer).index(k.id) < 10 for k in states[0].annotated]
     assert len(first) == 200 and np.mean(first) == pytest.approx(0.5, abs=0.12)  # σ = 0.035
 
 
 def test_settings_of_another_selection_are_refused(lm: LanguageModel, people: list[User]) -> None:
-    site = site_of(lm, SETTINGS, people)
+    context = site_of(lm, SETTINGS, people)
     other = site_of(lm, SETTINGS.model_copy(update={"selection": SelectionConfig(policy="uds", bins=4)}), people)
     with pytest.raises(StateError, match="selected by other settings"):
-        observe([site.new_state("d0")], [people[0].stream[:2]], RoundPlan(1, 0), other)
+        observe([context.new_state("d0")], [people[0].stream[:2]], RoundPlan(1, 0), other)
 
 
 @pytest.mark.parametrize("policy", ["fifo", "quality", "random"])
@@ -620,10 +620,10 @@ def test_a_limit_makes_every_policy_ask_equally_often(policy: str, lm: LanguageM
     """4 bins, 2 asked a round: after two rounds 4, whatever left the buffer; what waits is not learned from."""
     selection = SelectionConfig(policy=policy, bins=4, annotations_per_round=2)
     update = {"selection": selection, "shared": SETTINGS.shared.model_copy(update={"pool_capacity": 0})}
-    site = site_of(lm, SETTINGS.model_copy(update=update), people)
-    states = [site.new_state("d0")]
+    context = site_of(lm, SETTINGS.model_copy(update=update), people)
+    states = [context.new_state("d0")]
     for number, part in ((1, people[0].stream[:15]), (2, people[0].stream[15:40])):
-        states, notes = live(states, [part], None, RoundPlan(number, 0), site)
+        states, notes = live(states, [part], None, RoundPlan(number, 0), context)
         assert notes[0]["annotations"] == 2 * number
         assert len(states[0].annotated) <= 2 * number and len(states[0].buffer) == 4
         assert set(states[0].synthetic) == {k.id for k in states[0].annotated}
@@ -632,9 +632,9 @@ def test_a_limit_makes_every_policy_ask_equally_often(policy: str, lm: LanguageM
 
 
 def test_an_empty_stream_is_no_error(lm: LanguageModel, people: list[User]) -> None:
-    site, plan = site_of(lm, SETTINGS, people), RoundPlan(1, 0)
-    states, notes = observe([site.new_state("d0")], [[]], plan, site)
-    states, _ = annotate(states, site)
-    states, written = synthesize(states, plan, site)
+    context, plan = site_of(lm, SETTINGS, people), RoundPlan(1, 0)
+    states, notes = observe([context.new_state("d0")], [[]], plan, context)
+    states, _ = annotate(states, context)
+    states, written = synthesize(states, plan, context)
     assert len(states[0].buffer) == 0 and notes[0]["arrived"] == 0
     assert written == [{"synthetic_kept": 0, "synthetic_rejected": 0, "synthetic_reasons": {}}]

@@ -40,7 +40,7 @@ from florilegium.simulation.data.population import (
     load_population,
     streams,
 )
-from florilegium.simulation.devices.people import People
+from florilegium.simulation.devices.people import UsersByDevice
 from florilegium.simulation.runs.description import people
 
 needs_folder = pytest.mark.skipif(
@@ -679,7 +679,7 @@ def test_what_is_held_out_and_stands_in_the_stream_is_told(tmp_path: Path) -> No
     assert (told.held_out, told.held_out_met) == (5, 4)
     assert "5 pairs; 4 of them (80%) stand word for word in the same user's stream" in shown(config)
     only = load_population(config.model_copy(update={"users": 1}), seed=0)
-    assert people(People(only)) == {"people": 1, "held_out": 5, "held_out_met": 4}
+    assert people(UsersByDevice(only)) == {"people": 1, "held_out": 5, "held_out_met": 4}
 
 
 def test_quantiles_are_counts_that_occur() -> None:

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import new_config
-from florilegium.client.agent.folder import DeviceError, Home
+from florilegium.client.agent.folder import DeviceError, DeviceFolder
 from florilegium.client.agent.supernode import PUBLIC_KEY, REASONS, connected, prepare
 from florilegium.client.agent.terms import Terms, read_terms, write_terms
 from florilegium.client.lm.config import ModelConfig
@@ -75,7 +75,7 @@ def test_terms_are_public_and_say_nothing_of_a_budget(tmp_path: Path) -> None:
         read_terms(tmp_path / "terms.toml")
 
 
-def new_device(home: Home, lm: LanguageModel, **privacy: float) -> Agent:
+def new_device(home: DeviceFolder, lm: LanguageModel, **privacy: float) -> Agent:
     """With a few dialogues that its owner has answered."""
     config = new_config(ModelConfig(name="nano"))
     limits = config.device.privacy.model_copy(update=privacy)
@@ -84,14 +84,14 @@ def new_device(home: Home, lm: LanguageModel, **privacy: float) -> Agent:
     agent.consent("learn", True)
     agent.consent("federate", True)
     for prompt, wanted in SAID:
-        agent.rate(agent.journal.add(prompt, "hm", "").id, False, wanted)
+        agent.rate(agent.vault.add(prompt, "hm", "").id, False, wanted)
     return agent
 
 
 class Serving:
     """An agent's process."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: DeviceFolder) -> None:
         self.home = home
         self.start()
 
@@ -208,7 +208,7 @@ def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: Language
     folder, port = tmp_path / "server", free_port()
     told("server", "init", folder, "--name", "orchard", "--host", "127.0.0.1", "--host", "localhost", "--rounds", 3,
          "--min-devices", 2, "--patience-s", 240, "--least-epsilon", 0.5)  # fmt: skip
-    homes = [Home(tmp_path / name) for name in ("steady", "spent", "silent")]
+    homes = [DeviceFolder(tmp_path / name) for name in ("steady", "spent", "silent")]
     steady, spent, silent = (
         new_device(home, lm, **({"epsilon": 1.0, "releases": 1} if home is homes[1] else {})) for home in homes
     )
@@ -268,7 +268,7 @@ def test_who_does_not_know_the_other_stays_apart(
     address = f"127.0.0.1:{port}"
     agents = {}
     for name in ("known", "misled", "stranger"):
-        home = Home(tmp_path / name)
+        home = DeviceFolder(tmp_path / name)
         agents[name] = new_device(home, lm)
         authority = make_certificates(tmp_path / "another", ["127.0.0.1"]) if name == "misled" else folder / CA
         public = prepare(home.courier, authority)

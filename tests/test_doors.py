@@ -32,14 +32,14 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 
 from florilegium.client.agent.connection_limits import Rate, by_address
 from florilegium.client.agent.folder import DeviceError
-from florilegium.client.agent.http_server import Bounds, Door, KindOf
+from florilegium.client.agent.http_server import Bounds, HttpServer, KindOf
 from florilegium.client.agent.invitation import JOIN, accept, read_invitation, write_invitation
 from florilegium.client.agent.terms import Terms, write_terms
 from florilegium.privacy.common.errors import UserError
 from florilegium.simulation.benchmarks.https_server import measure
 from florilegium.simulation.benchmarks.separate_process import apart
 from florilegium.simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
-from florilegium.simulation.deployment.https_server import BOUNDS, HANDLERS, PREFIX, Allowed, fleet_door
+from florilegium.simulation.deployment.https_server import BOUNDS, HANDLERS, PREFIX, Allowed, device_server
 from florilegium.simulation.deployment.link import Link, pem_of
 from florilegium.simulation.deployment.register import admit, admitted, expel, invite, welcome
 
@@ -87,7 +87,7 @@ class Device:
 @dataclass
 class Served:
     link: Link
-    door: Door
+    door: HttpServer
     address: str
     folder: Path
     alice: Device
@@ -114,7 +114,7 @@ def served(folder: Path, allowed: Allowed, bounds: Bounds, kind_of: KindOf = by_
     link.set_admitted({"alice": alice.pem})
     alice.node = link.nodes["alice"]
     files = folder / CERTIFICATE, folder / KEY
-    with fleet_door(link, "127.0.0.1", port, *files, allowed, bounds, kind_of=kind_of) as door:
+    with device_server(link, "127.0.0.1", port, *files, allowed, bounds, kind_of=kind_of) as door:
         yield Served(link, door, address, folder, alice, mallory)
 
 
@@ -433,7 +433,7 @@ def test_an_invitation_works_once(tmp_path: Path) -> None:
     assert read == made and read_invitation(tmp_path / "terms.toml") is None and made.secret != void.secret
     assert made.secret not in (tmp_path / "invitations" / "alice").read_text()
     alice, mallory = (Device(ec.generate_private_key(ec.SECP384R1()), made.server, tmp_path / CA) for _ in range(2))
-    with fleet_door(Link(), "127.0.0.1", port, tmp_path / CERTIFICATE, tmp_path / KEY, Allowed(),
+    with device_server(Link(), "127.0.0.1", port, tmp_path / CERTIFICATE, tmp_path / KEY, Allowed(),
                     welcome=partial(welcome, tmp_path)):  # fmt: skip
         for other in (
             void,

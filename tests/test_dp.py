@@ -24,9 +24,9 @@ from florilegium.client.lm.model import LanguageModel, schedule
 from florilegium.client.lm.packing import Example
 from florilegium.client.lm.peft_format import PREFIX
 from florilegium.client.lm.places import nano_folder
-from florilegium.client.lm.training_data import Lesson
-from florilegium.client.phases import Site, States, annotate, observe
-from florilegium.client.private_training import learn_shared, release_noise
+from florilegium.client.lm.training_data import TrainingSet
+from florilegium.client.phases import CohortContext, States, annotate, observe
+from florilegium.client.private_training import release_noise, train_shared
 from florilegium.client.selection.buffer import Buffer, SelectionConfig, candidate
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.client.state import DeviceState
@@ -50,17 +50,19 @@ NOISELESS = DeviceConfig.model_validate({
 FULL = NOISELESS.model_copy(update={"shared": NOISELESS.shared.model_copy(update={"sampling_rate": 1.0})})
 
 
-def annotated(lm: LanguageModel, people: list[User], config: DeviceConfig, dialogues: int = 15) -> tuple[States, Site]:
+def annotated(
+    lm: LanguageModel, people: list[User], config: DeviceConfig, dialogues: int = 15
+) -> tuple[States, CohortContext]:
     """A device for each of the people, as far as it is when the shared adapter's training begins."""
     recorded = {d.id: d.response for user in people for d in user.stream}
-    site = Site.of(lm, config, 0, lambda device, dialogue: recorded[dialogue], ledger=new_ledger())
-    states = [site.new_state(f"d{k}") for k in range(len(people))]
-    states, _ = observe(states, [user.stream[:dialogues] for user in people], PLAN, site)
-    return annotate(states, site)[0], site
+    context = CohortContext.of(lm, config, 0, lambda device, dialogue: recorded[dialogue], ledger=new_ledger())
+    states = [context.new_state(f"d{k}") for k in range(len(people))]
+    states, _ = observe(states, [user.stream[:dialogues] for user in people], PLAN, context)
+    return annotate(states, context)[0], context
 
 
-def spent(state: DeviceState, site: Site) -> list[Event]:
-    account = site.accounts.account(state.id, state.genesis)
+def spent(state: DeviceState, context: CohortContext) -> list[Event]:
+    account = context.accounts.account(state.id, state.genesis)
     assert account
     return account.events
 
@@ -126,11 +128,11 @@ def opacus_gradients(
 def clipped_sum_of_round(lm: LanguageModel, stream: tuple[Dialogue, ...], config: DeviceConfig) -> torch.Tensor:
     """What one noisy step would add its noise to, after the whole round up to it, with fixed coins."""
     recorded = {d.id: d.response for d in stream}
-    site = Site.of(lm, config, 11, lambda device, dialogue: recorded[dialogue], ledger=new_ledger())
-    states, _ = observe([site.new_state("d")], [stream], PLAN, site)
-    states, _ = annotate(states, site)
-    received = 0.05 * torch.randn(site.shared_layout.width, generator=torch.Generator().manual_seed(2))
-    _, changes, _ = learn_shared(states, received, PLAN, site)
+    context = CohortContext.of(lm, config, 11, lambda device, dialogue: recorded[dialogue], ledger=new_ledger())
+    states, _ = observe([context.new_state("d")], [stream], PLAN, context)
+    states, _ = annotate(states, context)
+    received = 0.05 * torch.randn(context.shared_layout.width, generator=torch.Generator().manual_seed(2))
+    _, changes, _ = train_shared(states, received, PLAN, context)
     assert changes[0] is not None
     shared = config.shared
     return changes[0] * shared.sampling_rate * shared.pool_capacity / shared.learning_rate
@@ -165,9 +167,9 @@ def test_one_long_reply_among_short_ones_moves_the_clipped_sum_no_further(lm: La
 @pytest.mark.parametrize("clips", ["dialogue", "change"])
 def test_the_shared_adapter_learns_from_the_pool_alone(lm: LanguageModel, people: list[User], clips: str) -> None:
     """Neither the personal adapter nor the buffer nor what was synthesized from it changes a bit of a release."""
-    states, site = annotated(lm, people, with_privacy(FULL, clips=clips))
-    received = torch.zeros(site.shared_layout.width)
-    _, changes, _ = learn_shared(states, received, PLAN, site)
+    states, context = annotated(lm, people, with_privacy(FULL, clips=clips))
+    received = torch.zeros(context.shared_layout.width)
+    _, changes, _ = train_shared(states, received, PLAN, context)
     other = [
         replace(
             s,
@@ -177,18 +179,18 @@ def test_the_shared_adapter_learns_from_the_pool_alone(lm: LanguageModel, people
         )
         for s in states
     ]
-    _, again, _ = learn_shared(other, received, PLAN, site)
+    _, again, _ = train_shared(other, received, PLAN, context)
     for one, two in zip(changes, again, strict=True):
         assert one is not None and two is not None
         assert torch.equal(one, two) and one.abs().max() > 0
 
 
 def test_a_pool_that_is_not_full_keeps_its_public_denominator(lm: LanguageModel, people: list[User]) -> None:
-    states, site = annotated(lm, people[:1], FULL, dialogues=3)
-    _, changes, _ = learn_shared(states, torch.zeros(site.shared_layout.width), PLAN, site)
+    states, context = annotated(lm, people[:1], FULL, dialogues=3)
+    _, changes, _ = train_shared(states, torch.zeros(context.shared_layout.width), PLAN, context)
     examples = lm.format.dialogues(people[0].stream[:3])
-    row, weights = torch.zeros(site.shared_layout.width), [1 / len(e.reply) for e in examples]
-    expected = clipped_sum(example_gradients(lm, site.shared_layout, row, [], examples, weights), CLIP) / 12
+    row, weights = torch.zeros(context.shared_layout.width), [1 / len(e.reply) for e in examples]
+    expected = clipped_sum(example_gradients(lm, context.shared_layout, row, [], examples, weights), CLIP) / 12
     assert changes[0] is not None
     torch.testing.assert_close(changes[0], -expected.float(), atol=1e-5, rtol=0)
 
@@ -208,12 +210,12 @@ def test_noise_of_a_round_is_what_was_charged_and_never_the_same(
     settings["privacy"] = {"mode": "example-local", "epsilon": 4.0, "clip_norm_l2": CLIP}
     settings["shared"] |= {"steps_per_round": steps, "adapter": {**settings["shared"]["adapter"], "rank": 32}}
     config = DeviceConfig.model_validate({**settings, "rounds": 2})
-    states, site = annotated(lm, people, config, dialogues=0)
-    received, drawn = torch.zeros(site.shared_layout.width), []
+    states, context = annotated(lm, people, config, dialogues=0)
+    received, drawn = torch.zeros(context.shared_layout.width), []
     for number in (1, 2):
-        states, changes, _ = learn_shared(states, received, RoundPlan(number, number - 1), site)
+        states, changes, _ = train_shared(states, received, RoundPlan(number, number - 1), context)
         drawn += [c.numpy() for c in changes if c is not None]
-    events = spent(states[0], site)
+    events = spent(states[0], context)
     assert [e.steps for e in events] == [steps, steps]
     assert 3.9 < epsilon(events, config.privacy.delta) <= 4.0
     expected = events[0].noise_multiplier * CLIP * steps**0.5 / (0.5 * 12)
@@ -223,15 +225,15 @@ def test_noise_of_a_round_is_what_was_charged_and_never_the_same(
 
 
 def test_steps_and_rounds_and_devices_toss_their_own_coins(lm: LanguageModel, people: list[User]) -> None:
-    states, site = annotated(lm, people, NOISELESS, dialogues=12)
-    received = torch.zeros(site.shared_layout.width)
+    states, context = annotated(lm, people, NOISELESS, dialogues=12)
+    received = torch.zeros(context.shared_layout.width)
     seen = []
     for number in (1, 2, 3):
-        _, changes, _ = learn_shared(states, received, RoundPlan(number, number - 1), site)
+        _, changes, _ = train_shared(states, received, RoundPlan(number, number - 1), context)
         seen += [tuple(c.tolist()) for c in changes if c is not None]
     assert len(set(seen)) == 6  # 2 devices with pools of their own, 3 rounds: chance of equal coins 2⁻¹²
     twin = [states[0], replace(states[0], id="twin", secret=states[1].secret)]
-    _, changes, _ = learn_shared(twin, received, PLAN, replace(site, ledger=new_ledger()))
+    _, changes, _ = train_shared(twin, received, PLAN, replace(context, ledger=new_ledger()))
     assert changes[0] is not None and changes[1] is not None and not torch.equal(changes[0], changes[1])
 
 
@@ -239,14 +241,14 @@ def test_steps_and_rounds_and_devices_toss_their_own_coins(lm: LanguageModel, pe
 def test_no_two_steps_share_a_coin_nor_two_releases_a_key(lm: LanguageModel, secret: str) -> None:
     """Two devices, three rounds of three steps: 64 slots at rate 1/2 fall alike with a chance of 2⁻⁶⁴."""
     config = NOISELESS.model_copy(update={"privacy": NOISELESS.privacy.model_copy(update={"secret": secret})})
-    site = Site.of(lm, config, 0, lambda device, dialogue: "")
-    states, coins = [site.new_state("d0"), site.new_state("d1")], site.coins
+    context = CohortContext.of(lm, config, 0, lambda device, dialogue: "")
+    states, coins = [context.new_state("d0"), context.new_state("d1")], context.coins
     plans = [RoundPlan(n, n - 1) for n in (1, 2, 3)]
-    samples = [tuple(coins.sample(s, 64, p, t, site)) for s in states for p in plans for t in range(3)]
-    keys = [coins.noise_key(s, p, site) for s in states for p in plans]
+    samples = [tuple(coins.sample(s, 64, p, t, context)) for s in states for p in plans for t in range(3)]
+    keys = [coins.noise_key(s, p, context) for s in states for p in plans]
     assert len(set(samples)) == 18 and len({*keys, *(s.secret for s in states)}) == 8
     assert 24 < np.mean([len(s) for s in samples]) < 40 and len({len(s) for s in samples}) > 4
-    again = [tuple(coins.sample(states[0], 64, plans[0], t, site)) for t in range(3)]
+    again = [tuple(coins.sample(states[0], 64, plans[0], t, context)) for t in range(3)]
     assert (again == samples[:3]) == (secret == "seed")
 
 
@@ -255,21 +257,21 @@ def test_both_factors_get_their_noise(lm: LanguageModel, people: list[User]) -> 
     adapter = {**NOISELESS.shared.adapter.model_dump(), "factors": "both", "rank": 4}
     settings = {**NOISELESS.model_dump(), "privacy": {"epsilon": 4.0}, "rounds": 1}
     config = DeviceConfig.model_validate({**settings, "shared": {**settings["shared"], "adapter": adapter}})
-    states, site = annotated(lm, people[:1], config, dialogues=0)
-    _, [change], _ = learn_shared(states, torch.zeros(site.shared_layout.width), PLAN, site)
+    states, context = annotated(lm, people[:1], config, dialogues=0)
+    _, [change], _ = train_shared(states, torch.zeros(context.shared_layout.width), PLAN, context)
     assert change is not None
     expected = release_noise(config, 1, 0).on_device
-    for part in change.split(site.shared_layout.sizes):
+    for part in change.split(context.shared_layout.sizes):
         assert float(part.std()) == pytest.approx(expected, rel=0.25)  # 192 numbers or more: σ = 5 %
 
 
 def test_a_dialogue_that_has_paid_for_all_its_releases_is_drawn_no_more(lm: LanguageModel, people: list[User]) -> None:
     config = DeviceConfig.model_validate({**FULL.model_dump(), "privacy": {"epsilon": 4.0, "releases": 1}, "rounds": 2})
-    (before,), site = annotated(lm, people[:1], config, dialogues=12)
+    (before,), context = annotated(lm, people[:1], config, dialogues=12)
     old, event = [i for i, _ in before.pool.slots[:5]], planned_event(config)
-    earlier = Request(before.id, before.genesis, site.experiment, 1, "", event, tuple(old))
-    assert not site.accounts.reserve([earlier], config.privacy.budget)[0].refusal
-    (after,), [change], _ = learn_shared([before], torch.zeros(site.shared_layout.width), RoundPlan(2, 1), site)
+    earlier = Request(before.id, before.genesis, context.experiment, 1, "", event, tuple(old))
+    assert not context.accounts.reserve([earlier], config.privacy.budget)[0].refusal
+    (after,), [change], _ = train_shared([before], torch.zeros(context.shared_layout.width), RoundPlan(2, 1), context)
     assert change is not None and after.pool.seen == before.pool.seen
     assert after.pool.slots == tuple(s for s in before.pool.slots if s[0] not in old) and len(after.pool.slots) == 7
 
@@ -310,9 +312,9 @@ def test_control_an_active_personal_adapter_breaks_the_bound(lm: LanguageModel, 
     for dialogues in (stream, other):
         examples = lm.format.dialogues(dialogues)
         weights = [1 / len(e.reply) for e in examples]
-        lesson = Lesson(examples, schedule(len(examples), 4, 2, 0))
+        training_set = TrainingSet(examples, schedule(len(examples), 4, 2, 0))
         start = lm.adapters(personal, personal.start(0))
-        trained = lm.engine.finetune(start, [], [lesson], [[2e-2] * len(lesson.batches)]).adapters
+        trained = lm.engine.finetune(start, [], [training_set], [[2e-2] * len(training_set.batches)]).adapters
         row = torch.zeros(shared.width)
         sums.append(clipped_sum(example_gradients(lm, shared, row, [trained], examples, weights), CLIP))
         without.append(clipped_sum(example_gradients(lm, shared, row, [], examples, weights), CLIP))
@@ -350,24 +352,24 @@ def test_the_last_release_that_the_budget_allows_succeeds_and_the_next_is_refuse
 ) -> None:
     privacy = {"mode": "example-local", "epsilon": 2.0}
     config = DeviceConfig.model_validate({**NOISELESS.model_dump(), "privacy": privacy, "rounds": 2})
-    states, site = annotated(lm, people[:1], config)
-    received = torch.zeros(site.shared_layout.width)
+    states, context = annotated(lm, people[:1], config)
+    received = torch.zeros(context.shared_layout.width)
     for number in (1, 2):
-        states, changes, notes = learn_shared(states, received, RoundPlan(number, number - 1), site)
+        states, changes, notes = train_shared(states, received, RoundPlan(number, number - 1), context)
         assert changes[0] is not None and changes[0].abs().max() > 0
     assert 1.9 < notes[0]["epsilon"] <= 2.0
     before = states[0]
-    states, changes, notes = learn_shared(states, received, RoundPlan(3, 2), site)
+    states, changes, notes = train_shared(states, received, RoundPlan(3, 2), context)
     assert changes == [None]
     assert states[0] == before  # nothing was charged, nothing changed
-    assert epsilon(spent(states[0], site), 1e-5) <= 2.0
+    assert epsilon(spent(states[0], context), 1e-5) <= 2.0
 
 
 def test_a_device_with_little_left_sends_nothing_while_others_go_on(lm: LanguageModel, people: list[User]) -> None:
     config = DeviceConfig.model_validate({**NOISELESS.model_dump(), "privacy": {"epsilon": 4.0}, "rounds": 1})
-    states, site = annotated(lm, people, config)
+    states, context = annotated(lm, people, config)
     pool = tuple(i for i, _ in states[0].pool.slots)
     earlier = Request(states[0].id, states[0].genesis, "earlier", 1, "", Event(1.0, 0.5, 1), pool)
-    site.accounts.reserve([earlier], Budget(100.0, 1e-5, "replace-one", "dialogue"))
-    _, changes, _ = learn_shared(states, torch.zeros(site.shared_layout.width), PLAN, site)
+    context.accounts.reserve([earlier], Budget(100.0, 1e-5, "replace-one", "dialogue"))
+    _, changes, _ = train_shared(states, torch.zeros(context.shared_layout.width), PLAN, context)
     assert changes[0] is None and changes[1] is not None

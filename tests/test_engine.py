@@ -29,7 +29,7 @@ from florilegium.client.lm.model import LanguageModel, schedule, schedule_steps
 from florilegium.client.lm.packing import Example, Texts, rounded
 from florilegium.client.lm.places import nano_folder
 from florilegium.client.lm.processor import multiplies_bfloat16
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 from florilegium.privacy.dpsgd import PrivateRow, clipped_sum
 
 ROOT = Path(__file__).parent.parent
@@ -59,16 +59,16 @@ def rows_of(adapters: AdapterLayout, devices: int) -> torch.Tensor:
     return torch.stack([adapters.start(k) for k in range(devices)])
 
 
-def lesson(device: int, examples: int, batch: int, longest: int = 24) -> Lesson:
+def training_set(device: int, examples: int, batch: int, longest: int = 24) -> TrainingSet:
     """Texts of different lengths; the last batch may be smaller."""
     lengths = [2 + (7 * device + 5 * i) % (longest - 1) for i in range(examples)]
     made = [example(n, max(1, n // 2), 100 * device + i) for i, n in enumerate(lengths)]
-    return Lesson(made, [list(range(i, min(i + batch, examples))) for i in range(0, examples, batch)])
+    return TrainingSet(made, [list(range(i, min(i + batch, examples))) for i in range(0, examples, batch)])
 
 
-def rates_of(lessons: Sequence[Lesson]) -> list[list[float]]:
+def rates_of(sets: Sequence[TrainingSet]) -> list[list[float]]:
     """Every device and step has its own; small, since AdamW makes of a gradient near its ε a part of the rate."""
-    return [[5e-5 / (1 + k + s) for s in range(len(x.batches))] for k, x in enumerate(lessons)]
+    return [[5e-5 / (1 + k + s) for s in range(len(x.batches))] for k, x in enumerate(sets)]
 
 
 def test_the_type_is_the_one_that_the_processor_multiplies_fast() -> None:
@@ -91,12 +91,12 @@ def test_a_device_is_trained_as_if_it_were_alone(
     """Random ranks, lengths, numbers of examples, batch sizes, steps and room for tokens; some have nothing to do."""
     engine = engine_of(torch.float32)
     adapters = layout_of(engine, rank, factors=factors)
-    work = [lesson(k, examples, batch) for k, (examples, batch) in enumerate(devices)]
+    work = [training_set(k, examples, batch) for k, (examples, batch) in enumerate(devices)]
     rates, rows = rates_of(work), rows_of(adapters, len(devices))
-    before = engine.allowance.tokens
-    engine.allowance.tokens = tokens
+    before = engine.token_budget.tokens
+    engine.token_budget.tokens = tokens
     together = engine.finetune(Adapters(adapters, rows), [], work, rates)
-    engine.allowance.tokens = before
+    engine.token_budget.tokens = before
     for k, own in enumerate(work):
         alone = engine.finetune(Adapters(adapters, rows[k : k + 1]), [], [own], [rates[k]])
         torch.testing.assert_close(together.adapters.rows[k], alone.adapters.rows[0], atol=1e-5, rtol=0)
@@ -114,7 +114,7 @@ def test_company_costs_bfloat16_less_than_its_own_rounding() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         engine = engine_of(dtype)
         adapters = layout_of(engine)
-        work = [lesson(k, 4 + k % 3, 2) for k in range(5)]
+        work = [training_set(k, 4 + k % 3, 2) for k in range(5)]
         rows, rates = rows_of(adapters, 5), rates_of(work)
         trained[dtype, "together"] = engine.finetune(Adapters(adapters, rows), [], work, rates).adapters.rows
         alone = [engine.finetune(Adapters(adapters, rows[k : k + 1]), [], [work[k]], [rates[k]]) for k in range(5)]
@@ -127,8 +127,10 @@ def test_company_costs_bfloat16_less_than_its_own_rounding() -> None:
 def test_what_another_device_learns_changes_not_one_bit(engine: Engine) -> None:
     adapters = layout_of(engine)
     rows = rows_of(adapters, 3)
-    work = [lesson(k, 4, 2) for k in range(3)]
-    other = Lesson([example(e.length, len(e.reply), 999 + i) for i, e in enumerate(work[1].examples)], work[1].batches)
+    work = [training_set(k, 4, 2) for k in range(3)]
+    other = TrainingSet(
+        [example(e.length, len(e.reply), 999 + i) for i, e in enumerate(work[1].examples)], work[1].batches
+    )
     first = engine.finetune(Adapters(adapters, rows), [], work, rates_of(work)).adapters.rows
     second = engine.finetune(Adapters(adapters, rows), [], [work[0], other, work[2]], rates_of(work)).adapters.rows
     assert torch.equal(first[0], second[0]) and torch.equal(first[2], second[2])
@@ -149,7 +151,7 @@ def test_gradients_of_other_devices_are_exactly_zero(engine: Engine) -> None:
 
 def test_devices_of_different_ranks_share_a_stack(engine: Engine) -> None:
     small, large = layout_of(engine, 2), layout_of(engine, 6)
-    work = [lesson(k, 4, 2) for k in range(2)]
+    work = [training_set(k, 4, 2) for k in range(2)]
     rates = rates_of(work)
     own = small.start(7)
     stack = torch.stack([large.start(8), widen(own, small, large)])
@@ -164,7 +166,7 @@ def test_devices_of_different_ranks_share_a_stack(engine: Engine) -> None:
 def test_a_shared_adapter_beneath_is_the_same_for_all_and_stays(engine: Engine) -> None:
     shared, personal = layout_of(engine, 2, ["v_proj"], "b"), layout_of(engine, 3)
     beneath = Adapters(shared, torch.randn(1, shared.width, generator=torch.Generator().manual_seed(0)) * 0.1)
-    work = [lesson(k, 3, 2) for k in range(3)]
+    work = [training_set(k, 3, 2) for k in range(3)]
     rows, rates = rows_of(personal, 3), rates_of(work)
     together = engine.finetune(Adapters(personal, rows), [beneath], work, rates).adapters.rows
     bare = engine.finetune(Adapters(personal, rows), [], work, rates).adapters.rows
@@ -178,9 +180,9 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_tokens_and_batches_come_in_ord
     """Replies of 2 and of 8 tokens, then one of 3: (nll₁ + nll₂) / 10, then, after that step, nll₃ / 3."""
     adapters = layout_of(engine)
     start = Adapters(adapters, rows_of(adapters, 1) + 0.01)
-    work = Lesson([example(9, 2, 0), example(12, 8, 1), example(7, 3, 2)], [[0, 1], [2]])
+    work = TrainingSet([example(9, 2, 0), example(12, 8, 1), example(7, 3, 2)], [[0, 1], [2]])
     both = engine.finetune(start, [], [work], [[1e-2, 1e-2]])
-    once = engine.finetune(start, [], [Lesson(work.examples, [[0, 1]])], [[1e-2]]).adapters
+    once = engine.finetune(start, [], [TrainingSet(work.examples, [[0, 1]])], [[1e-2]]).adapters
     first, second = engine.score(work.examples[:2], [0, 0], [start])
     assert both.losses[0][0] == pytest.approx((first + second) / 10, rel=1e-5)
     (third,) = engine.score(work.examples[2:], [0], [once])
@@ -359,7 +361,7 @@ def test_each_device_has_its_own_clipping_norm(engine: Engine) -> None:
 def test_a_device_whose_loss_is_not_a_number_is_named_and_the_others_go_on(engine: Engine) -> None:
     adapters = layout_of(engine)
     rows = rows_of(adapters, 4)
-    work = [lesson(k, 4, 2) for k in range(4)]
+    work = [training_set(k, 4, 2) for k in range(4)]
     sound = engine.finetune(Adapters(adapters, rows), [], work, rates_of(work))
     rows[2, 5] = math.nan
     broken = engine.finetune(Adapters(adapters, rows), [], work, rates_of(work))
@@ -374,7 +376,7 @@ def test_a_text_of_one_token_teaches_nothing_and_breaks_nothing(engine: Engine) 
     adapters = layout_of(engine)
     one, two = Example((), (9,), (0, 0), False), Example((9,), (10,), (0, 1), False)
     assert (one.targets, two.targets) == (0, 1)
-    work = [Lesson([one], [[0]]), Lesson([two, one], [[0, 1]])]
+    work = [TrainingSet([one], [[0]]), TrainingSet([two, one], [[0, 1]])]
     rows = rows_of(adapters, 2)
     trained = engine.finetune(Adapters(adapters, rows), [], work, [[1e-2], [1e-2]])
     assert torch.equal(trained.adapters.rows[0], rows[0]) and trained.losses[0] == [0.0] and not trained.failed
@@ -386,7 +388,7 @@ def test_a_text_of_one_token_teaches_nothing_and_breaks_nothing(engine: Engine) 
 def test_nothing_to_do_is_done(engine: Engine) -> None:
     adapters = layout_of(engine)
     rows = rows_of(adapters, 2)
-    idle = engine.finetune(Adapters(adapters, rows), [], [Lesson([], []), Lesson([], [])], [[], []])
+    idle = engine.finetune(Adapters(adapters, rows), [], [TrainingSet([], []), TrainingSet([], [])], [[], []])
     assert torch.equal(idle.adapters.rows, rows) and idle.losses == [[], []]
     assert engine.score([], [], []) == [] and list(engine.hidden([])) == []
 
@@ -398,7 +400,7 @@ from transformers import AutoModelForCausalLM
 from florilegium.client.lm import layers
 from florilegium.client.lm.adapter import Adapters, layout
 from florilegium.client.lm.engine import Engine
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.lm.processor import multiplies_bfloat16
 from florilegium.client.lm.places import nano_folder
 from florilegium.client.lm.packing import Example
@@ -408,15 +410,15 @@ engine = Engine(model, max_batch_tokens=int(sys.argv[1]))
 adapters = layout(layers.adapted_layers(engine.modules), 2, 4.0)
 rows = torch.stack([adapters.start(k) for k in range(24)])
 texts = [Example(tuple(range(8 + k, 200 + k)), tuple(range(300, 500)), (0, 1), False) for k in range(24)]
-work = [Lesson([text], [[0]]) for text in texts]
+work = [TrainingSet([text], [[0]]) for text in texts]
 train = lambda: engine.finetune(Adapters(adapters, rows), [], work, [[1e-3]] * 24).adapters.rows
 if sys.argv[2] != "0":
-    engine.allowance.tokens, most = 400, engine.allowance.tokens
+    engine.token_budget.tokens, most = 400, engine.token_budget.tokens
     train()  # what a small pass needs is loaded
-    engine.allowance.tokens = most
+    engine.token_budget.tokens = most
     held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[2]) * 2**20, resource.RLIM_INFINITY))
-print(repr(float(train().double().sum())), engine.allowance.tokens)
+print(repr(float(train().double().sum())), engine.token_budget.tokens)
 """
 
 
@@ -443,10 +445,10 @@ def test_what_does_not_fit_at_all_is_told_with_the_way_out(engine: Engine) -> No
     def never(group: list[int]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    tokens = engine.allowance.tokens
+    tokens = engine.token_budget.tokens
     with pytest.raises(MemoryError, match="smaller model or shorter texts"):
-        list(engine.allowance.each([1, 2, 3], lambda items, most: [list(items)], never))
-    engine.allowance.tokens = tokens
+        list(engine.token_budget.each([1, 2, 3], lambda items, most: [list(items)], never))
+    engine.token_budget.tokens = tokens
 
 
 def test_another_error_is_not_taken_for_lack_of_memory(engine: Engine) -> None:
@@ -454,7 +456,7 @@ def test_another_error_is_not_taken_for_lack_of_memory(engine: Engine) -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        list(engine.allowance.each([1], lambda items, most: [list(items)], broken))
+        list(engine.token_budget.each([1], lambda items, most: [list(items)], broken))
 
 
 # -- its parts ------------------------------------------------------------------------------------------------------

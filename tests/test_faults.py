@@ -281,7 +281,7 @@ class Breaking(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module):
         self.whole.loader.exec_module(module)
 
-        def synthesize(states, plan, site):
+        def synthesize(states, plan, context):
             raise TypeError("synthesize is broken")
 
         module.synthesize = synthesize

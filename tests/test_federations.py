@@ -21,17 +21,17 @@ from florilegium.client.flower_arrays import Numbers, to_record
 from florilegium.client.private_training import release_limits
 from florilegium.privacy.release import Release, Schema
 from florilegium.server.config import ServerConfig
-from florilegium.server.release_collector import Intake, Limits
+from florilegium.server.release_collector import Limits, ReleaseCollector
 from florilegium.simulation.config import ConfigError, ExperimentConfig, config_folder, load_config, with_absolute_paths
 from florilegium.simulation.data.population import Bootstrapped, DataConfig, User, load_population
-from florilegium.simulation.devices.simulated import open_devices
+from florilegium.simulation.devices.simulated import load_devices
 from florilegium.simulation.devices.workload import planned_tokens
 from florilegium.simulation.engines.cohorts import pack
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.runs.device_store import Shards
 from florilegium.simulation.runs.folder import Event, RunFolder, create
-from florilegium.simulation.runs.progress import Pulse, Speed
-from florilegium.simulation.runs.tensorboard import Board
+from florilegium.simulation.runs.progress import RunProgress, Speed
+from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
 LEAN = (*SMALL, "data.users=6", "synthesis.per_dialogue=0", "evaluation.rouge_queries_per_user=0",
         "evaluation.pooled_epochs=0")  # fmt: skip
@@ -129,12 +129,12 @@ def test_exact_products_are_sent_as_changes_of_weights(tmp_path: Path) -> None:
 
 def test_what_is_sent_beside_the_adapter_is_part_of_the_devices_model(tmp_path: Path) -> None:
     """A change ΔW of a frozen weight gives the same as an adapter with B A = ΔW, under the adapter's scale."""
-    from florilegium.client.phases import beneath
+    from florilegium.client.phases import frozen_adapters
 
-    site = open_devices(create(tmp_path / "run", config("shared.adapter.factors=both"))).site
-    row = 0.05 * torch.randn(site.shared_layout.width, generator=torch.Generator().manual_seed(0))
-    whole = site.whole.with_weights()
-    arrays = site.whole.split(row.numpy())
+    context = load_devices(create(tmp_path / "run", config("shared.adapter.factors=both"))).context
+    row = 0.05 * torch.randn(context.shared_layout.width, generator=torch.Generator().manual_seed(0))
+    whole = context.whole.with_weights()
+    arrays = context.whole.split(row.numpy())
     zero = {name: np.zeros(shape, np.float32) for name, shape in whole.shapes}
     products = {
         name: arrays[name.replace(".weight", ".lora_B")] @ arrays[name.replace(".weight", ".lora_A")]
@@ -142,10 +142,12 @@ def test_what_is_sent_beside_the_adapter_is_part_of_the_devices_model(tmp_path: 
         if name.endswith(".weight")
     }
     sent = torch.from_numpy(whole.join({**zero, **products}))
-    example = site.lm.format.dialogues([next(iter(load_population(DataConfig(users=1), 0))).held_out[0]])
-    as_factors, as_weights = (site.lm.score(example, [0], beneath(r, ["d"], site))[0].nll for r in (row, sent))
+    example = context.lm.format.dialogues([next(iter(load_population(DataConfig(users=1), 0))).held_out[0]])
+    as_factors, as_weights = (
+        context.lm.score(example, [0], frozen_adapters(r, ["d"], context))[0].nll for r in (row, sent)
+    )
     assert as_weights == pytest.approx(as_factors, rel=1e-4)
-    assert abs(as_weights - site.lm.score(example, [0], [])[0].nll) > 1e-2
+    assert abs(as_weights - context.lm.score(example, [0], [])[0].nll) > 1e-2
 
 
 @pytest.mark.parametrize("mode", ["example-local", "user-local", "user-central"])
@@ -155,7 +157,7 @@ def test_no_honest_release_is_too_large(tmp_path: Path, mode: str, encoding: str
     run_experiment(chosen, tmp_path / "run")
     (event,) = events(tmp_path / "run", "round")
     assert event["refused"] == {} and event["releases"] == 3
-    largest, clip = release_limits(chosen, open_devices(RunFolder(tmp_path / "run")).schema)
+    largest, clip = release_limits(chosen, load_devices(RunFolder(tmp_path / "run")).schema)
     if mode == "user-central":
         assert clip == chosen.privacy.clip_norm_l2 < largest < 1.2 * clip
     else:
@@ -165,14 +167,14 @@ def test_no_honest_release_is_too_large(tmp_path: Path, mode: str, encoding: str
 def test_where_the_server_adds_the_noise_no_release_is_worth_more_than_the_noise_was_made_for() -> None:
     """Rounded to 8 bits, a clipped change can be longer than what it was clipped to."""
     schema = Schema((("q.lora_A", (2, 3)), ("q.lora_B", (4, 2))))
-    intake = Intake(ServerConfig(), schema, 1, np.zeros(14, np.float32), {7: "d"}, Limits(2.0, 1.0))
-    intake.ask(["d"], version=0)
+    collector = ReleaseCollector(ServerConfig(), schema, 1, np.zeros(14, np.float32), {7: "d"}, Limits(2.0, 1.0))
+    collector.ask(["d"], version=0)
     header = ConfigRecord({"protocol": 1, "version": 0, "head": "0" * 64})
     content = RecordDict({"header": header, "arrays": to_record(schema.split(np.full(14, 0.4, np.float32)))})
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 7
     asked = Message(RecordDict(), dst_node_id=7, message_type="train")
-    intake.take(Message(content, reply_to=asked))
-    assert intake.close().releases == 1 and 0.99 < np.linalg.norm(intake.rule.change()) <= 1
+    collector.take(Message(content, reply_to=asked))
+    assert collector.close().releases == 1 and 0.99 < np.linalg.norm(collector.rule.change()) <= 1
 
 
 # -- a world ------------------------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def test_a_device_with_room_for_a_part_of_the_rank_sends_that_part(tmp_path: Pat
         assert np.abs(array[:, :1]).min() > 0 and np.abs(array[:, 1:]).max() == 0
     mode = config(f"world.classes={tmp_path / 'classes.toml'}", "privacy.mode=user-local")
     with pytest.raises(ConfigError, match="unequal rank"):
-        open_devices(create(tmp_path / "other", mode))
+        load_devices(create(tmp_path / "other", mode))
 
 
 SMALL_RANK = f"""
@@ -309,19 +311,19 @@ def test_arrays_are_written_when_they_go_onto_a_wire() -> None:
 
 def test_a_pulse_tells_what_is_done_and_how_fast(plain: Path, tmp_path: Path) -> None:
     heard: list[tuple[str, int, int]] = []
-    pulse = Pulse()
-    pulse.changed = lambda: heard.append((pulse.phase, pulse.round, pulse.visits))
-    run_experiment(config(), tmp_path / "run", pulse=pulse)
-    assert pulse.visits == 2 * 2 * 6 and pulse.round == 2 and heard[-1][0] == "report"
-    assert pulse.tokens == json.loads((plain / "summary.json").read_text())["tokens_trained"] > 0
-    assert all(unit in Speed().told(pulse) for unit in ("devices/s", "tokens/s", "GB"))
+    progress = RunProgress()
+    progress.changed = lambda: heard.append((progress.phase, progress.round, progress.visits))
+    run_experiment(config(), tmp_path / "run", progress=progress)
+    assert progress.visits == 2 * 2 * 6 and progress.round == 2 and heard[-1][0] == "report"
+    assert progress.tokens == json.loads((plain / "summary.json").read_text())["tokens_trained"] > 0
+    assert all(unit in Speed().told(progress) for unit in ("devices/s", "tokens/s", "GB"))
 
 
 def test_tensorboard_reads_what_was_written(plain: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = Board(RunFolder(plain))
+    board = TensorBoardWriter(RunFolder(plain))
     board.update()
     board.update()  # what was written is not written again
     read: Any = EventAccumulator(str(plain / "tensorboard"))
@@ -363,7 +365,7 @@ def test_noise_on_a_sum_and_rules_that_sum_nothing_exclude_each_other() -> None:
 
 
 def test_a_release_of_a_lower_rank_names_its_rank(tmp_path: Path) -> None:
-    schema = open_devices(create(tmp_path / "run", config("shared.adapter.factors=both"))).schema
+    schema = load_devices(create(tmp_path / "run", config("shared.adapter.factors=both"))).schema
     part = schema.of_round(1, rank=2)
     release = Release.of(np.ones(part.width, np.float32), 0, "0" * 64, part)
     assert schema.rank_of(release.arrays, 1) == 2 and schema.places(1, 2).sum() == part.width

@@ -27,7 +27,7 @@ from florilegium.client.agent.connection_limits import (
     network_of,
     user_of,
 )
-from florilegium.client.agent.http_server import REMEMBERED, Bounds, Door, open_door, visit_of
+from florilegium.client.agent.http_server import REMEMBERED, Bounds, HttpServer, open_server, visit_of
 from florilegium.client.agent.supernode_process import OwnersAlone, close_to_others
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel that tells is Linux'")
@@ -88,11 +88,11 @@ async def told(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @contextmanager
-def opened(kind_of: object, **bounds: float) -> Iterator[tuple[Door, str, int]]:
+def opened(kind_of: object, **bounds: float) -> Iterator[tuple[HttpServer, str, int]]:
     listens = socket.socket()
     listens.bind(("127.0.0.1", 0))
     port = int(listens.getsockname()[1])
-    with open_door(app, listens, Bounds(**bounds), kind_of=kind_of) as door:  # type: ignore[arg-type]
+    with open_server(app, listens, Bounds(**bounds), kind_of=kind_of) as door:  # type: ignore[arg-type]
         yield door, f"http://127.0.0.1:{port}/", port
 
 
@@ -137,7 +137,7 @@ def test_a_guest_has_one_request_a_connection_and_so_many_in_a_minute() -> None:
 
 
 def test_what_is_remembered_of_arrivals_is_bounded() -> None:
-    door = Door(app, Bounds(), None, {}, everybody)
+    door = HttpServer(app, Bounds(), None, {}, everybody)
     for k in range(REMEMBERED + 50):
         door._rate(str(k)).take(1, 0.0)
     assert len(door._rates) == REMEMBERED + 1 and str(REMEMBERED + 49) in door._rates

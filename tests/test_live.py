@@ -23,7 +23,7 @@ from florilegium.client.personalization.profile import Interest, Profile, Profil
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.data.population import User
 from florilegium.simulation.personalization.config import ReptileConfig, UserConfig
-from florilegium.simulation.personalization.interactive import better_from, feedback, live, reptile
+from florilegium.simulation.personalization.interactive import better_from, feedback, reptile, simulate_user
 
 SHAPE, GREEDY = AdapterConfig(rank=2, alpha=4), SamplingConfig(max_new_tokens=6)
 AXES = {"ships": [1.0, 0, 0], "sails": [0.95, 0.3, 0], "soup": [0, 1.0, 0], "rain": [0, 0, 1.0]}
@@ -193,9 +193,9 @@ def test_the_newest_are_kept_and_what_was_met_counts_once(lm: LanguageModel) -> 
 
 def test_a_correction_weighs_a_whole_reply_and_an_accepted_one_half(lm: LanguageModel) -> None:
     """Of replies of four tokens each: ½ and 1 by 8 tokens; without feedback everything is half."""
-    lesson, four = [met("a", accepted=True), met("b")], Example((1, 2), (3, 4, 5, 6), (0, 2), False)
-    assert Asls(lm, AslsConfig(), 0)._weights(lesson, [four, four]) == [0.5 / 8, 1 / 8]
-    assert Asls(lm, AslsConfig(arm="no-feedback"), 0)._weights(lesson, [four, four]) == [0.5 / 8] * 2
+    training_set, four = [met("a", accepted=True), met("b")], Example((1, 2), (3, 4, 5, 6), (0, 2), False)
+    assert Asls(lm, AslsConfig(), 0)._weights(training_set, [four, four]) == [0.5 / 8, 1 / 8]
+    assert Asls(lm, AslsConfig(arm="no-feedback"), 0)._weights(training_set, [four, four]) == [0.5 / 8] * 2
 
 
 def test_a_preference_pulls_back_to_the_model_without_the_adapter(lm: LanguageModel, noted: Note) -> None:
@@ -252,14 +252,14 @@ def test_a_user_accepts_what_is_near_enough_slips_and_corrects() -> None:
 def test_a_stream_is_lived_through(lm: LanguageModel, people: list[User], arm: str) -> None:
     streams = {f"d{k}": user.stream[:6] for k, user in enumerate(people)}
     config = AslsConfig.model_validate({"arm": arm, "fresh": 2})
-    found = live(lm, config, UserConfig(corrects=1), SHAPE, GREEDY, streams, seed=0)
+    found = simulate_user(lm, config, UserConfig(corrects=1), SHAPE, GREEDY, streams, seed=0)
     assert found.nll.shape == (2, 6) and np.isfinite(found.nll).all()
     adapts = arm not in ("none", "profiling-only", "summary")
     assert bool(found.tokens.sum()) == adapts == bool(found.spent["trained"])
     assert found.seconds > 0
     if arm == "no-retuning":
         assert ((found.tokens > 0).sum(1) == 1).all()
-    again = live(lm, config, UserConfig(corrects=1), SHAPE, GREEDY, {"d1": streams["d1"]}, seed=0)
+    again = simulate_user(lm, config, UserConfig(corrects=1), SHAPE, GREEDY, {"d1": streams["d1"]}, seed=0)
     np.testing.assert_allclose(again.nll[0], found.nll[1], atol=1e-3)  # alone as in company
 
 
@@ -268,7 +268,7 @@ def test_learning_from_a_stream_helps_later_in_it(lm: LanguageModel, people: lis
     streams = {f"d{k}": user.stream[:24] for k, user in enumerate(people)}
     asked = UserConfig(accepts=1, slips=0, corrects=1)
     learned, none = (
-        live(lm, AslsConfig.model_validate({"arm": arm}), asked, SHAPE, GREEDY, streams, seed=0)
+        simulate_user(lm, AslsConfig.model_validate({"arm": arm}), asked, SHAPE, GREEDY, streams, seed=0)
         for arm in ("full", "none")
     )
     np.testing.assert_allclose(learned.nll[:, 0], none.nll[:, 0], atol=1e-4)  # tested before it learns
@@ -279,8 +279,8 @@ def test_what_is_measured_is_what_the_device_could_do_before(lm: LanguageModel, 
     """The second interaction's figure is that of the adapter after the first one."""
     streams = {f"d{k}": user.stream[:2] for k, user in enumerate(people)}
     config, asked = AslsConfig(fresh=1, steps=4, rate=5e-3), UserConfig(accepts=1, slips=0, corrects=1)
-    first = live(lm, config, asked, SHAPE, GREEDY, {n: s[:1] for n, s in streams.items()}, seed=0)
-    both = live(lm, config, asked, SHAPE, GREEDY, streams, seed=0)
+    first = simulate_user(lm, config, asked, SHAPE, GREEDY, {n: s[:1] for n, s in streams.items()}, seed=0)
+    both = simulate_user(lm, config, asked, SHAPE, GREEDY, streams, seed=0)
     assert (first.tokens > 0).all() and (both.tokens > 0).all()
     second = lm.format.dialogues([s[1] for s in streams.values()])
 

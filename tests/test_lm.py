@@ -38,18 +38,18 @@ from florilegium.client.lm.optimizer import Moments, adamw_
 from florilegium.client.lm.packing import Example
 from florilegium.client.lm.peft_format import read_peft, write_peft
 from florilegium.client.lm.places import Base, nano_folder
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 
 TALKS = [Dialogue(str(i), f"what do you think about {w}?", f"i like {w} a lot, {w} is fun") for i, w in enumerate(
     ["movies", "the sea", "old books and new ones", "rain", "jazz", "cats"])]  # fmt: skip
 
 
-def lessons(lm: LanguageModel, devices: int) -> list[Lesson]:
+def sets(lm: LanguageModel, devices: int) -> list[TrainingSet]:
     """Device k has 2 + k % 3 examples, so that lengths and step counts differ."""
     made = []
     for k in range(devices):
         talks = [TALKS[(k + i) % len(TALKS)] for i in range(2 + k % 3)]
-        made.append(Lesson(lm.format.dialogues(talks), schedule(len(talks), 2, 2, k)))
+        made.append(TrainingSet(lm.format.dialogues(talks), schedule(len(talks), 2, 2, k)))
     return made
 
 
@@ -57,7 +57,7 @@ def lessons(lm: LanguageModel, devices: int) -> list[Lesson]:
 def test_a_device_learns_the_same_alone_and_in_a_cohort(lm: LanguageModel, factors: str) -> None:
     layout = lm.lora_layout(AdapterConfig.model_validate({"rank": 4, "factors": factors}), public_seed=3)
     rows = torch.stack([layout.start(k) for k in range(5)])
-    work = lessons(lm, 5)
+    work = sets(lm, 5)
     rates = [[3e-4] * len(x.batches) for x in work]
     together = lm.engine.finetune(lm.adapters(layout, rows), [], work, rates)
     for k in range(5):
@@ -175,17 +175,17 @@ def test_a_family_of_models_learns_as_plain_peft_reads_it(lm: LanguageModel, fam
         lm, kind(vocab_size=len(lm.tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, **SIZES, **more)
     )
     layout = other.lora_layout(AdapterConfig(rank=2, alpha=4))
-    lesson = Lesson(other.format.dialogues(TALKS), [[0, 1, 2], [3, 4, 5]])
+    training_set = TrainingSet(other.format.dialogues(TALKS), [[0, 1, 2], [3, 4, 5]])
     start = other.adapters(layout, layout.start(0))
-    trained = other.engine.finetune(start, [], [lesson], [[1e-2, 1e-2]])
+    trained = other.engine.finetune(start, [], [training_set], [[1e-2, 1e-2]])
     write_peft(tmp_path, layout, trained.adapters.rows[0], Base("tiny"))
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(
         other.engine.model.config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    bare = plain_nll(plain, lesson.examples)
-    theirs = plain_nll(PeftModel.from_pretrained(plain, str(tmp_path)), lesson.examples)
-    ours = [s.nll for s in other.score(lesson.examples, [0] * 6, [trained.adapters])]
+    bare = plain_nll(plain, training_set.examples)
+    theirs = plain_nll(PeftModel.from_pretrained(plain, str(tmp_path)), training_set.examples)
+    ours = [s.nll for s in other.score(training_set.examples, [0] * 6, [trained.adapters])]
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert min(abs(x - y) for x, y in zip(ours, bare, strict=True)) > 1e-3 and len(trained.losses[0]) == 2
 
@@ -266,13 +266,13 @@ def test_beside_a_mixtures_experts_the_named_layers_learn_alone_as_in_company(ki
     engine = Engine(other_family(kind, **more), ["q_proj", "v_proj"])
     form = layout(adapted_layers(engine.modules), 2, 4)
     rows = torch.stack([form.start(k) for k in range(3)])
-    lessons = [
-        Lesson([Example(tuple(range(2, 6 + k)), (7, 8 + k, 9), (0, 4 + k), False)], [[0], [0]]) for k in range(3)
+    sets = [
+        TrainingSet([Example(tuple(range(2, 6 + k)), (7, 8 + k, 9), (0, 4 + k), False)], [[0], [0]]) for k in range(3)
     ]
     rates = [[1e-2, 1e-2]] * 3
-    together = engine.finetune(Adapters(form, rows), [], lessons, rates).adapters.rows
+    together = engine.finetune(Adapters(form, rows), [], sets, rates).adapters.rows
     for k in range(3):
-        alone = engine.finetune(Adapters(form, rows[k : k + 1]), [], lessons[k : k + 1], rates[:1]).adapters.rows
+        alone = engine.finetune(Adapters(form, rows[k : k + 1]), [], sets[k : k + 1], rates[:1]).adapters.rows
         assert (alone[0] - rows[k]).norm() > 1e-2
         torch.testing.assert_close(together[k], alone[0], atol=1e-4, rtol=1e-3)
 

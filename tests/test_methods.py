@@ -17,12 +17,12 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.client.personalization.history import Asked
 from florilegium.simulation.config import ConfigError
 from florilegium.simulation.heterogeneity.classes import load_classes
-from florilegium.simulation.personalization.config import HistoryConfig, LivesConfig, MethodsConfig
+from florilegium.simulation.personalization.config import HistoryConfig, InteractiveConfig, MethodsConfig
 from florilegium.simulation.personalization.histories import halved, person
 from florilegium.simulation.personalization.run import play
-from florilegium.simulation.studies.cell import Bench
+from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import Cell, Study, StudyConfig, TableConfig, load_study
-from florilegium.simulation.studies.interactive_cell import HELD_OUT, LivesCell
+from florilegium.simulation.studies.interactive_cell import HELD_OUT, InteractiveCell
 from florilegium.simulation.studies.personalization_report import STRANGER, render_study, tables
 from florilegium.simulation.studies.selection_cell import run_study
 from florilegium.simulation.tasks.config import load_task
@@ -135,8 +135,12 @@ def test_forgotten_is_what_the_first_half_has_become_worse_by_and_won_what_the_s
     lm: LanguageModel, tmp_path: Path
 ) -> None:
     """The loss of held-out replies from before the shift, at the end less half way; from after it, the other way."""
-    config = LivesConfig.model_validate({"interactions": 2, "shift": "person", "adapter": {"rank": 2, "alpha": 4}})
-    cell = LivesCell(Cell(config, StudyConfig(tables={"t": TableConfig(rows={})})), tmp_path, Bench(frozenset()), print)
+    config = InteractiveConfig.model_validate(
+        {"interactions": 2, "shift": "person", "adapter": {"rank": 2, "alpha": 4}}
+    )
+    cell = InteractiveCell(
+        Cell(config, StudyConfig(tables={"t": TableConfig(rows={})})), tmp_path, SharedResources(frozenset()), print
+    )
     layout = lm.layout(config.adapter)
     streams = {
         name: [

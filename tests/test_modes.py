@@ -91,9 +91,9 @@ def test_the_factors_that_travel(lm: LanguageModel, people: list[User], factors:
     config = ExperimentConfig.model_validate({**BASE, "shared": shared})
     seen = played(lm, config, people)
     for number, letters in enumerate(ending.split(), start=1):
-        names = {name for name, _ in seen.site.schema.of_round(number).shapes}
+        names = {name for name, _ in seen.context.schema.of_round(number).shapes}
         assert {name[-1] for name in names} == set(letters)
-        places = seen.site.schema.places(number)
+        places = seen.context.schema.places(number)
         changes = seen.cohort.changes[number - 1]
         assert changes[:, places].any() and not changes[:, ~places].any()
 

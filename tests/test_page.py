@@ -15,7 +15,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import new_config
 from florilegium.client.agent.daemon import showing
-from florilegium.client.agent.folder import Home
+from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.agent.signature import new_key, public_half
 from florilegium.client.agent.terms import Terms
 from florilegium.client.lm.config import ModelConfig
@@ -32,16 +32,16 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this ma
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Iterator[tuple[Agent, str]]:
     """An agent with a few dialogues and a release behind it, and its page's address."""
-    home, config = Home(tmp_path_factory.mktemp("page") / "device"), new_config(ModelConfig(name="nano"))
+    home, config = DeviceFolder(tmp_path_factory.mktemp("page") / "device"), new_config(ModelConfig(name="nano"))
     agent = Agent(home, config, lm, home.make(config))
     agent.consent("learn", True)
     agent.consent("federate", True)
     for prompt, wanted in (("Do you like apples?", "Only green ones."), ("What shall we cook?", "Soup with ginger.")):
-        agent.rate(agent.journal.add(prompt, "hm", "").id, False, wanted)
-    agent.journal.add("<b>Is this bold?</b><script>alert(1)</script>", "no", "")
+        agent.rate(agent.vault.add(prompt, "hm", "").id, False, wanted)
+    agent.vault.add("<b>Is this bold?</b><script>alert(1)</script>", "no", "")
     agent.learn()
     agent.join(Terms(name="orchard", base=base_hash("nano"), operator=public_half(new_key())), "127.0.0.1:9092")
-    agent.contribute([config.name], agent.site.shared_layout.start(0), RoundPlan(1, 0))
+    agent.contribute([config.name], agent.context.shared_layout.start(0), RoundPlan(1, 0))
     with showing(agent, 0):
         yield agent, agent.page_address
 
@@ -63,7 +63,7 @@ def page(shown: tuple[Agent, str]) -> Iterator[Page]:
 
 
 def test_a_talk_is_streamed_judged_and_learned_from(page: Page, shown: tuple[Agent, str]) -> None:
-    agent, before = shown[0], shown[0].journal.count()
+    agent, before = shown[0], shown[0].vault.count()
     page.get_by_label("You say").fill("Do you like music?")
     page.keyboard.press("Enter")
     turn = page.locator(".turn").last
@@ -76,7 +76,7 @@ def test_a_talk_is_streamed_judged_and_learned_from(page: Page, shown: tuple[Age
     page.get_by_role("button", name="Learn now").click()
     expect(page.locator("#progress")).to_contain_text("learned from", timeout=60_000)
     expect(page.locator("#items")).to_contain_text("Only loud music.")
-    assert agent.journal.count() == before + 1 and agent.journal.turns()[-1].wanted == "Only loud music."
+    assert agent.vault.count() == before + 1 and agent.vault.turns()[-1].wanted == "Only loud music."
 
 
 def test_what_is_kept_is_text_with_its_scores_and_can_be_erased(page: Page, shown: tuple[Agent, str]) -> None:
@@ -147,8 +147,8 @@ def test_another_page_cannot_speak_for_its_owner(page: Page, shown: tuple[Agent,
 
 
 def test_replies_that_may_hold_what_is_erased_are_listed_and_asked_about(page: Page, shown: tuple[Agent, str]) -> None:
-    agent, (cooking,) = shown[0], shown[0].journal.turns("WHERE prompt = 'What shall we cook?'")
-    quoting = [agent.journal.add(f"And then, {k}?", f"Soup with <b>ginger</b>, {k}.", "", after=1).id for k in "ab"]
+    agent, (cooking,) = shown[0], shown[0].vault.turns("WHERE prompt = 'What shall we cook?'")
+    quoting = [agent.vault.add(f"And then, {k}?", f"Soup with <b>ginger</b>, {k}.", "", after=1).id for k in "ab"]
     count = len(agent.said_under([cooking.id]))
     assert count >= 2
     page.reload()
@@ -161,13 +161,13 @@ def test_replies_that_may_hold_what_is_erased_are_listed_and_asked_about(page: P
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
-    assert agent.journal.turn(cooking.id) and agent.journal.turn(quoting[0]).said
+    assert agent.vault.turn(cooking.id) and agent.vault.turn(quoting[0]).said
     button.click()
     dialog.get_by_role("button", name="Erase these replies too").click()
     expect(page.locator("#progress")).to_contain_text(f"erased, with {count} replies", timeout=60_000)
-    assert [agent.journal.turn(i).said for i in quoting] == ["", ""]
+    assert [agent.vault.turn(i).said for i in quoting] == ["", ""]
     with pytest.raises(KeyError):
-        agent.journal.turn(cooking.id)
+        agent.vault.turn(cooking.id)
 
 
 class Neighbour(BaseHTTPRequestHandler):

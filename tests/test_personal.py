@@ -17,12 +17,12 @@ from florilegium.client.lm.adapter import layout as lora_layout
 from florilegium.client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, TextLimits
 from florilegium.client.lm.model import LanguageModel, schedule
 from florilegium.client.lm.optimizer import Moments, adamw_
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization import kgt, per_pcs, rpo
 from florilegium.client.personalization.config import MethodConfig, Name, TrainingConfig
 from florilegium.client.personalization.history import Asked, Past, Person, Wording
 from florilegium.client.personalization.kgt import KnowledgeGraph, Triple
-from florilegium.client.personalization.method import Desk, Method
+from florilegium.client.personalization.method import Method, MethodContext
 from florilegium.client.personalization.oppu import Oppu, Pooled
 from florilegium.client.personalization.per_pcs import Assembled, Pieces, assembled, wide
 from florilegium.client.personalization.pplug import TEMPERATURE, Pplug
@@ -63,8 +63,8 @@ OTHER = person(
 SMALL = {"adapter": {"rank": 2, "alpha": 4}, "training": {"epochs": 2, "batch_size": 2, "learning_rate": 5e-3}}
 
 
-def desk(lm: LanguageModel, **settings: Any) -> Desk:
-    return Desk(lm, MethodConfig.model_validate({**SMALL, **settings}), Wording(), seed=0)
+def context(lm: LanguageModel, **settings: Any) -> MethodContext:
+    return MethodContext(lm, MethodConfig.model_validate({**SMALL, **settings}), Wording(), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def loss(lm: LanguageModel, made: Method, people: Sequence[Person]) -> float:
 
 @pytest.mark.parametrize("name", get_args(Name))
 def test_every_method_learns_prepares_prompts_adapts_and_answers(lm: LanguageModel, name: Name) -> None:
-    made = method(desk(lm, name=name, retrieve=0 if name in ("pplug", "kgt") else 1))
+    made = method(context(lm, name=name, retrieve=0 if name in ("pplug", "kgt") else 1))
     assert type(made) is METHODS[name] and set(METHODS) == set(get_args(Name))
     made.learn(PEOPLE[1:])
     made.prepare(PEOPLE)
@@ -103,7 +103,7 @@ def test_every_method_works_on_top_of_what_the_base_is_for_the_task(lm: Language
     task = beneath_of(lm)
     trained, scored, weighed = (noted(lm.engine, call) for call in ("finetune", "score", "gradient"))
     written = noted(lm, "generate")
-    made = method(replace(desk(lm, name=name, training={"epochs": 1}), beneath=[task]))
+    made = method(replace(context(lm, name=name, training={"epochs": 1}), beneath=[task]))
     made.learn(SHARERS[:1])
     made.prepare([person("a", TEXTS[:1]), person("b", TEXTS[1:2])])
     made.adapt(made.examples())
@@ -131,7 +131,10 @@ def beneath_of(lm: LanguageModel) -> Adapters:
 
 def test_the_rate_of_a_method_falls_to_zero_over_its_batches(lm: LanguageModel, noted: Note) -> None:
     """Of two batches η and η/2; each person's examples in an order of their own, everybody from the same start."""
-    calls, at = noted(lm.engine, "finetune"), desk(lm, training={"epochs": 1, "batch_size": 2, "learning_rate": 4e-3})
+    calls, at = (
+        noted(lm.engine, "finetune"),
+        context(lm, training={"epochs": 1, "batch_size": 2, "learning_rate": 4e-3}),
+    )
     own = [[p.example for p in person.history] for person in (PEOPLE[0], PEOPLE[2])]
     at.train(at.config.adapter, at.config.training, own, ["a", "c"])
     (call,) = calls
@@ -145,7 +148,7 @@ def test_the_rate_of_a_method_falls_to_zero_over_its_batches(lm: LanguageModel, 
 def test_each_method_trains_on_whose_examples_it_says(lm: LanguageModel, noted: Note) -> None:
     """OPPU each person's own, `pooled` all in one, PER-PCS the sharers', the task's stage the others' questions."""
     calls, people = noted(lm.engine, "finetune"), [person("a", TEXTS[:2]), person("b", TEXTS[2:])]
-    at = desk(lm, retrieve=1, training={"epochs": 1})
+    at = context(lm, retrieve=1, training={"epochs": 1})
     for kind in (Oppu, Pooled):
         made = kind(at)
         made.prepare(people)
@@ -153,12 +156,12 @@ def test_each_method_trains_on_whose_examples_it_says(lm: LanguageModel, noted: 
     sharing = Assembled(at)
     sharing.learn(people)
     learn_task(at, Prompting(at), people, at.config.adapter, at.config.training)
-    lessons = [[[e.reply for e in x.examples] for x in call["lessons"]] for call in calls]
+    sets = [[[e.reply for e in x.examples] for x in call["lessons"]] for call in calls]
     replies = [
         [e.reply for e in lm.format.dialogues([Dialogue("", "", r) for _, r in TEXTS[i : i + 2]])] for i in (0, 2)
     ]
     (answer,) = lm.format.dialogues([Dialogue("", "", "lentil soup")])
-    assert lessons == [replies, [[*replies[0], *replies[1]]], replies, [[answer.reply] * 2]]
+    assert sets == [replies, [[*replies[0], *replies[1]]], replies, [[answer.reply] * 2]]
     prompting = Prompting(at)
     prompting.prepare(people)
     asked = [prompting.prompt(k, p.questions[0][0]) for k, p in enumerate(people)]
@@ -172,7 +175,7 @@ def test_each_method_trains_on_whose_examples_it_says(lm: LanguageModel, noted: 
 def test_the_projection_is_taught_by_each_persons_own_items(lm: LanguageModel, noted: Note) -> None:
     """The soft token of a question is of the history of who asks it; the weight is that of the mean over tokens."""
     people = [person("a", TEXTS[:2]), person("b", TEXTS[2:])]
-    made, calls = Pplug(desk(lm, training={"epochs": 1, "batch_size": 2})), noted(lm.engine, "gradient")
+    made, calls = Pplug(context(lm, training={"epochs": 1, "batch_size": 2})), noted(lm.engine, "gradient")
     made.prepare(people)
     questions = made._embedded([p.questions[0][0].search for p in people])
     tokens = torch.stack([made.token(q, items) for q, items in zip(questions, made.items, strict=True)])
@@ -220,7 +223,7 @@ def test_recent_is_the_newest_first_whatever_is_asked(lm: LanguageModel) -> None
 def test_a_profile_is_of_items_spread_over_the_history(lm: LanguageModel, noted: Note) -> None:
     """Of 16 items every second one, from the first on; the base model says it."""
     calls, words = noted(lm, "generate"), [f"w{n}" for n in range(16)]
-    made = Prompting(desk(lm, profile=True))
+    made = Prompting(context(lm, profile=True))
     made.prepare([Person("p", tuple(replace(past(i, w, ""), shown=w) for i, w in enumerate(words)))])
     (call,) = calls
     assert call["prompts"] == [ASK_FOR_PROFILE.format(items="\n".join(words[::2]))] and call["adapters"] == []
@@ -245,7 +248,7 @@ def test_random_items_are_the_same_again_and_differ_by_question_and_person(lm: L
 
 @pytest.mark.parametrize("retriever", ["bm25", "dense", "recent", "random"])
 def test_an_items_prompt_holds_earlier_items_only(lm: LanguageModel, retriever: str) -> None:
-    made = Prompting(desk(lm, retrieve=2, retriever=retriever))
+    made = Prompting(context(lm, retrieve=2, retriever=retriever))
     made.prepare(PEOPLE)
     for k, own in enumerate(made.examples()):
         history = PEOPLE[k].history
@@ -256,7 +259,7 @@ def test_an_items_prompt_holds_earlier_items_only(lm: LanguageModel, retriever: 
 
 
 def test_the_nearest_item_stands_next_to_the_question_and_the_profile_first(lm: LanguageModel) -> None:
-    made = Prompting(desk(lm, retrieve=2, profile=True))
+    made = Prompting(context(lm, retrieve=2, profile=True))
     made.prepare(PEOPLE[:1])
     text = made.prompt(0, Asked("which soup do you like", "which soup do you like"))
     assert text.splitlines() == [
@@ -266,7 +269,7 @@ def test_the_nearest_item_stands_next_to_the_question_and_the_profile_first(lm: 
 
 
 def test_a_question_stays_whole_and_every_item_is_seen_from_its_beginning(lm: LanguageModel) -> None:
-    made, long = desk(lm), " ".join(f"word{i}" for i in range(300))
+    made, long = context(lm), " ".join(f"word{i}" for i in range(300))
     items = [replace(past(0, "", ""), shown=f"first {long}"), replace(past(1, "", ""), shown="second is short")]
     question = Asked("the question " + " ".join("why" for _ in range(40)), "")
     text = made.prompt(question, items, profile=f"profile {long}")
@@ -282,7 +285,7 @@ def test_a_person_gets_nothing_of_anybody_elses(lm: LanguageModel, name: Name) -
     """One person's history is another one: what all others are given and served stays bit by bit."""
 
     def prompts_and_losses(people: Sequence[Person]) -> list[tuple[str, list[float]]]:
-        made = method(desk(lm, name=name, profile=name in ("base", "oppu"), retrieve=name in ("base", "oppu")))
+        made = method(context(lm, name=name, profile=name in ("base", "oppu"), retrieve=name in ("base", "oppu")))
         made.learn(SHARERS)
         made.prepare(people)
         made.adapt(made.examples())
@@ -304,7 +307,7 @@ def test_a_person_gets_nothing_of_anybody_elses(lm: LanguageModel, name: Name) -
 def test_the_pooled_adapter_is_everybodys(lm: LanguageModel) -> None:
     rows = []
     for last in (PEOPLE[2], OTHER):
-        made = Pooled(desk(lm))
+        made = Pooled(context(lm))
         made.prepare([*PEOPLE[:2], last])
         made.adapt(made.examples())
         assert made.adapters
@@ -313,7 +316,7 @@ def test_the_pooled_adapter_is_everybodys(lm: LanguageModel) -> None:
 
 
 def test_an_adapter_is_trained_on_what_the_base_is_for_the_task(lm: LanguageModel) -> None:
-    plain = desk(lm)
+    plain = context(lm)
     beneath = plain.train(plain.config.adapter, plain.config.training, [[p.example for p in OTHER.history]], ["task"])
     own = [[p.example for p in PEOPLE[0].history]]
     one, other = (d.train(d.config.adapter, d.config.training, own, ["a"]).rows for d in
@@ -331,7 +334,7 @@ def test_no_others_history_is_in_an_adapter(lm: LanguageModel) -> None:
     assert [e.length for e in same] == [e.length for e in lm.format.dialogues([p.example for p in PEOPLE[0].history])]
     rows = []
     for people in (PEOPLE, [marked, *PEOPLE[1:]]):
-        made = Oppu(desk(lm))
+        made = Oppu(context(lm))
         made.prepare(people)
         made.adapt(made.examples())
         assert made.adapters
@@ -342,7 +345,7 @@ def test_no_others_history_is_in_an_adapter(lm: LanguageModel) -> None:
 def test_an_adapter_is_the_same_alone_and_in_company(lm: LanguageModel) -> None:
     both = []
     for people in (PEOPLE, PEOPLE[1:2]):
-        made = Oppu(desk(lm, retrieve=1))
+        made = Oppu(context(lm, retrieve=1))
         made.prepare(people)
         made.adapt(made.examples())
         assert made.adapters
@@ -351,7 +354,7 @@ def test_an_adapter_is_the_same_alone_and_in_company(lm: LanguageModel) -> None:
 
 
 def test_a_task_adapter_beneath_is_one_merged_into_the_base(lm: LanguageModel) -> None:
-    base = desk(lm)
+    base = context(lm)
     task = learn_task(base, Prompting(base), PEOPLE, AdapterConfig(rank=2, alpha=4), TrainingConfig(learning_rate=1e-2))
     examples = lm.format.dialogues([p.example for p in PEOPLE[0].history])
     bare = [s.nll for s in lm.score(examples, [0] * 4, [])]
@@ -368,7 +371,7 @@ def test_a_task_adapter_beneath_is_one_merged_into_the_base(lm: LanguageModel) -
     assert after < before - 0.05
 
 
-def prepared(at: Desk) -> Method:
+def prepared(at: MethodContext) -> Method:
     made = Prompting(at)
     made.prepare(PEOPLE)
     return made
@@ -378,7 +381,7 @@ def prepared(at: Desk) -> Method:
 
 
 def test_a_soft_token_is_the_mean_of_projected_items_by_softmax(lm: LanguageModel) -> None:
-    made = Pplug(desk(lm))
+    made = Pplug(context(lm))
     items, question = torch.randn(3, made.layout.hidden), torch.randn(made.layout.hidden)
     cosines = torch.stack([torch.cosine_similarity(item, question, dim=0) for item in items])
     weights = torch.exp(cosines / TEMPERATURE) / torch.exp(cosines / TEMPERATURE).sum()
@@ -387,7 +390,7 @@ def test_a_soft_token_is_the_mean_of_projected_items_by_softmax(lm: LanguageMode
 
 
 def test_the_projection_learns_and_nothing_else_does(lm: LanguageModel) -> None:
-    made = Pplug(desk(lm, training={"epochs": 30, "batch_size": 3, "learning_rate": 3e-3}))
+    made = Pplug(context(lm, training={"epochs": 30, "batch_size": 3, "learning_rate": 3e-3}))
     made.prepare(PEOPLE)
     before = loss(lm, made, PEOPLE)
     base = [p.clone() for p in lm.engine.model.parameters()]
@@ -400,7 +403,7 @@ def test_the_projection_learns_and_nothing_else_does(lm: LanguageModel) -> None:
 def test_a_graph_keeps_what_makes_replies_likelier_and_drops_what_is_not_missed(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = KnowledgeGraph(desk(lm))
+    made = KnowledgeGraph(context(lm))
     made.prepare(PEOPLE)
     assert all(now <= bare for now, bare in zip(made.losses(made.graphs), made.losses([[], [], []]), strict=True))
     useful, useless = Triple("likes", "lentil soup with cumin"), Triple("is", "zq zq zq zq zq zq")
@@ -420,7 +423,7 @@ def test_triples_are_tried_on_the_newest_replies_and_proposed_from_the_newest_it
 ) -> None:
     """Of eight replies six are scored: another first one changes nothing, another last one does."""
     texts, other = [(f"what of number {n}", f"it is {n}") for n in range(8)], ("who rows the red boat", "my brother")
-    made, found = KnowledgeGraph(desk(lm)), []
+    made, found = KnowledgeGraph(context(lm)), []
     for own in (texts, [other, *texts[1:]], [*texts[:-1], other]):
         made.people = [person("n", own)]
         found.append(made.losses([[Triple("likes", "boats")]]))
@@ -454,10 +457,10 @@ def test_pieces_are_picked_by_their_gates_and_mixed_by_softmax(monkeypatch: pyte
 
 
 def test_gates_learn_while_the_adapters_stay(lm: LanguageModel) -> None:
-    made = Assembled(desk(lm))
+    made = Assembled(context(lm))
     made.learn(PEOPLE)
     assert all(g.abs().max() > 0 for g in made.pieces.gates.values())
-    trained = Oppu(desk(lm))
+    trained = Oppu(context(lm))
     trained.prepare(PEOPLE)
     trained.adapt(trained.examples())
     assert trained.adapters
@@ -468,7 +471,7 @@ def test_gates_learn_while_the_adapters_stay(lm: LanguageModel) -> None:
 def test_gates_go_where_the_loss_falls_on_what_is_beneath(lm: LanguageModel) -> None:
     """Step by step: AdamW on the gradient by the gates alone, the task's adapter merged into the base."""
     task, rate = beneath_of(lm), 2e-2
-    at = replace(desk(lm, training={"epochs": 1, "batch_size": 2, "learning_rate": rate}), beneath=[task])
+    at = replace(context(lm, training={"epochs": 1, "batch_size": 2, "learning_rate": rate}), beneath=[task])
     made = Assembled(at)
     made.prepare(PEOPLE[:1])
     examples, layout = made.examples(), made.layout
@@ -500,7 +503,7 @@ def test_gates_go_where_the_loss_falls_on_what_is_beneath(lm: LanguageModel) -> 
 def test_pieces_are_picked_by_the_newest_items(lm: LanguageModel) -> None:
     """Of nine items eight are read: another first one changes nothing, another last one does."""
     texts, other = [(f"what of number {n}", f"it is {n}") for n in range(9)], ("who rows the red boat", "my brother")
-    made, rows = Assembled(desk(lm)), []
+    made, rows = Assembled(context(lm)), []
     made.learn(SHARERS)
     for own in (texts, [other, *texts[1:]], [*texts[:-1], other]):
         made.prepare([person("n", own)])
@@ -512,7 +515,7 @@ def test_pieces_are_picked_by_the_newest_items(lm: LanguageModel) -> None:
 
 def test_what_a_layer_reads_is_the_mean_over_tokens(lm: LanguageModel) -> None:
     """Of the first layer: the normed embeddings, which can be had without a pass."""
-    at, small = desk(lm), lm.lora_layout(AdapterConfig(rank=1, targets=("layers.0.self_attn.q_proj",)))
+    at, small = context(lm), lm.lora_layout(AdapterConfig(rank=1, targets=("layers.0.self_attn.q_proj",)))
     examples = [p.example for p in PEOPLE[0].history]
     (found,) = per_pcs.mean_inputs(at, small, examples).values()
     ids = torch.tensor([i for e in lm.format.dialogues(examples) for i in (*e.prompt, *e.reply)])
@@ -587,7 +590,7 @@ def test_rpo_moves_a_persons_replies_above_the_models_with_its_own_settings(lm: 
     calls = noted(rpo, "prefer")
     preference = {"beta": 0.2, "nll_weight": 0.0}
     training = {"epochs": 3, "batch_size": 2, "learning_rate": 5e-3}
-    made = Rpo(desk(lm, name="rpo", preference=preference, training=training))
+    made = Rpo(context(lm, name="rpo", preference=preference, training=training))
     made.prepare(PEOPLE[:1])
     (examples,) = made.examples()
     made.adapt([examples])
@@ -607,7 +610,7 @@ def test_rpo_moves_a_persons_replies_above_the_models_with_its_own_settings(lm: 
 
 def test_rejected_is_what_the_model_says_on_top_of_what_it_is_for_the_task(lm: LanguageModel) -> None:
     task = beneath_of(lm)
-    made = Rpo(replace(desk(lm, name="rpo"), beneath=[task]))
+    made = Rpo(replace(context(lm, name="rpo"), beneath=[task]))
     made.prepare(PEOPLE[:1])
     (said,) = made._replies(made.examples())
     sampling = SamplingConfig(max_new_tokens=lm.format.limits.reply_tokens)
@@ -617,7 +620,7 @@ def test_rejected_is_what_the_model_says_on_top_of_what_it_is_for_the_task(lm: L
 
 
 def test_rejected_is_what_the_model_says_and_chosen_what_the_person_did(lm: LanguageModel) -> None:
-    made = Rpo(desk(lm, name="rpo"))
+    made = Rpo(context(lm, name="rpo"))
     made.prepare(PEOPLE[:1])
     examples = made.examples()
     (said,) = made._replies(examples)
@@ -642,4 +645,4 @@ def test_a_weighted_gradient_is_that_of_the_weighted_losses(lm: LanguageModel) -
     torch.testing.assert_close(one[1], 0.5 * parts[2], atol=1e-4, rtol=1e-3)
     losses = [s.nll for s in lm.score(examples, [0, 0, 1, 1], [stack])]
     assert value.tolist() == pytest.approx([losses[0] - 2 * losses[1], 0.5 * losses[2]], rel=1e-4)
-    assert Lesson(examples, [[0]]).tokens == examples[0].length
+    assert TrainingSet(examples, [[0]]).tokens == examples[0].length

@@ -157,7 +157,7 @@ def test_less_memory_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LanguageModel.load(ModelConfig(dtype="float32", device="cpu"))
     layout = lm.lora_layout(DEFAULT)
     before = gradients(lm, layout, honest(lm, layout), POOL)
-    monkeypatch.setattr(lm.engine.allowance, "tokens", 16)  # as if it had been halved, again and again
+    monkeypatch.setattr(lm.engine.token_budget, "tokens", 16)  # as if it had been halved, again and again
     assert torch.equal(before, gradients(lm, layout, honest(lm, layout), POOL))
 
 

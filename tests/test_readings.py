@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.lm.features import READINGS, Sight, gradient, mean, nuclear, weighted
+from florilegium.client.lm.features import FEATURES, HiddenStates, gradient, mean, nuclear, weighted
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.packing import Example
 from florilegium.client.selection.buffer import SelectionConfig, candidate
@@ -15,7 +15,7 @@ from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.client.selection.scores import entropy_over_dimensions, entropy_over_tokens
 
 
-def sight(n: int = 5, width: int = 7, words: int = 11, seed: int = 0) -> tuple[Sight, torch.nn.Linear]:
+def sight(n: int = 5, width: int = 7, words: int = 11, seed: int = 0) -> tuple[HiddenStates, torch.nn.Linear]:
     generator = torch.Generator().manual_seed(seed)
     head = torch.nn.Linear(width, words, bias=False)
     with torch.no_grad():
@@ -23,11 +23,11 @@ def sight(n: int = 5, width: int = 7, words: int = 11, seed: int = 0) -> tuple[S
     hidden = torch.randn(n, width, generator=generator)
     before = torch.randn(n, width, generator=generator)
     ids = torch.randint(0, words, (n,), generator=generator)
-    return Sight(hidden, before, ids, head), head
+    return HiddenStates(hidden, before, ids, head), head
 
 
 def test_means_by_hand() -> None:
-    seen = Sight(
+    seen = HiddenStates(
         torch.tensor([[1.0, 0.0], [4.0, 3.0]]), torch.zeros(0, 2), torch.zeros(0, dtype=torch.long), torch.nn.Identity()
     )
     assert mean(seen).vector.tolist() == [2.5, 1.5]
@@ -66,7 +66,7 @@ def test_projected_logits_keep_distances() -> None:
     for seed in range(40):
         one, head = sight(60, 12, 500, seed)
         noise = torch.randn(60, 12, generator=torch.Generator().manual_seed(seed + 1000))
-        other = Sight(one.hidden + noise, one.before, one.ids, head)
+        other = HiddenStates(one.hidden + noise, one.before, one.ids, head)
         true = (head(one.hidden) - head(other.hidden)).norm()
         ratios.append(float((nuclear(one).vector - nuclear(other).vector).norm() / true))
     assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.05)
@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_the_head() -> None:
     _, head = sight()
     for k in range(30):
         like, _ = sight(seed=k % 3)  # three kinds of texts, with something of their own each
-        seen = Sight(like.hidden, like.before + 0.3 * torch.randn_like(like.before), like.ids, head)
+        seen = HiddenStates(like.hidden, like.before + 0.3 * torch.randn_like(like.before), like.ids, head)
         loss = torch.nn.functional.cross_entropy(head(seen.before), seen.ids)
         (true,) = torch.autograd.grad(loss, head.weight)
         with torch.no_grad():
@@ -103,16 +103,16 @@ def test_the_likelihood_is_the_mean_nll_of_the_texts_own_tokens(lm: LanguageMode
 
 def test_a_text_without_words_has_every_reading(lm: LanguageModel) -> None:
     """An empty prompt must not stop a device."""
-    (found,) = lm.embed([""], list(READINGS))
-    assert set(found.readings) == set(READINGS)
+    (found,) = lm.embed([""], list(FEATURES))
+    assert set(found.readings) == set(FEATURES)
     assert all(torch.isfinite(r.vector).all() for r in found.readings.values())
 
 
 def test_readings_are_the_same_alone_and_in_company(lm: LanguageModel) -> None:
     texts = ["do you like films", "my doctor said that I should rest and drink a lot of water", "no"]
-    together = lm.embed(texts, list(READINGS))
+    together = lm.embed(texts, list(FEATURES))
     for text, found in zip(texts, together, strict=True):
-        (alone,) = lm.embed([text], list(READINGS))
+        (alone,) = lm.embed([text], list(FEATURES))
         for name, reading in alone.readings.items():
             torch.testing.assert_close(found.readings[name].vector, reading.vector, rtol=1e-3, atol=1e-3)
             assert found.readings[name].value == pytest.approx(reading.value, rel=1e-3)

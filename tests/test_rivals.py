@@ -25,16 +25,16 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.packing import Example, Rectangle
 from florilegium.client.lm.peft_format import AdapterFormatError, write_peft
 from florilegium.client.lm.places import Base
-from florilegium.client.lm.training_data import Lesson
-from florilegium.client.phases import Site, annotate, observe
-from florilegium.client.private_training import learn_shared, release_noise
+from florilegium.client.lm.training_data import TrainingSet
+from florilegium.client.phases import CohortContext, annotate, observe
+from florilegium.client.private_training import release_noise, train_shared
 from florilegium.privacy.dpsgd import PrivateRow
 from florilegium.privacy.plan import RoundPlan
 from florilegium.simulation.baselines import evaluation, feddpa, layerwise
-from florilegium.simulation.baselines.config import Name, RivalsConfig
-from florilegium.simulation.baselines.context import Ground, Held, aggregate, halves, upload
+from florilegium.simulation.baselines.config import BaselinesConfig, Name
+from florilegium.simulation.baselines.context import BaselineContext, Held, aggregate, halves, upload
 from florilegium.simulation.baselines.fedalt import gated, rest_of_world
-from florilegium.simulation.baselines.registry import RIVALS
+from florilegium.simulation.baselines.registry import BASELINES
 from florilegium.simulation.baselines.run import play
 from florilegium.simulation.config import ConfigError, config_folder
 from florilegium.simulation.data.population import User
@@ -48,8 +48,8 @@ CPU = torch.device("cpu")
 ADAPTER = {"rank": 2, "alpha": 4, "factors": "both", "targets": ["v_proj"]}
 
 
-def settings(name: str, **rival: Any) -> RivalsConfig:
-    return RivalsConfig.model_validate({
+def settings(name: str, **rival: Any) -> BaselinesConfig:
+    return BaselinesConfig.model_validate({
         "rounds": 2,
         "model": {"dtype": "float32", "limits": {"prompt_tokens": 12, "reply_tokens": 12}},
         "data": {"users": DEVICES},
@@ -61,8 +61,8 @@ def settings(name: str, **rival: Any) -> RivalsConfig:
     })  # fmt: skip
 
 
-def ground_of(lm: LanguageModel, name: str, **rival: Any) -> Ground:
-    return Ground.of(lm, settings(name, **rival), seed=5)
+def ground_of(lm: LanguageModel, name: str, **rival: Any) -> BaselineContext:
+    return BaselineContext.of(lm, settings(name, **rival), seed=5)
 
 
 def example(length: int, seed: int) -> Example:
@@ -71,10 +71,10 @@ def example(length: int, seed: int) -> Example:
 
 
 @pytest.fixture(scope="module")
-def lessons() -> list[Lesson]:
+def sets() -> list[TrainingSet]:
     """Other texts on each device, four batches of two."""
     return [
-        Lesson([example(8 + k + i, 10 * k + i) for i in range(4)], [[0, 1], [2, 3], [1, 2], [3, 0]])
+        TrainingSet([example(8 + k + i, 10 * k + i) for i in range(4)], [[0, 1], [2, 3], [1, 2], [3, 0]])
         for k in range(DEVICES)
     ]
 
@@ -84,11 +84,11 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found - expected).norm() < 1e-2 * expected.norm())
 
 
-def turned(ground: Ground, lessons: Sequence[Lesson], rounds: int = 1) -> tuple[Held, torch.Tensor]:
-    rival = RIVALS[ground.config.rival.name]
-    held, sent = rival.start(ground, len(lessons)), torch.zeros(0)
+def turned(context: BaselineContext, sets: Sequence[TrainingSet], rounds: int = 1) -> tuple[Held, torch.Tensor]:
+    rival = BASELINES[context.config.rival.name]
+    held, sent = rival.start(context, len(sets)), torch.zeros(0)
     for number in range(1, rounds + 1):
-        held, sent = rival.turn(held, lessons, ground, number)
+        held, sent = rival.turn(held, sets, context, number)
     return held, sent
 
 
@@ -96,12 +96,12 @@ def turned(ground: Ground, lessons: Sequence[Lesson], rounds: int = 1) -> tuple[
 
 
 def test_the_first_step_of_a_pull_is_adam_on_the_gradient_and_the_pull(
-    lm: LanguageModel, lessons: list[Lesson]
+    lm: LanguageModel, sets: list[TrainingSet]
 ) -> None:
     """Adam's first step is the rate times the sign of g + μ (row − anchor): of the pull alone where μ is large."""
     layout = lm.lora_layout(AdapterConfig.model_validate(ADAPTER))
     row, anchor = layout.start(0)[None], layout.start(1)[None]
-    one = [Lesson(lessons[0].examples, [[0, 1]])]
+    one = [TrainingSet(sets[0].examples, [[0, 1]])]
     moved = (
         lm.engine.finetune(Adapters(layout, row), [], one, [[RATE]], proximal=1e6, anchor=anchor).adapters.rows - row
     )
@@ -109,10 +109,12 @@ def test_the_first_step_of_a_pull_is_adam_on_the_gradient_and_the_pull(
     torch.testing.assert_close(moved[away], -RATE * (row - anchor)[away].sign(), atol=1e-6, rtol=0)
 
 
-def test_a_strong_pull_keeps_a_row_at_its_anchor_and_none_is_no_pull(lm: LanguageModel, lessons: list[Lesson]) -> None:
+def test_a_strong_pull_keeps_a_row_at_its_anchor_and_none_is_no_pull(
+    lm: LanguageModel, sets: list[TrainingSet]
+) -> None:
     layout = lm.lora_layout(AdapterConfig.model_validate(ADAPTER))
     rows = torch.stack([layout.start(k) for k in range(DEVICES)])
-    long, rates = [Lesson(x.examples, [*x.batches] * 5) for x in lessons], [[RATE] * 20] * DEVICES
+    long, rates = [TrainingSet(x.examples, [*x.batches] * 5) for x in sets], [[RATE] * 20] * DEVICES
     far = {}
     for mu in (0.0, 1.0, 1e6):
         far[mu] = lm.engine.finetune(Adapters(layout, rows), [], long, rates, proximal=mu).adapters.rows - rows
@@ -123,10 +125,12 @@ def test_a_strong_pull_keeps_a_row_at_its_anchor_and_none_is_no_pull(lm: Languag
     assert far[1e6].abs().max() <= 1.01 * RATE < 0.5 * far[0.0].abs().max()  # a step away and back again
 
 
-def test_each_device_is_pulled_to_its_own_anchor_whatever_its_company(lm: LanguageModel, lessons: list[Lesson]) -> None:
+def test_each_device_is_pulled_to_its_own_anchor_whatever_its_company(
+    lm: LanguageModel, sets: list[TrainingSet]
+) -> None:
     layout = lm.lora_layout(AdapterConfig.model_validate(ADAPTER))
     rows, anchors = (torch.stack([layout.start(k + s) for k in range(DEVICES)]) for s in (0, 9))
-    uneven = [Lesson(x.examples, x.batches[: 4 - k]) for k, x in enumerate(lessons)][::-1]
+    uneven = [TrainingSet(x.examples, x.batches[: 4 - k]) for k, x in enumerate(sets)][::-1]
     rates = [[1e-4] * len(x.batches) for x in uneven]
     together = lm.engine.finetune(Adapters(layout, rows), [], uneven, rates, proximal=3.0, anchor=anchors).adapters.rows
     for k in range(DEVICES):
@@ -181,10 +185,10 @@ def test_the_noise_of_a_release_is_what_is_announced(lm: LanguageModel, people: 
         "privacy": {"mode": "example-local", "epsilon": 4.0},
     })  # fmt: skip
     replies = {d.id: d.response for d in people[0].stream}
-    site = Site.of(lm, config, 11, lambda device, dialogue: replies[dialogue], ledger=new_ledger())
+    context = CohortContext.of(lm, config, 11, lambda device, dialogue: replies[dialogue], ledger=new_ledger())
     plan = RoundPlan(1, 0)
-    states, _ = annotate(observe([site.new_state("d")], [()], plan, site)[0], site)
-    _, changes, _ = learn_shared(states, torch.zeros(site.shared_layout.width), plan, site)
+    states, _ = annotate(observe([context.new_state("d")], [()], plan, context)[0], context)
+    _, changes, _ = train_shared(states, torch.zeros(context.shared_layout.width), plan, context)
     assert changes[0] is not None
     assert changes[0].std() == pytest.approx(release_noise(config, 1, 0).on_device, rel=0.03)
 
@@ -221,7 +225,7 @@ def test_gates_learn_alone_as_together_and_their_gradient_is_that_of_torch(lm: L
     plain = replace(layout, gated=False)
     world = torch.stack([plain.start(k) + 0.03 for k in range(2)])
     rows = torch.stack([layout.start(7) + 0.02 * (k + 1) for k in range(2)])
-    work = [Lesson([example(7 + 5 * k, k), example(9, 5 + k)], [[0, 1]]) for k in range(2)]
+    work = [TrainingSet([example(7 + 5 * k, k), example(9, 5 + k)], [[0, 1]]) for k in range(2)]
     beneath = [Adapters(plain, world)]
     together = lm.engine.finetune(Adapters(layout, rows), beneath, work, [[1e-3]] * 2).adapters.rows
     gates = slice(plain.width, layout.width)
@@ -251,7 +255,7 @@ def test_gates_have_no_place_in_pefts_format(lm: LanguageModel, tmp_path: Path) 
 
 
 def test_halves_are_all_of_the_batches_once() -> None:
-    work = Lesson([example(4, 0)], [[0], [0, 0], [0, 0, 0], [0] * 4])
+    work = TrainingSet([example(4, 0)], [[0], [0, 0], [0, 0, 0], [0] * 4])
     (first,), (second,) = halves([work])
     assert first.batches == [[0], [0, 0]] and second.batches == [[0, 0, 0], [0] * 4]
     assert first.examples == second.examples == work.examples
@@ -262,80 +266,80 @@ def test_the_mean_of_the_others_by_hand() -> None:
     assert rest_of_world(sent).tolist() == [[4.0, 6.0], [3.5, 4.5], [1.5, 1.5]]
 
 
-def test_fedprox_without_a_pull_is_fedavg_bit_for_bit(lm: LanguageModel, lessons: list[Lesson]) -> None:
-    avg, prox = (turned(ground_of(lm, name), lessons, rounds=2) for name in ("fedavg", "fedprox"))
+def test_fedprox_without_a_pull_is_fedavg_bit_for_bit(lm: LanguageModel, sets: list[TrainingSet]) -> None:
+    avg, prox = (turned(ground_of(lm, name), sets, rounds=2) for name in ("fedavg", "fedprox"))
     assert torch.equal(avg[0].shared, prox[0].shared) and torch.equal(avg[1], prox[1])
     strong = ground_of(lm, "fedprox")
     near = replace(strong, config=strong.config.model_copy(
         update={"shared": strong.config.shared.model_copy(update={"proximal": 1e6})}
     ))  # fmt: skip
-    assert turned(near, lessons)[1].norm() < 0.5 * avg[1].norm()
+    assert turned(near, sets)[1].norm() < 0.5 * avg[1].norm()
 
 
-def test_fedavg_adds_the_mean_of_the_changes(lm: LanguageModel, lessons: list[Lesson]) -> None:
-    ground = ground_of(lm, "fedavg")
-    held, sent = turned(ground, lessons)
-    torch.testing.assert_close(held.shared, ground.first + sent.mean(0), atol=1e-7, rtol=0)
-    alone = ground.train(ground.layout, ground.first, [lessons[1]])
-    assert close(sent[1], (alone - ground.first)[0])
+def test_fedavg_adds_the_mean_of_the_changes(lm: LanguageModel, sets: list[TrainingSet]) -> None:
+    context = ground_of(lm, "fedavg")
+    held, sent = turned(context, sets)
+    torch.testing.assert_close(held.shared, context.first + sent.mean(0), atol=1e-7, rtol=0)
+    alone = context.train(context.layout, context.first, [sets[1]])
+    assert close(sent[1], (alone - context.first)[0])
 
 
 def test_ditto_follows_what_it_received_and_without_a_pull_learns_alone(
-    lm: LanguageModel, lessons: list[Lesson]
+    lm: LanguageModel, sets: list[TrainingSet]
 ) -> None:
-    first, second = halves(lessons)
-    free = turned(ground_of(lm, "ditto", ditto_lambda=0.0), lessons)[0]
-    ground = ground_of(lm, "ditto", ditto_lambda=1e6)
-    torch.testing.assert_close(free.own, ground.train(ground.layout, ground.first, second), atol=1e-6, rtol=0)
-    held, sent = RIVALS["ditto"].turn(free, lessons, ground, 2)
+    first, second = halves(sets)
+    free = turned(ground_of(lm, "ditto", ditto_lambda=0.0), sets)[0]
+    context = ground_of(lm, "ditto", ditto_lambda=1e6)
+    torch.testing.assert_close(free.own, context.train(context.layout, context.first, second), atol=1e-6, rtol=0)
+    held, sent = BASELINES["ditto"].turn(free, sets, context, 2)
     assert ((held.own - free.shared).norm() < (free.own - free.shared).norm()).all()  # what was received, not the new
-    expected = ground.train(ground.layout, free.shared, first) - free.shared
+    expected = context.train(context.layout, free.shared, first) - free.shared
     torch.testing.assert_close(sent, expected, atol=1e-6, rtol=0)
 
 
-def test_ours_learns_its_own_on_the_shared_adapter_of_this_round(lm: LanguageModel, lessons: list[Lesson]) -> None:
+def test_ours_learns_its_own_on_the_shared_adapter_of_this_round(lm: LanguageModel, sets: list[TrainingSet]) -> None:
     """A half of the steps makes the new shared adapter; the other half is on top of that one, as it is used."""
-    ground = ground_of(lm, "ours")
-    before, _ = turned(ground, lessons)
-    after, sent = RIVALS["ours"].turn(before, lessons, ground, 2)
-    to_share, to_keep = halves(lessons)
-    expected = ground.train(ground.layout, before.shared, to_share) - before.shared
+    context = ground_of(lm, "ours")
+    before, _ = turned(context, sets)
+    after, sent = BASELINES["ours"].turn(before, sets, context, 2)
+    to_share, to_keep = halves(sets)
+    expected = context.train(context.layout, before.shared, to_share) - before.shared
     torch.testing.assert_close(sent, expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(after.shared, before.shared + sent.mean(0), atol=1e-6, rtol=0)
-    new, old = (ground.train(ground.layout, before.own, to_keep, [lm.adapters(ground.layout, held.shared)])
+    new, old = (context.train(context.layout, before.own, to_keep, [lm.adapters(context.layout, held.shared)])
                 for held in (after, before))  # fmt: skip
     torch.testing.assert_close(after.own, new, atol=1e-6, rtol=0)
     assert (after.own - old).abs().max() > 1e-4
-    shared, own = RIVALS["ours"].arm(after, ground)
+    shared, own = BASELINES["ours"].arm(after, context)
     assert torch.equal(shared.rows, after.shared) and torch.equal(own.rows, after.own)
 
 
 @pytest.mark.parametrize("name", ["fedper", "fedrep"])
-def test_layers_that_stay_are_in_nothing_that_is_sent(lm: LanguageModel, lessons: list[Lesson], name: str) -> None:
-    ground = ground_of(lm, name, personal_share=0.5)
-    base, head = layerwise.parts(ground)
-    assert base.layers + head.layers == ground.layout.layers and len(head.layers) == 2
-    held, sent = turned(ground, lessons)
+def test_layers_that_stay_are_in_nothing_that_is_sent(lm: LanguageModel, sets: list[TrainingSet], name: str) -> None:
+    context = ground_of(lm, name, personal_share=0.5)
+    base, head = layerwise.parts(context)
+    assert base.layers + head.layers == context.layout.layers and len(head.layers) == 2
+    held, sent = turned(context, sets)
     assert sent.shape == (DEVICES, base.width) and held.own.shape == (DEVICES, head.width)
     assert (held.own[0] - held.own[1]).abs().max() > 1e-4  # each device's own
-    torch.testing.assert_close(held.shared, ground.first[:, : base.width] + sent.mean(0), atol=1e-7, rtol=0)
+    torch.testing.assert_close(held.shared, context.first[:, : base.width] + sent.mean(0), atol=1e-7, rtol=0)
     if name == "fedper":  # both together: the steps of a whole adapter
-        whole = ground.train(ground.layout, ground.first, lessons)
+        whole = context.train(context.layout, context.first, sets)
         torch.testing.assert_close(held.own, whole[:, base.width :], atol=1e-6, rtol=0)
 
 
 def test_fedrep_trains_the_head_on_what_was_received_and_then_the_representation(
-    lm: LanguageModel, lessons: list[Lesson]
+    lm: LanguageModel, sets: list[TrainingSet]
 ) -> None:
-    ground = ground_of(lm, "fedrep")
-    (base, head), (first, second) = layerwise.parts(ground), halves(lessons)
-    held, sent = turned(ground, lessons)
-    received, before = ground.first[:, : base.width], ground.first[:, base.width :]
-    own = ground.train(head, before, first, [lm.adapters(base, received)])
+    context = ground_of(lm, "fedrep")
+    (base, head), (first, second) = layerwise.parts(context), halves(sets)
+    held, sent = turned(context, sets)
+    received, before = context.first[:, : base.width], context.first[:, base.width :]
+    own = context.train(head, before, first, [lm.adapters(base, received)])
     torch.testing.assert_close(held.own, own, atol=1e-6, rtol=0)
-    expected = ground.train(base, received, second, [lm.adapters(head, own)]) - received
+    expected = context.train(base, received, second, [lm.adapters(head, own)]) - received
     torch.testing.assert_close(sent, expected, atol=1e-6, rtol=0)
-    other_order = ground.train(base, received, first, [lm.adapters(head, before)]) - received
+    other_order = context.train(base, received, first, [lm.adapters(head, before)]) - received
     assert (sent - other_order).abs().max() > 1e-3
 
 
@@ -351,13 +355,13 @@ def test_feddpa_at_weight_one_is_the_local_adapter_and_at_none_the_global_one(lm
 
 def test_feddpa_weighs_a_query_by_how_like_its_own_examples_it_is(lm: LanguageModel, people: list[User]) -> None:
     """The one example that a device has, asked again: cosine 1 and the largest weight. Other devices' do not count."""
-    ground, dialogues = ground_of(lm, "feddpa", mix=0.8), people[0].stream[:4]
-    learned = [Lesson(lm.format.dialogues([d]), [[0]]) for d in dialogues[:2]]
-    held, nothing = feddpa.start(ground, 2), Lesson([], [])
-    weights = feddpa.mixed(held, ground, [[dialogues[0], dialogues[2]], [dialogues[0]]], learned)
+    context, dialogues = ground_of(lm, "feddpa", mix=0.8), people[0].stream[:4]
+    learned = [TrainingSet(lm.format.dialogues([d]), [[0]]) for d in dialogues[:2]]
+    held, nothing = feddpa.start(context, 2), TrainingSet([], [])
+    weights = feddpa.mixed(held, context, [[dialogues[0], dialogues[2]], [dialogues[0]]], learned)
     assert weights[0] == pytest.approx(0.8, abs=1e-5)
     assert (weights >= 0).all() and (weights[1:] < 0.8 - 1e-4).all()
-    assert feddpa.mixed(held, ground, [[dialogues[0]], [dialogues[1]]], [learned[0], nothing])[1] == 0
+    assert feddpa.mixed(held, context, [[dialogues[0]], [dialogues[1]]], [learned[0], nothing])[1] == 0
 
 
 def test_feddpa_scores_each_query_under_its_own_mixture(lm: LanguageModel, people: list[User]) -> None:
@@ -366,39 +370,39 @@ def test_feddpa_scores_each_query_under_its_own_mixture(lm: LanguageModel, peopl
     queries = [u.held_out[:2] for u in people]
     assert played.rival.by_query is not None
     found = evaluation.nll(played, queries)
-    shared, own = played.rival.by_query(played.held, played.ground, queries, played.lessons)
+    shared, own = played.rival.by_query(played.held, played.context, queries, played.sets)
     third = [Adapters(a.layout, a.rows[2:3]) for a in (shared, own)]
     alone = measure_nll(score_users(lm, [queries[1][:1]], {"x": third})["x"])
     assert found.by_query[2] == pytest.approx(alone.by_query[0], abs=1e-4) and len(found.by_user) == 2
 
 
-def test_fedalt_trains_its_own_beside_the_others_and_sends_no_gate(lm: LanguageModel, lessons: list[Lesson]) -> None:
-    ground = ground_of(lm, "fedalt")
-    held, sent = turned(ground, lessons)
-    again, _ = RIVALS["fedalt"].turn(held, lessons, ground, 2)
-    assert torch.equal(sent, held.own[:, : ground.layout.width])
-    assert held.own.shape[1] - sent.shape[1] == sum(x.in_features for x in ground.layout.layers)
+def test_fedalt_trains_its_own_beside_the_others_and_sends_no_gate(lm: LanguageModel, sets: list[TrainingSet]) -> None:
+    context = ground_of(lm, "fedalt")
+    held, sent = turned(context, sets)
+    again, _ = BASELINES["fedalt"].turn(held, sets, context, 2)
+    assert torch.equal(sent, held.own[:, : context.layout.width])
+    assert held.own.shape[1] - sent.shape[1] == sum(x.in_features for x in context.layout.layers)
     torch.testing.assert_close(held.shared[0], sent[1:].mean(0), atol=1e-7, rtol=0)
-    beside = lm.adapters(ground.layout, held.shared[:1])
-    alone = ground.train(gated(ground), held.own[:1], [lessons[0]], [beside])
+    beside = lm.adapters(context.layout, held.shared[:1])
+    alone = context.train(gated(context), held.own[:1], [sets[0]], [beside])
     assert close(again.own[0] - held.own[0], alone[0] - held.own[0])
-    assert (again.own[:, ground.layout.width :]).abs().max() > 0  # the gates have learned
+    assert (again.own[:, context.layout.width :]).abs().max() > 0  # the gates have learned
 
 
 # -- what leaves --------------------------------------------------------------------------------------------------
 
 
-def test_in_user_central_changes_are_clipped_and_the_sum_is_noised(lm: LanguageModel, lessons: list[Lesson]) -> None:
+def test_in_user_central_changes_are_clipped_and_the_sum_is_noised(lm: LanguageModel, sets: list[TrainingSet]) -> None:
     plain = settings("ours")
     privacy = {"mode": "user-central", "epsilon": 8.0, "clip_norm_l2": 0.01}
-    ground = Ground.of(lm, RivalsConfig.model_validate({**plain.model_dump(), "privacy": privacy}), 5)
+    context = BaselineContext.of(lm, BaselinesConfig.model_validate({**plain.model_dump(), "privacy": privacy}), 5)
     changes = torch.tensor([[3.0, 4.0], [0.003, 0.004], [0.0, 0.0]])
-    torch.testing.assert_close(upload(changes, ground), torch.tensor([[0.006, 0.008], [0.003, 0.004], [0.0, 0.0]]))
-    _, sent = turned(ground, lessons)
+    torch.testing.assert_close(upload(changes, context), torch.tensor([[0.006, 0.008], [0.003, 0.004], [0.0, 0.0]]))
+    _, sent = turned(context, sets)
     assert (sent.norm(dim=1) <= 0.01 * 1.001).all() and (sent.norm(dim=1) > 0.009).all()
-    noise = aggregate(torch.zeros(DEVICES, 4000), ground, 1)
-    assert noise.std() == pytest.approx(release_noise(ground.config, 1, 0).of_mean(DEVICES), rel=0.05)
-    assert not torch.equal(noise, aggregate(torch.zeros(DEVICES, 4000), ground, 2))
+    noise = aggregate(torch.zeros(DEVICES, 4000), context, 1)
+    assert noise.std() == pytest.approx(release_noise(context.config, 1, 0).of_mean(DEVICES), rel=0.05)
+    assert not torch.equal(noise, aggregate(torch.zeros(DEVICES, 4000), context, 2))
 
 
 @pytest.mark.parametrize(
@@ -413,7 +417,7 @@ def test_in_user_central_changes_are_clipped_and_the_sum_is_noised(lm: LanguageM
 )
 def test_settings_that_compare_nothing_are_refused(change: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        RivalsConfig.model_validate({**settings("ours").model_dump(), **change})
+        BaselinesConfig.model_validate({**settings("ours").model_dump(), **change})
 
 
 def test_every_rival_plays_and_trains_on_the_same_tokens(
@@ -423,21 +427,21 @@ def test_every_rival_plays_and_trains_on_the_same_tokens(
     counted, engine = [0], lm.engine
     plain = engine.finetune
 
-    def counting(trained: Adapters, frozen: Any, lessons: Sequence[Lesson], *rest: Any, **named: Any) -> Any:
-        counted[0] += sum(x.examples[i].length for x in lessons for batch in x.batches for i in batch)
-        return plain(trained, frozen, lessons, *rest, **named)
+    def counting(trained: Adapters, frozen: Any, sets: Sequence[TrainingSet], *rest: Any, **named: Any) -> Any:
+        counted[0] += sum(x.examples[i].length for x in sets for batch in x.batches for i in batch)
+        return plain(trained, frozen, sets, *rest, **named)
 
     monkeypatch.setattr(engine, "finetune", counting)
     streams, queries = {str(k): u.stream[:8] for k, u in enumerate(people)}, [u.held_out[:2] for u in people]
     tokens, scores = set(), {}
-    assert set(RIVALS) == set(get_args(Name))
-    for name in RIVALS:
+    assert set(BASELINES) == set(get_args(Name))
+    for name in BASELINES:
         counted[0] = 0
         played = play(lm, settings(name), streams, 3)
         assert counted[0] == 2 * played.tokens > 0
         tokens.add(played.tokens)
         scores[name] = evaluation.nll(played, queries).by_user
-        width = lm.lora_layout(played.ground.config.shared.adapter).width
+        width = lm.lora_layout(played.context.config.shared.adapter).width
         sent = {"local": 0, "fedper": width // 2, "fedrep": width // 2}.get(name, width)
         assert played.upload_bytes == 4 * sent and played.download_bytes == 4 * sent
         stranger = evaluation.strangers(played)
@@ -445,7 +449,7 @@ def test_every_rival_plays_and_trains_on_the_same_tokens(
         if stranger:
             assert evaluation.nll(stranger, queries).by_user != scores[name]
     assert len(tokens) == 1
-    assert len(set(scores.values())) == len(RIVALS) - 1  # μ is 0: FedProx is FedAvg
+    assert len(set(scores.values())) == len(BASELINES) - 1  # μ is 0: FedProx is FedAvg
 
 
 # -- the study ----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from test_simulation import assert_same_adapters
 
 from florilegium.client.flower_arrays import to_record
-from florilegium.client.flower_replies import Question
+from florilegium.client.flower_replies import Instruction
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.state import DeviceState
 from florilegium.privacy.common.errors import DeviceFaultError
@@ -46,11 +46,11 @@ from florilegium.server.release_collector import Limits, to_numpy
 from florilegium.server.strategy import NoReleaseError, ReleaseStrategy
 from florilegium.simulation.config import ExperimentConfig, config_folder, load_config
 from florilegium.simulation.devices.people import device_name
-from florilegium.simulation.devices.simulated import SimulatedDevices, open_devices
+from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
 from florilegium.simulation.engines.cohort_grid import CohortGrid, released
 from florilegium.simulation.engines.faults import attempt
-from florilegium.simulation.engines.scheduler import Crew
-from florilegium.simulation.engines.workers import Actors, Cohort, Fleet, InProcess, open_fleet
+from florilegium.simulation.engines.scheduler import Scheduler
+from florilegium.simulation.engines.workers import Cohort, LocalWorkers, RayWorkers, Workers, open_workers
 from florilegium.simulation.experiment import federate, run_experiment
 from florilegium.simulation.runs.folder import RunError, RunFolder, create
 
@@ -159,7 +159,7 @@ def test_two_actors_select_write_and_draw_the_same_beside_a_foreign_module(undis
 def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[SimulatedDevices, dict[str, Message]]:
     """Seven devices and their real replies of round 1."""
     config = quick("data.users=7", "cohort_size=7")
-    devices = open_devices(create(tmp_path_factory.mktemp("asked") / "run", config))
+    devices = load_devices(create(tmp_path_factory.mktemp("asked") / "run", config))
     names = list(devices.users)
     strategy, grid = _server(devices)
     messages = strategy.messages(names, 1, 0, strategy.first(np.zeros(devices.schema.width, np.float32)), "train")
@@ -171,7 +171,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[SimulatedDevices, d
 def _server(devices: SimulatedDevices, **settings: Any) -> tuple[ReleaseStrategy, CohortGrid]:
     """A server before round 1, and the grid of its devices."""
     names = list(devices.users)
-    grid = CohortGrid(Crew(InProcess(devices), devices).map, devices.schema, names)
+    grid = CohortGrid(Scheduler(LocalWorkers(devices), devices).map, devices.schema, names)
     noise = ReleaseNoise()
     strategy = ReleaseStrategy(ServerConfig(**settings), devices.schema, 0, noise, limits=Limits(20.0))
     strategy.greet(grid)
@@ -338,10 +338,10 @@ def test_a_well_formed_lie_moves_the_mean_and_hardly_a_robust_rule(
 
 def test_the_company_of_a_broken_device_releases_what_it_would_without(tmp_path: Path) -> None:
     runs = [create(tmp_path / name, quick()) for name in ("whole", "broken")]
-    whole, healthy = (open_devices(run) for run in runs)
-    model: Any = _Choking(healthy.site.lm, healthy.users[NAMES[2]].stream[0].prompt)
-    broken = replace(healthy, site=replace(healthy.site, lm=model))
-    question = Question("train", RoundPlan(1, 0), torch.zeros(whole.schema.width))
+    whole, healthy = (load_devices(run) for run in runs)
+    model: Any = _Choking(healthy.context.lm, healthy.users[NAMES[2]].stream[0].prompt)
+    broken = replace(healthy, context=replace(healthy.context, lm=model))
+    question = Instruction("train", RoundPlan(1, 0), torch.zeros(whole.schema.width))
     mine = dict(released(whole, NAMES, question))
     found = attempt(released, True, broken, NAMES, question)
     assert list(found.failed) == [NAMES[2]]
@@ -525,17 +525,17 @@ def test_a_run_that_is_killed_again_and_again_remembers(kind: str, tmp_path: Pat
 # -- processes that die -------------------------------------------------------------------------------------------
 
 
-def _federate(run: RunFolder, disturb: Callable[[Fleet, Iterator[Any]], Iterator[Any]]) -> None:
+def _federate(run: RunFolder, disturb: Callable[[Workers, Iterator[Any]], Iterator[Any]]) -> None:
     """A run on the actors of its config; `disturb` passes the results of each job on, and does what it wants."""
-    devices = open_devices(run)
-    with open_fleet(run, devices) as fleet:
-        crew = Crew(fleet, devices)
-        grid = CohortGrid(lambda *job: disturb(fleet, crew.map(*job)), devices.schema, NAMES)
-        federate(run, grid, crew)
+    devices = load_devices(run)
+    with open_workers(run, devices) as fleet:
+        scheduler = Scheduler(fleet, devices)
+        grid = CohortGrid(lambda *job: disturb(fleet, scheduler.map(*job)), devices.schema, NAMES)
+        federate(run, grid, scheduler)
 
 
-def _pids(fleet: Fleet) -> list[int]:
-    assert isinstance(fleet, Actors)
+def _pids(fleet: Workers) -> list[int]:
+    assert isinstance(fleet, RayWorkers)
     return [actor.pid for actor in fleet.idle]
 
 
@@ -543,7 +543,7 @@ def _pids(fleet: Fleet) -> list[int]:
 def test_an_actor_killed_in_the_middle_of_a_round_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
     run, killed = create(tmp_path / "run", quick("ray.actors=2", "cohort_size=1")), list[int]()
 
-    def with_a_kill(fleet: Fleet, results: Iterator[Any]) -> Iterator[Any]:
+    def with_a_kill(fleet: Workers, results: Iterator[Any]) -> Iterator[Any]:
         pids = _pids(fleet)
         for number, result in enumerate(results):
             if number == 0 and len(killed) < 2:  # once while they contribute, once while they adopt
@@ -569,12 +569,12 @@ def test_a_device_that_kills_its_processes_is_named_and_nothing_is_lost(undistur
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find tests
     run = create(tmp_path / "run", quick("ray.actors=2", "cohort_size=1"))
-    devices = open_devices(run)
-    with open_fleet(run, devices) as fleet:
-        crew = Crew(fleet, devices)
-        grid = CohortGrid(lambda _, *rest: crew.map(_deadly, *rest), devices.schema, NAMES)
+    devices = load_devices(run)
+    with open_workers(run, devices) as fleet:
+        scheduler = Scheduler(fleet, devices)
+        grid = CohortGrid(lambda _, *rest: scheduler.map(_deadly, *rest), devices.schema, NAMES)
         with pytest.raises(RunError, match=f"4 processes were lost over the devices {NAMES[3]} … {NAMES[3]}"):
-            federate(run, grid, crew)
+            federate(run, grid, scheduler)
     assert charged(run.path) == {name: [1] for name in NAMES if name != NAMES[3]}
     run_experiment(quick("cohort_size=1"), run.path, resuming=True)  # in this process
     assert_like(undisturbed, run.path)
@@ -592,7 +592,7 @@ def test_a_node_that_is_gone_with_its_disk_changes_nothing(undisturbed: Path, tm
         config = quick("ray.actors=2", "cohort_size=1", f"ray.address={cluster.address}")
         run = create(tmp_path / "run", config)
 
-        def with_a_node_lost(fleet: Fleet, results: Iterator[Any]) -> Iterator[Any]:
+        def with_a_node_lost(fleet: Workers, results: Iterator[Any]) -> Iterator[Any]:
             for result in results:
                 if not gone:
                     gone.append(node.node_id)
@@ -626,7 +626,7 @@ def test_results_that_are_lost_with_their_node_are_made_again(tmp_path: Path) ->
     cohorts = [Cohort((f"c{k}",), k % 2) for k in range(6)]
     try:
         run = create(tmp_path / "run", quick("ray.actors=2", f"ray.address={cluster.address}"))
-        with open_fleet(run, open_devices(run)) as fleet:
+        with open_workers(run, load_devices(run)) as fleet:
             with pytest.raises(ValueError, match="own error"):
                 list(fleet.map(_named, [Cohort(("broken",)), *cohorts], 10))
             results = fleet.map(_named, cohorts, 2_000_000)

@@ -24,19 +24,19 @@ from flwr.supercore.task_identity import TaskIdentity
 from florilegium.client import calibration
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import AgentConfig
-from florilegium.client.agent.folder import Home
+from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm import model
-from florilegium.client.lm.features import Reading
+from florilegium.client.lm.features import Feature
 from florilegium.client.lm.model import Features, LanguageModel
 from florilegium.client.lm.text import ChatFormat
-from florilegium.client.lm.training_data import Lesson, Training
+from florilegium.client.lm.training_data import TrainingResult, TrainingSet
 from florilegium.client.personalization import rpo
 from florilegium.client.personalization.asls import Asls, Device, Interaction
 from florilegium.client.personalization.config import AslsConfig
-from florilegium.client.phases import Site, annotate, descend, learn_personal
+from florilegium.client.phases import CohortContext, annotate, learn_personal, synthesize_pool
 from florilegium.client.private_training import clipped_change, release_noise
-from florilegium.client.selection.buffer import Buffer, Kept, candidate
+from florilegium.client.selection.buffer import Buffer, BufferEntry, candidate
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.client.selection.policies import POLICIES
 from florilegium.client.state import DeviceState
@@ -49,27 +49,27 @@ from florilegium.server.aggregation import RULES
 from florilegium.server.strategy import ReleaseStrategy
 from florilegium.simulation.baselines import feddpa, layerwise
 from florilegium.simulation.baselines import run as play_rival
-from florilegium.simulation.baselines.config import RivalsConfig
-from florilegium.simulation.baselines.context import Ground
-from florilegium.simulation.baselines.registry import RIVALS
+from florilegium.simulation.baselines.config import BaselinesConfig
+from florilegium.simulation.baselines.context import BaselineContext
+from florilegium.simulation.baselines.registry import BASELINES
 from florilegium.simulation.config import ConfigError, ExperimentConfig, dump_config, set_value, validate
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import load_population
 from florilegium.simulation.devices.preflight import world_of
 from florilegium.simulation.experiment import ENGINES
-from florilegium.simulation.heterogeneity.availability import Work, play_round
-from florilegium.simulation.heterogeneity.classes import DeviceClass, World, WorldConfig
+from florilegium.simulation.heterogeneity.availability import Work, simulate_round
+from florilegium.simulation.heterogeneity.classes import DeviceClass, DevicePopulation, WorldConfig
 from florilegium.simulation.heterogeneity.clock import Clock
-from florilegium.simulation.personalization.config import LivesConfig, MethodsConfig
+from florilegium.simulation.personalization.config import InteractiveConfig, MethodsConfig
 from florilegium.simulation.personalization.interactive import feedback, reptile
 from florilegium.simulation.personalization.run import play as play_method
 from florilegium.simulation.runs.changes import check
 from florilegium.simulation.runs.folder import find_run
-from florilegium.simulation.studies.baselines_cell import RivalsCell
-from florilegium.simulation.studies.cell import Bench
+from florilegium.simulation.studies.baselines_cell import BaselinesCell
+from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import UNSEEN, Cell, StudyConfig
 from florilegium.simulation.studies.federated_cell import FederatedCell
-from florilegium.simulation.studies.interactive_cell import LivesCell
+from florilegium.simulation.studies.interactive_cell import InteractiveCell
 from florilegium.simulation.studies.methods_cell import MethodsCell
 from florilegium.simulation.tasks import config as task_config
 from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser
@@ -86,7 +86,7 @@ class Tools:
 
     lm: LanguageModel
     folder: Path
-    home: Home  # of a device
+    home: DeviceFolder  # of a device
     key: str
 
 
@@ -153,7 +153,7 @@ def kept(c: ExperimentConfig, tools: Tools) -> Any:
     buffer = Buffer(c.selection)
     for k, text in enumerate(texts):
         drawn = torch.Generator().manual_seed(k)
-        vectors = {n: Reading(torch.randn(4, generator=drawn), float(k % 3)) for n in sorted(names)}
+        vectors = {n: Feature(torch.randn(4, generator=drawn), float(k % 3)) for n in sorted(names)}
         features = Features(vectors, torch.rand(5, generator=drawn), truncated=False)
         dialogue = Dialogue(f"d{k}", text, "")
         buffer, _ = buffer.offer(candidate(dialogue, features, load_lexicons(c.selection.lexicons), c.selection), rng)
@@ -187,14 +187,14 @@ def written(c: ExperimentConfig, tools: Tools) -> Any:
     return scribe.asked, [w.kept for w in found]
 
 
-def site_of(c: ExperimentConfig, tools: Tools) -> Site:
-    return Site.of(tools.lm, c, c.seed, lambda device, identity: f"reply to {identity}")
+def site_of(c: ExperimentConfig, tools: Tools) -> CohortContext:
+    return CohortContext.of(tools.lm, c, c.seed, lambda device, identity: f"reply to {identity}")
 
 
-def state_of(c: ExperimentConfig, site: Site, replies: Mapping[str, str]) -> DeviceState:
+def state_of(c: ExperimentConfig, context: CohortContext, replies: Mapping[str, str]) -> DeviceState:
     """Five in the buffer, one of them written anew once, and two more in the pool."""
-    bins = tuple(Kept(f"b{k}", f"prompt {k}", "", np.ones(2, np.float16)) for k in range(5))
-    state = site.new_state("d")
+    bins = tuple(BufferEntry(f"b{k}", f"prompt {k}", "", np.ones(2, np.float16)) for k in range(5))
+    state = context.new_state("d")
     pool = state.pool
     for k in range(2):
         pool = pool.offer(f"p{k}", f"pooled {k}", state.secret)
@@ -207,14 +207,14 @@ REPLIES = {name: f"reply to {name}" for name in ("b0", "b1", "b2", "b3", "b4", "
 
 
 def asked_about(c: ExperimentConfig, tools: Tools) -> Any:
-    site = site_of(c, tools)
-    (state,), _ = annotate([state_of(c, site, {})], site)
+    context = site_of(c, tools)
+    (state,), _ = annotate([state_of(c, context, {})], context)
     return sorted(state.replies)
 
 
-def descendants(c: ExperimentConfig, tools: Tools) -> Any:
-    site, scribe = site_of(c, tools), Scribe()
-    descend([state_of(c, site, REPLIES)], replace(site, lm=scribe))
+def pool_synthetic(c: ExperimentConfig, tools: Tools) -> Any:
+    context, scribe = site_of(c, tools), Scribe()
+    synthesize_pool([state_of(c, context, REPLIES)], replace(context, lm=scribe))
     return scribe.asked
 
 
@@ -222,10 +222,10 @@ def trainings(engine: Any, learn: Callable[[], Any]) -> list[Any]:
     """What the engine is given to train."""
     calls: list[Any] = []
 
-    def finetune(trained: Any, frozen: Any, lessons: Any, rates: Any, *more: Any, **named: Any) -> Training:
-        given = [(list(x.examples), [list(b) for b in x.batches]) for x in lessons]
+    def finetune(trained: Any, frozen: Any, sets: Any, rates: Any, *more: Any, **named: Any) -> TrainingResult:
+        given = [(list(x.examples), [list(b) for b in x.batches]) for x in sets]
         calls.append((trained.rows.tolist(), repr(trained.layout), given, rates, more, named))
-        return Training(trained, [[] for _ in lessons])
+        return TrainingResult(trained, [[] for _ in sets])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "finetune", finetune)
@@ -234,8 +234,8 @@ def trainings(engine: Any, learn: Callable[[], Any]) -> list[Any]:
 
 
 def taught_alone(c: ExperimentConfig, tools: Tools) -> Any:
-    site = site_of(c, tools)
-    return trainings(tools.lm.engine, lambda: learn_personal([state_of(c, site, REPLIES)], None, PLAN, site))
+    context = site_of(c, tools)
+    return trainings(tools.lm.engine, lambda: learn_personal([state_of(c, context, REPLIES)], None, PLAN, context))
 
 
 @contextmanager
@@ -253,10 +253,12 @@ def planning() -> Iterator[list[Any]]:
 
 
 def taught_for_all(c: ExperimentConfig, tools: Tools) -> Any:
-    site = site_of(c, tools)
-    received, plan = torch.zeros(site.shared_layout.width), RoundPlan(1, 0)
+    context = site_of(c, tools)
+    received, plan = torch.zeros(context.shared_layout.width), RoundPlan(1, 0)
     with planning():
-        return trainings(tools.lm.engine, lambda: clipped_change([state_of(c, site, REPLIES)], received, plan, site))
+        return trainings(
+            tools.lm.engine, lambda: clipped_change([state_of(c, context, REPLIES)], received, plan, context)
+        )
 
 
 def noise(c: ExperimentConfig, tools: Tools) -> Any:
@@ -266,8 +268,8 @@ def noise(c: ExperimentConfig, tools: Tools) -> Any:
 
 
 def layouts(c: ExperimentConfig, tools: Tools) -> Any:
-    site = site_of(c, tools)
-    return [(repr(x), x.width, x.start(0).tolist()) for x in (site.shared_layout, site.personal_layout)]
+    context = site_of(c, tools)
+    return [(repr(x), x.width, x.start(0).tolist()) for x in (context.shared_layout, context.personal_layout)]
 
 
 def new_device(c: ExperimentConfig, tools: Tools) -> Any:
@@ -388,7 +390,7 @@ RUNS: dict[str, Row] = {
     "shared.sampling_rate": Seen(0.25, noise),
     "shared.sampling": Refused("shuffled", "must be 'poisson'"),
     "shared.steps_per_round": Seen(2, noise),
-    "shared.synthetic": Seen(2, descendants),
+    "shared.synthetic": Seen(2, pool_synthetic),
     "shared.learning_rate": Seen(0.5, noise),
     "shared.adamw_learning_rate": Seen(1e-4, taught_for_all, WHOLE),
     "shared.batch_size": Seen(1, taught_for_all, WHOLE),
@@ -488,30 +490,30 @@ RIVAL = {**BASE, "shared": SHAPE, "personal": SHAPE, "privacy": {"mode": "none",
 TALKS = [Dialogue(str(k), f"prompt {k}", f"reply {k}") for k in range(6)]
 
 
-def scheduled(c: RivalsConfig, tools: Tools) -> Any:
+def scheduled(c: BaselinesConfig, tools: Tools) -> Any:
     return play_rival._lesson(tools.lm, c, "d", [(d.prompt, d.response) for d in TALKS], 1, c.seed).batches
 
 
-def turned(c: RivalsConfig, tools: Tools) -> Any:
+def turned(c: BaselinesConfig, tools: Tools) -> Any:
     """What a round of the rival hands to the engine."""
-    ground, rival = Ground.of(tools.lm, c, c.seed), RIVALS[c.rival.name]
-    lessons = [Lesson(tools.lm.format.dialogues(TALKS), [[0, 1], [2, 3]])] * 2
-    return trainings(tools.lm.engine, lambda: rival.turn(rival.start(ground, 2), lessons, ground, 1))
+    context, rival = BaselineContext.of(tools.lm, c, c.seed), BASELINES[c.rival.name]
+    sets = [TrainingSet(tools.lm.format.dialogues(TALKS), [[0, 1], [2, 3]])] * 2
+    return trainings(tools.lm.engine, lambda: rival.turn(rival.start(context, 2), sets, context, 1))
 
 
-def asked_by_feddpa(c: RivalsConfig, tools: Tools) -> Any:
-    ground = Ground.of(tools.lm, c, c.seed)
-    lessons = [Lesson(tools.lm.format.dialogues(TALKS), [[0]])]
-    return feddpa.mixed(feddpa.start(ground, 1), ground, [[Dialogue("q", "prompt 7", "x")]], lessons).tolist()
+def asked_by_feddpa(c: BaselinesConfig, tools: Tools) -> Any:
+    context = BaselineContext.of(tools.lm, c, c.seed)
+    sets = [TrainingSet(tools.lm.format.dialogues(TALKS), [[0]])]
+    return feddpa.mixed(feddpa.start(context, 1), context, [[Dialogue("q", "prompt 7", "x")]], sets).tolist()
 
 
 RIVALRY: dict[str, Row] = {
-    "rival.name": Seen("ditto", lambda c, tools: RIVALS[c.rival.name]),
+    "rival.name": Seen("ditto", lambda c, tools: BASELINES[c.rival.name]),
     "rival.learning_rate": Seen(1e-5, turned),
     "rival.steps": Seen(4, scheduled),
     "rival.batch_size": Seen(2, scheduled),
     "rival.ditto_lambda": Seen(9.0, turned, {"rival.name": "ditto"}),
-    "rival.personal_share": Seen(0.75, lambda c, tools: layerwise.parts(Ground.of(tools.lm, c, 0))[1].width),
+    "rival.personal_share": Seen(0.75, lambda c, tools: layerwise.parts(BaselineContext.of(tools.lm, c, 0))[1].width),
     "rival.mix": Seen(0.1, asked_by_feddpa),
     "rival.compared": Seen(1, asked_by_feddpa),
 }
@@ -615,7 +617,7 @@ OF_METHODS: dict[str, Row] = {
 # -- lives --------------------------------------------------------------------------------------------------------
 
 
-def adapting(c: LivesConfig, tools: Tools) -> Any:
+def adapting(c: InteractiveConfig, tools: Tools) -> Any:
     """What devices make of six interactions, and what they hand to the engine."""
     asls, calls = Asls(tools.lm, c.asls, c.seed), list[Any]()
     devices, wants = [Device("d")], []
@@ -642,11 +644,11 @@ def adapting(c: LivesConfig, tools: Tools) -> Any:
     return wants, later, interests, vector, calls, moved
 
 
-def thought(c: LivesConfig, tools: Tools) -> Any:
+def thought(c: InteractiveConfig, tools: Tools) -> Any:
     return [feedback("lentil soup", "lentil soup and bread or rice or fish", c.user, seed) for seed in range(60)]
 
 
-def led(c: LivesConfig, tools: Tools) -> Any:
+def led(c: InteractiveConfig, tools: Tools) -> Any:
     layout = tools.lm.layout(c.adapter)
     made: list[Any] = []
     calls = trainings(tools.lm.engine, lambda: made.append(reptile(tools.lm, layout, c.reptile, [TALKS] * 3, c.seed)))
@@ -701,7 +703,7 @@ def chatting(c: AgentConfig, tools: Tools) -> Any:
     asked, agent = list[Any](), Agent(tools.home, c, tools.lm, tools.key)
     agent.consent("learn", True)
 
-    conversation = f"c{agent.journal.count()}"  # a new one
+    conversation = f"c{agent.vault.count()}"  # a new one
 
     def reply(prompt: str, adapters: Any, sampling: Any, *_: Any) -> str:
         asked.append((prompt, sampling))
@@ -744,8 +746,8 @@ KIND = {
 def fared(c: DeviceClass, tools: Tools) -> Any:
     """Of twenty devices in a round; of this class and of another one that is always there."""
     other = DeviceClass.model_validate({**KIND, "name": "other", "available": [1.0] * 24})
-    world = World(WorldConfig(classes="made-up"), (c, other), 0)
-    return play_round(world, 1, 0, {f"d{k}": Work(1000, 200, 1000, 1000) for k in range(20)}, 20, needed_bytes=1000)
+    world = DevicePopulation(WorldConfig(classes="made-up"), (c, other), 0)
+    return simulate_round(world, 1, 0, {f"d{k}": Work(1000, 200, 1000, 1000) for k in range(20)}, 20, needed_bytes=1000)
 
 
 OF_CLASSES: dict[str, Row] = {
@@ -764,9 +766,9 @@ OF_CLASSES: dict[str, Row] = {
 
 TREES: dict[str, tuple[type[Config], Mapping[str, Any], Mapping[str, Row]]] = {
     "runs": (ExperimentConfig, BASE, RUNS),
-    "rivals": (RivalsConfig, RIVAL, RIVALRY),
+    "rivals": (BaselinesConfig, RIVAL, RIVALRY),
     "methods": (MethodsConfig, METHOD, OF_METHODS),
-    "lives": (LivesConfig, {}, OF_LIVES),
+    "lives": (InteractiveConfig, {}, OF_LIVES),
     "devices": (AgentConfig, {"name": "d", "device": {"model": {"dtype": "float32"}}}, OF_DEVICES),
     "classes": (DeviceClass, KIND, OF_CLASSES),
 }
@@ -824,7 +826,7 @@ def tools(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Tools:
             for t in range(9 if u == 5 else 12)
         ]
         (folder / file).write_text("\n".join(map(json.dumps, said)), encoding="utf-8")
-    home, owner = Home(folder / "device"), configured("devices", {})
+    home, owner = DeviceFolder(folder / "device"), configured("devices", {})
     return Tools(lm, folder, home, home.make(owner))
 
 
@@ -858,7 +860,7 @@ def test_what_is_seen_elsewhere_is_seen_there() -> None:
 # Settings of a tree that do not reach what a study remembers, and why.
 OF_A_CELL = dict.fromkeys(UNSEEN, "changes nothing in a study")
 NAME = {"name": "it is a study's"}
-NO_BENCH: tuple[Any, ...] = (Path(), Bench(frozenset()), print)
+NO_BENCH: tuple[Any, ...] = (Path(), SharedResources(frozenset()), print)
 NOT_REACHING: dict[str, tuple[str, Callable[[Cell], Any], Mapping[str, str]]] = {
     "the folder of a federated cell": ("runs", lambda cell: cell.key, OF_A_CELL),
     "the folder of a cell of rivals": ("rivals", lambda cell: cell.key, OF_A_CELL),
@@ -871,8 +873,8 @@ NOT_REACHING: dict[str, tuple[str, Callable[[Cell], Any], Mapping[str, str]]] = 
     ),
     "the base of rivals": (
         "rivals",
-        lambda cell: RivalsCell(cell, *NO_BENCH)._of_base(0),
-        {k: "the base is without adapters" for k in RivalsConfig.model_fields if k not in ("model", "data", "seed")},
+        lambda cell: BaselinesCell(cell, *NO_BENCH)._of_base(0),
+        {k: "the base is without adapters" for k in BaselinesConfig.model_fields if k not in ("model", "data", "seed")},
     ),
     "the task's adapter": (
         "methods",
@@ -884,7 +886,7 @@ NOT_REACHING: dict[str, tuple[str, Callable[[Cell], Any], Mapping[str, str]]] = 
     ),
     "what others have made": (
         "lives",
-        lambda cell: LivesCell(cell, *NO_BENCH)._of_others(cell.config.data, cell.config.seed),  # type: ignore[union-attr]
+        lambda cell: InteractiveCell(cell, *NO_BENCH)._of_others(cell.config.data, cell.config.seed),  # type: ignore[union-attr]
         {
             **NAME, "asls": "theirs is no device", "user": "nobody is asked", "interactions": "all of their streams",
             "start": "what is made of it", "others": "in the data of those people", "shift": "none of theirs shifts",
@@ -893,7 +895,7 @@ NOT_REACHING: dict[str, tuple[str, Callable[[Cell], Any], Mapping[str, str]]] = 
     ),
     "everybody's movements": (
         "lives",
-        lambda cell: LivesCell(cell, *NO_BENCH)._of_everybody(),
+        lambda cell: InteractiveCell(cell, *NO_BENCH)._of_everybody(),
         {
             **NAME, **{f"asls.{k}": "of adapting" for k in AslsConfig.model_fields if k != "profile"},
             **dict.fromkeys(("adapter", "start", "others", "reptile"), "profiles have no adapter"),
@@ -935,13 +937,16 @@ def test_a_control_without_a_server_is_that_of_the_same_buffers(tools: Tools) ->
     """Who was asked when, and about what, follows from the pool and the server too: it is in the key by its outcome."""
     config = configured("runs", {"selection.annotations_per_round": 1})
     study = StudyConfig.model_validate({"kind": "federated", "tables": {"t": {}}})
-    cell, site = FederatedCell(Cell(config, study), Path(), Bench(frozenset()), print), site_of(config, tools)
-    whole = state_of(config, site, REPLIES)
+    cell, context = (
+        FederatedCell(Cell(config, study), Path(), SharedResources(frozenset()), print),
+        site_of(config, tools),
+    )
+    whole = state_of(config, context, REPLIES)
     fewer = replace(whole, replies={k: v for k, v in REPLIES.items() if k != "b3"})
     otherwise, plain = replace(whole, replies={**REPLIES, "b3": "else"}), replace(whole, synthetic={})
     keys = [cell._learned_alone([state], 0) for state in (whole, fewer, otherwise, plain)]
     assert len(set(keys)) == 4
-    learned = replace(whole, personal=whole.personal + 1, pool=site.new_state("d").pool)  # what it is not made of
+    learned = replace(whole, personal=whole.personal + 1, pool=context.new_state("d").pool)  # what it is not made of
     assert cell._learned_alone([learned], 0) == keys[0] != cell._learned_alone([whole], 1)
 
 

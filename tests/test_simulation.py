@@ -42,13 +42,13 @@ from florilegium.simulation.data import population
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import Bootstrapped, DataConfig, load_population
 from florilegium.simulation.devices.people import device_name
-from florilegium.simulation.devices.simulated import SimulatedDevices, open_devices
+from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.runs.changes import check
 from florilegium.simulation.runs.folder import RunError, RunFolder, check_sources, create, find_run, resume
 from florilegium.simulation.runs.inputs import differing, hashes, people_sha256
 from florilegium.simulation.runs.owners import who, write_who
-from florilegium.simulation.runs.progress import Pulse
+from florilegium.simulation.runs.progress import RunProgress
 
 ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
 FINISHED = (*SMALL, "name=small", "server.optimizer=fedavgm")
@@ -145,9 +145,9 @@ def test_the_shuffled_arm_gives_nobody_the_own_adapter(finished: Path) -> None:
 
 def test_only_noised_adapters_of_the_schema_cross_to_the_server(small: ExperimentConfig, tmp_path: Path) -> None:
     """Every byte of every reply belongs to a header of public values or to the agreed arrays."""
-    devices = open_devices(create(tmp_path / "run", small))
+    devices = load_devices(create(tmp_path / "run", small))
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-    received = devices.schema.split(np.zeros(devices.site.shared_layout.width, dtype=np.float32))
+    received = devices.schema.split(np.zeros(devices.context.shared_layout.width, dtype=np.float32))
     arrays = to_arrays(received)
     plan = ConfigRecord({"round": 1, "version": 0, "head": ""})
     names = [device_name(k) for k in range(3)]
@@ -164,15 +164,15 @@ def test_only_noised_adapters_of_the_schema_cross_to_the_server(small: Experimen
 
 def releases_of(devices: SimulatedDevices, name: str) -> int:
     """How many the ledger has paid for."""
-    account = devices.site.accounts.account(name, devices.state(name).genesis)
+    account = devices.context.accounts.account(name, devices.state(name).genesis)
     assert account
     return len(account.entries)
 
 
 def test_a_server_cannot_ask_twice_with_another_adapter(small: ExperimentConfig, tmp_path: Path) -> None:
     """The same noise on two adapters would cancel; and no order of asking gives a device a new budget."""
-    devices = open_devices(create(tmp_path / "run", small))
-    zero = torch.zeros(devices.site.shared_layout.width)
+    devices = load_devices(create(tmp_path / "run", small))
+    zero = torch.zeros(devices.context.shared_layout.width)
     names = list(devices.users)[:1]
     (first,) = devices.contribute(names, zero, RoundPlan(1, 0))
     (again,) = devices.contribute(names, zero, RoundPlan(1, 0))
@@ -189,8 +189,8 @@ def test_a_server_cannot_ask_twice_with_another_adapter(small: ExperimentConfig,
 
 def test_a_release_is_repeated_bit_by_bit_in_any_company(small: ExperimentConfig, tmp_path: Path) -> None:
     """Computed again beside other devices it would be rounded otherwise, under the same noise."""
-    devices = open_devices(create(tmp_path / "run", small))
-    received = 0.05 * torch.randn(devices.site.shared_layout.width, generator=torch.Generator().manual_seed(0))
+    devices = load_devices(create(tmp_path / "run", small))
+    received = 0.05 * torch.randn(devices.context.shared_layout.width, generator=torch.Generator().manual_seed(0))
     together = devices.contribute(list(devices.users), received, RoundPlan(1, 0))
     for name, first in zip(devices.users, together, strict=True):
         (alone,) = devices.contribute([name], received, RoundPlan(1, 0))
@@ -215,7 +215,7 @@ def test_an_aggregate_is_stored_before_any_device_has_it(
     (first,) = [e for e in run.events() if e["event"] == "round" and e["round"] == 1]
     assert first["releases"] == 3
     last = run.last_shared()
-    assert last and last.round == 2 and last.heads == {n: open_devices(run).state(n).head for n in last.heads}
+    assert last and last.round == 2 and last.heads == {n: load_devices(run).state(n).head for n in last.heads}
 
 
 def _only_later_rounds(contribute: Callable[..., Any]) -> Callable[..., Any]:
@@ -228,17 +228,17 @@ def _only_later_rounds(contribute: Callable[..., Any]) -> Callable[..., Any]:
 
 def test_an_old_copy_of_the_ledger_ends_a_devices_releases(small: ExperimentConfig, tmp_path: Path) -> None:
     """The device's other state and the server both remember a head that the copy does not hold."""
-    devices = open_devices(create(tmp_path / "run", small))
-    names, zero = list(devices.users), torch.zeros(devices.site.shared_layout.width)
+    devices = load_devices(create(tmp_path / "run", small))
+    names, zero = list(devices.users), torch.zeros(devices.context.shared_layout.width)
     sent = devices.contribute(names, zero, RoundPlan(1, 0))
     devices.adopt(names, zero, RoundPlan(1, 1))
     for path in (tmp_path / "run").rglob("ledger.db*"):
         path.unlink()
-    again = open_devices(RunFolder(devices.run.path))
+    again = load_devices(RunFolder(devices.run.path))
     assert again.contribute(names, zero, RoundPlan(2, 1)) == [None] * 3
     assert again.notes(names[:1], 2)[names[0]]["refusal"] == "ledger-missing"
     heads = {n: r.head for n, r in zip(names, sent, strict=True) if r}
-    fresh = open_devices(create(tmp_path / "other", small))  # the device's own memory is gone too: the server's is left
+    fresh = load_devices(create(tmp_path / "other", small))  # the device's own memory is gone too: the server's is left
     assert fresh.contribute(names, zero, RoundPlan(1, 0, heads)) == [None] * 3
 
 
@@ -252,8 +252,8 @@ def test_the_servers_noise_is_not_that_of_the_seed_if_secrets_are_the_systems(
 
 def test_a_device_that_sits_rounds_out_keeps_its_state(small: ExperimentConfig, tmp_path: Path) -> None:
     config = small.model_copy(update={"rounds": 4})
-    devices = open_devices(create(tmp_path / "run", config))
-    zero = torch.zeros(devices.site.shared_layout.width)
+    devices = load_devices(create(tmp_path / "run", config))
+    zero = torch.zeros(devices.context.shared_layout.width)
     names = list(devices.users)[:1]
     for number in (1, 4):  # not sampled in between
         assert devices.contribute(names, zero, RoundPlan(number, number - 1))[0] is not None
@@ -266,8 +266,8 @@ def test_secrets_from_the_operating_system_differ_between_runs(small: Experiment
     secret = small.privacy.model_copy(update={"secret": "os"})
     drawn = []
     for name in ("a", "b"):
-        devices = open_devices(create(tmp_path / name, small.model_copy(update={"privacy": secret})))
-        zero = torch.zeros(devices.site.shared_layout.width)
+        devices = load_devices(create(tmp_path / name, small.model_copy(update={"privacy": secret})))
+        zero = torch.zeros(devices.context.shared_layout.width)
         first, again = (devices.contribute(["device-00000"], zero, RoundPlan(1, 0))[0] for _ in range(2))
         assert first is not None and again is not None
         assert all(np.array_equal(first.arrays[k], again.arrays[k]) for k in first.arrays)  # asked again, the same
@@ -280,15 +280,15 @@ def test_secrets_from_the_operating_system_differ_between_runs(small: Experiment
 
 def test_a_run_stopped_in_round_two_ends_like_one_that_was_not(finished: Path, tmp_path: Path) -> None:
     config = RunFolder(finished).config
-    pulse = Pulse()
+    progress = RunProgress()
 
     def stop_in_round_two() -> None:
-        if pulse.phase == "learn_shared" and pulse.round == 1:
+        if progress.phase == "learn_shared" and progress.round == 1:
             raise KeyboardInterrupt
 
-    pulse.changed = stop_in_round_two
+    progress.changed = stop_in_round_two
     with pytest.raises(KeyboardInterrupt, match=r"what was finished is kept in .*run: go on with --resume"):
-        run_experiment(config, tmp_path / "run", pulse=pulse)
+        run_experiment(config, tmp_path / "run", progress=progress)
     assert "<html" in (tmp_path / "run" / "report.html").read_text()  # what was finished can be read
     run_experiment(config, tmp_path / "run", resuming=True)
     assert_same_adapters(finished, tmp_path / "run")
@@ -377,7 +377,7 @@ def test_a_run_whose_data_was_changed_does_not_go_on(of_chats: Path, tmp_path: P
         with pytest.raises(RunError, match=r"what has changed is what its devices see .*chats\.jsonl"):
             run_experiment(run.config, run.path, resuming=True)
         with pytest.raises(RunError, match="old and new would be mixed"):  # as in a worker
-            open_devices(run)
+            load_devices(run)
     finally:
         write_chats(of_chats / "chats.jsonl")
     assert (run.path / "metrics.jsonl").read_bytes() == before
@@ -408,7 +408,7 @@ def test_of_resampled_devices_the_people_are_hashed(monkeypatch: pytest.MonkeyPa
 def test_only_what_was_finished_is_said_to_be_kept(
     of_chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
 ) -> None:
-    run, pulse = copied(of_chats, tmp_path), Pulse()
+    run, progress = copied(of_chats, tmp_path), RunProgress()
     kind, before = KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else RunError, (run.path / "metrics.jsonl")
     text = before.read_bytes()
 
@@ -421,16 +421,16 @@ def test_only_what_was_finished_is_said_to_be_kept(
     assert before.read_bytes() == text
 
     def stopped_before_round_one() -> None:
-        if pulse.phase == "evaluate":
+        if progress.phase == "evaluate":
             raise stop
 
-    pulse.changed = stopped_before_round_one
+    progress.changed = stopped_before_round_one
     with pytest.raises(kind, match=r"no round was finished: .*run begins anew with --resume"):
-        run_experiment(run.config, run.path, overwrite=True, pulse=pulse)
+        run_experiment(run.config, run.path, overwrite=True, progress=progress)
     run_experiment(run.config, run.path, resuming=True)
-    pulse.changed, pulse.phase = stopped_before_round_one, "loading"
+    progress.changed, progress.phase = stopped_before_round_one, "loading"
     with pytest.raises(kind, match=r"what was finished is kept in .*run: go on with --resume"):
-        run_experiment(run.config, run.path, resuming=True, pulse=pulse)
+        run_experiment(run.config, run.path, resuming=True, progress=progress)
 
 
 def test_a_runs_folder_is_enough_to_go_on(of_chats: Path, tmp_path: Path) -> None:
@@ -740,16 +740,16 @@ def test_a_run_that_exists_is_left_alone(finished: Path, small: ExperimentConfig
 
 
 def test_a_run_has_one_driver(small: ExperimentConfig, tmp_path: Path) -> None:
-    pulse = Pulse()
+    progress = RunProgress()
 
     def run_again() -> None:
         with pytest.raises(RunError, match="in use by another process"):
             run_experiment(small, tmp_path / "run", resuming=True)
         raise KeyboardInterrupt
 
-    pulse.changed = run_again
+    progress.changed = run_again
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(small, tmp_path / "run", pulse=pulse)
+        run_experiment(small, tmp_path / "run", progress=progress)
 
 
 def test_a_replacement_that_cannot_begin_leaves_the_old_run(

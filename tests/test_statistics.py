@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from florilegium.simulation.baselines.config import RivalsConfig
+from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.evaluation.metrics import Measured, Scored, compare, derangement, interval, measure_nll
 from florilegium.simulation.personalization.config import MethodsConfig
@@ -172,7 +172,7 @@ def test_a_unit_of_other_studies_is_a_person_of_a_seed() -> None:
         {"arms": {"own": arm(4, 6)}, "history": [1, 7], "epsilon": None, "tokens": 6},
     ]
     shape = {"adapter": {"rank": 4, "alpha": 4, "factors": "both"}}
-    config = RivalsConfig.model_validate({"personal": shape, "shared": shape, "privacy": {"mode": "none"}})
+    config = BaselinesConfig.model_validate({"personal": shape, "shared": shape, "privacy": {"mode": "none"}})
     rival = baselines_report.Outcome((), config, {"seeds": seeds})
     method = personalization_report.Outcome(
         (), MethodsConfig.model_validate({"model": {"name": "x"}}), {"seeds": seeds}

@@ -25,9 +25,9 @@ from conftest import SMALL
 from florilegium.simulation.benchmarks.engine_worker import AbsentError, Worker
 from florilegium.simulation.config import ExperimentConfig, config_folder, load_config
 from florilegium.simulation.data.errors import DataError
-from florilegium.simulation.devices.simulated import SimulatedDevices, open_devices
+from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
 from florilegium.simulation.engines.ray_cluster import NOT_STARTED, ClusterError, Wish, _init, open_cluster
-from florilegium.simulation.engines.workers import Cohort, open_fleet
+from florilegium.simulation.engines.workers import Cohort, open_workers
 from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.runs.stopping import end_all
 
@@ -310,14 +310,14 @@ def test_an_actor_that_raises_ends_the_run_with_what_it_raised(
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find tests
     run = create(tmp_path / "run", quick("ray.actors=2"))
-    devices = open_devices(RunFolder(run.path))
-    with pytest.raises(DataError) as mistake, open_fleet(run, devices, _mistake):
+    devices = load_devices(RunFolder(run.path))
+    with pytest.raises(DataError) as mistake, open_workers(run, devices, _mistake):
         pass
     assert str(mistake.value) == "chats.jsonl: line 3 is not an object"
-    with pytest.raises(ZeroDivisionError, match="a bug of the start") as bug, open_fleet(run, devices, _bug):
+    with pytest.raises(ZeroDivisionError, match="a bug of the start") as bug, open_workers(run, devices, _bug):
         pass
     assert "in _bug\n" in bug.value.__notes__[0]
-    with open_fleet(run, devices) as fleet, pytest.raises(ZeroDivisionError, match="a bug of the job") as bug:
-        list(fleet.map(_job, [Cohort(("one",))]))
+    with open_workers(run, devices) as workers, pytest.raises(ZeroDivisionError, match="a bug of the job") as bug:
+        list(workers.map(_job, [Cohort(("one",))]))
     assert "in _job\n" in bug.value.__notes__[0]
     assert "was lost" not in caplog.text

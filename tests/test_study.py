@@ -27,17 +27,17 @@ from florilegium.client.selection.lexicons import LexiconError
 from florilegium.simulation.cli.main import main
 from florilegium.simulation.config import ConfigError, config_folder, find_config, load_config
 from florilegium.simulation.data.population import DataConfig
-from florilegium.simulation.evaluation.caching_model import RememberingModel
+from florilegium.simulation.evaluation.caching_model import CachingModel
 from florilegium.simulation.evaluation.metrics import Comparison
 from florilegium.simulation.runs.folder import RunError
 from florilegium.simulation.studies import privacy_utility, privacy_utility_report
-from florilegium.simulation.studies.cell import Bench
+from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import Study, load_study
 from florilegium.simulation.studies.figures import _within
 from florilegium.simulation.studies.preflight import ready
 from florilegium.simulation.studies.privacy_utility import outcomes, reaches
 from florilegium.simulation.studies.published import PUBLISHED
-from florilegium.simulation.studies.selection_cell import CellRun, run_study
+from florilegium.simulation.studies.selection_cell import SelectionCell, run_study
 from florilegium.simulation.studies.selection_report import render_study
 from florilegium.simulation.studies.statistics import Contrast, contrasts, corrected, entries
 
@@ -160,10 +160,10 @@ def test_the_bundled_studies_can_be_read_and_say_how_to_launch_them(path: Path) 
 
 def test_nobody_is_in_two_seeds_and_every_cell_has_the_same_people() -> None:
     config = DataConfig(users=3, split="development", max_pairs=40)
-    people = Bench(frozenset()).people(config, seeds=2, seed=0)
+    people = SharedResources(frozenset()).people(config, seeds=2, seed=0)
     assert list(people) == ["seed0-000", "seed0-001", "seed0-002", "seed1-000", "seed1-001", "seed1-002"]
     assert len({user.id for user in people.values()}) == 6
-    assert Bench(frozenset()).people(config, seeds=2, seed=0) == people
+    assert SharedResources(frozenset()).people(config, seeds=2, seed=0) == people
 
 
 def test_equal_cost_is_equal(finished: tuple[Study, Path]) -> None:
@@ -186,7 +186,7 @@ def test_nothing_learned_is_the_base_model(finished: tuple[Study, Path], lm: Lan
     none = entries(study, folder, table)[0][0]
     config = study.cell(table, none.label).config
     plain = LanguageModel.load(config.model)
-    users = Bench(frozenset()).people(config.data, 2, config.seed)
+    users = SharedResources(frozenset()).people(config.data, 2, config.seed)
     for user, found in zip(users.values(), none.nll.by_user, strict=True):
         scores = plain.score(plain.format.dialogues(user.held_out), [0] * 3, [])
         assert sum(s.nll for s in scores) / sum(s.tokens for s in scores) == pytest.approx(found, rel=1e-5)
@@ -217,7 +217,7 @@ def test_a_study_that_was_stopped_goes_on_as_if_it_had_not_been(finished: tuple[
 def test_a_torn_line_is_cut_off(finished: tuple[Study, Path], tmp_path: Path) -> None:
     study, _ = finished
     cell = next(iter(study.cells.values()))
-    run = CellRun(cell, tmp_path, Bench(frozenset()), lambda phase: None)
+    run = SelectionCell(cell, tmp_path, SharedResources(frozenset()), lambda phase: None)
     (tmp_path / "rounds.jsonl").write_text('{"round": 1}\n{"round": 2, "nl')
     assert run._finished() == [{"round": 1}]
     assert (tmp_path / "rounds.jsonl").read_text() == '{"round": 1}\n'
@@ -251,15 +251,15 @@ def test_a_study_that_was_killed_goes_on(tmp_path: Path) -> None:
 
 def test_a_remembered_answer_is_the_answer(lm: LanguageModel) -> None:
     config = ModelConfig(dtype="float32")
-    remembering = RememberingModel.load(config)
-    assert isinstance(remembering, RememberingModel)
+    remembering = CachingModel.load(config)
+    assert isinstance(remembering, CachingModel)
     remembering.readings = ("mean", "gradient")
     texts, sampling = (
         ["do you like films", "no", "do you like films"],
         SamplingConfig(max_new_tokens=6, temperature=1.0),
     )
     first, again = remembering.embed(texts), remembering.embed(texts[:1])
-    assert remembering.spared_s > 0
+    assert remembering.cached_seconds > 0
     assert again[0] is first[0] is first[2]
     plain = lm.embed(texts)
     assert all(
@@ -406,7 +406,7 @@ def test_every_bundled_study_runs_on_its_data(path: Path, tmp_path: Path) -> Non
     run_study(study, tmp_path, lambda phase: None)
     assert render_study(study, tmp_path).exists()
     for cell in study.cells.values():  # what the full study asks for is there too
-        Bench(frozenset()).people(cell.config.data, load_study(path).config.seeds, cell.config.seed)
+        SharedResources(frozenset()).people(cell.config.data, load_study(path).config.seeds, cell.config.seed)
 
 
 @pytest.mark.slow
@@ -417,7 +417,10 @@ def test_the_bundled_study_of_privacy_runs(tmp_path: Path) -> None:
     """All cells and the report, with few devices and one seed; both studies find as many people as they ask for."""
     paths = sorted((config_folder() / "privacy").glob("*.toml"))
     for path in paths:
-        assert len(Bench(frozenset()).people(next(iter(load_study(path).cells.values())).config.data, 1, 0)) == 200
+        assert (
+            len(SharedResources(frozenset()).people(next(iter(load_study(path).cells.values())).config.data, 1, 0))
+            == 200
+        )
     least = ["study.seeds=1", "data.users=4", "rounds=2", "shared.pool_capacity=6", "selection.bins=4"]
     study = load_study(paths[-1], least)
     run_study(study, tmp_path, lambda phase: None)

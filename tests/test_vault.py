@@ -11,23 +11,23 @@ from threading import Event, Thread
 
 import pytest
 
-from florilegium.client.agent.vault import Journal, Together, VaultError
+from florilegium.client.agent.vault import Together, Vault, VaultError
 from florilegium.privacy.common.database import connected
 from florilegium.simulation.benchmarks.agent import measure
 
 
 def test_writes_that_come_while_one_is_under_way_are_one_transaction_after_it(tmp_path: Path) -> None:
-    journal, begun, may_go, transactions = Journal(tmp_path / "v.db", token_hex(32)), Event(), Event(), []
+    vault, begun, may_go, transactions = Vault(tmp_path / "v.db", token_hex(32)), Event(), Event(), []
 
     @contextmanager
     def opened() -> Iterator[sqlite3.Connection]:
         transactions.append(len(transactions))
         begun.set()
         assert may_go.wait(20)
-        with journal.open() as connection:
+        with vault.open() as connection:
             yield connection
 
-    ids = [journal.add(f"prompt {k}", "hm", "").id for k in range(6)]
+    ids = [vault.add(f"prompt {k}", "hm", "").id for k in range(6)]
     together, told = Together(opened), dict[str, int]()
 
     def write(identity: str, k: int) -> None:
@@ -47,17 +47,17 @@ def test_writes_that_come_while_one_is_under_way_are_one_transaction_after_it(tm
     for thread in threads:
         thread.join()
     assert transactions == [0, 1] and told == dict.fromkeys(ids, 1)
-    assert [t.wanted for t in journal.turns()] == [f"reply {k}" for k in range(6)]
+    assert [t.wanted for t in vault.turns()] == [f"reply {k}" for k in range(6)]
 
 
 def test_what_cannot_be_written_is_told_to_all_and_the_next_is_written(tmp_path: Path) -> None:
-    journal, broken = Journal(tmp_path / "v.db", token_hex(32)), [True]
+    vault, broken = Vault(tmp_path / "v.db", token_hex(32)), [True]
 
     @contextmanager
     def opened() -> Iterator[sqlite3.Connection]:
         if broken[0]:
             raise VaultError("no room")
-        with journal.open() as connection:
+        with vault.open() as connection:
             yield connection
 
     together = Together(opened)

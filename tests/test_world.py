@@ -20,16 +20,16 @@ from florilegium.simulation.config import ConfigError
 from florilegium.simulation.evaluation.fairness import jain, summarize, worst_decile
 from florilegium.simulation.heterogeneity.availability import (
     Arrival,
-    Fate,
+    Outcome,
     Round,
     Work,
     arrivals,
-    play_round,
+    simulate_round,
     trained_tokens,
 )
 from florilegium.simulation.heterogeneity.classes import (
     DeviceClass,
-    World,
+    DevicePopulation,
     WorldConfig,
     class_of,
     load_classes,
@@ -57,9 +57,9 @@ WORK = Work(tokens_before=1000, tokens_after=200, down_bytes=1000, up_bytes=1000
 NAMES = [f"d{i}" for i in range(40)]
 
 
-def world(*classes: DeviceClass, seed: int = 0, **settings: float) -> World:
+def world(*classes: DeviceClass, seed: int = 0, **settings: float) -> DevicePopulation:
     kinds = tuple(c.model_copy(update={"share": 1 / len(classes)}) for c in classes)
-    return World(WorldConfig(classes="made-up", **settings), kinds, seed)  # type: ignore[arg-type]
+    return DevicePopulation(WorldConfig(classes="made-up", **settings), kinds, seed)  # type: ignore[arg-type]
 
 
 def absent(kind: DeviceClass) -> DeviceClass:
@@ -71,10 +71,10 @@ def outcomes(played: Round) -> Counter[str]:
 
 
 def test_a_device_takes_the_seconds_and_joules_of_its_class() -> None:
-    played = play_round(world(SLOW), 1, 0, {"d": WORK}, wanted=1)
+    played = simulate_round(world(SLOW), 1, 0, {"d": WORK}, wanted=1)
     # 1000 bytes at 8 kbit/s: 1 s; 1000 tokens at 100 a second: 10 s; 200 more after the answer: 2 s
     # 1200 tokens at 0.5 J and 2000 bytes at 0.25 J
-    assert played.fates == (Fate("d", "slow", "answers", 12.0, 14.0, 1100.0, 1000, 1000),)
+    assert played.fates == (Outcome("d", "slow", "answers", 12.0, 14.0, 1100.0, 1000, 1000),)
     assert played.duration_s == 12.0 and played.answers == ("d",)
 
 
@@ -88,7 +88,7 @@ def test_over_sampling_rounds_up_but_not_by_a_rounding_error() -> None:
 
 def test_the_kth_answer_ends_the_round_and_the_others_are_late() -> None:
     asked = {f"d{i}": replace(WORK, tokens_before=100 * i) for i in range(1, 6)}  # arrive after 3, 4, 5, 6, 7 s
-    played = play_round(world(SLOW), 1, 0, asked, wanted=3)
+    played = simulate_round(world(SLOW), 1, 0, asked, wanted=3)
     assert played.duration_s == 5 and played.answers == ("d1", "d2", "d3")
     late = [f for f in played.fates if f.outcome == "late"]
     assert [f.arrives_s for f in late] == [6, 7]
@@ -97,31 +97,31 @@ def test_the_kth_answer_ends_the_round_and_the_others_are_late() -> None:
 
 def test_what_arrives_after_the_deadline_is_late() -> None:
     asked = {f"d{i}": replace(WORK, tokens_before=100 * i) for i in range(1, 6)}
-    played = play_round(world(SLOW, deadline_s=5), 1, 0, asked, wanted=5)
+    played = simulate_round(world(SLOW, deadline_s=5), 1, 0, asked, wanted=5)
     assert played.duration_s == 5 and played.answers == ("d1", "d2", "d3")
     assert outcomes(played) == {"answers": 3, "late": 2}
 
 
 def test_a_round_ends_with_the_last_answer_when_nobody_else_is_awaited() -> None:
-    assert play_round(world(SLOW, deadline_s=100), 1, 0, {"d": WORK}, wanted=2).duration_s == 12
+    assert simulate_round(world(SLOW, deadline_s=100), 1, 0, {"d": WORK}, wanted=2).duration_s == 12
 
 
 def test_a_round_without_devices_takes_the_deadline_or_the_pause() -> None:
     gone = {d: WORK for d in NAMES}
     for settings, expected in (({"deadline_s": 7.0}, 7), ({"idle_s": 30.0}, 30)):
-        played = play_round(world(absent(SLOW), **settings), 1, 0, gone, wanted=5)
+        played = simulate_round(world(absent(SLOW), **settings), 1, 0, gone, wanted=5)
         assert outcomes(played) == {"unavailable": 40} and played.duration_s == expected and not played.answers
         assert sum(f.energy_joules + f.busy_s + f.down_bytes for f in played.fates) == 0
 
 
 def test_a_device_without_the_memory_never_takes_part() -> None:
-    assert outcomes(play_round(world(SLOW), 1, 0, {"d": WORK}, 1, needed_bytes=1000)) == {"answers": 1}
-    assert outcomes(play_round(world(SLOW), 1, 0, {"d": WORK}, 1, needed_bytes=1001)) == {"too-small": 1}
+    assert outcomes(simulate_round(world(SLOW), 1, 0, {"d": WORK}, 1, needed_bytes=1000)) == {"answers": 1}
+    assert outcomes(simulate_round(world(SLOW), 1, 0, {"d": WORK}, 1, needed_bytes=1001)) == {"too-small": 1}
 
 
 def test_who_drops_out_has_done_a_part_in_order() -> None:
     asked = {f"d{i}": WORK for i in range(2000)}
-    played = play_round(world(SLOW, drop_out=0.25, deadline_s=60), 1, 0, asked, wanted=2000)
+    played = simulate_round(world(SLOW, drop_out=0.25, deadline_s=60), 1, 0, asked, wanted=2000)
     dropped = [f for f in played.fates if f.outcome == "dropped-out"]
     assert 0.22 < len(dropped) / 2000 < 0.28 and played.duration_s == 60
     assert sum(f.busy_s for f in dropped) / len(dropped) == pytest.approx(6, abs=0.6)  # uniform over 12 s
@@ -134,8 +134,8 @@ def test_who_drops_out_has_done_a_part_in_order() -> None:
 @given(st.permutations(NAMES), st.integers(0, 100), st.integers(0, 10**6), st.integers(1, 40))
 def test_a_round_depends_on_no_order(order: list[str], number: int, t_s: int, wanted: int) -> None:
     there = world(SLOW, FAST, absent(FAST), drop_out=0.2, deadline_s=11.5, seed=3)
-    played = play_round(there, number, t_s, {d: WORK for d in order}, wanted)
-    assert played == play_round(there, number, t_s, {d: WORK for d in NAMES}, wanted)
+    played = simulate_round(there, number, t_s, {d: WORK for d in order}, wanted)
+    assert played == simulate_round(there, number, t_s, {d: WORK for d in NAMES}, wanted)
     assert len(played.answers) <= wanted and 0 < played.duration_s <= 11.5
     assert all(f.arrives_s <= played.duration_s for f in played.fates if f.outcome == "answers" and f.arrives_s)
 
@@ -143,8 +143,8 @@ def test_a_round_depends_on_no_order(order: list[str], number: int, t_s: int, wa
 @given(st.sets(st.sampled_from(NAMES), min_size=1))
 def test_a_device_fares_alone_as_in_company_while_nobody_is_too_many(asked: set[str]) -> None:
     there = world(SLOW, FAST, absent(SLOW), drop_out=0.3)
-    together = {f.device: f for f in play_round(there, 7, 0, {d: WORK for d in asked}, len(asked)).fates}
-    assert all(play_round(there, 7, 0, {d: WORK}, 1).fates[0] == fate for d, fate in together.items())
+    together = {f.device: f for f in simulate_round(there, 7, 0, {d: WORK for d in asked}, len(asked)).fates}
+    assert all(simulate_round(there, 7, 0, {d: WORK}, 1).fates[0] == fate for d, fate in together.items())
 
 
 def test_classes_have_their_shares_and_zones_fill_the_day() -> None:
@@ -166,7 +166,7 @@ def test_a_device_is_there_at_its_own_hours() -> None:
     night = SLOW.model_copy(update={"available": (1.0,) * 6 + (0.0,) * 18})
     there = world(night, start_hour=20)
     for t_s in (0, 3600 * 30):
-        played = play_round(there, 1, t_s, {d: WORK for d in NAMES}, 40)
+        played = simulate_round(there, 1, t_s, {d: WORK for d in NAMES}, 40)
         assert set(played.answers) == {d for d in NAMES if local_hour(there, d, t_s) < 6} != set()
     assert local_hour(there, "d", 3600 * 5) == pytest.approx((25 + zone_h("d", 0)) % 24)
 
@@ -221,7 +221,7 @@ def test_a_world_in_which_nobody_can_ever_answer_is_refused() -> None:
 
 def test_the_summary_is_of_classes_and_of_fairness() -> None:
     there = world(SLOW, FAST, drop_out=0.2)
-    rounds = [play_round(there, n, 100 * n, {d: WORK for d in NAMES}, wanted=20) for n in range(3)]
+    rounds = [simulate_round(there, n, 100 * n, {d: WORK for d in NAMES}, wanted=20) for n in range(3)]
     utility = {d: float(i) for i, d in enumerate(NAMES)}
     told = summarize(rounds, there, NAMES, utility, {d: 10 * u for d, u in utility.items()})
     assert json.loads(json.dumps(told)) == told
@@ -239,7 +239,9 @@ def test_the_summary_is_of_classes_and_of_fairness() -> None:
 
 def test_who_is_not_evaluated_takes_part_all_the_same() -> None:
     """Of four devices one is asked, and it alone is evaluated: 1² / (4 · 1²), and not 1."""
-    told = summarize([play_round(world(SLOW), 1, 0, {"d0": WORK}, 1)], world(SLOW), NAMES[:4], {"d0": 0.5}, {"d0": 9})
+    told = summarize(
+        [simulate_round(world(SLOW), 1, 0, {"d0": WORK}, 1)], world(SLOW), NAMES[:4], {"d0": 0.5}, {"d0": 9}
+    )
     assert told["fairness"]["jain_participation"] == 0.25
     assert (told["classes"]["slow"]["asked"], told["classes"]["slow"]["devices"]) == (1, 1)
 

@@ -26,13 +26,13 @@ from pydantic import ValidationError
 
 from florilegium.client.agent.acceptance import check_promise, check_settings, check_work, unprotected
 from florilegium.client.agent.config import CONSENTS, AgentConfig, Consent, When
-from florilegium.client.agent.folder import DeviceError, Home, HomeError, replace_file
+from florilegium.client.agent.folder import DeviceError, DeviceFolder, HomeError, replace_file
 from florilegium.client.agent.pace import doubled, rehearsed
 from florilegium.client.agent.terms import Terms
 from florilegium.client.agent.vault import (
-    Journal,
     Sent,
     Turn,
+    Vault,
     forget_origins,
     unsay,
     write_fact,
@@ -49,7 +49,7 @@ from florilegium.client.lm.peft_format import peft_files, shared_files
 from florilegium.client.lm.places import BASE_FOLDER, ModelError, base_hash, base_of
 from florilegium.client.personalization.config import ProfileConfig
 from florilegium.client.personalization.profile import Profile, ProfileError
-from florilegium.client.phases import Site, States, annotate, beneath, observe
+from florilegium.client.phases import CohortContext, States, annotate, frozen_adapters, observe
 from florilegium.client.private_training import release_limits, resend
 from florilegium.client.round import contribute, live
 from florilegium.client.selection.buffer import Buffer
@@ -70,7 +70,7 @@ class AgentError(DeviceError):
 
 
 @dataclass(frozen=True)
-class Federation:
+class Membership:
     """A federation that this device has joined, and what its owner has agreed to spend there."""
 
     name: str
@@ -89,7 +89,9 @@ class Federation:
 class Agent:
     """One device while it runs. One thing at a time touches the model and the states: others wait."""
 
-    def __init__(self, home: Home, config: AgentConfig, lm: LanguageModel, key: str, *, rebasing: bool = False) -> None:
+    def __init__(
+        self, home: DeviceFolder, config: AgentConfig, lm: LanguageModel, key: str, *, rebasing: bool = False
+    ) -> None:
         """Raises `HomeError`, `VaultError` or `AgentError` for files that do not fit.
 
         `rebasing`: what was learned may belong to another model; `rebase` comes next.
@@ -97,15 +99,15 @@ class Agent:
         self.home, self.config, self.lm = home, config, lm
         self.page_token = token_urlsafe(32)  # of this process: whoever saw an older one cannot open the page
         self.page_address = ""  # with it, while there is a page
-        self.journal = Journal(home.vault, key)
+        self.vault = Vault(home.vault, key)
         self.store, self.ledger = DeviceStore(home.vault, key), Ledger(home.vault, key)
         self._busy = threading.RLock()
         self.doing = ""  # the phase that is being worked on
         self.turned_away = Counter[str]()  # what a server sent that was not answered, since the start
-        known = self.journal.fact("base")
+        known = self.vault.fact("base")
         if known is None:
-            self.journal.set_fact("base", base_hash(config.device.model.name))
-            self.journal.set_fact("seed", fresh_secret() >> 65)
+            self.vault.set_fact("base", base_hash(config.device.model.name))
+            self.vault.set_fact("seed", fresh_secret() >> 65)
         elif known != base_hash(config.device.model.name) and not rebasing:
             raise AgentError(
                 f"what this device has learned belongs to another model than {config.device.model.name!r} is now: "
@@ -113,18 +115,18 @@ class Agent:
             )
 
     @classmethod
-    def open(cls, home: Home, *, rebasing: bool = False) -> Agent:
+    def open(cls, home: DeviceFolder, *, rebasing: bool = False) -> Agent:
         """With the model loaded and the vault found whole; the caller holds the lock of the home."""
         config = home.check()
         key = home.read_key(config)
-        Journal(home.vault, key).check()
+        Vault(home.vault, key).check()
         agent = cls(home, config, loaded(config.device.model), key, rebasing=rebasing)
         agent.finish()
         return agent
 
     def finish(self) -> None:
         """Ends an erasure that was stopped, by a power cut say."""
-        if self.journal.fact("erasing"):
+        if self.vault.fact("erasing"):
             try:
                 with self._busy:
                     self._erased()
@@ -135,25 +137,25 @@ class Agent:
 
     @property
     def consents(self) -> dict[Consent, bool]:
-        found = self.journal.facts([f"consent to {item}" for item in CONSENTS])
+        found = self.vault.facts([f"consent to {item}" for item in CONSENTS])
         return {item: bool(found.get(f"consent to {item}")) for item in CONSENTS}
 
     def consent(self, item: Consent, given: bool) -> None:
         """Gives it, or takes it back; what was sent before cannot be."""
         if item not in CONSENTS:
             raise AgentError(f"{item!r} is not something to consent to: {', '.join(CONSENTS)}")
-        self.journal.set_fact(f"consent to {item}", given)
+        self.vault.set_fact(f"consent to {item}", given)
 
     @property
     def learns(self) -> When:
         """When the device learns by itself."""
-        found: When = self.journal.fact("learns", self.config.learn)
+        found: When = self.vault.fact("learns", self.config.learn)
         return found
 
     def learn_when(self, when: When) -> None:
         if when not in get_args(When):
             raise AgentError(f"{when!r} is not one of {', '.join(get_args(When))}")
-        self.journal.set_fact("learns", when)
+        self.vault.set_fact("learns", when)
 
     # -- talking ------------------------------------------------------------------------------------------------------
 
@@ -164,16 +166,16 @@ class Agent:
         if not prompt.strip():
             raise AgentError("there is nothing to reply to")
         with self._busy:
-            state, site = self._state(), self.site
+            state, context = self._state(), self.context
             received, _ = self._used()
-            on = [*([] if received is None else beneath(received, [state.id], site)), self._personal(state)]
+            on = [*([] if received is None else frozen_adapters(received, [state.id], context)), self._personal(state)]
             sight = self._in_sight(conversation)
             asked = Dialogue("", prompt, "", context="\n".join(line for _, line in sight)).in_context.prompt
             said = self.lm.reply(asked, on, self.config.chat, fresh_secret() >> 65, told)
             if not self.consents["learn"]:
                 return Turn(0, "", time.time(), conversation, prompt, said, None, "", None)
             causes = list(dict.fromkeys(i for i, _ in sight))
-            return self.journal.add(prompt, said, conversation, self._cycle(), causes)
+            return self.vault.add(prompt, said, conversation, self._cycle(), causes)
 
     def rate(self, identity: str, liked: bool | None, wanted: str = "") -> Turn:
         """👍, 👎, and what the owner would have said. Raises KeyError for a dialogue that is not there."""
@@ -181,7 +183,7 @@ class Agent:
         self._check_length(wanted)
         if not self.consents["learn"]:
             raise AgentError("what you say of it is kept to learn from, which is not consented to")
-        return self.journal.rate(identity, liked, wanted.strip())
+        return self.vault.rate(identity, liked, wanted.strip())
 
     def _check_length(self, text: str) -> None:
         if len(text) > self.config.longest:
@@ -197,22 +199,22 @@ class Agent:
         if not turns or not conversation:
             return []
         values: tuple[object, ...] = (conversation, before or math.inf)
-        past = self.journal.turns("WHERE conversation = ? AND number < ?", values)
+        past = self.vault.turns("WHERE conversation = ? AND number < ?", values)
         lines = [(turn.id, line) for turn in past for line in (turn.prompt, turn.wanted or turn.said) if line]
         return lines[-turns:]
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
     @property
-    def site(self) -> Site:
+    def context(self) -> CohortContext:
         """What the phases work with; the reply of a dialogue is what its owner has said of it so far."""
         return self._site_in(self.federation)
 
-    def _site_in(self, federation: Federation | None) -> Site:
-        device, seed = self.config.device, self.journal.fact("seed")
+    def _site_in(self, federation: Membership | None) -> CohortContext:
+        device, seed = self.config.device, self.vault.fact("seed")
         if federation is None:
-            return Site.of(self.lm, device, seed, self._reply, self._tell, self.ledger)
-        found = Site.of(self.lm, federation.settings(device), seed, self._reply, self._tell, self.ledger)
+            return CohortContext.of(self.lm, device, seed, self._reply, self._tell, self.ledger)
+        found = CohortContext.of(self.lm, federation.settings(device), seed, self._reply, self._tell, self.ledger)
         layout = self.lm.lora_layout(found.config.shared.adapter, public_seed=federation.public_seed)
         return replace(found, shared_layout=layout, experiment=federation.name)
 
@@ -222,11 +224,11 @@ class Agent:
             raise AgentError("learning is not consented to: florilegium device consent learn yes")
         with self._busy, self._telling(progress):
             cycle = self._cycle() + 1
-            turns = self.journal.take_up(cycle)
-            state, site = self._refreshed(self._state()), self.site
+            turns = self.vault.take_up(cycle)
+            state, context = self._refreshed(self._state()), self.context
             received, version = self._newest()
             began = time.monotonic()
-            (state,), (page,) = live([state], [self._dialogues(turns)], received, RoundPlan(cycle, version), site)
+            (state,), (page,) = live([state], [self._dialogues(turns)], received, RoundPlan(cycle, version), context)
             profile = self._profile_after(self.profile, turns)
             page["seconds of all"] = time.monotonic() - began
 
@@ -239,25 +241,25 @@ class Agent:
 
             self._save(state, also)
             self._retire(state)
-            self.journal.check()
-            self.journal.copy_to(self.home.good_copy)
+            self.vault.check()
+            self.vault.copy_to(self.home.good_copy)
             return page
 
     def due(self, now: time.struct_time, plugged: bool | None) -> bool:
         """Whether the device would learn by itself at this local time, on this supply. Needs something new."""
-        if not self.consents["learn"] or not self.journal.turns("WHERE cycle IS NULL"):
+        if not self.consents["learn"] or not self.vault.turns("WHERE cycle IS NULL"):
             return False
         first, last = self.config.night
         if self.learns == "night":
             return first <= now.tm_hour < last if first <= last else now.tm_hour >= first or now.tm_hour < last
         return self.learns == "charging" and plugged is True
 
-    def _gathered(self, state: DeviceState, site: Site) -> DeviceState:
+    def _gathered(self, state: DeviceState, context: CohortContext) -> DeviceState:
         """With all that has arrived, selected and asked for; trains nothing."""
         cycle = self._cycle() + 1
-        turns = self.journal.take_up(cycle)
-        states, _ = observe([self._refreshed(state)], [self._dialogues(turns)], RoundPlan(cycle, 0), site)
-        states, _ = annotate(states, site)
+        turns = self.vault.take_up(cycle)
+        states, _ = observe([self._refreshed(state)], [self._dialogues(turns)], RoundPlan(cycle, 0), context)
+        states, _ = annotate(states, context)
         profile = self._profile_after(self.profile, turns)
 
         def also(connection: Any) -> None:
@@ -274,7 +276,7 @@ class Agent:
 
     def _reply(self, device: str, dialogue: str) -> str:
         try:
-            return self.journal.turn(dialogue).reply
+            return self.vault.turn(dialogue).reply
         except KeyError:
             return ""
 
@@ -287,23 +289,23 @@ class Agent:
             replies=now,
             echoes=frozenset(i for i, reply in now.items() if isinstance(reply, Echo)),
             synthetic={i: made for i, made in state.synthetic.items() if i in same},
-            descendants={i: made for i, made in state.descendants.items() if i in same},
+            pool_synthetic={i: made for i, made in state.pool_synthetic.items() if i in same},
         )
 
     def _retire(self, state: DeviceState) -> None:
         """Drops the oldest dialogues beyond what is kept, but for those that the device learns from."""
-        over = self.journal.count() - self.config.keep
+        over = self.vault.count() - self.config.keep
         if over <= 0:
             return
         used = _held(state)
-        old = [t.id for t in self.journal.turns("WHERE cycle IS NOT NULL") if t.id not in used]
-        self.journal.forget(old[:over])
+        old = [t.id for t in self.vault.turns("WHERE cycle IS NOT NULL") if t.id not in used]
+        self.vault.forget(old[:over])
 
     # -- the profile --------------------------------------------------------------------------------------------------
 
     @property
     def profile(self) -> Profile:
-        told = self.journal.fact("profile")
+        told = self.vault.fact("profile")
         try:
             return Profile.from_json(_mended(told)) if told else Profile()
         except ProfileError:  # of an earlier version, which took more; learning notices interests anew
@@ -315,9 +317,9 @@ class Agent:
         found = Profile.from_json(text)
         with self._busy:
             gone = {i.text for i in self.profile.interests} - {i.text for i in found.interests}
-            removed = {*self.journal.fact("removed interests", []), *map(_hashed, gone)}
-            self.journal.set_fact("removed interests", sorted(removed))
-            self.journal.set_fact("profile", found.to_json())
+            removed = {*self.vault.fact("removed interests", []), *map(_hashed, gone)}
+            self.vault.set_fact("removed interests", sorted(removed))
+            self.vault.set_fact("profile", found.to_json())
         return found
 
     def _profile_after(self, profile: Profile, turns: Iterable[Turn]) -> Profile:
@@ -342,7 +344,7 @@ class Agent:
                 "in": [name for name, place in (("buffer", bins), ("pool", pool)) if i in place],
                 "scores": {n: getattr(bins[i], n) for n in ("eoe", "dss", "idd")} if i in bins else {},
                 "domain": bins[i].domain if i in bins else "",
-                "made": [list(pair) for pair in (*state.synthetic.get(i, ()), *state.descendants.get(i, ()))],
+                "made": [list(pair) for pair in (*state.synthetic.get(i, ()), *state.pool_synthetic.get(i, ()))],
             }
             for i in dict.fromkeys([*bins, *pool])
         ]  # fmt: skip
@@ -353,8 +355,8 @@ class Agent:
         Raises KeyError for a dialogue that is not there.
         """
         for identity in identities:
-            self.journal.turn(identity)
-        return self.journal.said_under(identities)
+            self.vault.turn(identity)
+        return self.vault.said_under(identities)
 
     def erase(
         self, identities: Sequence[str], progress: Progress = lambda phase: None, *, keep_replies: bool = False
@@ -369,24 +371,24 @@ class Agent:
         start. What was sent cannot be recalled. Raises KeyError for a dialogue that is not there.
         """
         for identity in identities:
-            self.journal.turn(identity)
+            self.vault.turn(identity)
         with self._busy, self._telling(progress):
             self._tell("forget")
-            under = [] if keep_replies else self.journal.said_under(identities)
+            under = [] if keep_replies else self.vault.said_under(identities)
 
             def also(connection: Any) -> None:
                 write_fact(connection, "erasing", True)
                 unsay(connection, [t.id for t in under])
                 forget_origins(connection, identities)
 
-            self.journal.forget(identities, also)
+            self.vault.forget(identities, also)
             return {**self._erased(), "replies": len(under)}
 
     def _erased(self) -> dict[str, Any]:
         """What comes after the dialogues are gone; begun anew where it was stopped."""
         self.home.drop_copies()
         done = self._made_anew(*self._used())
-        self.journal.set_fact("erasing", False)
+        self.vault.set_fact("erasing", False)
         return done
 
     def rebase(self, progress: Progress = lambda phase: None) -> dict[str, Any]:
@@ -409,11 +411,11 @@ class Agent:
     ) -> dict[str, Any]:
         """Saves the device as it would be, had it only met what is in the journal now; earlier ones go at once."""
         state = self._relived(self._state())
-        trained = self.site.config.personal.epochs and state.annotated and self.consents["learn"]
+        trained = self.context.config.personal.epochs and state.annotated and self.consents["learn"]
         if trained:
-            (state,), _ = live([state], [[]], received, RoundPlan(self._cycle(), version), self.site)
-        profile = self._profile_after(Profile(), self.journal.turns("WHERE cycle IS NOT NULL"))
-        removed = self.journal.fact("removed interests", [])
+            (state,), _ = live([state], [[]], received, RoundPlan(self._cycle(), version), self.context)
+        profile = self._profile_after(Profile(), self.vault.turns("WHERE cycle IS NOT NULL"))
+        removed = self.vault.fact("removed interests", [])
         profile = replace(profile, interests=tuple(i for i in profile.interests if _hashed(i.text) not in removed))
 
         def all_of_it(connection: Any) -> None:
@@ -423,23 +425,23 @@ class Agent:
 
         self._save(state, all_of_it, only=True)
         self._tell("compact")
-        self.journal.compact()
-        self.journal.check()
-        self.journal.copy_to(self.home.good_copy)
+        self.vault.compact()
+        self.vault.check()
+        self.vault.copy_to(self.home.good_copy)
         return {
             "retrained": bool(trained),
-            "dialogues": self.journal.count(),
+            "dialogues": self.vault.count(),
             "cannot be recalled": len(self.releases),
         }
 
     def _relived(self, state: DeviceState) -> DeviceState:
         """The device if what is in the journal now were all that it ever met; its pool, secret and account stay."""
-        site, cycles = self.site, dict[int, list[Turn]]()
-        for turn in self.journal.turns("WHERE cycle IS NOT NULL"):
+        context, cycles = self.context, dict[int, list[Turn]]()
+        for turn in self.vault.turns("WHERE cycle IS NOT NULL"):
             cycles.setdefault(turn.cycle or 0, []).append(turn)
-        states: States = [replace(site.new_state(state.id), secret=state.secret)]
+        states: States = [replace(context.new_state(state.id), secret=state.secret)]
         for cycle, turns in sorted(cycles.items()):
-            states, _ = observe(states, [self._dialogues(turns)], RoundPlan(cycle, 0), site)
+            states, _ = observe(states, [self._dialogues(turns)], RoundPlan(cycle, 0), context)
         left = {d.id: d for turns in cycles.values() for d in self._dialogues(turns)}
         slots = tuple((i, prompt) for i, prompt in state.pool.slots if i in left)
         same = {(k.id, k.prompt) for k in state.buffer.bins} & {(i, d.in_context.prompt) for i, d in left.items()}
@@ -453,7 +455,7 @@ class Agent:
                 arrived=states[0].arrived,
                 replies={i: reply for i, reply in state.replies.items() if i in left},
                 synthetic={i: made for i, made in state.synthetic.items() if i in dict(same)},
-                descendants={i: made for i, made in state.descendants.items() if i in dict(slots)},
+                pool_synthetic={i: made for i, made in state.pool_synthetic.items() if i in dict(slots)},
                 sent=None,
                 asked="",
             )
@@ -462,9 +464,9 @@ class Agent:
     # -- the federation -----------------------------------------------------------------------------------------------
 
     @property
-    def federation(self) -> Federation | None:
-        told = self.journal.fact("federation")
-        return Federation(**told) if told else None
+    def federation(self) -> Membership | None:
+        told = self.vault.fact("federation")
+        return Membership(**told) if told else None
 
     @property
     def federating(self) -> bool:
@@ -479,7 +481,7 @@ class Agent:
             raise AgentError(f"not consented to: {' and '.join(missing)}; florilegium device consent {missing[0]} yes")
         if why := unprotected(self.config.device.privacy):
             raise AgentError(why)
-        if terms.base != self.journal.fact("base"):
+        if terms.base != self.vault.fact("base"):
             raise AgentError(
                 f"the federation is for the weights {terms.base[:12]!r} of {terms.model!r}; this device has "
                 f"{self.lm.name!r} with others: ask the server's operator, or florilegium device rebase"
@@ -489,8 +491,8 @@ class Agent:
         there = self.federation
         if there and there.name != terms.name:
             raise AgentError(f"this device is in {there.name!r}; leave it first: florilegium device leave")
-        site = self._affordable_site(terms)
-        longest = release_limits(site.config, site.schema)[0]
+        context = self._affordable_site(terms)
+        longest = release_limits(context.config, context.schema)[0]
         if terms.largest_norm_l2 and longest > terms.largest_norm_l2:
             raise AgentError(
                 f"{terms.name!r} refuses releases longer than {terms.largest_norm_l2:.3g}; with its noise this "
@@ -501,21 +503,21 @@ class Agent:
         """Counts something that was not answered, for its owner to see."""
         self.turned_away[what] += 1
 
-    def _affordable_site(self, terms: Terms) -> Site:
+    def _affordable_site(self, terms: Terms) -> CohortContext:
         """The site under these terms.
 
         Raises `AgentError` for terms that cost more than a device gives, or leave too little of its promise.
         """
         try:
             check_settings(terms.shared, terms.rounds)
-            site = self._site_in(_federation(terms, ""))
-            check_work(site.shared_layout, site.config)
-            check_promise(site.config, terms.min_devices)
+            context = self._site_in(_federation(terms, ""))
+            check_work(context.shared_layout, context.config)
+            check_promise(context.config, terms.min_devices)
         except (UserError, ValidationError) as error:
             raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
         except MemoryError:
             raise AgentError(f"the terms of {terms.name!r} need more memory than this device has") from None
-        return site
+        return context
 
     def join(self, terms: Terms, server: str) -> None:
         """Agrees to a federation's terms: from now on its server is answered. Raises as `check_terms`."""
@@ -526,11 +528,11 @@ class Agent:
 
     def leave(self) -> None:
         """Answers no server from now on, and learns anew without the shared adapter."""
-        self.journal.set_fact("federation", None)  # at once: a round that is being worked on is not sent
+        self.vault.set_fact("federation", None)  # at once: a round that is being worked on is not sent
         with self._busy:
             self._resize(self.config.device.shared.pool_capacity, None)
 
-    def _resize(self, capacity: int, federation: Federation | None) -> None:
+    def _resize(self, capacity: int, federation: Membership | None) -> None:
         """Goes over to another federation, or to none, with as many slots in the pool as it wants."""
         state = self._state()
 
@@ -543,7 +545,7 @@ class Agent:
 
     @property
     def schema(self) -> Schema:
-        return self.site.schema
+        return self.context.schema
 
     def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
         """The release of a round, stored before it is handed out; None where consent, budget or order forbid one."""
@@ -557,12 +559,12 @@ class Agent:
         federation = self.federation
         if federation is None or not self.federating or not 1 <= plan.round <= federation.rounds:
             return None
-        state, site, answered = self._state(), self._site_in(federation), self.journal.fact("answered rounds", {})
+        state, context, answered = self._state(), self._site_in(federation), self.vault.fact("answered rounds", {})
         rounds = answered.get(federation.name, [])  # in any order: none of them ends another
         if plan.round in rounds:
-            return resend(state, received, plan, site) if plan.round == rounds[-1] else None
-        before = self._gathered(self._with_spent_head(state), site)
-        (state,), (release,), (page,) = contribute([before], [[]], received, plan, site)
+            return resend(state, received, plan, context) if plan.round == rounds[-1] else None
+        before = self._gathered(self._with_spent_head(state), context)
+        (state,), (release,), (page,) = contribute([before], [[]], received, plan, context)
         if release is None and not self._has_paid(state, federation.name, plan.round):
             self._note_unanswered(replace(state, sent=before.sent, asked=before.asked), plan, page)
             return None
@@ -570,7 +572,7 @@ class Agent:
             replace_file(self.home.spent, state.head)
         if not self.federating:  # any more
             return None
-        size = site.upload_bytes(state.id, plan) if release else 0
+        size = context.upload_bytes(state.id, plan) if release else 0
         told = Sent(
             time.time(), federation.name, plan.round, "release" if release else page.get("refusal", "no-release"),
             size, page.get("epsilon"),
@@ -588,18 +590,18 @@ class Agent:
         """Seconds after a question at which its answer leaves; 0 without a server. Rehearsed once for a federation."""
         if not self.federating:
             return 0.0
-        known: float = self.journal.fact("pace", 0.0)
+        known: float = self.vault.fact("pace", 0.0)
         if not known:
             with self._busy:
-                known = rehearsed(self.site)
-                self.journal.set_fact("pace", known)
+                known = rehearsed(self.context)
+                self.vault.set_fact("pace", known)
         return known
 
     def _keep_pace(self, worked: float) -> None:
         """Doubles it for good where the work alone, without waiting for the owner, took longer."""
-        known = self.journal.fact("pace", 0.0)
+        known = self.vault.fact("pace", 0.0)
         if known and doubled(known, worked) != known:
-            self.journal.set_fact("pace", doubled(known, worked))
+            self.vault.set_fact("pace", doubled(known, worked))
 
     def _has_paid(self, state: DeviceState, federation: str, number: int) -> bool:
         account = self.ledger.account(state.id, state.genesis)
@@ -611,7 +613,7 @@ class Agent:
         if federation is None:
             return
         told = Sent(time.time(), federation.name, plan.round, page.get("refusal", "no-release"), 0, page.get("epsilon"))
-        known = {(s.federation, s.round, s.kind) for s in self.journal.sent()}
+        known = {(s.federation, s.round, s.kind) for s in self.vault.sent()}
 
         def also(connection: Any) -> None:
             if (told.federation, told.round, told.kind) not in known:
@@ -625,7 +627,7 @@ class Agent:
             federation = self.federation
             if federation is None or not self.federating or not 1 <= plan.version <= federation.rounds:
                 return
-            with self.journal.open() as connection:
+            with self.vault.open() as connection:
                 write_fact(connection, "newest", plan.version, _bytes(received))
 
     def _with_spent_head(self, state: DeviceState) -> DeviceState:
@@ -644,7 +646,7 @@ class Agent:
 
     @property
     def releases(self) -> list[Sent]:
-        return [s for s in self.journal.sent() if s.kind == "release"]
+        return [s for s in self.vault.sent() if s.kind == "release"]
 
     def epsilon(self) -> float | None:
         """Spent so far of the budget; None for an account that is broken."""
@@ -660,9 +662,9 @@ class Agent:
             "doing": self.doing,
             "consents": self.consents,
             "learns": self.learns,
-            "learned": self.journal.fact("learned"),
-            "dialogues": self.journal.count(),
-            "new": len(self.journal.turns("WHERE cycle IS NULL")),
+            "learned": self.vault.fact("learned"),
+            "dialogues": self.vault.count(),
+            "new": len(self.vault.turns("WHERE cycle IS NULL")),
             "buffered": len(state.buffer),
             "bins": self.config.device.selection.bins,
             "pooled": len(state.pool.slots),
@@ -671,7 +673,7 @@ class Agent:
             "unprotected": unprotected(privacy),
             "releases": len(self.releases),
             "turned away": dict(self.turned_away),
-            "pace": self.journal.fact("pace", 0.0),
+            "pace": self.vault.fact("pace", 0.0),
             "epsilon": self.epsilon(),
             "epsilon_budget": privacy.epsilon,
             "delta": privacy.delta,
@@ -687,7 +689,7 @@ class Agent:
         return found[1] if found else self._new_state()
 
     def _new_state(self) -> DeviceState:
-        state = self.site.new_state(self.config.name)
+        state = self.context.new_state(self.config.name)
         self.store.save([state], _stage(0))  # its secret, before anything is paid for with it
         return state
 
@@ -699,7 +701,7 @@ class Agent:
             self.store.save([state], _stage(serial + 1))
 
     def _cycle(self) -> int:
-        return int(self.journal.fact("cycle", 0))
+        return int(self.vault.fact("cycle", 0))
 
     @property
     def personal_row(self) -> torch.Tensor:
@@ -711,24 +713,24 @@ class Agent:
 
         Of bases those alone that are bundled: others are as large as a board's memory, and can be fetched.
         """
-        base, site, (shared, _) = base_of(self.lm.name), self.site, self._used()
-        files = {f"personal/{n}": c for n, c in peft_files(site.personal_layout, self.personal_row, base).items()}
+        base, context, (shared, _) = base_of(self.lm.name), self.context, self._used()
+        files = {f"personal/{n}": c for n, c in peft_files(context.personal_layout, self.personal_row, base).items()}
         if shared is not None:
-            files |= shared_files(site.shared_layout, shared, base)
+            files |= shared_files(context.shared_layout, shared, base)
         if self.lm.name == "nano":
             files |= {f"{BASE_FOLDER}/{path.name}": path.read_bytes() for path in base.files}
         return files
 
     def _personal(self, state: DeviceState) -> Adapters:
-        return self.lm.adapters(self.site.personal_layout, state.personal)
+        return self.lm.adapters(self.context.personal_layout, state.personal)
 
     def _used(self) -> tuple[torch.Tensor | None, int]:
         """The shared adapter (P,) beneath the personal one, and its version."""
-        return _row(self.journal.fact_bytes("used")), int(self.journal.fact("used", 0))
+        return _row(self.vault.fact_bytes("used")), int(self.vault.fact("used", 0))
 
     def _newest(self) -> tuple[torch.Tensor | None, int]:
         """The last that a server has sent."""
-        return _row(self.journal.fact_bytes("newest")), int(self.journal.fact("newest", 0))
+        return _row(self.vault.fact_bytes("newest")), int(self.vault.fact("newest", 0))
 
     def _tell(self, phase: str) -> None:
         self.doing = phase
@@ -754,27 +756,27 @@ def loaded(model: ModelConfig) -> LanguageModel:
         raise HomeError(str(error)) from error
 
 
-def restore(home: Home) -> None:
+def restore(home: DeviceFolder) -> None:
     """Goes back to the last good copy. Consents and the federation are not taken from it: they may be withdrawn ones.
 
     Raises `HomeError` and `VaultError`; the damaged file is kept beside.
     """
     key = home.read_key(home.check_copy())
-    copy = Journal(home.good_copy, key)
+    copy = Vault(home.good_copy, key)
     copy.check()
     home.set_aside()
     copy.copy_to(home.vault)
-    journal = Journal(home.vault, key)
-    journal.check()
-    with journal.open() as connection:
+    vault = Vault(home.vault, key)
+    vault.check()
+    with vault.open() as connection:
         for item in CONSENTS:
             write_fact(connection, f"consent to {item}", False)
         write_fact(connection, "federation", None)
         _no_shared(connection)
 
 
-def _federation(terms: Terms, server: str) -> Federation:
-    return Federation(
+def _federation(terms: Terms, server: str) -> Membership:
+    return Membership(
         terms.name, server, terms.rounds, terms.seed, terms.shared.model_dump(mode="json"), terms.operator
     )
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from florilegium.client.agent.folder import USUAL, DeviceError, Home, write_private
+from florilegium.client.agent.folder import USUAL, DeviceError, DeviceFolder, write_private
 from florilegium.client.terminal import Figures
 
 app = typer.Typer(no_args_is_help=True)
@@ -59,7 +59,7 @@ def init(
     chosen = fitting(memory)
     if model:
         chosen = thrifty(model, memory) if limit else ModelConfig(name=model)
-    place = Home(home)
+    place = DeviceFolder(home)
     with plain_errors():
         place.check_empty()
         check_model(chosen.name)
@@ -84,7 +84,7 @@ def init(
             for item, agreed in consents.items():
                 agent.consent(item, bool(agreed))
             agent.status()
-            agent.journal.copy_to(place.good_copy)
+            agent.vault.copy_to(place.good_copy)
     console.print(f"{config.name} with {lm.name} is in {place.folder}. Next: {place.command('serve')}")
 
 
@@ -110,7 +110,7 @@ def serve(
     for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as with `nohup`
             signal.signal(number, lambda *_: over.set())
-    with plain_errors(), opened(Home(home)) as agent:
+    with plain_errors(), opened(DeviceFolder(home)) as agent:
         from florilegium.client.agent.supernode import connected  # and with it flwr
 
         wanted = agent.config.port if port is None else port
@@ -283,7 +283,7 @@ def join(
     if not host or "/" in server or not port.isdigit():
         raise typer.BadParameter(f"--server {server}: host:port, as server.example:9092")
     with plain_errors():
-        place, asked = Home(home), invitation.terms if invitation else read_terms(terms)
+        place, asked = DeviceFolder(home), invitation.terms if invitation else read_terms(terms)
         with place.locked():
             place.check()
 
@@ -374,12 +374,12 @@ def erase(
             for told in agent.stream("erase", ids=dialogues, keep_replies=keep_replies):
                 console.print(told.get("phase") or _anew(told["done"]))
         return
-    if not Home(home).exists:
-        raise typer.BadParameter(f"there is no device in {Home(home).folder}")
+    if not DeviceFolder(home).exists:
+        raise typer.BadParameter(f"there is no device in {DeviceFolder(home).folder}")
     if not yes and not typer.confirm("Erase the whole device: dialogues, adapter, accounts, key?", default=False):
         raise typer.Exit(1)
     with plain_errors():
-        place = Home(home)
+        place = DeviceFolder(home)
         with place.locked():
             place.erase()
         console.print(f"{place.folder} is empty")
@@ -398,7 +398,7 @@ def restore(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = Fa
     if not yes and not typer.confirm("Go back to the last good copy? What came after it is set aside.", default=False):
         raise typer.Exit(1)
     with plain_errors():
-        place = Home(home)
+        place = DeviceFolder(home)
         with place.locked():
             place.check_copy()
 
@@ -417,7 +417,7 @@ def rebase(home: HomeOption = HOME) -> None:
     from florilegium.client.lm.places import check_model
 
     with plain_errors():
-        place = Home(home)
+        place = DeviceFolder(home)
         with place.locked():
             check_model(place.check().device.model.name)
 
@@ -430,7 +430,7 @@ def rebase(home: HomeOption = HOME) -> None:
 def _remote(home: Path) -> Iterator[Any]:
     from florilegium.client.agent.owner_client import reached
 
-    with plain_errors(), reached(Home(home)) as agent:
+    with plain_errors(), reached(DeviceFolder(home)) as agent:
         yield agent
 
 

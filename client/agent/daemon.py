@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from florilegium.client.agent.connection_limits import by_user
-from florilegium.client.agent.folder import Home, HomeError
-from florilegium.client.agent.http_server import Bounds, open_door
+from florilegium.client.agent.folder import DeviceFolder, HomeError
+from florilegium.client.agent.http_server import Bounds, open_server
 from florilegium.client.agent.memory_limits import limit_memory
 from florilegium.client.lm.places import check_model
 from florilegium.privacy.common.dumps import hide_memory
@@ -43,7 +43,7 @@ def listening(agent: Agent) -> Iterator[None]:
         listens.bind(str(path))
     finally:
         os.umask(before)
-    with open_door(application(agent), listens, OWNERS):
+    with open_server(application(agent), listens, OWNERS):
         yield
     path.unlink(missing_ok=True)
 
@@ -64,7 +64,7 @@ def showing(agent: Agent, port: int) -> Iterator[str]:
         ) from None
     port = listens.getsockname()[1]
     address = f"http://127.0.0.1:{port}/"
-    with open_door(page_application(agent, port), listens, PAGES, headers=HEADERS, kind_of=by_user):
+    with open_server(page_application(agent, port), listens, PAGES, headers=HEADERS, kind_of=by_user):
         agent.page_address = f"{address}#token={agent.page_token}"
         yield address
     agent.page_address = ""
@@ -99,7 +99,7 @@ def plugged() -> bool | None:
 
 
 @contextmanager
-def opened(home: Home) -> Iterator[Agent]:
+def opened(home: DeviceFolder) -> Iterator[Agent]:
     """The agent of a home, alone with it, its socket open."""
     with home.locked():
         config = home.check()

@@ -37,7 +37,7 @@ class HomeError(DeviceError):
     """The folder of a device is not there, not whole, or not one's own; the message names the way out."""
 
 
-class Home:
+class DeviceFolder:
     """The files of one device, for its owner alone."""
 
     def __init__(self, folder: Path) -> None:

@@ -111,9 +111,9 @@ class Service:
         reads: dict[str, Callable[[], Any]] = {
             "/api/status": self.agent.status,
             "/api/kept": self.agent.kept,
-            "/api/dialogues": lambda: [_told(t) for t in self.agent.journal.turns()],
+            "/api/dialogues": lambda: [_told(t) for t in self.agent.vault.turns()],
             "/api/profile": lambda: json.loads(self.agent.profile.to_json()),
-            "/api/sent": lambda: [asdict(s) for s in self.agent.journal.sent()],
+            "/api/sent": lambda: [asdict(s) for s in self.agent.vault.sent()],
             "/api/ledger": self._ledger,
             "/api/page": lambda: self.agent.page_address,
             "/api/consents": lambda: {item: {"text": CONSENTS[item], "given": given}
@@ -155,7 +155,7 @@ class Service:
 
     def _at_once(self, ask: Callable[[], Any]) -> Any:
         """With the vault to itself for all that it looks up there, not in turn with others for each."""
-        with self.agent.journal.open():
+        with self.agent.vault.open():
             return ask()
 
     async def _write(self, request: Request, do: Callable[[dict[str, Any]], Any], urgent: bool) -> Response:
@@ -234,9 +234,9 @@ class Service:
         """All that is the owner's, readable: dialogues, what is kept, profile, accounts, the adapters."""
         agent, packed = self.agent, io.BytesIO()
         lists = {
-            "dialogues": [_told(t) for t in agent.journal.turns()],
+            "dialogues": [_told(t) for t in agent.vault.turns()],
             "kept": agent.kept(),
-            "sent": [asdict(s) for s in agent.journal.sent()],
+            "sent": [asdict(s) for s in agent.vault.sent()],
         }
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, rows in lists.items():

@@ -57,7 +57,7 @@ class Bounds:
 
 
 @contextmanager
-def open_door(
+def open_server(
     app: ASGIApp,
     listening: socket.socket,
     bounds: Bounds,
@@ -65,14 +65,14 @@ def open_door(
     secured: ssl.SSLContext | None = None,
     headers: Mapping[str, str] | None = None,
     kind_of: KindOf = nobody,
-) -> Iterator[Door]:
+) -> Iterator[HttpServer]:
     """Serves while this lasts, in a thread; each answer has these headers. Raises `DeviceError`.
 
     `kind_of` says of an arrival with which others it is counted until `Visit.shown`, or nothing.
     """
     raise_descriptors()
     kernel_tells()  # found out while there are descriptors for it
-    door = Door(app, bounds, secured, headers or {}, kind_of)
+    door = HttpServer(app, bounds, secured, headers or {}, kind_of)
     thread = threading.Thread(target=door.run, args=([listening],), daemon=True)
     thread.start()
     until = time.monotonic() + READY_S
@@ -97,7 +97,7 @@ def raise_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-class Door(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn, with the bounds of a door in front of it."""
 
     def __init__(
@@ -160,7 +160,7 @@ class Door(uvicorn.Server):
 class Visit:
     """A connection, from its arrival to its end."""
 
-    door: Door
+    door: HttpServer
     address: str
     kind: str  # of guest: the others with which it is counted; empty once it is none
 
@@ -184,7 +184,7 @@ def visit_of(scope: Scope) -> Visit:
 class Entrance(asyncio.Protocol):
     """Where a connection arrives, before anything of it is read."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: HttpServer) -> None:
         self.door = door
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

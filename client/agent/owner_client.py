@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from florilegium.client.agent.folder import DeviceError, Home
+from florilegium.client.agent.folder import DeviceError, DeviceFolder
 
 PATIENCE_S = 3600.0
 
@@ -18,7 +18,7 @@ class RefusedError(DeviceError):
     """The agent says no; the message is its own."""
 
 
-class Remote:
+class OwnerClient:
     """An agent behind its socket."""
 
     def __init__(self, client: httpx.Client) -> None:
@@ -47,7 +47,7 @@ class Remote:
 
 
 @contextmanager
-def reached(home: Home) -> Iterator[Remote]:
+def reached(home: DeviceFolder) -> Iterator[OwnerClient]:
     """The agent of a home: the one that runs, else one that is started here and ends with this."""
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(home.socket)), timeout=PATIENCE_S) as client:
         try:
@@ -56,9 +56,9 @@ def reached(home: Home) -> Iterator[Remote]:
             from florilegium.client.agent.daemon import opened  # with it the model's libraries
 
             with opened(home):
-                yield Remote(client)
+                yield OwnerClient(client)
             return
-        yield Remote(client)
+        yield OwnerClient(client)
 
 
 def _checked(response: httpx.Response) -> httpx.Response:

@@ -14,7 +14,7 @@ import math
 import time
 
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.phases import Site
+from florilegium.client.phases import CohortContext
 
 LEAST_S = 0.25
 REHEARSED = 8  # texts
@@ -25,20 +25,20 @@ def doubled(pace: float, spent: float) -> float:
     return pace * 2.0 ** max(0, math.ceil(math.log2(max(spent, pace) / pace)))
 
 
-def rehearsed(site: Site) -> float:
+def rehearsed(context: CohortContext) -> float:
     """The pace of this device for these settings: seconds, a power of two.
 
     Private passes of texts of the greatest length are timed, and reckoned up to those that a round draws on average.
     """
-    shared, limits = site.config.shared, site.lm.format.limits
+    shared, limits = context.config.shared, context.lm.format.limits
     drawn = shared.batch_size
-    if site.config.privacy.by_dialogue:
+    if context.config.privacy.by_dialogue:
         drawn = math.ceil(shared.sampling_rate * shared.pool_capacity * (1 + shared.synthetic))
     longest = Dialogue("", "word " * limits.prompt_tokens, "word " * (limits.reply_tokens + 1))
-    batch = site.lm.format.dialogues([longest] * min(max(1, drawn), REHEARSED))
-    adapter, seconds = site.lm.adapters(site.shared_layout, site.shared_layout.start(0)), []
+    batch = context.lm.format.dialogues([longest] * min(max(1, drawn), REHEARSED))
+    adapter, seconds = context.lm.adapters(context.shared_layout, context.shared_layout.start(0)), []
     for _ in range(2):  # the first one learns what the machine can do
         began = time.monotonic()
-        site.lm.engine.dp_gradients(adapter, [], [batch])
+        context.lm.engine.dp_gradients(adapter, [], [batch])
         seconds.append(time.monotonic() - began)
     return doubled(LEAST_S, min(seconds) / len(batch) * drawn * shared.steps_per_round)

@@ -112,9 +112,9 @@ def _objection(message: Message, agent: Agent) -> str:
 
 def largest_question(agent: Agent) -> int:
     """Bytes of the most that can be meant: a shared adapter and changes of the weights beside it."""
-    site = agent.site
-    weights = sum(4 * layer.in_features * layer.out_features for layer in site.shared_layout.layers)
-    return site.whole.size_bytes + weights + ROOM
+    context = agent.context
+    weights = sum(4 * layer.in_features * layer.out_features for layer in context.shared_layout.layers)
+    return context.whole.size_bytes + weights + ROOM
 
 
 @contextmanager

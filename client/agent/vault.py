@@ -121,7 +121,7 @@ class Together:
             future.set_result(result)
 
 
-class Journal:
+class Vault:
     """The tables of the vault that are not states or accounts. What a method has written is on the disk."""
 
     def __init__(self, path: Path, key: str) -> None:

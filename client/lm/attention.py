@@ -1,6 +1,6 @@
 """Causal attention over packed texts, in place of the model's own.
 
-What a pass reads is set on the model's modules before it (`Reading`); nothing goes through the signatures of
+What a pass reads is set on the model's modules before it (`Feature`); nothing goes through the signatures of
 `transformers`, whose keywords are its own to name. On a CPU, texts of tens of tokens are fastest as plain batched
 products with a backward written out; elsewhere it is torch's scaled-dot-product attention, but where scores are capped,
 which that cannot. A test asks that both are the same. Not covered, and refused: attention sinks, and whatever else a

@@ -34,8 +34,8 @@ from florilegium.client.lm.packing import (
     owned_by,
 )
 from florilegium.client.lm.soft_prompt import PromptLayout, behind
-from florilegium.client.lm.token_budget import Allowance, keep_freed_memory
-from florilegium.client.lm.training_data import Lesson, Training, objection
+from florilegium.client.lm.token_budget import TokenBudget, keep_freed_memory
+from florilegium.client.lm.training_data import TrainingResult, TrainingSet, objection
 
 TOKENS = {  # in one pass, if it is not said: what fits the caches of a CPU, what fills a GPU
     ("cpu", torch.float32): 2048,
@@ -76,8 +76,8 @@ class Engine:
         if checkpointing:
             layers.forget_activations(model)
         self.reading = attention.attend_packed(model)
-        self.allowance = Allowance(max_batch_tokens or TOKENS.get((self.device.type, self.dtype), 2048))
-        self.most_tokens = self.allowance.tokens  # as set: what is left of them when memory was short says something
+        self.token_budget = TokenBudget(max_batch_tokens or TOKENS.get((self.device.type, self.dtype), 2048))
+        self.most_tokens = self.token_budget.tokens  # as set: what is left of them when memory was short says something
         self._apart: dict[tuple[object, ...], bool] = {}  # whether rows of a kind of pass do not reach each other
         self._check(expected)
 
@@ -123,7 +123,7 @@ class Engine:
             return torch.split(hidden[: sum(lengths)], lengths)
 
         lengths = [e.length for e in examples]
-        for group, found in self.allowance.each(by_device(examples, slots), by_tokens(lengths), read):
+        for group, found in self.token_budget.each(by_device(examples, slots), by_tokens(lengths), read):
             yield from zip(group, found, strict=True)
 
     @torch.inference_mode()
@@ -138,7 +138,7 @@ class Engine:
                 return losses
 
         lengths = [e.length for e in examples]
-        for group, losses in self.allowance.each(by_device(examples, slots), by_tokens(lengths), measure):
+        for group, losses in self.token_budget.each(by_device(examples, slots), by_tokens(lengths), measure):
             for i, loss in zip(group, losses, strict=True):
                 found[i] = loss
         return found
@@ -172,7 +172,7 @@ class Engine:
             return decoding.replies
 
         room = [(e.length + max_new_tokens) // CONTINUING for e in examples]
-        for group, ids in self.allowance.each(by_device(examples, slots), by_tokens(room), continued):
+        for group, ids in self.token_budget.each(by_device(examples, slots), by_tokens(room), continued):
             replies.update(zip(group, ids, strict=True))
         return [replies[i] for i in range(len(prompts))]
 
@@ -319,12 +319,12 @@ class Engine:
         self,
         trained: Adapters,
         frozen: Sequence[Adapters],
-        lessons: Sequence[Lesson],
+        sets: Sequence[TrainingSet],
         rates: Sequence[Sequence[float]],
         weight_decay: float = 0.0,
         proximal: float = 0.0,
         anchor: torch.Tensor | None = None,
-    ) -> Training:
+    ) -> TrainingResult:
         """Trains the row of each device on its lesson, by AdamW on the mean loss over the tokens of each batch.
 
         Device k does step s on `lessons[k].batches[s]` at rate `rates[k][s]`. Devices are taken in blocks of like
@@ -334,21 +334,21 @@ class Engine:
         given the rows as they come.
         A device whose loss or adapter stops being a number keeps the row that it came with and is named in `failed`.
         """
-        rows, losses = trained.rows.clone(), [list[float]() for _ in lessons]
-        lessons = [Lesson(self.prompted(x.examples, [*frozen, trained]), x.batches) for x in lessons]
+        rows, losses = trained.rows.clone(), [list[float]() for _ in sets]
+        sets = [TrainingSet(self.prompted(x.examples, [*frozen, trained]), x.batches) for x in sets]
         anchors = trained if anchor is None else Adapters(trained.layout, anchor)
-        busy = [k for k, x in enumerate(lessons) if x.batches]
-        busy.sort(key=lambda k: (len(lessons[k].batches), lessons[k].tokens), reverse=True)
+        busy = [k for k, x in enumerate(sets) if x.batches]
+        busy.sort(key=lambda k: (len(sets[k].batches), sets[k].tokens), reverse=True)
 
         def train(block: list[int]) -> tuple[torch.Tensor, list[list[float]]]:
             own, near = [a.pick(block) for a in frozen], anchors.pick(block)
-            work, pace = [lessons[k] for k in block], [rates[k] for k in block]
+            work, pace = [sets[k] for k in block], [rates[k] for k in block]
             start = Adapters(trained.layout, trained.rows[block])
             return self._train_block(start, own, work, pace, weight_decay, proximal, near)
 
         failed: dict[int, str] = {}
-        room = [x.tokens // PASSES_PER_BLOCK for x in lessons]
-        for block, (learned, found) in self.allowance.each(busy, by_tokens(room), train):
+        room = [x.tokens // PASSES_PER_BLOCK for x in sets]
+        for block, (learned, found) in self.token_budget.each(busy, by_tokens(room), train):
             sound = learned.isfinite().all(1).tolist()
             for place, k in enumerate(block):
                 losses[k] = found[place]
@@ -357,26 +357,26 @@ class Engine:
                     failed[k] = reason
                 else:
                     rows[k] = learned[place]
-        return Training(Adapters(trained.layout, rows), losses, failed)
+        return TrainingResult(Adapters(trained.layout, rows), losses, failed)
 
     def _train_block(
         self,
         adapters: Adapters,
         frozen: Sequence[Adapters],
-        lessons: Sequence[Lesson],
+        sets: Sequence[TrainingSet],
         rates: Sequence[Sequence[float]],
         weight_decay: float,
         proximal: float,
         near: Adapters,
     ) -> tuple[torch.Tensor, list[list[float]]]:
         """Rows (K, P), trained in place, and losses of devices in the order of falling numbers of steps."""
-        rows, losses = adapters.rows, [list[float]() for _ in lessons]
+        rows, losses = adapters.rows, [list[float]() for _ in sets]
         moments = Moments.zeros(rows)
-        for step in range(len(lessons[0].batches)):
-            batches = [[x.examples[i] for i in x.batches[step]] for x in lessons if step < len(x.batches)]
+        for step in range(len(sets[0].batches)):
+            batches = [[x.examples[i] for i in x.batches[step]] for x in sets if step < len(x.batches)]
             sizes = [sum(e.length for e in batch) for batch in batches]
             order = sorted(range(len(batches)), key=lambda k: -sizes[k])  # so that those of a pass are alike
-            for group in by_tokens(sizes, EVEN)(order, self.allowance.tokens):
+            for group in by_tokens(sizes, EVEN)(order, self.token_budget.tokens):
                 chosen = [batches[k] for k in group]
                 weights = [_mean_of_tokens(batch) for batch in chosen]
                 gradient, loss = self._gradient(adapters.pick(group), [a.pick(group) for a in frozen], chosen, weights)
@@ -413,7 +413,7 @@ class Engine:
         weight = torch.tensor([w for of_batch in weights for w in of_batch], device=self.device)
         value = torch.zeros(len(batches), device=self.device)
         gradient: torch.Tensor | None = None
-        for group in by_tokens([e.length for _, e in pairs])(range(len(pairs)), self.allowance.tokens):
+        for group in by_tokens([e.length for _, e in pairs])(range(len(pairs)), self.token_budget.tokens):
             pack = self.pack([pairs[i][1] for i in group], [pairs[i][0] for i in group])
             rows = trained.rows.detach().requires_grad_(True)
             with torch.enable_grad():

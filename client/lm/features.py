@@ -18,7 +18,7 @@ TOKENS = 4096  # rows of the projection over tokens; longer texts begin again
 
 
 @dataclass(frozen=True)
-class Sight:
+class HiddenStates:
     """A text's tokens after the base model has read them."""
 
     hidden: torch.Tensor  # (n, H) float32
@@ -28,33 +28,33 @@ class Sight:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Feature:
     """A vector by which texts are compared, and a number by which they are ranked."""
 
     vector: torch.Tensor  # (D,) float32 on the CPU
     value: float = 0.0
 
 
-def mean(sight: Sight) -> Reading:
+def mean(sight: HiddenStates) -> Feature:
     """The mean of the hidden states; zeros for a text without words."""
-    return Reading((sight.hidden.sum(0) / max(1, len(sight.hidden))).cpu())
+    return Feature((sight.hidden.sum(0) / max(1, len(sight.hidden))).cpu())
 
 
-def weighted(sight: Sight) -> Reading:
+def weighted(sight: HiddenStates) -> Feature:
     """RDS+ (Ivison et al. 2025): the i-th of n tokens weighs i, since a causal model's later states have seen more."""
     weight = torch.arange(1, len(sight.hidden) + 1, dtype=torch.float32, device=sight.hidden.device)
-    return Reading((weight @ sight.hidden / weight.sum().clamp_min(1)).cpu())
+    return Feature((weight @ sight.hidden / weight.sum().clamp_min(1)).cpu())
 
 
-def likelihood(sight: Sight) -> Reading:
+def likelihood(sight: HiddenStates) -> Feature:
     """The mean NLL of the text's own tokens, nats: the logarithm of its perplexity."""
     if not len(sight.ids):
         return mean(sight)
     nll = torch.nn.functional.cross_entropy(sight.head(sight.before).float(), sight.ids)
-    return Reading(mean(sight).vector, float(nll))
+    return Feature(mean(sight).vector, float(nll))
 
 
-def nuclear(sight: Sight) -> Reading:
+def nuclear(sight: HiddenStates) -> Feature:
     """UDS (Zou et al., arXiv 2510.16882): ‖L‖_* of the logits L (n, V), and a bilinear random projection of L.
 
     The norm is Σ √λ over the eigenvalues λ of L Lᵀ. The i-th token of every text has the same row of the projection,
@@ -66,27 +66,27 @@ def nuclear(sight: Sight) -> Reading:
     by_token = _gaussian(TOKENS, SKETCH, "tokens", logits.device)[place]  # (n, 16)
     by_word = _gaussian(logits.shape[1], SKETCH, "vocabulary", logits.device)  # (V, 16)
     sketch = by_token.T @ (logits @ by_word)  # (16, 16)
-    return Reading(sketch.flatten().cpu(), float(eigenvalues.sqrt().sum()))
+    return Feature(sketch.flatten().cpu(), float(eigenvalues.sqrt().sum()))
 
 
-def gradient(sight: Sight) -> Reading:
+def gradient(sight: HiddenStates) -> Feature:
     """OASIS (arXiv 2506.02011): norm and sketch of the gradient G of the text's mean NLL in the head's weight.
 
     G = (1/m) Σ (softmax − onehot) hᵀ is never formed: ‖G‖² = Σ (E Eᵀ) ∘ (H Hᵀ) / m², and the sketch is S_v G S_h.
     """
     m, states = max(1, len(sight.ids)), sight.before
     if not len(sight.ids):
-        return Reading(torch.zeros(SKETCH * SKETCH))
+        return Feature(torch.zeros(SKETCH * SKETCH))
     error = torch.softmax(sight.head(states).float(), -1)  # (m, V)
     error[torch.arange(m, device=error.device), sight.ids] -= 1
     states = states.float()
     norm = ((error @ error.T) * (states @ states.T)).sum().clamp_min(0).sqrt() / m
     left = error @ _gaussian(error.shape[1], SKETCH, "vocabulary", error.device)  # (m, 16)
     right = states @ _gaussian(states.shape[1], SKETCH, "hidden", states.device)  # (m, 16)
-    return Reading((left.T @ right / m).flatten().cpu(), float(norm))
+    return Feature((left.T @ right / m).flatten().cpu(), float(norm))
 
 
-READINGS: dict[str, Callable[[Sight], Reading]] = {
+FEATURES: dict[str, Callable[[HiddenStates], Feature]] = {
     "mean": mean,
     "weighted": weighted,
     "likelihood": likelihood,

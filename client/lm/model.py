@@ -15,7 +15,7 @@ from florilegium.client.lm import layers
 from florilegium.client.lm.adapter import AdapterLayout, Adapters, Layout, layout
 from florilegium.client.lm.config import AdapterConfig, ModelConfig, SamplingConfig
 from florilegium.client.lm.engine import Engine
-from florilegium.client.lm.features import READINGS, Reading, Sight
+from florilegium.client.lm.features import FEATURES, Feature, HiddenStates
 from florilegium.client.lm.hub import default_device, load
 from florilegium.client.lm.ia3 import ScalingLayout
 from florilegium.client.lm.packing import Example
@@ -31,7 +31,7 @@ MEASURED = 128  # rows and columns of the matrices whose product is timed
 class Features:
     """What selection knows about a text: from the base model alone, so that old ones stay comparable."""
 
-    readings: Mapping[str, Reading]  # by name, as asked for
+    readings: Mapping[str, Feature]  # by name, as asked for
     token_norms: torch.Tensor  # (n,) L2 norm of each token's last hidden state
     truncated: bool
 
@@ -100,8 +100,8 @@ class LanguageModel:
             first, last = examples[i].words
             start = max(1, first)  # of what has something before it
             ids = torch.tensor(examples[i].prompt[start:last], device=hidden.device)
-            sight = Sight(hidden[first:last].float(), hidden[start - 1 : last - 1], ids, self.engine.logits)
-            read = {name: READINGS[name](sight) for name in readings}
+            sight = HiddenStates(hidden[first:last].float(), hidden[start - 1 : last - 1], ids, self.engine.logits)
+            read = {name: FEATURES[name](sight) for name in readings}
             found[i] = Features(read, sight.hidden.norm(dim=1).cpu(), examples[i].truncated)
         return [found[i] for i in range(len(texts))]
 

@@ -30,7 +30,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-class Allowance:
+class TokenBudget:
     """How many tokens go through the model at once; halved when the memory does not suffice."""
 
     def __init__(self, tokens: int, least: int = 16) -> None:

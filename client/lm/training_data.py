@@ -11,7 +11,7 @@ from florilegium.client.lm.packing import Example
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingSet:
     """What one device trains on: its examples and the batches, as indices, in their order."""
 
     examples: Sequence[Example]
@@ -24,7 +24,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingResult:
     """What came of the lessons."""
 
     adapters: Adapters

@@ -68,7 +68,7 @@ class Asls:
     """The devices of a cohort."""
 
     def __init__(self, lm: LanguageModel, config: AslsConfig, seed: int, beneath: Sequence[Adapters] = ()) -> None:
-        """`beneath` are adapters of one row that are always on, such as a shared one."""
+        """`frozen_adapters` are adapters of one row that are always on, such as a shared one."""
         self.lm, self.config, self.seed, self.beneath = lm, config, seed, beneath
         self.spent = Counter[str]()  # tokens of all devices: "trained", "read" and "written"
 
@@ -158,8 +158,8 @@ class Asls:
 
     def adapt(self, devices: Sequence[Device], rows: Adapters) -> tuple[list[Device], Adapters, list[int]]:
         """Those devices, each with its row, after an adaptation; and the tokens that each was trained on."""
-        lessons = [self.chosen(d) for d in devices]
-        trained, tokens = self._trained(lessons, rows, [self.rate(d) for d in devices])
+        sets = [self.chosen(d) for d in devices]
+        trained, tokens = self._trained(sets, rows, [self.rate(d) for d in devices])
         after = [
             replace(d, fresh=0, times=d.times + 1, adapted_at=d.profile.vector(self.embed, self.config.profile))
             for d in devices
@@ -167,12 +167,12 @@ class Asls:
         return after, trained, tokens
 
     def _trained(
-        self, lessons: Sequence[Sequence[Interaction]], rows: Adapters, rates: Sequence[float]
+        self, sets: Sequence[Sequence[Interaction]], rows: Adapters, rates: Sequence[float]
     ) -> tuple[Adapters, list[int]]:
         """`config.steps` steps of AdamW on all of each device's lesson."""
         config, engine, encode = self.config, self.lm.engine, self.lm.format.dialogues
-        good = [encode([Dialogue("", i.prompt, self._lesson(i)) for i in lesson]) for lesson in lessons]
-        pairs = [[i for i in lesson if self._pair(i)] for lesson in lessons]
+        good = [encode([Dialogue("", i.prompt, self._lesson(i)) for i in training_set]) for training_set in sets]
+        pairs = [[i for i in training_set if self._pair(i)] for training_set in sets]
         wanted = [encode([Dialogue("", i.prompt, i.wanted) for i in some]) for some in pairs]
         rejected = [encode([Dialogue("", i.prompt, i.said) for i in some]) for some in pairs]
         batches = [[*g, *w, *r] for g, w, r in zip(good, wanted, rejected, strict=True)]
@@ -186,16 +186,16 @@ class Asls:
         for _ in range(config.steps):
             now = torch.tensor(engine.score(both, slots, [*self.beneath, Adapters(rows.layout, found)])).split(sizes)
             weights = [
-                [*self._weights(lesson, own), *self._preferences(before - nll)]
-                for lesson, own, before, nll in zip(lessons, good, reference, now, strict=True)
+                [*self._weights(training_set, own), *self._preferences(before - nll)]
+                for training_set, own, before, nll in zip(sets, good, reference, now, strict=True)
             ]
             gradient, _ = engine.gradient(Adapters(rows.layout, found), self.beneath, batches, weights)
             adamw_(found, gradient, moments, range(len(found)), rates, 0.0)
         return Adapters(rows.layout, found), [config.steps * sum(e.length for e in batch) for batch in batches]
 
-    def _weights(self, lesson: Sequence[Interaction], examples: Sequence[object]) -> list[float]:
+    def _weights(self, training_set: Sequence[Interaction], examples: Sequence[object]) -> list[float]:
         """Of the NLL of each reply: a correction is worth a whole one, an accepted reply half of it."""
-        told = [0.5 if self.config.arm == "no-feedback" or i.accepted else 1.0 for i in lesson]
+        told = [0.5 if self.config.arm == "no-feedback" or i.accepted else 1.0 for i in training_set]
         tokens = max(1, sum(e.targets for e in examples))  # type: ignore[attr-defined]
         return [w / tokens for w in told]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.personalization.history import Asked, Person
-from florilegium.client.personalization.method import SPARE, Desk, Method
+from florilegium.client.personalization.method import SPARE, Method, MethodContext
 from florilegium.client.words import words
 from florilegium.privacy.seeds import derive_seed
 
@@ -37,8 +37,8 @@ class Triple:
 class KnowledgeGraph(Method):
     """The nearest of a person's triples before the question."""
 
-    def __init__(self, desk: Desk) -> None:
-        super().__init__(desk)
+    def __init__(self, context: MethodContext) -> None:
+        super().__init__(context)
         self.graphs: list[list[Triple]] = []
 
     def prepare(self, people: Sequence[Person]) -> None:
@@ -64,10 +64,10 @@ class KnowledgeGraph(Method):
         histories = [person.history for person in self.people]
         items = [h[-1 - round_number * max(1, len(h) // PROPOSED) % len(h)].shown if h else "" for h in histories]
         relation = RELATIONS[round_number % len(RELATIONS)]
-        lm = self.desk.lm
+        lm = self.context.lm
         room = lm.config.limits.prompt_tokens - lm.format.length(ASK) - len(relation) - SPARE
         prompts = [ASK.format(item=lm.format.beginning(item, room), relation=relation) for item in items]
-        seeds = [derive_seed(self.desk.seed, p.id, "kgt", round_number) >> 1 for p in self.people]
+        seeds = [derive_seed(self.context.seed, p.id, "kgt", round_number) >> 1 for p in self.people]
         sampling = SamplingConfig(max_new_tokens=8)
         self.count(read=self.tokens([Dialogue("", p, "") for p in prompts]), written=8 * len(prompts))
         said = lm.generate(prompts, range(len(prompts)), [], sampling, seeds)
@@ -101,8 +101,8 @@ class KnowledgeGraph(Method):
                 slots.append(k)
         self.count(read=self.tokens(examples))
         total = [0.0] * len(graphs)
-        lm = self.desk.lm
-        for k, score in zip(slots, lm.score(lm.format.dialogues(examples), slots, self.desk.beneath), strict=True):
+        lm = self.context.lm
+        for k, score in zip(slots, lm.score(lm.format.dialogues(examples), slots, self.context.beneath), strict=True):
             total[k] += round(score.nll, 4)
         return total
 

@@ -17,7 +17,7 @@ from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.config import AdapterConfig
 from florilegium.client.lm.model import LanguageModel, schedule
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization.config import MethodConfig, TrainingConfig
 from florilegium.client.personalization.history import Asked, Past, Person, Wording
 from florilegium.privacy.common.errors import DeviceFaultError
@@ -32,7 +32,7 @@ class TrainingFailedError(DeviceFaultError):
 
 
 @dataclass(frozen=True)
-class Desk:
+class MethodContext:
     """What methods work with."""
 
     lm: LanguageModel
@@ -51,12 +51,12 @@ class Desk:
         """A new adapter for each name, trained on its examples in random order; the rate falls to zero."""
         layout = self.lm.layout(shape)
         start = torch.stack([layout.start(derive_seed(self.seed, "personal", "start")) for _ in names])
-        lessons = []
+        sets = []
         for name, own in zip(names, examples, strict=True):
             order = schedule(len(own), training.batch_size, training.epochs, derive_seed(self.seed, name, "personal"))
-            lessons.append(Lesson(self.lm.format.dialogues(own), order))
-        rates = [[training.learning_rate * (1 - s / len(x.batches)) for s in range(len(x.batches))] for x in lessons]
-        trained = self.lm.engine.finetune(self.lm.adapters(layout, start), self.beneath, lessons, rates)
+            sets.append(TrainingSet(self.lm.format.dialogues(own), order))
+        rates = [[training.learning_rate * (1 - s / len(x.batches)) for s in range(len(x.batches))] for x in sets]
+        trained = self.lm.engine.finetune(self.lm.adapters(layout, start), self.beneath, sets, rates)
         if trained.failed:
             raise TrainingFailedError(f"the training of {len(trained.failed)} of {len(names)} adapters diverged")
         return trained.adapters
@@ -97,8 +97,8 @@ class Served:
 class Method:
     """No personalisation: the question as it is, no adapter."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, context: MethodContext) -> None:
+        self.context = context
         self.people: Sequence[Person] = ()
         self.spent = Counter[str]()  # tokens of all people: "trained", "read" and "written"
 
@@ -136,7 +136,7 @@ class Method:
 
     def served(self, asked: Sequence[tuple[int, Asked]], own: Adapters | None = None) -> Served:
         """By the base as it is for the task and, if there are any, the people's own adapters."""
-        return Served([device for device, _ in asked], [*self.desk.beneath, *([own] if own else [])])
+        return Served([device for device, _ in asked], [*self.context.beneath, *([own] if own else [])])
 
     def count(self, **tokens: float) -> None:
         """Notes what was trained on, read or written."""
@@ -144,11 +144,11 @@ class Method:
 
     def tokens(self, dialogues: Sequence[Dialogue]) -> int:
         """Of prompts and replies, as the model is given them."""
-        return sum(e.length for e in self.desk.lm.format.dialogues(dialogues))
+        return sum(e.length for e in self.context.lm.format.dialogues(dialogues))
 
     def texts_tokens(self, texts: Sequence[str]) -> int:
         """Of texts that are only read."""
-        return sum(e.length for e in self.desk.lm.format.prompts(texts))
+        return sum(e.length for e in self.context.lm.format.prompts(texts))
 
     def examples(self) -> list[list[Dialogue]]:
         """Each person's history as examples, each with the prompt that this method would have written for it."""

@@ -11,20 +11,20 @@ from collections.abc import Sequence
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.personalization.history import Asked
-from florilegium.client.personalization.method import Desk, Served
+from florilegium.client.personalization.method import MethodContext, Served
 from florilegium.client.personalization.prompting import Prompting
 
 
 class Oppu(Prompting):
     """Prompts as they are set, and behind them an adapter of one's own."""
 
-    def __init__(self, desk: Desk) -> None:
-        super().__init__(desk)
+    def __init__(self, context: MethodContext) -> None:
+        super().__init__(context)
         self.adapters: Adapters | None = None
 
     def adapt(self, examples: Sequence[Sequence[Dialogue]]) -> None:
-        config = self.desk.config
-        self.adapters = self.desk.train(config.adapter, config.training, examples, [p.id for p in self.people])
+        config = self.context.config
+        self.adapters = self.context.train(config.adapter, config.training, examples, [p.id for p in self.people])
         self.count(trained=config.training.epochs * sum(self.tokens(own) for own in examples))
 
     @property
@@ -39,7 +39,7 @@ class Pooled(Oppu):
     """One adapter for all, trained on everybody's examples: a control that needs what never leaves a device."""
 
     def adapt(self, examples: Sequence[Sequence[Dialogue]]) -> None:
-        config = self.desk.config
+        config = self.context.config
         every = [example for own in examples for example in own]
-        self.adapters = self.desk.train(config.adapter, config.training, [every], ["pooled"])
+        self.adapters = self.context.train(config.adapter, config.training, [every], ["pooled"])
         self.count(trained=config.training.epochs * self.tokens(every))

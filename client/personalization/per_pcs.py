@@ -20,7 +20,7 @@ from florilegium.client.lm.adapter import AdapterLayout, Adapters, layout
 from florilegium.client.lm.model import schedule
 from florilegium.client.lm.optimizer import Moments, adamw_
 from florilegium.client.personalization.history import Asked, Person
-from florilegium.client.personalization.method import Desk, Served
+from florilegium.client.personalization.method import MethodContext, Served
 from florilegium.client.personalization.prompting import Prompting
 from florilegium.privacy.seeds import derive_seed
 
@@ -40,17 +40,17 @@ class Pieces:
 class Assembled(Prompting):
     """Pieces of the sharers' adapters, picked for each person."""
 
-    def __init__(self, desk: Desk) -> None:
-        super().__init__(desk)
-        self.layout = desk.lm.lora_layout(desk.config.adapter)
+    def __init__(self, context: MethodContext) -> None:
+        super().__init__(context)
+        self.layout = context.lm.lora_layout(context.config.adapter)
         self.pieces = Pieces({}, {}, {})
         self.adapters: Adapters | None = None
 
     def learn(self, others: Sequence[Person]) -> None:
         """The others are the sharers."""
         self.prepare(others)
-        config, examples = self.desk.config, self.examples()
-        trained = self.desk.train(config.adapter, config.training, examples, [p.id for p in others])
+        config, examples = self.context.config, self.examples()
+        trained = self.context.train(config.adapter, config.training, examples, [p.id for p in others])
         self.pieces = pieces(trained, self._gates(trained, examples))
 
     def adapt(self, examples: Sequence[Sequence[Dialogue]]) -> None:
@@ -58,8 +58,8 @@ class Assembled(Prompting):
         rows = []
         self.count(read=sum(self.tokens(own[-READ:]) for own in examples))
         for own in examples:
-            rows.append(assembled(self.pieces, mean_inputs(self.desk, self.layout, own[-READ:]), self.layout))
-        self.adapters = self.desk.lm.adapters(wide(self.layout), torch.stack(rows))
+            rows.append(assembled(self.pieces, mean_inputs(self.context, self.layout, own[-READ:]), self.layout))
+        self.adapters = self.context.lm.adapters(wide(self.layout), torch.stack(rows))
 
     def serving(self, asked: Sequence[tuple[int, Asked]]) -> Served:
         return self.served(asked, self.adapters)
@@ -77,14 +77,16 @@ class Assembled(Prompting):
     def _gates(self, trained: Adapters, examples: Sequence[Sequence[Dialogue]]) -> torch.Tensor:
         """Trains the gates (sharers, Σ in) of adapters that stay as they are."""
         assert isinstance(trained.layout, AdapterLayout)
-        config, lm, fixed = self.desk.config.training, self.desk.lm, trained.layout.width
+        config, lm, fixed = self.context.config.training, self.context.lm, trained.layout.width
         gated = replace(trained.layout, gated=True)
         rows = torch.nn.functional.pad(trained.rows, (0, gated.width - fixed))
         moments = Moments.zeros(rows)
-        with lm.engine.adaptable.merged(self.desk.beneath):  # what is beneath is part of W, and not weighed
+        with lm.engine.adaptable.merged(self.context.beneath):  # what is beneath is part of W, and not weighed
             for k, (own, person) in enumerate(zip(examples, self.people, strict=True)):
                 encoded = lm.format.dialogues(own)
-                for batch in schedule(len(own), config.batch_size, 1, derive_seed(self.desk.seed, person.id, "gates")):
+                for batch in schedule(
+                    len(own), config.batch_size, 1, derive_seed(self.context.seed, person.id, "gates")
+                ):
                     chosen = [encoded[i] for i in batch]
                     weights = [1 / max(1, sum(e.targets for e in chosen))] * len(chosen)
                     gradient, _ = lm.engine.gradient(Adapters(gated, rows[k : k + 1]), [], [chosen], [weights])
@@ -124,12 +126,12 @@ def assembled(given: Pieces, inputs: dict[str, torch.Tensor], small: AdapterLayo
     return row
 
 
-def mean_inputs(desk: Desk, small: AdapterLayout, examples: Sequence[Dialogue]) -> dict[str, torch.Tensor]:
+def mean_inputs(context: MethodContext, small: AdapterLayout, examples: Sequence[Dialogue]) -> dict[str, torch.Tensor]:
     """What each adapted layer is given, (in,), on the mean over the tokens of these examples.
 
     As for the sharers' gates, what is beneath is on.
     """
-    encoded, engine = desk.lm.format.dialogues(examples), desk.lm.engine
+    encoded, engine = context.lm.format.dialogues(examples), context.lm.engine
     sums = {layer.name: torch.zeros(layer.in_features) for layer in small.layers}
     length = 0  # of the example that is being read; what follows in a pass fills it up
 
@@ -143,7 +145,7 @@ def mean_inputs(desk: Desk, small: AdapterLayout, examples: Sequence[Dialogue]) 
     try:
         for example in encoded:
             length = example.length
-            list(engine.hidden([example], desk.beneath))
+            list(engine.hidden([example], context.beneath))
     finally:
         for handle in handles:
             handle.remove()

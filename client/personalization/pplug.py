@@ -19,7 +19,7 @@ from florilegium.client.lm.config import AdapterConfig
 from florilegium.client.lm.model import schedule
 from florilegium.client.lm.soft_prompt import PromptLayout
 from florilegium.client.personalization.history import Asked, Person
-from florilegium.client.personalization.method import Desk, Method, Served
+from florilegium.client.personalization.method import Method, MethodContext, Served
 from florilegium.privacy.seeds import derive_seed
 
 TEMPERATURE = 0.1  # of cosines
@@ -28,13 +28,13 @@ TEMPERATURE = 0.1  # of cosines
 class Pplug(Method):
     """One soft token for each question."""
 
-    def __init__(self, desk: Desk) -> None:
-        super().__init__(desk)
-        layout = desk.lm.layout(AdapterConfig(kind="prompt", virtual_tokens=1))
+    def __init__(self, context: MethodContext) -> None:
+        super().__init__(context)
+        layout = context.lm.layout(AdapterConfig(kind="prompt", virtual_tokens=1))
         assert isinstance(layout, PromptLayout)
         self.layout, size = layout, layout.hidden
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(desk.seed, "pplug"))
+            torch.manual_seed(derive_seed(context.seed, "pplug"))
             self.projection = nn.Sequential(nn.Linear(size, 2 * size), nn.ReLU(), nn.Linear(2 * size, size))
         self.items: list[torch.Tensor] = []  # of each person (n, H)
 
@@ -42,19 +42,19 @@ class Pplug(Method):
         """Trains the projection on the questions of these people, by the loss of their replies."""
         self.prepare(others)
         asked = [(k, q, reply) for k, person in enumerate(others) for q, reply in person.questions]
-        training, lm = self.desk.config.training, self.desk.lm
+        training, lm = self.context.config.training, self.context.lm
         examples = lm.format.dialogues([reply for _, _, reply in asked])
         questions = self._embedded([q.search for _, q, _ in asked])
         optimizer = torch.optim.AdamW(self.projection.parameters(), lr=training.learning_rate, weight_decay=0)
         order = schedule(
-            len(asked), training.batch_size, training.epochs, derive_seed(self.desk.seed, "pplug", "order")
+            len(asked), training.batch_size, training.epochs, derive_seed(self.context.seed, "pplug", "order")
         )
         for batch in order:
             tokens = torch.stack([self.token(questions[i], self.items[asked[i][0]]) for i in batch])  # (b, H)
             weight = 1 / max(1, sum(examples[i].targets for i in batch))
             stack = lm.adapters(self.layout, tokens.detach())
             chosen = [[examples[i]] for i in batch]
-            gradient, _ = lm.engine.gradient(stack, self.desk.beneath, chosen, [[weight]] * len(batch))
+            gradient, _ = lm.engine.gradient(stack, self.context.beneath, chosen, [[weight]] * len(batch))
             optimizer.zero_grad()
             tokens.backward(gradient.cpu())
             optimizer.step()
@@ -78,8 +78,8 @@ class Pplug(Method):
         questions = self._embedded([q.search for _, q in asked])
         with torch.inference_mode():
             rows = torch.stack([self.token(x, self.items[k]) for x, (k, _) in zip(questions, asked, strict=True)])
-        arm = [Adapters(self.layout, rows.clone().to(self.desk.lm.engine.device))]
-        return Served(list(range(len(asked))), [*self.desk.beneath, *arm])
+        arm = [Adapters(self.layout, rows.clone().to(self.context.lm.engine.device))]
+        return Served(list(range(len(asked))), [*self.context.beneath, *arm])
 
     @property
     def kept_bytes(self) -> float:
@@ -91,5 +91,5 @@ class Pplug(Method):
         if not texts:
             return torch.zeros(0, self.layout.hidden)
         scale = float(self.layout.vocabulary.float().norm(dim=1).mean())
-        found = torch.stack([f.readings["mean"].vector for f in self.desk.lm.embed(texts)])
+        found = torch.stack([f.readings["mean"].vector for f in self.context.lm.embed(texts)])
         return nn.functional.normalize(found, dim=1) * scale

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from florilegium.client.personalization.config import Name
 from florilegium.client.personalization.kgt import KnowledgeGraph
-from florilegium.client.personalization.method import Desk, Method
+from florilegium.client.personalization.method import Method, MethodContext
 from florilegium.client.personalization.oppu import Oppu, Pooled
 from florilegium.client.personalization.per_pcs import Assembled
 from florilegium.client.personalization.pplug import Pplug
@@ -24,6 +24,6 @@ METHODS: Mapping[Name, type[Method]] = {
 }
 
 
-def method(desk: Desk) -> Method:
+def method(context: MethodContext) -> Method:
     """The one that the desk's settings name."""
-    return METHODS[desk.config.name](desk)
+    return METHODS[context.config.name](context)

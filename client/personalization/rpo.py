@@ -24,12 +24,12 @@ class Rpo(Oppu):
     """Prompts as they are set, and an adapter trained on pairs of replies."""
 
     def adapt(self, examples: Sequence[Sequence[Dialogue]]) -> None:
-        config, lm = self.desk.config, self.desk.lm
+        config, lm = self.context.config, self.context.lm
         training, layout = config.training, lm.layout(config.adapter)
-        start = torch.stack([layout.start(derive_seed(self.desk.seed, "personal", "start")) for _ in examples])
+        start = torch.stack([layout.start(derive_seed(self.context.seed, "personal", "start")) for _ in examples])
         rejected = self._replies(examples)
         batches = [
-            schedule(len(own), training.batch_size, training.epochs, derive_seed(self.desk.seed, p.id, "rpo"))
+            schedule(len(own), training.batch_size, training.epochs, derive_seed(self.context.seed, p.id, "rpo"))
             for own, p in zip(examples, self.people, strict=True)
         ]
         told = [
@@ -42,7 +42,7 @@ class Rpo(Oppu):
         )
         self.count(trained=tokens, read=2 * tokens)  # the rewards before and now
         self.adapters, _ = prefer(
-            lm.engine, lm.adapters(layout, start), self.desk.beneath, told, rate=training.learning_rate,
+            lm.engine, lm.adapters(layout, start), self.context.beneath, told, rate=training.learning_rate,
             beta=config.preference.beta, nll_weight=config.preference.nll_weight,
         )  # fmt: skip
 
@@ -50,19 +50,19 @@ class Rpo(Oppu):
         """What the model says to each example's prompt, greedily; as long as the person's replies may be."""
         slots = [k for k, own in enumerate(examples) for _ in own]
         prompts = [e.prompt for own in examples for e in own]
-        sampling = SamplingConfig(max_new_tokens=self.desk.lm.format.limits.reply_tokens)
+        sampling = SamplingConfig(max_new_tokens=self.context.lm.format.limits.reply_tokens)
         self.count(read=sum(self.tokens([replace(e, response="")]) for own in examples for e in own))
-        said = iter(self.desk.lm.generate(prompts, slots, self.desk.beneath, sampling, range(len(prompts))))
+        said = iter(self.context.lm.generate(prompts, slots, self.context.beneath, sampling, range(len(prompts))))
         found = [[next(said) for _ in own] for own in examples]
-        self.count(written=sum(self.desk.lm.format.length(text) for own in found for text in own))
+        self.count(written=sum(self.context.lm.format.length(text) for own in found for text in own))
         return found
 
     def _preferences(self, own: Sequence[Dialogue], said: Sequence[str], batch: Sequence[int]) -> Preferences:
-        lm = self.desk.lm
+        lm = self.context.lm
         chosen = [own[i] for i in batch]
         rejected = [replace(own[i], response=said[i]) for i in batch]
         vectors = torch.stack([f.readings["mean"].vector for f in lm.embed([d.prompt for d in chosen])])
-        pairs = nearness(vectors, self.desk.config.preference.temperature)
+        pairs = nearness(vectors, self.context.config.preference.temperature)
         return Preferences(lm.format.dialogues(chosen), lm.format.dialogues(rejected), pairs)
 
 

@@ -13,11 +13,11 @@ from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.config import AdapterConfig
 from florilegium.client.personalization.config import TrainingConfig
 from florilegium.client.personalization.history import Person
-from florilegium.client.personalization.method import Desk, Method
+from florilegium.client.personalization.method import Method, MethodContext
 
 
 def learn_task(
-    desk: Desk, method: Method, others: Sequence[Person], shape: AdapterConfig, training: TrainingConfig
+    context: MethodContext, method: Method, others: Sequence[Person], shape: AdapterConfig, training: TrainingConfig
 ) -> Adapters:
     """One adapter (1, P) trained on the questions of these people, in the method's prompts."""
     method.prepare(others)
@@ -26,4 +26,4 @@ def learn_task(
         for k, person in enumerate(others)
         for asked, reply in person.questions
     ]
-    return desk.train(shape, training, [examples], ["task"])
+    return context.train(shape, training, [examples], ["task"])

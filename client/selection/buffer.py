@@ -23,7 +23,7 @@ from florilegium.client.selection.scores import (
     entropy_over_tokens,
     in_domain_dissimilarity,
 )
-from florilegium.client.selection.stream_memory import Memory, rounded
+from florilegium.client.selection.stream_memory import StreamMemory, rounded
 from florilegium.privacy.common.base_config import Config, Names
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class SelectionConfig(Config):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class BufferEntry:
     """A buffered prompt with its scores. The user's reply to it is not known here."""
 
     id: str
@@ -81,7 +81,7 @@ class Kept:
     idd: float = 1.0
     value: float = 0.0  # what the policy ranks by, where it has a number of its own
 
-    def dominates(self, other: Kept) -> bool:
+    def dominates(self, other: BufferEntry) -> bool:
         """Higher on all three scores."""
         return self.eoe > other.eoe and self.dss > other.dss and self.idd > other.idd
 
@@ -91,12 +91,12 @@ class Kept:
         return len(self.domain.encode()) + len(self.prompt.encode()) + self.embedding.nbytes
 
 
-def candidate(dialogue: Dialogue, features: Features, lexicons: Lexicons, config: SelectionConfig) -> Kept:
+def candidate(dialogue: Dialogue, features: Features, lexicons: Lexicons, config: SelectionConfig) -> BufferEntry:
     """A dialogue that asks for a place, scored except for its dissimilarity, which depends on the buffer."""
     reading = features.readings[config.reading]
     over_tokens = config.entropy == "tokens"
     entropy = entropy_over_tokens(features.token_norms) if over_tokens else entropy_over_dimensions(reading.vector)
-    return Kept(
+    return BufferEntry(
         dialogue.id,
         dialogue.prompt,
         dominant_domain(dialogue.prompt, lexicons),
@@ -112,8 +112,8 @@ class Buffer:
     """At most `capacity` bins, in the order of arrival, and what the policy remembers of the stream."""
 
     config: SelectionConfig
-    bins: tuple[Kept, ...] = ()
-    memory: Memory = field(default_factory=dict[str, Any])
+    bins: tuple[BufferEntry, ...] = ()
+    memory: StreamMemory = field(default_factory=dict[str, Any])
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -127,7 +127,7 @@ class Buffer:
     def size_bytes(self) -> int:
         return sum(k.size_bytes for k in self.bins)
 
-    def offer(self, newcomer: Kept, rng: np.random.Generator) -> tuple[Buffer, bool]:
+    def offer(self, newcomer: BufferEntry, rng: np.random.Generator) -> tuple[Buffer, bool]:
         """The buffer after the policy's decision, and whether the newcomer is in it.
 
         What does not fit a bin, or has a reading that is not a number, is turned away.
@@ -147,7 +147,7 @@ class Buffer:
             return met, False
         return replace(met, bins=(*self.bins[:leaves], *self.bins[leaves + 1 :], newcomer)), True
 
-    def _scored(self) -> tuple[Kept, ...]:
+    def _scored(self) -> tuple[BufferEntry, ...]:
         """The bins with the dissimilarity that they came with, or that each has now to the others of its domain."""
         if self.config.dissimilarity == "frozen":
             return self.bins
@@ -156,6 +156,6 @@ class Buffer:
         )
 
 
-def _dissimilarity(kept: Kept, others: tuple[Kept, ...]) -> float:
+def _dissimilarity(kept: BufferEntry, others: tuple[BufferEntry, ...]) -> float:
     near = [k.embedding for k in others if k.domain == kept.domain]
     return round(in_domain_dissimilarity(kept.embedding, np.stack(near) if near else np.empty((0, 0))), QUANTUM)

@@ -19,12 +19,12 @@ import numpy as np
 
 from florilegium.client.selection import stream_memory
 from florilegium.client.selection.scores import unit
-from florilegium.client.selection.stream_memory import Meet, Memory, nearest, nothing_to_remember, whitening
+from florilegium.client.selection.stream_memory import StreamMemory, Update, nearest, nothing_to_remember, whitening
 
 if TYPE_CHECKING:
-    from florilegium.client.selection.buffer import Kept
+    from florilegium.client.selection.buffer import BufferEntry
 
-Decide = Callable[[Sequence["Kept"], "Kept", Memory, np.random.Generator], int | None]
+Decide = Callable[[Sequence["BufferEntry"], "BufferEntry", StreamMemory, np.random.Generator], int | None]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Policy:
 
     decide: Decide
     reading: str = "mean"
-    meet: Meet = nothing_to_remember
+    meet: Update = nothing_to_remember
     bins: float | None = None  # in place of the configured number: for the bounds
 
     def capacity(self, bins: int) -> float:
@@ -44,37 +44,51 @@ class Policy:
 # -- the paper's scores, and its baselines ------------------------------------------------------------------------
 
 
-def quality(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def quality(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """A random one of those that the newcomer beats on all three scores (Qin et al. 2024, §3.2)."""
     return _any_of([i for i, k in enumerate(bins) if newcomer.dominates(k)], rng)
 
 
-def eoe(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def eoe(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """A random one of those with a lower entropy of embedding."""
     return _any_of([i for i, k in enumerate(bins) if newcomer.eoe > k.eoe], rng)
 
 
-def dss(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def dss(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """A random one of those with a lower domain-specific score."""
     return _any_of([i for i, k in enumerate(bins) if newcomer.dss > k.dss], rng)
 
 
-def idd(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def idd(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """A random one of those with a lower in-domain dissimilarity."""
     return _any_of([i for i, k in enumerate(bins) if newcomer.idd > k.idd], rng)
 
 
-def random(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def random(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """Any of the old ones and the newcomer, each as likely to be left out."""
     return _not_the_newcomer(int(rng.integers(len(bins) + 1)), bins)
 
 
-def fifo(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def fifo(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """The oldest."""
     return 0
 
 
-def kcenter(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def kcenter(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """One of the two most similar, the later one: what is kept stays spread out in the embedding space."""
     points = unit(_vectors(bins, newcomer))
     return _not_the_newcomer(_most_crowded(1 - points @ points.T), bins)
@@ -83,12 +97,16 @@ def kcenter(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random
 # -- samples of the stream ----------------------------------------------------------------------------------------
 
 
-def reservoir(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def reservoir(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """A uniform sample of all that came (Vitter 1985, algorithm R)."""
     return _not_the_newcomer(int(rng.integers(int(memory["seen"]))), bins)
 
 
-def balanced(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def balanced(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """As many of each cluster as can be, within one a uniform sample (Chrysakis and Moens 2020, there of classes).
 
     A newcomer takes the place of one of the largest cluster. If its own is as large, but for one, it takes that of a
@@ -105,21 +123,27 @@ def balanced(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.rando
     return int(rng.choice(np.flatnonzero(of_bin == own)))
 
 
-def herding(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def herding(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """The one without whom the mean of the rest is nearest to the mean of all that came (after Welling 2009)."""
     points = unit(_vectors(bins, newcomer))  # (B + 1, H)
     without = (points.sum(0) - points) / len(bins)  # (B + 1, H)
     return _not_the_newcomer(_lowest(np.linalg.norm(without - memory["mean"], axis=1)), bins)
 
 
-def whitened_kcenter(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def whitened_kcenter(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """As `kcenter`, in directions that vary alike over the stream: a few loud dimensions do not decide."""
     white = _vectors(bins, newcomer) @ whitening(memory)  # (B + 1, D)
     squares = (white * white).sum(1)
     return _not_the_newcomer(_most_crowded(squares[:, None] + squares - 2 * white @ white.T), bins)
 
 
-def leverage(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def leverage(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """The one whose direction the others cover best: with the lowest leverage xᵀ (XᵀX + I)⁻¹ x of all X (B + 1, D).
 
     Streaming exchange for a D-optimal design (Fedorov 1972) in the whitened space of `whitened-kcenter`: kept is what
@@ -133,18 +157,24 @@ def leverage(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.rando
 # -- what the model finds hard ------------------------------------------------------------------------------------
 
 
-def perplexity(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def perplexity(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """The one that the model finds least surprising."""
     return _not_the_newcomer(_lowest([k.value for k in (*bins, newcomer)]), bins)
 
 
-def middle_perplexity(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def middle_perplexity(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """The one whose NLL is farthest from the stream's mean: neither trivial nor noise."""
     middle = float(memory["mean"])
     return _not_the_newcomer(_lowest([-abs(k.value - middle) for k in (*bins, newcomer)]), bins)
 
 
-def uds(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def uds(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """The one with the lowest ‖L‖_* + α · mean distance to what came before (UDS, arXiv 2510.16882).
 
     On prompts the norm follows their length: it prefers long ones.
@@ -152,7 +182,9 @@ def uds(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Gen
     return _not_the_newcomer(_last_of_lowest([k.value for k in (*bins, newcomer)]), bins)
 
 
-def oasis(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def oasis(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """The one that adds least to the others (after OASIS, arXiv 2506.02011): informativeness · Π (1 − shared part).
 
     Informativeness is the gradient's norm against the running mean and variance when it came, through a sigmoid; what
@@ -167,12 +199,16 @@ def oasis(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.G
 # -- bounds -------------------------------------------------------------------------------------------------------
 
 
-def none(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def none(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """Nothing is kept: the model without fine-tuning."""
     return None
 
 
-def full_stream(bins: Sequence[Kept], newcomer: Kept, memory: Memory, rng: np.random.Generator) -> int | None:
+def full_stream(
+    bins: Sequence[BufferEntry], newcomer: BufferEntry, memory: StreamMemory, rng: np.random.Generator
+) -> int | None:
     """Everything is kept; never asked."""
     return None
 
@@ -203,11 +239,11 @@ def _any_of(beaten: list[int], rng: np.random.Generator) -> int | None:
     return int(rng.choice(beaten)) if beaten else None
 
 
-def _not_the_newcomer(leaves: int, bins: Sequence[Kept]) -> int | None:
+def _not_the_newcomer(leaves: int, bins: Sequence[BufferEntry]) -> int | None:
     return leaves if leaves < len(bins) else None
 
 
-def _vectors(bins: Sequence[Kept], *more: Kept) -> np.ndarray:
+def _vectors(bins: Sequence[BufferEntry], *more: BufferEntry) -> np.ndarray:
     import torch  # with the settings it would be loaded to refuse them
 
     kept = (*bins, *more)

@@ -17,10 +17,10 @@ import numpy as np
 from florilegium.client.selection.scores import unit
 
 if TYPE_CHECKING:
-    from florilegium.client.selection.buffer import Kept
+    from florilegium.client.selection.buffer import BufferEntry
 
-Memory = Mapping[str, Any]
-Meet = Callable[["Kept", Memory], tuple["Kept", Memory]]
+StreamMemory = Mapping[str, Any]
+Update = Callable[["BufferEntry", StreamMemory], tuple["BufferEntry", StreamMemory]]
 
 CLUSTERS = 8
 WHITENED = 32  # dimensions of the random projection
@@ -28,17 +28,17 @@ UDS_ALPHA, UDS_QUEUE = 2.5e-3, 1024  # as published (arXiv 2510.16882)
 OASIS_MEMORY = 0.9  # of the running mean and variance
 
 
-def nothing_to_remember(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
+def nothing_to_remember(newcomer: BufferEntry, memory: StreamMemory) -> tuple[BufferEntry, StreamMemory]:
     """For policies that look at the buffer alone."""
     return newcomer, memory
 
 
-def count(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
+def count(newcomer: BufferEntry, memory: StreamMemory) -> tuple[BufferEntry, StreamMemory]:
     """seen: how many came."""
     return newcomer, {"seen": memory.get("seen", np.int64(0)) + np.int64(1)}
 
 
-def cluster(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
+def cluster(newcomer: BufferEntry, memory: StreamMemory) -> tuple[BufferEntry, StreamMemory]:
     """centres (k, H), running means (MacQueen 1967) that begin as the first arrivals; met (k,); newest, its cluster."""
     point = unit(newcomer.embedding)
     if len(memory.get("centres", ())) < CLUSTERS:
@@ -52,17 +52,17 @@ def cluster(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
     return newcomer, {"centres": centres, "met": met, "newest": np.int64(own)}
 
 
-def mean_vector(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
+def mean_vector(newcomer: BufferEntry, memory: StreamMemory) -> tuple[BufferEntry, StreamMemory]:
     """seen, and the mean (H,) of all that came, each at length 1."""
     return newcomer, _running_mean(unit(newcomer.embedding), memory)
 
 
-def mean_value(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
+def mean_value(newcomer: BufferEntry, memory: StreamMemory) -> tuple[BufferEntry, StreamMemory]:
     """seen, and the mean of the values of all that came."""
     return newcomer, _running_mean(np.float64(newcomer.value), memory)
 
 
-def covariance(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
+def covariance(newcomer: BufferEntry, memory: StreamMemory) -> tuple[BufferEntry, StreamMemory]:
     """seen, mean (D,) and sum of squares about it (D, D) of the projected vectors (Welford 1962), which are kept."""
     newcomer = replace(newcomer, embedding=_projected(newcomer.embedding).astype(np.float16))
     point = newcomer.embedding.astype(np.float64)
@@ -72,7 +72,7 @@ def covariance(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
     return newcomer, {**new, "squares": squares + np.outer(point - old, point - new["mean"])}
 
 
-def queue(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
+def queue(newcomer: BufferEntry, memory: StreamMemory) -> tuple[BufferEntry, StreamMemory]:
     """queue (≤ 1,024, D) of the newest projected logits; their mean distance goes into the newcomer's value."""
     point = newcomer.embedding.astype(np.float32)
     before = memory.get("queue", np.empty((0, len(point)), np.float32))
@@ -81,7 +81,7 @@ def queue(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
     return newcomer, {"queue": np.vstack([before, point])[-UDS_QUEUE:]}
 
 
-def standing(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
+def standing(newcomer: BufferEntry, memory: StreamMemory) -> tuple[BufferEntry, StreamMemory]:
     """mean and variance, exponential, of the gradients' norms; the newcomer's value becomes its place among them."""
     norm = newcomer.value
     mean, variance = float(memory.get("mean", np.float64(norm))), float(memory.get("variance", np.float64(0)))
@@ -94,7 +94,7 @@ def standing(newcomer: Kept, memory: Memory) -> tuple[Kept, Memory]:
     return replace(newcomer, value=rounded(1 / (1 + math.exp(-max(-6.0, min(6.0, z)))))), after
 
 
-def whitening(memory: Memory) -> np.ndarray:
+def whitening(memory: StreamMemory) -> np.ndarray:
     """L^(−T) (D, D) of the covariance L Lᵀ, which is shrunk towards a multiple of the identity while few have come."""
     d, seen = len(memory["mean"]), int(memory["seen"])
     covariance = memory["squares"] / max(1, seen - 1)
@@ -115,7 +115,7 @@ def nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return nearest
 
 
-def _running_mean(value: np.ndarray | np.float64, memory: Memory) -> dict[str, Any]:
+def _running_mean(value: np.ndarray | np.float64, memory: StreamMemory) -> dict[str, Any]:
     seen = memory.get("seen", np.int64(0)) + np.int64(1)
     mean = memory.get("mean", np.zeros_like(value))
     return {"seen": seen, "mean": mean + (value - mean) / seen}

@@ -47,7 +47,7 @@ def _released(seen: Federated) -> dict[str, torch.Tensor]:
 
 def trusted(seen: Federated) -> bool:
     """Whether the server is: then only what it makes of releases is there to be attacked."""
-    return seen.site.config.privacy.mode == "user-central"
+    return seen.context.config.privacy.mode == "user-central"
 
 
 def gradient_scores(seen: Federated, dialogues: Sequence[Canary]) -> np.ndarray:
@@ -56,13 +56,13 @@ def gradient_scores(seen: Federated, dialogues: Sequence[Canary]) -> np.ndarray:
     What was released are the changes of the dialogue's own device; where devices trust the server, those of all
     together.
     """
-    site, total = seen.site, np.zeros(len(dialogues))
+    context, total = seen.context, np.zeros(len(dialogues))
     released = [c[None] for c in seen.aggregated] if trusted(seen) else seen.cohort.changes  # by round, (K or 1, P)
     owners = [0 if trusted(seen) else c.device for c in dialogues]
-    examples = site.lm.format.dialogues([c.dialogue for c in dialogues])
+    examples = context.lm.format.dialogues([c.dialogue for c in dialogues])
     for received, changes in zip(seen.cohort.received, released, strict=True):
-        adapters = site.lm.adapters(site.shared_layout, received)
-        (gradients,), _ = site.lm.engine.dp_gradients(adapters, [], [examples])
+        adapters = context.lm.adapters(context.shared_layout, received)
+        (gradients,), _ = context.lm.engine.dp_gradients(adapters, [], [examples])
         directions = torch.nn.functional.normalize(gradients, dim=1)  # (n, P)
         total -= (directions * changes[owners]).sum(1).double().numpy()
     return total
@@ -77,8 +77,8 @@ def reidentified(seen: Federated) -> np.ndarray:
 
 def _losses(seen: Federated, texts: Sequence[Dialogue], slots: Sequence[int], rows: torch.Tensor | None) -> np.ndarray:
     """(n,) nats per token, each under the shared adapter rows[slot], or under none."""
-    lm = seen.site.lm
-    adapters = [] if rows is None else [lm.adapters(seen.site.shared_layout, rows)]
+    lm = seen.context.lm
+    adapters = [] if rows is None else [lm.adapters(seen.context.shared_layout, rows)]
     found = lm.score(lm.format.dialogues(texts), slots, adapters)
     return np.array([s.nll / max(1, s.tokens) for s in found])
 
@@ -86,8 +86,8 @@ def _losses(seen: Federated, texts: Sequence[Dialogue], slots: Sequence[int], ro
 @torch.inference_mode()
 def _min_k(seen: Federated, texts: Sequence[Dialogue], slots: Sequence[int], rows: torch.Tensor) -> np.ndarray:
     """Mean over the reply's least likely tokens of (log p − µ) / σ, both over the whole vocabulary."""
-    lm, found = seen.site.lm, np.zeros(len(texts))
-    examples, adapters = lm.format.dialogues(texts), [lm.adapters(seen.site.shared_layout, rows)]
+    lm, found = seen.context.lm, np.zeros(len(texts))
+    examples, adapters = lm.format.dialogues(texts), [lm.adapters(seen.context.shared_layout, rows)]
     for i, hidden in lm.engine.hidden(examples, adapters, slots):
         start, targets = len(examples[i].prompt), torch.tensor(examples[i].reply, device=hidden.device)
         logits = lm.engine.logits(hidden[start - 1 : start - 1 + len(targets)]).float()

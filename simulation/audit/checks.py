@@ -168,14 +168,14 @@ def _uniform(count: int) -> np.ndarray:
 def _local(config: ExperimentConfig, seen: Federated) -> list[np.ndarray]:
     cohort, std = seen.cohort, release_noise(config, 1, 0).on_device
     with passing_ledger() as accounts:
-        site = replace(cohort.site, config=without_noise(config), ledger=accounts)
-        again = InMemory(site, cohort.streams, cohort.at_once)
+        context = replace(cohort.context, config=without_noise(config), ledger=accounts)
+        again = InMemory(context, cohort.streams, cohort.at_once)
         for number, received in enumerate(cohort.received, start=1):
             again.contribute(list(cohort.streams), received, RoundPlan(number, number - 1))
     drawn = []
     spent = config.privacy.releases or config.rounds  # then dialogues retire, which without noise they never do
     for number, (noisy, plain) in enumerate(zip(cohort.changes[:spent], again.changes[:spent], strict=True), start=1):
-        places = torch.from_numpy(site.schema.places(number))
+        places = torch.from_numpy(context.schema.places(number))
         sent = noisy.any(1)
         drawn.append(((noisy - plain)[sent][:, places] / std).double().numpy())
     return [d for d in drawn if d.size]

@@ -52,9 +52,9 @@ def reconstructed(
 
 def _searched(seen: Federated, device: int, prompt: str, words: Sequence[str], guess: list[int]) -> list[int]:
     """Each place of the guess in turn takes the word with which the gradient matches the release best."""
-    lm = seen.site.lm
+    lm = seen.context.lm
     released = -(seen.aggregated[0] if trusted(seen) else seen.cohort.changes[0][device])  # (P,)
-    adapters = lm.adapters(seen.site.shared_layout, seen.cohort.received[0])
+    adapters = lm.adapters(seen.context.shared_layout, seen.cohort.received[0])
     for _ in range(SWEEPS):
         for place in range(len(guess)):
             tried = [[*guess[:place], w, *guess[place + 1 :]] for w in range(len(words))]

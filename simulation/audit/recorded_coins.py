@@ -12,7 +12,7 @@ from florilegium.client.state import DeviceState
 from florilegium.privacy.plan import RoundPlan
 
 if TYPE_CHECKING:
-    from florilegium.client.phases import Site
+    from florilegium.client.phases import CohortContext
 
 Step = tuple[str, int, int]  # of a device, in a round
 
@@ -25,23 +25,23 @@ class Recorded(Coins):
         self.samples: dict[Step, tuple[int, list[int]]] = {}  # of so many slots, those that were drawn
         self.noise_keys: dict[tuple[str, int], int] = {}  # by device and round
 
-    def secret(self, device: str, site: Site) -> int:
+    def secret(self, device: str, context: CohortContext) -> int:
         if device not in self.secrets:
-            self.secrets[device] = super().secret(device, site)
+            self.secrets[device] = super().secret(device, context)
         return self.secrets[device]
 
-    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, site: Site) -> list[int]:
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, context: CohortContext) -> list[int]:
         """Of another number of slots than what was written down, anew: that is another question."""
         known, drawn = self.samples.get((state.id, plan.round, step), (-1, []))
         if known != count:
-            drawn = super().sample(state, count, plan, step, site)
+            drawn = super().sample(state, count, plan, step, context)
             self.samples.setdefault((state.id, plan.round, step), (count, drawn))
         return drawn
 
-    def noise_key(self, state: DeviceState, plan: RoundPlan, site: Site) -> int:
+    def noise_key(self, state: DeviceState, plan: RoundPlan, context: CohortContext) -> int:
         known = state.id, plan.round
         if known not in self.noise_keys:
-            self.noise_keys[known] = super().noise_key(state, plan, site)
+            self.noise_keys[known] = super().noise_key(state, plan, context)
         return self.noise_keys[known]
 
     @property

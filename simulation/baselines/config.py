@@ -12,7 +12,7 @@ from florilegium.simulation.config import ExperimentConfig
 Name = Literal["local", "fedavg", "fedprox", "ours", "ditto", "fedper", "fedrep", "feddpa", "fedalt"]
 
 
-class RivalConfig(Config):
+class BaselineConfig(Config):
     """One rival. FedProx's μ is `shared.proximal`."""
 
     name: Name = "ours"
@@ -36,10 +36,10 @@ class RivalConfig(Config):
         return value
 
 
-class RivalsConfig(ExperimentConfig):
+class BaselinesConfig(ExperimentConfig):
     """An experiment with a rival. What a run of [shared], [personal] and [synthesis] does besides is not done."""
 
-    rival: RivalConfig = RivalConfig()
+    rival: BaselineConfig = BaselineConfig()
 
     @model_validator(mode="after")
     def _same_size(self) -> Self:

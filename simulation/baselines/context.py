@@ -14,14 +14,14 @@ import torch
 
 from florilegium.client.lm.adapter import AdapterLayout, Adapters, Layout
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.private_training import release_noise
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.seeds import derive_key, derive_seed
 from florilegium.server.aggregation import Mean
-from florilegium.simulation.baselines.config import RivalsConfig
+from florilegium.simulation.baselines.config import BaselinesConfig
 
-Lessons = Sequence[Lesson]  # by device: the batches of one round
+Lessons = Sequence[TrainingSet]  # by device: the batches of one round
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Ground:
+class BaselineContext:
     """What a cohort of one rival works with."""
 
     lm: LanguageModel
-    config: RivalsConfig
+    config: BaselinesConfig
     layout: AdapterLayout  # of every adapter
     seed: int
 
     @classmethod
-    def of(cls, lm: LanguageModel, config: RivalsConfig, seed: int) -> Ground:
+    def of(cls, lm: LanguageModel, config: BaselinesConfig, seed: int) -> BaselineContext:
         return cls(lm, config, lm.lora_layout(config.shared.adapter), seed)
 
     @property
@@ -54,40 +54,40 @@ class Ground:
         self,
         layout: Layout,
         rows: torch.Tensor,
-        lessons: Lessons,
+        sets: Lessons,
         frozen: Sequence[Adapters] = (),
         proximal: float = 0.0,
         anchor: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rows (K, P) after all batches of the lessons; `rows` are (K, P), or (1, P) where all begin with the same."""
-        rates = [[self.config.rival.learning_rate] * len(x.batches) for x in lessons]
-        start = self.lm.adapters(layout, rows.expand(len(lessons), -1))
+        rates = [[self.config.rival.learning_rate] * len(x.batches) for x in sets]
+        start = self.lm.adapters(layout, rows.expand(len(sets), -1))
         near = None if anchor is None else anchor.to(start.rows.device)
-        trained = self.lm.engine.finetune(start, frozen, lessons, rates, proximal=proximal, anchor=near)
+        trained = self.lm.engine.finetune(start, frozen, sets, rates, proximal=proximal, anchor=near)
         after: torch.Tensor = trained.adapters.rows.cpu()
         return after
 
 
-def halves(lessons: Lessons) -> tuple[list[Lesson], list[Lesson]]:
+def halves(sets: Lessons) -> tuple[list[TrainingSet], list[TrainingSet]]:
     """The first and the second half of each device's batches."""
-    first = [Lesson(x.examples, x.batches[: len(x.batches) // 2]) for x in lessons]
-    return first, [Lesson(x.examples, x.batches[len(x.batches) // 2 :]) for x in lessons]
+    first = [TrainingSet(x.examples, x.batches[: len(x.batches) // 2]) for x in sets]
+    return first, [TrainingSet(x.examples, x.batches[len(x.batches) // 2 :]) for x in sets]
 
 
-def upload(changes: torch.Tensor, ground: Ground) -> torch.Tensor:
+def upload(changes: torch.Tensor, context: BaselineContext) -> torch.Tensor:
     """What devices send of their changes (K, S): where they are protected, each scaled to norm C at most."""
-    if ground.config.privacy.mode == "none":
+    if context.config.privacy.mode == "none":
         return changes
     norms = changes.norm(dim=1, keepdim=True)  # (K, 1)
-    factors: torch.Tensor = (ground.config.privacy.clip_norm_l2 / norms.clamp(min=1e-12)).clamp(max=1.0)
+    factors: torch.Tensor = (context.config.privacy.clip_norm_l2 / norms.clamp(min=1e-12)).clamp(max=1.0)
     return changes * factors
 
 
-def aggregate(sent: torch.Tensor, ground: Ground, number: int) -> torch.Tensor:
+def aggregate(sent: torch.Tensor, context: BaselineContext, number: int) -> torch.Tensor:
     """The mean (1, S) of what was sent (K, S) in a round, with the server's noise (FedAvg, arXiv 1602.05629)."""
-    config, mean = ground.config, Mean(sent.shape[1])
+    config, mean = context.config, Mean(sent.shape[1])
     for k, row in enumerate(sent.numpy()):
         mean.add(f"device {k}", row)
     protected = config.privacy.mode != "none"
-    noise = release_noise(config, 1, derive_key(ground.seed, "server")) if protected else ReleaseNoise()
+    noise = release_noise(config, 1, derive_key(context.seed, "server")) if protected else ReleaseNoise()
     return torch.from_numpy(mean.change(noise.drawn(number, sent.shape[1])))[None]

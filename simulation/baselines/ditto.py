@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import torch
 
-from florilegium.simulation.baselines.context import Ground, Held, Lessons, halves
+from florilegium.simulation.baselines.context import BaselineContext, Held, Lessons, halves
 from florilegium.simulation.baselines.fedavg import fedavg
 
 
-def ditto(held: Held, lessons: Lessons, ground: Ground, number: int) -> tuple[Held, torch.Tensor]:
+def ditto(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
     """Half of the steps on the shared model, half on the own one; `held.own` are v (K, P)."""
-    to_share, to_keep = halves(lessons)
-    pull = ground.config.rival.ditto_lambda
-    own = ground.train(ground.layout, held.own, to_keep, proximal=pull, anchor=held.shared)
-    after, sent = fedavg(held, to_share, ground, number)
+    to_share, to_keep = halves(sets)
+    pull = context.config.rival.ditto_lambda
+    own = context.train(context.layout, held.own, to_keep, proximal=pull, anchor=held.shared)
+    after, sent = fedavg(held, to_share, context, number)
     return Held(after.shared, own), sent

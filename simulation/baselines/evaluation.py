@@ -29,13 +29,13 @@ def strangers(played: Played) -> Played | None:
     own = played.held.own
     if not own.shape[1]:
         return None
-    given = derangement(len(own), derive_seed(played.ground.seed, "shuffled"))
+    given = derangement(len(own), derive_seed(played.context.seed, "shuffled"))
     return replace(played, held=replace(played.held, own=own[given]))
 
 
 def nll(played: Played, queries: Queries) -> Measured:
     """Of the recorded replies, nats per token."""
-    lm, (asked, arm) = played.ground.lm, _asked(played, queries)
+    lm, (asked, arm) = played.context.lm, _asked(played, queries)
     found = iter(score_users(lm, asked, {"own": arm})["own"])
     if played.rival.by_query is None:
         return measure_nll(list(found))
@@ -47,15 +47,15 @@ def rouge(played: Played, queries: Queries, sampling: SamplingConfig, seed: int)
     """ROUGE-1 of generated replies, and their mean length in tokens."""
     asked, arm = _asked(played, queries)
     seeds = range(seed, seed + sum(map(len, queries)))
-    replies = reply_arms(played.ground.lm, asked, {"own": arm}, sampling, seeds)["own"]
+    replies = reply_arms(played.context.lm, asked, {"own": arm}, sampling, seeds)["own"]
     return measure_rouge(list(_by_user(iter(replies), queries))), sum(r.tokens for r in replies) / len(replies)
 
 
 def _asked(played: Played, queries: Queries) -> tuple[Queries, Arm]:
     """Whose rows answer which queries: a device's all of its own, or each row one query."""
     if played.rival.by_query is None:
-        return queries, played.rival.arm(played.held, played.ground)
-    arm = played.rival.by_query(played.held, played.ground, queries, played.lessons)
+        return queries, played.rival.arm(played.held, played.context)
+    arm = played.rival.by_query(played.held, played.context, queries, played.sets)
     return [[q] for of_user in queries for q in of_user], arm
 
 

@@ -22,31 +22,31 @@ from dataclasses import replace
 import torch
 
 from florilegium.client.lm.adapter import AdapterLayout
-from florilegium.simulation.baselines.context import Ground, Held, Lessons
+from florilegium.simulation.baselines.context import BaselineContext, Held, Lessons
 from florilegium.simulation.evaluation.metrics import Arm
 
 
-def start(ground: Ground, devices: int) -> Held:
-    gates = torch.zeros(devices, gated(ground).width - ground.layout.width)
-    first = ground.first.repeat(devices, 1)
+def start(context: BaselineContext, devices: int) -> Held:
+    gates = torch.zeros(devices, gated(context).width - context.layout.width)
+    first = context.first.repeat(devices, 1)
     return Held(first, torch.cat([first, gates], 1))
 
 
-def fedalt(held: Held, lessons: Lessons, ground: Ground, number: int) -> tuple[Held, torch.Tensor]:
+def fedalt(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
     """All steps on the own adapter and its gates; the adapter without the gates is sent."""
-    world = ground.lm.adapters(ground.layout, held.shared)
-    own = ground.train(gated(ground), held.own, lessons, [world])
-    sent = own[:, : ground.layout.width]
+    world = context.lm.adapters(context.layout, held.shared)
+    own = context.train(gated(context), held.own, sets, [world])
+    sent = own[:, : context.layout.width]
     return Held(rest_of_world(sent), own), sent
 
 
-def arm(held: Held, ground: Ground) -> Arm:
-    return [ground.lm.adapters(ground.layout, held.shared), ground.lm.adapters(gated(ground), held.own)]
+def arm(held: Held, context: BaselineContext) -> Arm:
+    return [context.lm.adapters(context.layout, held.shared), context.lm.adapters(gated(context), held.own)]
 
 
-def gated(ground: Ground) -> AdapterLayout:
+def gated(context: BaselineContext) -> AdapterLayout:
     """The layout of own adapters: the factors as in every other, then the gates."""
-    return replace(ground.layout, gated=True)
+    return replace(context.layout, gated=True)
 
 
 def rest_of_world(sent: torch.Tensor) -> torch.Tensor:

@@ -11,57 +11,57 @@ from __future__ import annotations
 
 import torch
 
-from florilegium.simulation.baselines.context import Ground, Held, Lessons, aggregate, halves, upload
+from florilegium.simulation.baselines.context import BaselineContext, Held, Lessons, aggregate, halves, upload
 from florilegium.simulation.evaluation.metrics import Arm
 
 
-def start_local(ground: Ground, devices: int) -> Held:
-    return Held(torch.zeros(1, 0), ground.first.repeat(devices, 1))
+def start_local(context: BaselineContext, devices: int) -> Held:
+    return Held(torch.zeros(1, 0), context.first.repeat(devices, 1))
 
 
-def local(held: Held, lessons: Lessons, ground: Ground, number: int) -> tuple[Held, torch.Tensor]:
+def local(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
     """All steps on the device's own adapter; nothing is sent."""
-    own = ground.train(ground.layout, held.own, lessons)
+    own = context.train(context.layout, held.own, sets)
     return Held(held.shared, own), torch.zeros(len(own), 0)
 
 
-def local_arm(held: Held, ground: Ground) -> Arm:
-    return [ground.lm.adapters(ground.layout, held.own)]
+def local_arm(held: Held, context: BaselineContext) -> Arm:
+    return [context.lm.adapters(context.layout, held.own)]
 
 
-def start_global(ground: Ground, devices: int) -> Held:
-    return Held(ground.first, torch.zeros(devices, 0))
+def start_global(context: BaselineContext, devices: int) -> Held:
+    return Held(context.first, torch.zeros(devices, 0))
 
 
 def fedavg(
-    held: Held, lessons: Lessons, ground: Ground, number: int, proximal: float = 0.0
+    held: Held, sets: Lessons, context: BaselineContext, number: int, proximal: float = 0.0
 ) -> tuple[Held, torch.Tensor]:
     """All steps on the shared adapter; the mean of the changes is added to it."""
-    trained = ground.train(ground.layout, held.shared, lessons, proximal=proximal)
-    sent = upload(trained - held.shared, ground)
-    return Held(held.shared + aggregate(sent, ground, number), held.own), sent
+    trained = context.train(context.layout, held.shared, sets, proximal=proximal)
+    sent = upload(trained - held.shared, context)
+    return Held(held.shared + aggregate(sent, context, number), held.own), sent
 
 
-def fedprox(held: Held, lessons: Lessons, ground: Ground, number: int) -> tuple[Held, torch.Tensor]:
+def fedprox(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
     """As `fedavg`, near to what was received; with μ = 0 the same bit by bit."""
-    return fedavg(held, lessons, ground, number, proximal=ground.config.shared.proximal)
+    return fedavg(held, sets, context, number, proximal=context.config.shared.proximal)
 
 
-def global_arm(held: Held, ground: Ground) -> Arm:
-    return [ground.lm.adapters(ground.layout, held.shared)]
+def global_arm(held: Held, context: BaselineContext) -> Arm:
+    return [context.lm.adapters(context.layout, held.shared)]
 
 
-def start_ours(ground: Ground, devices: int) -> Held:
-    return Held(ground.first, ground.first.repeat(devices, 1))
+def start_ours(context: BaselineContext, devices: int) -> Held:
+    return Held(context.first, context.first.repeat(devices, 1))
 
 
-def ours(held: Held, lessons: Lessons, ground: Ground, number: int) -> tuple[Held, torch.Tensor]:
+def ours(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
     """Half of the steps on the shared adapter, then half on the personal one on top of the new shared one."""
-    to_share, to_keep = halves(lessons)
-    after, sent = fedprox(held, to_share, ground, number)
-    beneath = ground.lm.adapters(ground.layout, after.shared)
-    return Held(after.shared, ground.train(ground.layout, held.own, to_keep, [beneath])), sent
+    to_share, to_keep = halves(sets)
+    after, sent = fedprox(held, to_share, context, number)
+    beneath = context.lm.adapters(context.layout, after.shared)
+    return Held(after.shared, context.train(context.layout, held.own, to_keep, [beneath])), sent
 
 
-def ours_arm(held: Held, ground: Ground) -> Arm:
-    return [*global_arm(held, ground), *local_arm(held, ground)]
+def ours_arm(held: Held, context: BaselineContext) -> Arm:
+    return [*global_arm(held, context), *local_arm(held, context)]

@@ -26,47 +26,47 @@ import torch
 from florilegium.client.lm.adapter import AdapterLayout
 from florilegium.client.lm.packing import Example
 from florilegium.privacy.seeds import derive_seed
-from florilegium.simulation.baselines.context import Ground, Held, Lessons, halves
+from florilegium.simulation.baselines.context import BaselineContext, Held, Lessons, halves
 from florilegium.simulation.baselines.fedavg import fedavg, start_ours
 from florilegium.simulation.evaluation.metrics import Arm, Queries
 
 start = start_ours
 
 
-def feddpa(held: Held, lessons: Lessons, ground: Ground, number: int) -> tuple[Held, torch.Tensor]:
+def feddpa(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
     """Half of the steps on the global adapter, then half on the local one beside it."""
-    to_share, to_keep = halves(lessons)
-    after, sent = fedavg(held, to_share, ground, number)
-    beside, local = arm(after, ground)
-    return Held(after.shared, ground.train(local.layout, held.own, to_keep, [beside])), sent
+    to_share, to_keep = halves(sets)
+    after, sent = fedavg(held, to_share, context, number)
+    beside, local = arm(after, context)
+    return Held(after.shared, context.train(local.layout, held.own, to_keep, [beside])), sent
 
 
-def arm(held: Held, ground: Ground) -> Arm:
+def arm(held: Held, context: BaselineContext) -> Arm:
     """Both adapters with the weights of training."""
-    weight = ground.config.rival.mix
+    weight = context.config.rival.mix
     return [
-        ground.lm.adapters(_weighted(ground.layout, 1 - weight), held.shared),
-        ground.lm.adapters(_weighted(ground.layout, weight), held.own),
+        context.lm.adapters(_weighted(context.layout, 1 - weight), held.shared),
+        context.lm.adapters(_weighted(context.layout, weight), held.own),
     ]
 
 
-def by_query(held: Held, ground: Ground, queries: Queries, lessons: Lessons) -> Arm:
+def by_query(held: Held, context: BaselineContext, queries: Queries, sets: Lessons) -> Arm:
     """Both adapters with a row for each query (Q, P), one device's queries after the other's."""
-    weights, owners = mixed(held, ground, queries, lessons), [k for k, asked in enumerate(queries) for _ in asked]
-    shared = scaled(ground.layout, held.shared.expand(len(owners), -1), 1 - weights)
-    own = scaled(ground.layout, held.own[owners], weights)
-    return [ground.lm.adapters(ground.layout, shared), ground.lm.adapters(ground.layout, own)]
+    weights, owners = mixed(held, context, queries, sets), [k for k, asked in enumerate(queries) for _ in asked]
+    shared = scaled(context.layout, held.shared.expand(len(owners), -1), 1 - weights)
+    own = scaled(context.layout, held.own[owners], weights)
+    return [context.lm.adapters(context.layout, shared), context.lm.adapters(context.layout, own)]
 
 
-def mixed(held: Held, ground: Ground, queries: Queries, lessons: Lessons) -> torch.Tensor:
+def mixed(held: Held, context: BaselineContext, queries: Queries, sets: Lessons) -> torch.Tensor:
     """α (Q,) of each query, in 0 … m; a device that has learned nothing has α = 0."""
-    settings = ground.config.rival
-    known = [_few(x.examples, settings.compared, derive_seed(ground.seed, k, "few")) for k, x in enumerate(lessons)]
-    prompts = ground.lm.format.prompts([q.prompt for asked in queries for q in asked])
+    settings = context.config.rival
+    known = [_few(x.examples, settings.compared, derive_seed(context.seed, k, "few")) for k, x in enumerate(sets)]
+    prompts = context.lm.format.prompts([q.prompt for asked in queries for q in asked])
     examples = [*prompts, *(Example(e.prompt, (), e.words, e.truncated) for few in known for e in few)]
     slots = [k for group in (queries, known) for k, some in enumerate(group) for _ in some]
-    own = [ground.lm.adapters(ground.layout, held.own)]
-    last = {i: hidden[-1].float().cpu() for i, hidden in ground.lm.engine.hidden(examples, own, slots)}
+    own = [context.lm.adapters(context.layout, held.own)]
+    last = {i: hidden[-1].float().cpu() for i, hidden in context.lm.engine.hidden(examples, own, slots)}
     states = torch.nn.functional.normalize(torch.stack([last[i] for i in range(len(examples))]), dim=1)  # (Q + N, H)
     asked, seen = states[: len(prompts)], states[len(prompts) :]
     same = torch.tensor(slots[: len(prompts)])[:, None] == torch.tensor(slots[len(prompts) :])[None]  # (Q, N)

@@ -19,45 +19,45 @@ from dataclasses import replace
 import torch
 
 from florilegium.client.lm.adapter import AdapterLayout
-from florilegium.simulation.baselines.context import Ground, Held, Lessons, aggregate, halves, upload
+from florilegium.simulation.baselines.context import BaselineContext, Held, Lessons, aggregate, halves, upload
 from florilegium.simulation.evaluation.metrics import Arm
 
 
-def parts(ground: Ground) -> tuple[AdapterLayout, AdapterLayout]:
+def parts(context: BaselineContext) -> tuple[AdapterLayout, AdapterLayout]:
     """Layouts of the layers that are shared and of those that stay; a whole row is one behind the other."""
-    layers = ground.layout.layers
-    count = min(max(1, round(len(layers) * ground.config.rival.personal_share)), len(layers) - 1)
-    return replace(ground.layout, layers=layers[:-count]), replace(ground.layout, layers=layers[-count:])
+    layers = context.layout.layers
+    count = min(max(1, round(len(layers) * context.config.rival.personal_share)), len(layers) - 1)
+    return replace(context.layout, layers=layers[:-count]), replace(context.layout, layers=layers[-count:])
 
 
-def start(ground: Ground, devices: int) -> Held:
-    width = parts(ground)[0].width
-    return Held(ground.first[:, :width], ground.first[:, width:].repeat(devices, 1))
+def start(context: BaselineContext, devices: int) -> Held:
+    width = parts(context)[0].width
+    return Held(context.first[:, :width], context.first[:, width:].repeat(devices, 1))
 
 
-def fedper(held: Held, lessons: Lessons, ground: Ground, number: int) -> tuple[Held, torch.Tensor]:
+def fedper(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
     """All steps on both parts together."""
     whole = torch.cat([held.shared.expand(len(held.own), -1), held.own], 1)  # (K, P)
-    base, own = ground.train(ground.layout, whole, lessons).split([held.shared.shape[1], held.own.shape[1]], 1)
-    return _averaged(held, base, own, ground, number)
+    base, own = context.train(context.layout, whole, sets).split([held.shared.shape[1], held.own.shape[1]], 1)
+    return _averaged(held, base, own, context, number)
 
 
-def fedrep(held: Held, lessons: Lessons, ground: Ground, number: int) -> tuple[Held, torch.Tensor]:
+def fedrep(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
     """Half of the steps on the head, then half on the representation."""
-    (base_layout, head_layout), (first, second) = parts(ground), halves(lessons)
-    received = ground.lm.adapters(base_layout, held.shared)
-    own = ground.train(head_layout, held.own, first, [received])
-    base = ground.train(base_layout, held.shared, second, [ground.lm.adapters(head_layout, own)])
-    return _averaged(held, base, own, ground, number)
+    (base_layout, head_layout), (first, second) = parts(context), halves(sets)
+    received = context.lm.adapters(base_layout, held.shared)
+    own = context.train(head_layout, held.own, first, [received])
+    base = context.train(base_layout, held.shared, second, [context.lm.adapters(head_layout, own)])
+    return _averaged(held, base, own, context, number)
 
 
-def arm(held: Held, ground: Ground) -> Arm:
-    base, head = parts(ground)
-    return [ground.lm.adapters(base, held.shared), ground.lm.adapters(head, held.own)]
+def arm(held: Held, context: BaselineContext) -> Arm:
+    base, head = parts(context)
+    return [context.lm.adapters(base, held.shared), context.lm.adapters(head, held.own)]
 
 
 def _averaged(
-    held: Held, base: torch.Tensor, own: torch.Tensor, ground: Ground, number: int
+    held: Held, base: torch.Tensor, own: torch.Tensor, context: BaselineContext, number: int
 ) -> tuple[Held, torch.Tensor]:
-    sent = upload(base - held.shared, ground)
-    return Held(held.shared + aggregate(sent, ground, number), own), sent
+    sent = upload(base - held.shared, context)
+    return Held(held.shared + aggregate(sent, context, number), own), sent

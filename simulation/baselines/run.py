@@ -13,13 +13,13 @@ import torch
 
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.model import LanguageModel, schedule_steps
-from florilegium.client.lm.training_data import Lesson
-from florilegium.client.phases import Site, States, annotate, observe
+from florilegium.client.lm.training_data import TrainingSet
+from florilegium.client.phases import CohortContext, States, annotate, observe
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.seeds import derive_seed
-from florilegium.simulation.baselines.config import RivalsConfig
-from florilegium.simulation.baselines.context import Ground, Held, Lessons
-from florilegium.simulation.baselines.registry import RIVALS, Rival
+from florilegium.simulation.baselines.config import BaselinesConfig
+from florilegium.simulation.baselines.context import BaselineContext, Held, Lessons
+from florilegium.simulation.baselines.registry import BASELINES, Baseline
 from florilegium.simulation.data.population import met_by
 
 FLOAT_BYTES = 4
@@ -29,10 +29,10 @@ FLOAT_BYTES = 4
 class Played:
     """A rival after its last round."""
 
-    rival: Rival
-    ground: Ground
+    rival: Baseline
+    context: BaselineContext
     held: Held
-    lessons: Lessons  # of the last round
+    sets: Lessons  # of the last round
     sent: list[torch.Tensor]  # by round, (K, S): what left each device
     tokens: float  # that a device was trained on, all rounds together, mean over devices
 
@@ -54,40 +54,40 @@ class Played:
 
 def play(
     lm: LanguageModel,
-    config: RivalsConfig,
+    config: BaselinesConfig,
     streams: Mapping[str, Sequence[Dialogue]],
     seed: int,
     listener: Callable[[str], None] | None = None,
 ) -> Played:
     """All rounds of `config.rival` on devices with these streams, by name."""
     replies = {name: {d.id: d.response for d in stream} for name, stream in streams.items()}
-    site = Site.of(lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener)
-    rival, ground = RIVALS[config.rival.name], Ground.of(lm, config, seed)
-    states, held = [site.new_state(name) for name in streams], rival.start(ground, len(streams))
-    lessons, sent, tokens = list[Lesson](), list[torch.Tensor](), 0
+    cohort = CohortContext.of(lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener)
+    baseline, context = BASELINES[config.rival.name], BaselineContext.of(lm, config, seed)
+    states, held = [cohort.new_state(name) for name in streams], baseline.start(context, len(streams))
+    sets, sent, tokens = list[TrainingSet](), list[torch.Tensor](), 0
     for number in range(1, config.rounds + 1):
         if listener:
             listener(f"{config.rival.name}, round {number}")
-        states = _met(states, streams, number, site)
-        lessons = [_lesson(lm, config, s.id, [(k.prompt, s.replies[k.id]) for k in s.annotated], number, seed)
+        states = _met(states, streams, number, cohort)
+        sets = [_lesson(lm, config, s.id, [(k.prompt, s.replies[k.id]) for k in s.annotated], number, seed)
                    for s in states]  # fmt: skip
-        held, left = rival.turn(held, lessons, ground, number)
+        held, left = baseline.turn(held, sets, context, number)
         sent.append(left)
-        tokens += sum(x.examples[i].length for x in lessons for batch in x.batches for i in batch)
-    return Played(rival, ground, held, lessons, sent, tokens / len(streams))
+        tokens += sum(x.examples[i].length for x in sets for batch in x.batches for i in batch)
+    return Played(baseline, context, held, sets, sent, tokens / len(streams))
 
 
-def _met(states: States, streams: Mapping[str, Sequence[Dialogue]], number: int, site: Site) -> States:
+def _met(states: States, streams: Mapping[str, Sequence[Dialogue]], number: int, context: CohortContext) -> States:
     """What of a stream comes in one round, selected and annotated."""
-    rounds = site.config.rounds
+    rounds = context.config.rounds
     arrived = [streams[s.id][s.arrived : met_by(len(streams[s.id]), number, rounds)] for s in states]
-    states, _ = observe(states, arrived, RoundPlan(number, number - 1), site)
-    return annotate(states, site)[0]
+    states, _ = observe(states, arrived, RoundPlan(number, number - 1), context)
+    return annotate(states, context)[0]
 
 
 def _lesson(
-    lm: LanguageModel, config: RivalsConfig, device: str, pairs: Sequence[tuple[str, str]], number: int, seed: int
-) -> Lesson:
+    lm: LanguageModel, config: BaselinesConfig, device: str, pairs: Sequence[tuple[str, str]], number: int, seed: int
+) -> TrainingSet:
     rival = config.rival
     order = schedule_steps(len(pairs), rival.batch_size, rival.steps, derive_seed(seed, device, number, "order"))
-    return Lesson(lm.format.dialogues([Dialogue("", *pair) for pair in pairs]), order)
+    return TrainingSet(lm.format.dialogues([Dialogue("", *pair) for pair in pairs]), order)

@@ -11,7 +11,7 @@ from florilegium.client.lm import layers
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.hub import load
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 from florilegium.simulation.benchmarks.engine_workload import (
     CLIP_NORM_L2,
     LEARNING_RATE,
@@ -40,13 +40,13 @@ class Cohort:
         return lambda: run(batches, Adapters(self.layout, rows))
 
     def training(self, batches: list[Any], adapters: Adapters) -> list[float]:
-        lessons = []
+        sets = []
         for steps in batches:
             size = len(steps[0])
             order = [list(range(s * size, (s + 1) * size)) for s in range(len(steps))]
-            lessons.append(Lesson([e for step in steps for e in step], order))
-        rates = [[LEARNING_RATE] * len(x.batches) for x in lessons]
-        return [losses[-1] for losses in self.engine.finetune(adapters, [], lessons, rates).losses]
+            sets.append(TrainingSet([e for step in steps for e in step], order))
+        rates = [[LEARNING_RATE] * len(x.batches) for x in sets]
+        return [losses[-1] for losses in self.engine.finetune(adapters, [], sets, rates).losses]
 
     def embedding(self, batches: list[Any], adapters: Adapters) -> list[float]:
         examples = [e for steps in batches for e in steps[0]]

@@ -30,7 +30,7 @@ from rich.table import Table
 from florilegium.simulation.benchmarks.engine import machine
 from florilegium.simulation.benchmarks.separate_process import apart
 from florilegium.simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
-from florilegium.simulation.deployment.https_server import PREFIX, Allowed, fleet_door
+from florilegium.simulation.deployment.https_server import PREFIX, Allowed, device_server
 from florilegium.simulation.deployment.link import Link
 
 EVERY_S = 3.0
@@ -74,7 +74,7 @@ def measure(devices: int, seconds: float, port: int) -> Measured:
 def _serve(folder: Path, keys: dict[str, bytes], port: int, there: Connection) -> None:
     link = Link()
     link.set_admitted(keys)
-    with fleet_door(link, LOOPBACK, port, folder / CERTIFICATE, folder / KEY, Allowed()):
+    with device_server(link, LOOPBACK, port, folder / CERTIFICATE, folder / KEY, Allowed()):
         there.send(link.nodes)
         while True:
             time.sleep(60)

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import Site
+from florilegium.client.phases import CohortContext
 from florilegium.client.private_training import release_limits
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release
@@ -94,11 +94,11 @@ def _measured(
     replies = {d.id: d.response for user in users for d in user.stream}
     loose = config.model_copy(update={"privacy": config.privacy.model_copy(update={"epsilon": least_epsilon})})
     with passing_ledger() as ledger:
-        site = Site.of(lm, config, seed, lambda device, dialogue: replies[dialogue], None, ledger)
-        bound = release_limits(loose, site.schema)[0]
-        cohort = Poisoned(site, streams, False, false=false, way=way, norm_l2=bound)
+        context = CohortContext.of(lm, config, seed, lambda device, dialogue: replies[dialogue], None, ledger)
+        bound = release_limits(loose, context.schema)[0]
+        cohort = Poisoned(context, streams, False, false=false, way=way, norm_l2=bound)
         seen = federate(cohort, rule, Limits(largest_norm_l2=bound))
-    start = site.shared_layout.start(derive_seed(site.seed, "shared"))
+    start = context.shared_layout.start(derive_seed(context.seed, "shared"))
     queries = [list(user.held_out) for user in users[3:]]  # of the honest ones, always the same
     arms: dict[str, Any] = {"base": [], "shared": [_repeated(lm, seen, len(queries))]}
     nll = {arm: float(np.mean(m.by_user)) for arm, m in score_arms(lm, queries, arms).items()}
@@ -107,7 +107,7 @@ def _measured(
 
 
 def _repeated(lm: LanguageModel, seen: Federated, count: int) -> Any:
-    return lm.adapters(seen.site.shared_layout, seen.shared.expand(count, -1))
+    return lm.adapters(seen.context.shared_layout, seen.shared.expand(count, -1))
 
 
 def _mean(found: Sequence[Measured]) -> Measured:

@@ -24,9 +24,9 @@ from florilegium.client.config import DeviceConfig
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.lm.training_data import Lesson
-from florilegium.client.phases import Site, States, annotate, observe
-from florilegium.client.private_training import learn_shared, noisy_steps, reserve
+from florilegium.client.lm.training_data import TrainingSet
+from florilegium.client.phases import CohortContext, States, annotate, observe
+from florilegium.client.private_training import noisy_steps, reserve, train_shared
 from florilegium.client.terminal import Figures
 from florilegium.privacy.ledger import Ledger
 from florilegium.privacy.plan import RoundPlan
@@ -70,17 +70,17 @@ def _measured(
     config = DeviceConfig.model_validate({"shared": shared, "rounds": repeats})
     times: list[list[float]] = [[], [], [], []]
     with TemporaryDirectory() as folder:
-        site, states = _ready(lm, users, config, Path(folder))
+        context, states = _ready(lm, users, config, Path(folder))
         planned_event(config)  # calibrated now, once for all rounds
-        received = torch.zeros(site.shared_layout.width)
+        received = torch.zeros(context.shared_layout.width)
         for number in range(1, repeats + 1):
             tell(f"{examples} examples, repeat {number} of {repeats}")
             plan = RoundPlan(number, number - 1)
             arms: tuple[Callable[[], object], ...] = (
-                partial(noisy_steps, states, received, plan, site),
-                partial(_plain, states, received, site, examples),
-                partial(reserve, states, received, plan, site),
-                partial(learn_shared, states, received, plan, site),
+                partial(noisy_steps, states, received, plan, context),
+                partial(_plain, states, received, context, examples),
+                partial(reserve, states, received, plan, context),
+                partial(train_shared, states, received, plan, context),
             )
             for found, work in zip(times, arms, strict=True):
                 began = time.perf_counter()
@@ -90,25 +90,29 @@ def _measured(
     return Measured(examples, noisy, plain, ledger, ledger + rest)  # the round's own reservation was paid before
 
 
-def _ready(lm: LanguageModel, users: Sequence[User], config: DeviceConfig, folder: Path) -> tuple[Site, States]:
+def _ready(
+    lm: LanguageModel, users: Sequence[User], config: DeviceConfig, folder: Path
+) -> tuple[CohortContext, States]:
     """Devices with full pools, as they are when learning begins."""
     replies = {d.id: d.response for user in users for d in user.stream}
-    site = Site.of(lm, config, 0, lambda device, dialogue: replies[dialogue], ledger=Ledger(folder / "ledger.db"))
-    states = [site.new_state(f"device-{k:05d}") for k in range(len(users))]
-    states, _ = observe(states, [user.stream for user in users], RoundPlan(1, 0), site)
-    return site, annotate(states, site)[0]
+    context = CohortContext.of(
+        lm, config, 0, lambda device, dialogue: replies[dialogue], ledger=Ledger(folder / "ledger.db")
+    )
+    states = [context.new_state(f"device-{k:05d}") for k in range(len(users))]
+    states, _ = observe(states, [user.stream for user in users], RoundPlan(1, 0), context)
+    return context, annotate(states, context)[0]
 
 
-def _plain(states: States, received: torch.Tensor, site: Site, examples: int) -> None:
+def _plain(states: States, received: torch.Tensor, context: CohortContext, examples: int) -> None:
     """As many steps on as many dialogues of the pool, without clipping and noise."""
-    lessons = []
+    sets = []
     for state in states:
-        pooled = site.lm.format.dialogues([Dialogue(i, p, state.replies[i]) for i, p in state.pool.slots])
+        pooled = context.lm.format.dialogues([Dialogue(i, p, state.replies[i]) for i, p in state.pool.slots])
         batch = list(range(min(examples, len(pooled))))
-        lessons.append(Lesson(pooled, [batch] * STEPS))
-    rates = [[1e-3] * STEPS] * len(lessons)
-    start = site.lm.adapters(site.shared_layout, received.expand(len(states), -1))
-    site.lm.engine.finetune(start, [], lessons, rates)
+        sets.append(TrainingSet(pooled, [batch] * STEPS))
+    rates = [[1e-3] * STEPS] * len(sets)
+    start = context.lm.adapters(context.shared_layout, received.expand(len(states), -1))
+    context.lm.engine.finetune(start, [], sets, rates)
 
 
 def as_json(rows: Sequence[Measured], model: str, devices: int) -> dict[str, Any]:

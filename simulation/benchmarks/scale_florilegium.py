@@ -20,7 +20,7 @@ from typing import Any, overload
 import torch
 
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.phases import Observation, Site, States
+from florilegium.client.phases import CohortContext, Observation, States
 from florilegium.client.pool import Pool
 from florilegium.client.private_training import release, reserve
 from florilegium.privacy.plan import RoundPlan
@@ -53,19 +53,25 @@ class Nobody(Sequence[User]):
 
 
 def idle_contribute(
-    states: States, arrived: Sequence[Sequence[Dialogue]], received: torch.Tensor, plan: RoundPlan, site: Site
+    states: States,
+    arrived: Sequence[Sequence[Dialogue]],
+    received: torch.Tensor,
+    plan: RoundPlan,
+    context: CohortContext,
 ) -> tuple[States, list[Release | None], list[Observation]]:
     """Pays and releases without training."""
     states = [replace(s, pool=Pool(s.pool.capacity, POOLED, len(POOLED))) for s in states]
-    answers = reserve(states, received, plan, site)
+    answers = reserve(states, received, plan, context)
     paid = [replace(s, head=a.head) for s, a in zip(states, answers, strict=True)]
     change = torch.full((NUMBERS,), 1e-3)
     changes = [None if a.refusal else change for a in answers]
-    states, releases = release(changes, paid, received, plan, site)
-    return states, releases, [_page(site.upload_bytes(s.id, plan)) for s in states]
+    states, releases = release(changes, paid, received, plan, context)
+    return states, releases, [_page(context.upload_bytes(s.id, plan)) for s in states]
 
 
-def idle_adopt(states: States, received: torch.Tensor, plan: RoundPlan, site: Site) -> tuple[States, list[Observation]]:
+def idle_adopt(
+    states: States, received: torch.Tensor, plan: RoundPlan, context: CohortContext
+) -> tuple[States, list[Observation]]:
     """Keeps the personal adapter that there is."""
     return [replace(s, sent=None, asked="") for s in states], [_page(0) for _ in states]
 
@@ -97,18 +103,18 @@ def config_of(devices: int, actors: int) -> ExperimentConfig:
 def ours(devices: int, actors: int, folder: Path) -> list[float]:
     """When each round was over, in seconds since the epoch."""
     from florilegium.client.lm.model import LanguageModel
-    from florilegium.simulation.devices.people import People
+    from florilegium.simulation.devices.people import UsersByDevice
     from florilegium.simulation.engines.cohort_grid import CohortGrid
-    from florilegium.simulation.engines.scheduler import Crew
-    from florilegium.simulation.engines.workers import open_fleet
+    from florilegium.simulation.engines.scheduler import Scheduler
+    from florilegium.simulation.engines.workers import open_workers
     from florilegium.simulation.experiment import federate
     from florilegium.simulation.runs.folder import create
 
     run = create(folder / "run", config_of(devices, actors))
     alone = idle_devices(run, LanguageModel.load(run.config.model))
-    with open_fleet(run, alone, idle_worker) as fleet:
-        crew = Crew(fleet, alone)
-        federate(run, CohortGrid(crew.map, alone.schema, list(People(Nobody(devices)))), crew)
+    with open_workers(run, alone, idle_worker) as workers:
+        scheduler = Scheduler(workers, alone)
+        federate(run, CohortGrid(scheduler.map, alone.schema, list(UsersByDevice(Nobody(devices)))), scheduler)
     return [event["time"] for event in run.events() if event["event"] == "round"]
 
 
@@ -123,12 +129,12 @@ def idle_worker(folder: Path) -> Any:
 
 def idle_devices(run: Any, lm: Any) -> Any:
     """The devices of a run that do everything but train."""
-    from florilegium.simulation.devices.people import People
-    from florilegium.simulation.devices.simulated import Duties, SimulatedDevices
+    from florilegium.simulation.devices.people import UsersByDevice
+    from florilegium.simulation.devices.simulated import RoundFunctions, SimulatedDevices
 
-    users = People(Nobody(run.config.data.users))
-    site = Site.of(lm, run.config, run.config.seed, users.reply, None, run.shards.ledger)
-    return SimulatedDevices(run, site, users, Duties(idle_contribute, idle_adopt))
+    users = UsersByDevice(Nobody(run.config.data.users))
+    context = CohortContext.of(lm, run.config, run.config.seed, users.reply, None, run.shards.ledger)
+    return SimulatedDevices(run, context, users, RoundFunctions(idle_contribute, idle_adopt))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from florilegium.client.config import PersonalConfig
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import Features, LanguageModel, schedule
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.selection.buffer import Buffer, SelectionConfig, candidate
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.client.selection.policies import POLICIES
@@ -100,14 +100,14 @@ def _learning(lm: LanguageModel, streams: Sequence[Sequence[Dialogue]], bins: in
     """Seconds a device of one epoch over as many dialogues as there are bins, all devices in one pass."""
     personal = PersonalConfig()
     layout = lm.layout(personal.adapter)
-    lessons = [
-        Lesson(lm.format.dialogues(stream[:bins]), schedule(bins, personal.batch_size, 1, k))
+    sets = [
+        TrainingSet(lm.format.dialogues(stream[:bins]), schedule(bins, personal.batch_size, 1, k))
         for k, stream in enumerate(streams)
     ]
-    rates = [[personal.learning_rate] * len(lesson.batches) for lesson in lessons]
+    rates = [[personal.learning_rate] * len(training_set.batches) for training_set in sets]
     rows = layout.start(0).expand(len(streams), -1)
     began = time.perf_counter()
-    lm.engine.finetune(lm.adapters(layout, rows), [], lessons, rates)
+    lm.engine.finetune(lm.adapters(layout, rows), [], sets, rates)
     return (time.perf_counter() - began) / len(streams)
 
 

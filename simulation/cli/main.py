@@ -82,9 +82,15 @@ def run(
     )
     from florilegium.simulation.runs.summary import render_summary
 
-    with _interruptible("stopped before anything was begun"), progress_line(settings, console) as pulse:
+    with _interruptible("stopped before anything was begun"), progress_line(settings, console) as progress:
         summary = run_experiment(
-            settings, folder, resuming=resume, overwrite=overwrite, pulse=pulse, tensorboard=tensorboard, people=people
+            settings,
+            folder,
+            resuming=resume,
+            overwrite=overwrite,
+            progress=progress,
+            tensorboard=tensorboard,
+            people=people,
         )
     console.print(render_summary(summary))
     console.print(f"report: {folder / 'report.html'}")

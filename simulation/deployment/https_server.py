@@ -38,7 +38,7 @@ from starlette.types import Receive, Scope, Send
 
 from florilegium.client.agent.connection_limits import Rate, by_address
 from florilegium.client.agent.folder import DeviceError
-from florilegium.client.agent.http_server import Bounds, Door, KindOf, open_door, visit_of
+from florilegium.client.agent.http_server import Bounds, HttpServer, KindOf, open_server, visit_of
 from florilegium.client.agent.invitation import JOIN
 from florilegium.simulation.deployment.link import Link
 
@@ -89,7 +89,7 @@ class Allowed:
         return cls(body_bytes=whole, bytes_at_once=4 * whole, bytes_a_minute=4 * whole)
 
 
-class FleetDoor:
+class DeviceServer:
     """The requests of registered devices, an ASGI application."""
 
     def __init__(self, link: Link, allowed: Allowed, welcome: Welcome) -> None:
@@ -209,7 +209,7 @@ class FleetDoor:
 
 
 @contextmanager
-def fleet_door(
+def device_server(
     link: Link,
     host: str,
     port: int,
@@ -219,15 +219,15 @@ def fleet_door(
     bounds: Bounds = BOUNDS,
     welcome: Welcome = lambda device, secret, key: False,
     kind_of: KindOf = by_address,
-) -> Iterator[Door]:
+) -> Iterator[HttpServer]:
     """Open on this address while this lasts; `welcome` says of whoever shows an invitation whether it is one.
 
     Raises `DeviceError` where it cannot be."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
-    app, listens = FleetDoor(link, allowed, welcome), _listening(host, port)
-    with open_door(app, listens, bounds, secured=context, kind_of=kind_of) as door:
+    app, listens = DeviceServer(link, allowed, welcome), _listening(host, port)
+    with open_server(app, listens, bounds, secured=context, kind_of=kind_of) as door:
         yield door
 
 

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from florilegium.client.agent.acceptance import check_for_everyone
-from florilegium.client.agent.agent import Federation
+from florilegium.client.agent.agent import Membership
 from florilegium.client.agent.config import new_config
 from florilegium.client.agent.folder import DeviceError, write_private
 from florilegium.client.agent.signature import hash_of, new_key, public_half, sealed
@@ -41,7 +41,7 @@ from florilegium.simulation.deployment.certificates import (
     check_folder,
     make_certificates,
 )
-from florilegium.simulation.deployment.https_server import Allowed, fleet_door
+from florilegium.simulation.deployment.https_server import Allowed, device_server
 from florilegium.simulation.deployment.link import Link, LinkGrid
 from florilegium.simulation.deployment.register import NODES, admitted, welcome
 from florilegium.simulation.deployment.settings import check_rule, read_settings, write_settings
@@ -82,7 +82,7 @@ def largest_norm(terms: Terms, layout: AdapterLayout, epsilon: float) -> float:
     """No honest release of a device with this ε or more, and else the settings of a new one, is longer."""
     device = new_config(ModelConfig(name=terms.model)).device
     privacy = device.privacy.model_copy(update={"epsilon": epsilon})
-    asked = Federation(terms.name, "", terms.rounds, terms.seed, terms.shared.model_dump(mode="json"))
+    asked = Membership(terms.name, "", terms.rounds, terms.seed, terms.shared.model_dump(mode="json"))
     settings = asked.settings(device.model_copy(update={"privacy": privacy}))
     return release_limits(settings, release_schema(layout, terms.shared.upload))[0]
 
@@ -239,7 +239,7 @@ def serving(folder: Path, host: str, port: int, layout: AdapterLayout, tell: Tel
         welcomed = partial(welcome, folder)
         with (
             _watched(folder, link),
-            fleet_door(link, host, port, folder / CERTIFICATE, folder / KEY, allowed, welcome=welcomed),
+            device_server(link, host, port, folder / CERTIFICATE, folder / KEY, allowed, welcome=welcomed),
         ):
             yield link
 

@@ -15,7 +15,7 @@ def device_name(index: int) -> str:
     return f"device-{index:05d}"
 
 
-class People(Mapping[str, User]):
+class UsersByDevice(Mapping[str, User]):
     """The users of a population by the names of their devices; a user is made when asked for."""
 
     def __init__(self, population: Sequence[User]) -> None:

@@ -14,7 +14,7 @@ from florilegium.client.lm.places import check_model
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.simulation.config import ConfigError, ExperimentConfig, with_absolute_paths
 from florilegium.simulation.data.population import Bootstrapped, User, load_population
-from florilegium.simulation.heterogeneity.classes import World, load_classes
+from florilegium.simulation.heterogeneity.classes import DevicePopulation, load_classes
 from florilegium.simulation.runs.folder import RunError, check_new, check_resumable
 
 
@@ -43,16 +43,16 @@ def everybody(config: ExperimentConfig) -> Sequence[User]:
     return found.with_apart(newcomers) if isinstance(found, Bootstrapped) and newcomers else found
 
 
-def world_of(config: ExperimentConfig) -> World | None:
+def world_of(config: ExperimentConfig) -> DevicePopulation | None:
     """The world of a run that has one."""
     if config.server.absent or not config.world.classes:
         return None
-    world = World(config.world, load_classes(config.world.classes), config.seed)
+    world = DevicePopulation(config.world, load_classes(config.world.classes), config.seed)
     _check_ranks(config, world)
     return world
 
 
-def _check_ranks(config: ExperimentConfig, world: World) -> None:
+def _check_ranks(config: ExperimentConfig, world: DevicePopulation) -> None:
     if not any(c.rank for c in world.classes):
         return
     if config.server.rule != "mean" or config.server.products != "average":

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import Observation, Site, States
+from florilegium.client.phases import CohortContext, Observation, States
 from florilegium.client.private_training import resend
 from florilegium.client.round import adopt, contribute, stay
 from florilegium.client.state import DeviceState, stage
@@ -18,10 +18,10 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release, Schema
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import User, met_by
-from florilegium.simulation.devices.people import People
+from florilegium.simulation.devices.people import UsersByDevice
 from florilegium.simulation.devices.preflight import everybody, world_of
-from florilegium.simulation.devices.workload import Tokens, planned_tokens
-from florilegium.simulation.heterogeneity.classes import World, class_of
+from florilegium.simulation.devices.workload import TokenWorkload, planned_tokens
+from florilegium.simulation.heterogeneity.classes import DevicePopulation, class_of
 from florilegium.simulation.runs.device_store import ShardedStore
 from florilegium.simulation.runs.folder import RunFolder, check_sources
 from florilegium.simulation.runs.inputs import agree
@@ -30,16 +30,16 @@ CONTRIBUTED = "a-contributed"
 
 
 @dataclass(frozen=True)
-class Duties:
+class RoundFunctions:
     """What a cohort does before and after an aggregation: `client.round`, unless what is measured is the rest."""
 
     contribute: Callable[..., tuple[States, list[Release | None], list[Observation]]] = contribute
     adopt: Callable[..., tuple[States, list[Observation]]] = adopt
 
 
-ALONE = Duties(  # without a server
-    contribute=lambda states, arrived, received, plan, site: stay(states, arrived, plan, site),
-    adopt=lambda states, received, plan, site: adopt(states, None, plan, site),
+WITHOUT_SERVER = RoundFunctions(  # without a server
+    contribute=lambda states, arrived, received, plan, context: stay(states, arrived, plan, context),
+    adopt=lambda states, received, plan, context: adopt(states, None, plan, context),
 )
 
 
@@ -48,17 +48,17 @@ class SimulatedDevices:
     """All devices of a run, as far as this process is asked for them (`client.flower_replies.Devices`)."""
 
     run: RunFolder
-    site: Site
-    users: People
-    duties: Duties = field(default_factory=Duties)
-    world: World | None = None
-    _planned: dict[str, Tokens] = field(default_factory=dict, repr=False)
+    context: CohortContext
+    users: UsersByDevice
+    duties: RoundFunctions = field(default_factory=RoundFunctions)
+    world: DevicePopulation | None = None
+    _planned: dict[str, TokenWorkload] = field(default_factory=dict, repr=False)
 
     @property
     def schema(self) -> Schema:
-        return self.site.schema
+        return self.context.schema
 
-    def planned(self, name: str) -> Tokens:
+    def planned(self, name: str) -> TokenWorkload:
         """What a device will compute in a round."""
         if name not in self._planned:
             self._planned[name] = planned_tokens(self.users[name], self.run.config)
@@ -75,26 +75,26 @@ class SimulatedDevices:
         whole cohort is computed again, so that every device has the company that it had; what was stored stays.
         """
         finished, stages = stage(plan.round, CONTRIBUTED), self.store.stages(names)
-        planned = [n for n in names if 1 <= plan.round <= self.site.config.rounds and stages[n] <= stage(plan.round)]
+        planned = [n for n in names if 1 <= plan.round <= self.context.config.rounds and stages[n] <= stage(plan.round)]
         again = [n for n in planned if stages[n] >= finished]
         releases: dict[str, Release | None] = {}
         if again != planned and stage(plan.round) not in stages.values():
             states = self._before(planned, plan, again)
             arrived = [self.users[s.id].stream[s.arrived : self._until(s.id, plan.round)] for s in states]
-            states, sent, pages = self.duties.contribute(states, arrived, received, plan, self.site)
+            states, sent, pages = self.duties.contribute(states, arrived, received, plan, self.context)
             again = again + self._keep(states, finished, pages, but=again)
             releases = {s.id: r for s, r in zip(states, sent, strict=True)}
         for name, found in self.store.find(again, finished).items():
             assert found
-            releases[name] = resend(found[1], received, plan, self.site)
+            releases[name] = resend(found[1], received, plan, self.context)
         return [releases.get(name) for name in names]
 
     def _before(self, names: Sequence[str], plan: RoundPlan, again: Sequence[str]) -> States:
         """The devices as they enter a round; one that has been in it pays with what it has since learned."""
         round_before = plan.round - 1
         found = self.store.find(names, stage(round_before))
-        new = [self.site.new_state(n) for n in names if found[n] is None]
-        if new and self.site.config.privacy.secret == "os":
+        new = [self.context.new_state(n) for n in names if found[n] is None]
+        if new and self.context.config.privacy.secret == "os":
             there = self.store.save(new, stage(0))  # their secrets, before anything is paid for with them
             found |= self.store.find(there, stage(round_before))  # drawn by another process, which was quicker
         states = {s.id: s for s in new} | {n: at[1] for n, at in found.items() if at}
@@ -111,7 +111,7 @@ class SimulatedDevices:
         if done == took_part:
             return
         found = self.store.find(took_part, stage(plan.round, CONTRIBUTED))
-        states, pages = self.duties.adopt([at[1] for at in found.values() if at], received, plan, self.site)
+        states, pages = self.duties.adopt([at[1] for at in found.values() if at], received, plan, self.context)
         self._keep(states, over, pages, but=done)
 
     def state(self, name: str, round_number: int | None = None) -> DeviceState:
@@ -121,7 +121,7 @@ class SimulatedDevices:
     def states(self, names: Sequence[str], round_number: int | None = None) -> States:
         """As `state`, of many devices."""
         found = self.store.find(names, *([] if round_number is None else [stage(round_number)]))
-        return [at[1] if (at := found[n]) else self.site.new_state(n) for n in names]
+        return [at[1] if (at := found[n]) else self.context.new_state(n) for n in names]
 
     def notes(self, names: Sequence[str], round_number: int) -> dict[str, Observation]:
         """What was noted of each device in a round; empty for one that did not come through."""
@@ -129,7 +129,7 @@ class SimulatedDevices:
         return {name: _merged(pages) for name, pages in found.items()}
 
     def _until(self, name: str, round_number: int) -> int:
-        return met_by(len(self.users[name].stream), round_number, self.site.config.rounds)
+        return met_by(len(self.users[name].stream), round_number, self.context.config.rounds)
 
     def _keep(self, states: States, at: str, pages: list[Observation], but: Sequence[str]) -> list[str]:
         """Stores what is not there; returns the devices for which another process was quicker."""
@@ -145,7 +145,7 @@ def _merged(pages: Sequence[Observation]) -> Observation:
     return merged
 
 
-def open_devices(
+def load_devices(
     run: RunFolder, listener: Callable[[str], None] | None = None, people: Sequence[User] | None = None
 ) -> SimulatedDevices:
     """Loads population (unless it is given) and model of a run; raises what their loaders raise.
@@ -155,16 +155,16 @@ def open_devices(
     config = run.config
     population = everybody(config) if people is None else people
     agree(run, population)
-    users = People(population)
+    users = UsersByDevice(population)
     lm = LanguageModel.load(config.model)
     kept = _without_pool(config) if config.server.absent else config
-    site = Site.of(lm, kept, config.seed, users.reply, listener, run.shards.ledger)
+    context = CohortContext.of(lm, kept, config.seed, users.reply, listener, run.shards.ledger)
     if config.server.absent:
-        return SimulatedDevices(run, site, users, ALONE)
+        return SimulatedDevices(run, context, users, WITHOUT_SERVER)
     world = world_of(config)
     if world is None:
-        return SimulatedDevices(run, site, users)
-    return SimulatedDevices(run, replace(site, rank_of=partial(rank_in, world)), users, world=world)
+        return SimulatedDevices(run, context, users)
+    return SimulatedDevices(run, replace(context, rank_of=partial(rank_in, world)), users, world=world)
 
 
 def _without_pool(config: ExperimentConfig) -> ExperimentConfig:
@@ -172,7 +172,7 @@ def _without_pool(config: ExperimentConfig) -> ExperimentConfig:
     return config.model_copy(update={"shared": config.shared.model_copy(update={"pool_capacity": 0})})
 
 
-def rank_in(world: World, device: str) -> int:
+def rank_in(world: DevicePopulation, device: str) -> int:
     """Of the shared adapter that the device's class has room for; 0: all of it."""
     return class_of(device, world.classes, world.seed).rank
 
@@ -182,4 +182,4 @@ def devices_of_worker(folder: Path) -> SimulatedDevices:
     """The devices of a run in a worker process, loaded once; refuses to run other code than the driver's."""
     run = RunFolder(folder)
     check_sources(run)
-    return open_devices(run)
+    return load_devices(run)

@@ -12,7 +12,7 @@ CHARACTERS_OF_A_TOKEN = 4
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenWorkload:
     """Of one device in one round: those that are read or written, and those that each adapter is trained on."""
 
     read: float
@@ -30,7 +30,7 @@ class Tokens:
         return trained_tokens(self.personal, self.written)
 
 
-def planned_tokens(user: User, config: DeviceConfig) -> Tokens:
+def planned_tokens(user: User, config: DeviceConfig) -> TokenWorkload:
     """The mean over the rounds; what is kept is taken to be full from the start."""
     limits, synthesis = config.model.limits, config.synthesis
     arriving = len(user.stream) / config.rounds
@@ -38,10 +38,10 @@ def planned_tokens(user: User, config: DeviceConfig) -> Tokens:
     length = min(limits.prompt_tokens + limits.reply_tokens, characters / CHARACTERS_OF_A_TOKEN)
     kept = min(config.selection.bins, len(user.stream))
     shared = config.shared.steps_per_round * _examples_of_a_step(len(user.stream), config)
-    lessons = config.personal.epochs * kept * (1 + synthesis.per_dialogue)
-    personal = config.personal.steps * config.personal.batch_size or lessons
+    sets = config.personal.epochs * kept * (1 + synthesis.per_dialogue)
+    personal = config.personal.steps * config.personal.batch_size or sets
     written = min(kept, arriving) * synthesis.per_dialogue * synthesis.sampling.max_new_tokens
-    return Tokens(length * arriving, length * shared, length * personal, written)
+    return TokenWorkload(length * arriving, length * shared, length * personal, written)
 
 
 def _examples_of_a_step(stream: int, config: DeviceConfig) -> float:

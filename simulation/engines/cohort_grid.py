@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity  # private: a message cannot be made outside a run without it
 
-from florilegium.client.flower_replies import Devices, Question, Reply, greeting, read_question, replies
+from florilegium.client.flower_replies import DeviceReply, Devices, Instruction, greeting, read_question, replies
 from florilegium.privacy.release import Schema
 from florilegium.simulation.engines.workers import Done, Job
 from florilegium.simulation.heterogeneity.clock import WAITED_FOR, Clock
@@ -97,11 +97,11 @@ class WorldGrid(CohortGrid):
                 yield reply
 
 
-def released(devices: Devices, names: Sequence[str], question: Question) -> list[tuple[str, Reply]]:
+def released(devices: Devices, names: Sequence[str], question: Instruction) -> list[tuple[str, DeviceReply]]:
     """The replies of a cohort that is asked for releases."""
     return list(zip(names, replies(question, names, devices), strict=True))
 
 
-def adopted(devices: Devices, names: Sequence[str], question: Question) -> list[tuple[str, Reply]]:
+def adopted(devices: Devices, names: Sequence[str], question: Instruction) -> list[tuple[str, DeviceReply]]:
     """The replies of a cohort that is given what its releases became."""
     return list(zip(names, replies(question, names, devices), strict=True))

@@ -20,7 +20,7 @@ from florilegium.client.config import DeviceConfig
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.flower_replies import Devices
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import Observation, Site
+from florilegium.client.phases import CohortContext, Observation
 from florilegium.client.private_training import release_limits, release_noise
 from florilegium.client.round import contribute
 from florilegium.client.state import DeviceState
@@ -42,7 +42,7 @@ from florilegium.simulation.engines.workers import Cohort, Done, Job
 class InMemory:
     """All devices of a federation (`client.flower_replies.Devices`), and what left them."""
 
-    site: Site
+    context: CohortContext
     streams: Mapping[str, Sequence[Dialogue]]
     at_once: bool = False  # whether all of a stream is there in the first round, or equal parts of it in each
     states: dict[str, DeviceState] = field(default_factory=dict)
@@ -51,15 +51,15 @@ class InMemory:
     changes: list[torch.Tensor] = field(default_factory=list)  # by round, (K, P); zero for one that sent nothing
 
     def __post_init__(self) -> None:
-        self.states = {name: self.site.new_state(name) for name in self.streams}
+        self.states = {name: self.context.new_state(name) for name in self.streams}
 
     @property
     def schema(self) -> Schema:
-        return self.site.schema
+        return self.context.schema
 
     def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
         arrived = [self.streams[n][self.states[n].arrived : self._until(n, plan.round)] for n in names]
-        states, releases, pages = contribute([self.states[n] for n in names], arrived, received, plan, self.site)
+        states, releases, pages = contribute([self.states[n] for n in names], arrived, received, plan, self.context)
         self.states |= {s.id: s for s in states}
         self.pages.append(dict(zip(names, pages, strict=True)))
         self.received.append(received)
@@ -76,10 +76,10 @@ class InMemory:
 
     def _until(self, name: str, number: int) -> int:
         length = len(self.streams[name])
-        return length if self.at_once else met_by(length, number, self.site.config.rounds)
+        return length if self.at_once else met_by(length, number, self.context.config.rounds)
 
     def _row(self, release: Release | None, number: int) -> np.ndarray:
-        row, schema = np.zeros(self.site.shared_layout.width, np.float32), self.site.schema
+        row, schema = np.zeros(self.context.shared_layout.width, np.float32), self.context.schema
         if release:
             row[schema.places(number)] = schema.of_round(number).join(release.arrays)
         return row
@@ -112,8 +112,8 @@ class Federated:
     sent: list[Message]  # every reply of every device
 
     @property
-    def site(self) -> Site:
-        return self.cohort.site
+    def context(self) -> CohortContext:
+        return self.cohort.context
 
     @property
     def aggregated(self) -> list[torch.Tensor]:
@@ -146,8 +146,10 @@ def play(
     """
     replies = {name: {d.id: d.response for d in stream} for name, stream in streams.items()}
     with passing_ledger() as ledger:
-        site = Site.of(lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener, ledger)
-        return federate(InMemory(replace(site, coins=coins or site.coins), streams, at_once), server)
+        context = CohortContext.of(
+            lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener, ledger
+        )
+        return federate(InMemory(replace(context, coins=coins or context.coins), streams, at_once), server)
 
 
 def federate(cohort: InMemory, server: ServerConfig, limits: Limits | None = None) -> Federated:
@@ -157,14 +159,14 @@ def federate(cohort: InMemory, server: ServerConfig, limits: Limits | None = Non
     """
     if not server.by_rounds:
         raise ConfigError("studies and audits ask by rounds; server.buffer and server.rule = 'none' do not")
-    site = cohort.site
-    secret = fresh_secret() if site.config.privacy.secret == "os" else derive_key(site.seed, "server")
-    noise = release_noise(site.config, server.noise_bands, secret)
-    limits = limits or Limits(*release_limits(site.config, cohort.schema))
-    strategy = ReleaseStrategy(server, cohort.schema, site.seed, noise, limits=limits)
-    start = site.shared_layout.start(derive_seed(site.seed, "shared"))
+    context = cohort.context
+    secret = fresh_secret() if context.config.privacy.secret == "os" else derive_key(context.seed, "server")
+    noise = release_noise(context.config, server.noise_bands, secret)
+    limits = limits or Limits(*release_limits(context.config, cohort.schema))
+    strategy = ReleaseStrategy(server, cohort.schema, context.seed, noise, limits=limits)
+    start = context.shared_layout.start(derive_seed(context.seed, "shared"))
     arrays = strategy.first(start.numpy())
     grid = RecordingGrid(cohort, list(cohort.streams))
-    result = strategy.start(grid, arrays, site.config.rounds)
+    result = strategy.start(grid, arrays, context.config.rounds)
     shared = torch.from_numpy(strategy.whole.join(to_numpy(result.arrays)))
     return Federated(cohort, shared, strategy.facts, grid.sent)

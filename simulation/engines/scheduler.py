@@ -13,29 +13,29 @@ from florilegium.privacy.reply_gate import FAILED
 from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.engines.cohorts import pack
 from florilegium.simulation.engines.faults import Failure, TooManyFailedError, attempt, left
-from florilegium.simulation.engines.workers import Cohort, Done, Fleet, Job
-from florilegium.simulation.runs.progress import Pulse
+from florilegium.simulation.engines.workers import Cohort, Done, Job, Workers
+from florilegium.simulation.runs.progress import RunProgress
 
 ASKED_FOR = {"released": "release", "adopted": "adoption", "learn_without_server": "control"}  # by the job
 
 
 @dataclass(frozen=True)
-class Crew:
-    """`pulse` is told of each device that answered the server."""
+class Scheduler:
+    """`progress` is told of each device that answered the server."""
 
-    fleet: Fleet
+    workers: Workers
     devices: SimulatedDevices
-    pulse: Pulse = field(default_factory=Pulse)
+    progress: RunProgress = field(default_factory=RunProgress)
     failures: list[Failure] = field(default_factory=list)  # that nobody has taken yet
     asked: Counter[str] = field(default_factory=Counter)  # devices, by what they were asked for, since then
 
     def cohorts(self, names: Sequence[str]) -> list[Cohort]:
         config = self.devices.run.config
         tokens = dict.fromkeys(names, 1.0)
-        if self.fleet.size > 1:
+        if self.workers.size > 1:
             planned = {name: self.devices.planned(name) for name in names}
             tokens = {name: p.before + p.after for name, p in planned.items()}
-        return pack(names, tokens, self.devices.run.shards, self.fleet.size, config.cohort_size)
+        return pack(names, tokens, self.devices.run.shards, self.workers.size, config.cohort_size)
 
     def map(self, job: Job, names: Sequence[str], shared: Any = None) -> Iterator[Done]:
         """The result of each cohort of these devices, as soon as there is one.
@@ -45,7 +45,7 @@ class Crew:
         what = ASKED_FOR.get(job.__name__, "evaluation")
         careful = partial(attempt, job, self.devices.run.config.engine.on_device_error == "count")
         self.asked[what] += len(names)
-        for cohort, found in self.fleet.map(careful, self.cohorts(names), shared):
+        for cohort, found in self.workers.map(careful, self.cohorts(names), shared):
             self.failures.extend(Failure(device, what, error) for device, error in found.failed.items())
             for some, result in found.results:
                 yield Cohort(some, cohort.home), result
@@ -78,7 +78,7 @@ class Crew:
         """As `map`, of what the server asks, told to whoever watches. A device that failed answers that it did."""
         before = len(self.failures)
         for cohort, result in self.map(job, names, shared):
-            self.pulse.visit(len(cohort.names))
+            self.progress.visit(len(cohort.names))
             yield cohort, result
         failed = tuple(f.device for f in self.failures[before:])
         if failed:

@@ -40,7 +40,7 @@ class Cohort:
 Done = tuple[Cohort, Any]
 
 
-class Fleet(Protocol):
+class Workers(Protocol):
     """Where jobs are done."""
 
     @property
@@ -51,7 +51,7 @@ class Fleet(Protocol):
 
 
 @dataclass(frozen=True)
-class InProcess:
+class LocalWorkers:
     """All devices in this process."""
 
     devices: SimulatedDevices
@@ -98,7 +98,7 @@ class Task:
     attempts: int = 0
 
 
-class Actors:
+class RayWorkers:
     """`config.ray.actors` Ray actors. One that is lost is replaced while the cluster has room; else the rest go on."""
 
     def __init__(self, ray: Any, run: RunFolder, opened: Open) -> None:
@@ -247,15 +247,15 @@ def _again(task: Task, error: Exception) -> Task:
 
 
 @contextmanager
-def open_fleet(run: RunFolder, devices: SimulatedDevices, opened: Open = devices_of_worker) -> Iterator[Fleet]:
+def open_workers(run: RunFolder, devices: SimulatedDevices, opened: Open = devices_of_worker) -> Iterator[Workers]:
     """The processes that a run's config asks for, each with what `opened` gives; they end with the context."""
     settings = run.config.ray
     if not settings.actors:
-        yield InProcess(devices)
+        yield LocalWorkers(devices)
         return
     wish = Wish(settings.actors, settings.cpus_per_actor, settings.gpus_per_actor)
     with open_cluster(run.path, wish, settings.address, settings.cpus_needed) as ray:
         began = time.perf_counter()
-        fleet = Actors(ray, run, opened)
-        log.info("%d actors after %.1f s", fleet.size, time.perf_counter() - began)
-        yield fleet
+        workers = RayWorkers(ray, run, opened)
+        log.info("%d actors after %.1f s", workers.size, time.perf_counter() - began)
+        yield workers

@@ -16,15 +16,15 @@ from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.model import Features, LanguageModel
 
 
-class RememberingModel(LanguageModel):
+class CachingModel(LanguageModel):
     """`readings` are those that any cell of the study asks for, so that a text is read once.
 
-    `spared_s` adds up what remembered answers took when they were first given: a cell that met them alone would
+    `cached_seconds` adds up what remembered answers took when they were first given: a cell that met them alone would
     have taken so much longer.
     """
 
     readings: Collection[str] = ("mean",)
-    spared_s = 0.0
+    cached_seconds = 0.0
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -57,8 +57,8 @@ class RememberingModel(LanguageModel):
 
     @contextmanager
     def _costing(self, keys: Sequence[Any], known: dict[Any, tuple[Any, float]], asked: int) -> Iterator[list[float]]:
-        """Adds the seconds of what is known to `spared_s` and yields a place for those of each that is asked."""
-        self.spared_s += sum(known[key][1] for key in set(keys) if key in known)
+        """Adds the seconds of what is known to `cached_seconds` and yields a place for those of each that is asked."""
+        self.cached_seconds += sum(known[key][1] for key in set(keys) if key in known)
         began, seconds = time.perf_counter(), [0.0]
         yield seconds
         seconds[0] = (time.perf_counter() - began) / max(1, asked)

@@ -10,12 +10,12 @@ import torch
 
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.model import schedule
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices
-from florilegium.simulation.engines.scheduler import Crew
+from florilegium.simulation.engines.scheduler import Scheduler
 from florilegium.simulation.evaluation.arms import Arms, Asked, Rows, joined_late, personal_rows, replied, scored
 from florilegium.simulation.evaluation.metrics import Measured, Reply, compare, derangement, measure_nll, measure_rouge
 from florilegium.simulation.runs.folder import RunFolder
@@ -42,12 +42,12 @@ class Table:
 
 
 @dataclass
-class Examiner:
+class Evaluator:
     """Evaluates the devices `names`; says to whoever watches what it does."""
 
     run: RunFolder
     devices: SimulatedDevices
-    crew: Crew
+    scheduler: Scheduler
     names: Sequence[str]
 
     @property
@@ -55,7 +55,7 @@ class Examiner:
         return self.run.config
 
     def say(self, phase: str) -> None:
-        self.crew.pulse.enter(phase)
+        self.scheduler.progress.enter(phase)
 
     def of_round(self, round_number: int, shared: torch.Tensor) -> None:
         """NLL of all arms after a round, with this shared adapter (P,): a point of the learning curves."""
@@ -99,7 +99,7 @@ class Examiner:
     def _arms(self, round_number: int, shared_row: torch.Tensor) -> Arms:
         if round_number == 0:
             return Arms(self.names, {"base": []})
-        rows = self.crew.gather(personal_rows, self.names, round_number)
+        rows = self.scheduler.gather(personal_rows, self.names, round_number)
         names = [n for n in self.names if n in rows]
         personal, local = (torch.stack([rows[n][kind] for n in names]) for kind in ("personal", "local"))
         given = derangement(len(names), derive_seed(self.config.seed, "shuffled"))
@@ -118,19 +118,19 @@ class Examiner:
 
     def _pooled(self) -> Adapters:
         """One adapter trained on everything that the evaluated devices met, without privacy: the ceiling."""
-        site, settings = self.devices.site, self.config.evaluation
+        context, settings = self.devices.context, self.config.evaluation
         dialogues = [d for name in self.names for d in self.devices.users[name].stream]
-        examples = site.lm.format.dialogues(dialogues)
+        examples = context.lm.format.dialogues(dialogues)
         order = schedule(
             len(examples), settings.pooled_batch_size, settings.pooled_epochs, derive_seed(self.config.seed, "pooled")
         )
-        start = site.personal_layout.start(derive_seed(self.config.seed, "pooled", "start"))
+        start = context.personal_layout.start(derive_seed(self.config.seed, "pooled", "start"))
         rates = [settings.pooled_learning_rate * (1 - s / len(order)) for s in range(len(order))]
-        adapters = site.lm.adapters(site.personal_layout, start)
-        return site.lm.engine.finetune(adapters, [], [Lesson(examples, order)], [rates]).adapters
+        adapters = context.lm.adapters(context.personal_layout, start)
+        return context.lm.engine.finetune(adapters, [], [TrainingSet(examples, order)], [rates]).adapters
 
     def _evaluate(self, round_number: int, arms: Arms) -> Table:
-        found = self.crew.gather_arms(scored, arms.names, arms)
+        found = self.scheduler.gather_arms(scored, arms.names, arms)
         names = _of_all(found, arms.names)
         measured = {arm: measure_nll([found[arm][n] for n in names]) for arm in arms.arms}
         for name, figures in measured.items():
@@ -150,7 +150,7 @@ class Examiner:
         counts = [min(limit, len(self.devices.users[n].held_out)) for n in arms.names]
         first = dict(zip(arms.names, accumulate([0, *counts]), strict=False))
         seed = derive_seed(self.config.seed, "reply") >> 1
-        found = self.crew.gather_arms(replied, arms.names, Asked(arms, limit, settings.sampling, seed, first))
+        found = self.scheduler.gather_arms(replied, arms.names, Asked(arms, limit, settings.sampling, seed, first))
         names = _of_all(found, arms.names)
         replies = {arm: [found[arm][n] for n in names] for arm in arms.arms}
         self._show_replies(names, replies["base"], replies["personal"])
@@ -177,7 +177,7 @@ class Examiner:
         if not names:
             return
         self.say("newcomers")
-        found = self.crew.gather_arms(joined_late, names, None if self.config.server.absent else shared)
+        found = self.scheduler.gather_arms(joined_late, names, None if self.config.server.absent else shared)
         names = _of_all(found, names)
         measured = {arm: measure_nll([of[n] for n in names]) for arm, of in found.items()}
         for arm, figures in measured.items():

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from florilegium.simulation.evaluation.metrics import interval
-from florilegium.simulation.heterogeneity.availability import Fate, Round
-from florilegium.simulation.heterogeneity.classes import World, class_of
+from florilegium.simulation.heterogeneity.availability import Outcome, Round
+from florilegium.simulation.heterogeneity.classes import DevicePopulation, class_of
 
 
 def summarize(
     rounds: Sequence[Round],
-    world: World,
+    world: DevicePopulation,
     devices: Sequence[str],
     utility_by_device: Mapping[str, float],
     data_by_device: Mapping[str, float],
@@ -60,7 +60,7 @@ def worst_decile(utilities: Sequence[float]) -> float | None:
     return float(np.mean(sorted(utilities)[: math.ceil(len(utilities) / 10)])) if utilities else None
 
 
-def _of_class(own: Sequence[Fate], everyone: Sequence[Fate], utilities: Sequence[float]) -> dict[str, Any]:
+def _of_class(own: Sequence[Outcome], everyone: Sequence[Outcome], utilities: Sequence[float]) -> dict[str, Any]:
     """One class. `share_of_answers` = its answers / all answers; `seconds` are those at work; sums over all rounds."""
     outcomes = Counter(f.outcome for f in own)
     answers = sum(f.outcome == "answers" for f in everyone)
@@ -93,7 +93,7 @@ def _by_quartile(utility: Mapping[str, float], data: Mapping[str, float]) -> lis
     ]
 
 
-def _answers(fates: Sequence[Fate], devices: Sequence[str]) -> list[int]:
+def _answers(fates: Sequence[Outcome], devices: Sequence[str]) -> list[int]:
     """Of each device over all rounds; who was never asked has none."""
     answered = Counter(f.device for f in fates if f.outcome == "answers")
     return [answered[d] for d in devices]

@@ -16,9 +16,16 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal
 
-from florilegium.simulation.heterogeneity.classes import DeviceClass, World, WorldConfig, class_of, local_hour, uniform
+from florilegium.simulation.heterogeneity.classes import (
+    DeviceClass,
+    DevicePopulation,
+    WorldConfig,
+    class_of,
+    local_hour,
+    uniform,
+)
 
-Outcome = Literal["answers", "late", "dropped-out", "unavailable", "too-small"]
+OutcomeKind = Literal["answers", "late", "dropped-out", "unavailable", "too-small"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,12 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Fate:
+class Outcome:
     """What became of a device in a round. Who is unavailable or too small spends nothing."""
 
     device: str
     device_class: str
-    outcome: Outcome
+    outcome: OutcomeKind
     arrives_s: float | None = None  # after the round's start; None: never
     busy_s: float = 0.0
     energy_joules: float = 0.0
@@ -52,10 +59,10 @@ class Round:
     number: int
     starts_s: float
     duration_s: float
-    fates: tuple[Fate, ...]
+    fates: tuple[Outcome, ...]
 
     @property
-    def outcomes(self) -> dict[str, Outcome]:
+    def outcomes(self) -> dict[str, OutcomeKind]:
         """By device; of one that did more than one thing, that it answered."""
         by_device = {f.device: f.outcome for f in self.fates}
         return by_device | {f.device: f.outcome for f in self.fates if f.outcome == "answers"}
@@ -71,7 +78,7 @@ class Arrival:
     """The end of a device's work in asynchronous aggregation: its answer, or that it dropped out."""
 
     at_s: float  # on the run's clock
-    fate: Fate
+    fate: Outcome
     version: int  # of the shared adapter from which the device started
     staleness: int  # versions made since
 
@@ -84,14 +91,14 @@ def trained_tokens(trained: float, read: float) -> float:
     return trained + read / 3
 
 
-def play_round(
-    world: World, number: int, t_s: float, asked: Mapping[str, Work], wanted: int, needed_bytes: int = 0
+def simulate_round(
+    world: DevicePopulation, number: int, t_s: float, asked: Mapping[str, Work], wanted: int, needed_bytes: int = 0
 ) -> Round:
     """The fates of the devices that are asked at `t_s`, and how long the server waits for `wanted` answers.
 
     An answer counts if it arrives by the deadline and among the first `wanted`. Who is late has done all of its work.
     """
-    alone = [fate_alone(world, number, t_s, d, asked[d], needed_bytes) for d in sorted(asked)]
+    alone = [outcome_alone(world, number, t_s, d, asked[d], needed_bytes) for d in sorted(asked)]
     arriving = _by_arrival(f for f in alone if f.outcome == "answers")
     counted = {f.device for f in arriving[:wanted] if _in_time(world.settings, f)}
     fates = tuple(
@@ -100,19 +107,21 @@ def play_round(
     return Round(number, t_s, _duration_s(world.settings, fates, wanted), fates)
 
 
-def fate_alone(world: World, number: int, t_s: float, device: str, work: Work, needed_bytes: int = 0) -> Fate:
+def outcome_alone(
+    world: DevicePopulation, number: int, t_s: float, device: str, work: Work, needed_bytes: int = 0
+) -> Outcome:
     """What becomes of a device that begins at `t_s`, before the server's patience: it answers unless it fails."""
     kind = class_of(device, world.classes, world.seed)
     if kind.memory_bytes < needed_bytes:
-        return Fate(device, kind.name, "too-small")
+        return Outcome(device, kind.name, "too-small")
     if uniform(world.seed, "there", device, number) >= kind.available[int(local_hour(world, device, t_s))]:
-        return Fate(device, kind.name, "unavailable")
+        return Outcome(device, kind.name, "unavailable")
     arrives_s = answer_s(kind, work)
     if uniform(world.seed, "drop-out", device, number) < world.settings.drop_out:
         stops_s = arrives_s * uniform(world.seed, "stops", device, number)
-        return _spent(Fate(device, kind.name, "dropped-out", None, stops_s), kind, _done(kind, work, stops_s))
+        return _spent(Outcome(device, kind.name, "dropped-out", None, stops_s), kind, _done(kind, work, stops_s))
     busy_s = arrives_s + work.tokens_after / kind.train_tokens_per_s
-    return _spent(Fate(device, kind.name, "answers", arrives_s, busy_s), kind, work)
+    return _spent(Outcome(device, kind.name, "answers", arrives_s, busy_s), kind, work)
 
 
 def answer_s(kind: DeviceClass, work: Work) -> float:
@@ -122,7 +131,7 @@ def answer_s(kind: DeviceClass, work: Work) -> float:
 
 
 def arrivals(
-    world: World,
+    world: DevicePopulation,
     devices: Sequence[str],
     work: Callable[[str], Work],
     *,
@@ -136,7 +145,7 @@ def arrivals(
     later. `work` says what a device does, given its name. The version grows with every `buffer_size` answers. Not
     covered: a server that notices a drop-out only after a while, and what a stale answer weighs.
     """
-    slots: list[tuple[float, int, Fate | None, int]] = [(0.0, n, None, 0) for n in range(concurrency)]
+    slots: list[tuple[float, int, Outcome | None, int]] = [(0.0, n, None, 0) for n in range(concurrency)]
     free_s, answered = dict.fromkeys(sorted(devices), 0.0), 0
     for number in count(concurrency):
         t_s, _, ended, version = heapq.heappop(slots)
@@ -148,29 +157,29 @@ def arrivals(
 
 
 def _begin(
-    world: World, number: int, t_s: float, free_s: dict[str, float], work: Callable[[str], Work], needed: int
-) -> Fate | None:
+    world: DevicePopulation, number: int, t_s: float, free_s: dict[str, float], work: Callable[[str], Work], needed: int
+) -> Outcome | None:
     """The first device that is idle and there, of as many draws as there are devices; books its time."""
     names = list(free_s)
     for draw in range(len(names)):
         device = names[int(len(names) * uniform(world.seed, "next", number, draw))]
         if free_s[device] > t_s:
             continue
-        fate = fate_alone(world, number, t_s, device, work(device), needed)
+        fate = outcome_alone(world, number, t_s, device, work(device), needed)
         if fate.outcome in ("answers", "dropped-out"):
             free_s[device] = t_s + fate.busy_s
             return fate
     return None
 
 
-def _slot_s(world: World, begun: Fate | None) -> float:
+def _slot_s(world: DevicePopulation, begun: Outcome | None) -> float:
     """Until the slot is free: at an answer's arrival, where a device dropped out, or when it is tried anew."""
     if begun is None:
         return world.settings.idle_s
     return begun.busy_s if begun.arrives_s is None else begun.arrives_s
 
 
-def _duration_s(settings: WorldConfig, fates: Sequence[Fate], wanted: int) -> float:
+def _duration_s(settings: WorldConfig, fates: Sequence[Outcome], wanted: int) -> float:
     """Until the last answer that counts; where too few count and others are still awaited, until the deadline."""
     counted = [f.arrives_s for f in fates if f.outcome == "answers" and f.arrives_s is not None]
     awaited = [f for f in fates if f.outcome in ("late", "dropped-out")]
@@ -179,11 +188,11 @@ def _duration_s(settings: WorldConfig, fates: Sequence[Fate], wanted: int) -> fl
     return settings.deadline_s or max(counted, default=settings.idle_s)
 
 
-def _in_time(settings: WorldConfig, fate: Fate) -> bool:
+def _in_time(settings: WorldConfig, fate: Outcome) -> bool:
     return not settings.deadline_s or (fate.arrives_s is not None and fate.arrives_s <= settings.deadline_s)
 
 
-def _by_arrival(fates: Iterable[Fate]) -> list[Fate]:
+def _by_arrival(fates: Iterable[Outcome]) -> list[Outcome]:
     """Earliest first; at the same time, by name."""
     return sorted(fates, key=lambda f: (math.inf if f.arrives_s is None else f.arrives_s, f.device))
 
@@ -198,7 +207,7 @@ def _done(kind: DeviceClass, work: Work, stops_s: float) -> Work:
     return Work(tokens, 0, int(down_bits / 8), int(up_bits / 8))
 
 
-def _spent(fate: Fate, kind: DeviceClass, done: Work) -> Fate:
+def _spent(fate: Outcome, kind: DeviceClass, done: Work) -> Outcome:
     """With what the work that was done cost."""
     tokens, moved = done.tokens_before + done.tokens_after, done.down_bytes + done.up_bytes
     joules = tokens * kind.joules_per_token + moved * kind.joules_per_byte

@@ -74,7 +74,7 @@ class DeviceClasses(Config):
 
 
 @dataclass(frozen=True)
-class World:
+class DevicePopulation:
     """What a run's fates depend on."""
 
     settings: WorldConfig
@@ -101,7 +101,7 @@ def zone_h(device: str, seed: int) -> float:
     return 24 * uniform(seed, "zone", device)
 
 
-def local_hour(world: World, device: str, t_s: float) -> float:
+def local_hour(world: DevicePopulation, device: str, t_s: float) -> float:
     """The time of day where a device is, in [0, 24)."""
     return (world.settings.start_hour + t_s / 3600 + zone_h(device, world.seed)) % 24
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from florilegium.simulation.heterogeneity.availability import Arrival, Fate, Round, Work, arrivals, play_round
-from florilegium.simulation.heterogeneity.classes import World, class_of
+from florilegium.simulation.heterogeneity.availability import Arrival, Outcome, Round, Work, arrivals, simulate_round
+from florilegium.simulation.heterogeneity.classes import DevicePopulation, class_of
 from florilegium.simulation.runs.folder import Event, RunError
 
 WAITED_FOR = ("answers", "late", "dropped-out")  # they have computed, whatever came of it
@@ -17,7 +17,7 @@ WAITED_FOR = ("answers", "late", "dropped-out")  # they have computed, whatever 
 class Clock:
     """The rounds so far. A round is played once; asked for again it is the same."""
 
-    world: World
+    world: DevicePopulation
     work: Callable[[str], Work]
     wanted: int  # answers that end a round
     needed_bytes: int
@@ -27,7 +27,7 @@ class Clock:
         """What becomes of the devices that are asked in round `number`, which begins after the one before."""
         if number not in self.rounds:
             asked = {name: self.work(name) for name in names}
-            self.rounds[number] = play_round(
+            self.rounds[number] = simulate_round(
                 self.world, number, self._starts_s(number), asked, self.wanted, self.needed_bytes
             )
         return self.rounds[number]
@@ -38,7 +38,7 @@ class Clock:
 
     def recall(self, event: Event) -> None:
         """Takes a round back from the event that was recorded of it."""
-        fates = tuple(Fate(**fate) for fate in event["fates"])
+        fates = tuple(Outcome(**fate) for fate in event["fates"])
         self.rounds[event["round"]] = Round(event["round"], event["starts_s"], event["duration_s"], fates)
 
 

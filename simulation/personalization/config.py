@@ -51,7 +51,7 @@ class ReptileConfig(Config):
     outer: float = Field(0.5, gt=0, description="ε: how far the start follows the mean of where they got to")
 
 
-class LivesConfig(Config):
+class InteractiveConfig(Config):
     """People who talk with their devices, one interaction after the other."""
 
     name: str = "lives"

@@ -19,7 +19,7 @@ from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import Adapters, Layout
 from florilegium.client.lm.config import AdapterConfig, SamplingConfig
 from florilegium.client.lm.model import LanguageModel, schedule
-from florilegium.client.lm.training_data import Lesson
+from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization.asls import Asls, Device, Interaction
 from florilegium.client.personalization.config import AslsConfig, ProfileConfig
 from florilegium.client.personalization.profile import Profile, drift
@@ -56,7 +56,7 @@ def feedback(said: str, recorded: str, config: UserConfig, seed: int) -> tuple[b
     return accepted, recorded if not accepted and bothers < config.corrects else ""
 
 
-def live(
+def simulate_user(
     lm: LanguageModel,
     config: AslsConfig,
     user: UserConfig,
@@ -134,12 +134,12 @@ def reptile(
     for number in range(config.rounds):
         rng = np.random.Generator(np.random.Philox(key=derive_seed(seed, "reptile", number)))
         chosen = rng.choice(len(streams), size=min(config.people, len(streams)), replace=False).tolist()
-        lessons = []
+        sets = []
         for k in chosen:
             order = schedule(len(streams[k]), config.batch_size, config.steps, derive_seed(seed, "reptile", number, k))
-            lessons.append(Lesson(lm.format.dialogues(streams[k]), order[: config.steps]))
-        rates = [[config.rate] * len(lesson.batches) for lesson in lessons]
-        trained = lm.engine.finetune(lm.adapters(layout, phi.repeat(len(chosen), 1)), [], lessons, rates)
+            sets.append(TrainingSet(lm.format.dialogues(streams[k]), order[: config.steps]))
+        rates = [[config.rate] * len(training_set.batches) for training_set in sets]
+        trained = lm.engine.finetune(lm.adapters(layout, phi.repeat(len(chosen), 1)), [], sets, rates)
         phi = phi + config.outer * (trained.adapters.rows.cpu() - phi).mean(0)
     return phi
 

@@ -15,11 +15,11 @@ from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.model import LanguageModel, Score
 from florilegium.client.personalization.history import Asked, Person
-from florilegium.client.personalization.method import Desk, Method
+from florilegium.client.personalization.method import Method, MethodContext
 from florilegium.client.personalization.registry import method
 from florilegium.client.personalization.task_adapter import learn_task
 from florilegium.privacy.seeds import derive_seed
-from florilegium.simulation.evaluation.caching_model import RememberingModel
+from florilegium.simulation.evaluation.caching_model import CachingModel
 from florilegium.simulation.evaluation.metrics import derangement
 from florilegium.simulation.personalization.config import MethodsConfig
 from florilegium.simulation.personalization.histories import halved, person, wording
@@ -66,13 +66,13 @@ def play(
     named = [person(u, task, config.history, f"device-{k:04d}") for k, u in enumerate(users)]
     others = [person(u, task, config.history, f"pool-{k:04d}") for k, u in enumerate(pool)]
     people = halved(named, config.history, lm)
-    desk = Desk(lm, config.method, wording(task), seed)
+    context = MethodContext(lm, config.method, wording(task), seed)
     if config.task_stage.enabled:
         listener("task")  # elsewhere, and once: its seconds are no device's
         stage = config.task_stage
-        learn = lambda: learn_task(desk, method(desk), others, stage.adapter, stage.training)  # noqa: E731
-        desk = replace(desk, beneath=[task_adapter(learn)])
-    made = method(desk)
+        learn = lambda: learn_task(context, method(context), others, stage.adapter, stage.training)  # noqa: E731
+        context = replace(context, beneath=[task_adapter(learn)])
+    made = method(context)
     listener("learn")
     made.learn(others)
     made.spent.clear()
@@ -101,7 +101,7 @@ def answers(
     made: Method, people: Sequence[Person], with_whose: Sequence[int], config: MethodsConfig, seed: int
 ) -> Answers:
     """Each person's questions, answered with what the person `with_whose[k]` has."""
-    lm = made.desk.lm
+    lm = made.context.lm
     asked = [(with_whose[k], question) for k, p in enumerate(people) for question in p.questions]
     dialogues = [in_words(made, k, question) for k, question in asked]
     served = made.serving([(k, a) for k, (a, _) in asked])
@@ -130,5 +130,5 @@ class Clock:
         self.seconds[name] = round(self._now() - began, 3)
 
     def _now(self) -> float:
-        spared = self.lm.spared_s if isinstance(self.lm, RememberingModel) else 0.0
+        spared = self.lm.cached_seconds if isinstance(self.lm, CachingModel) else 0.0
         return time.perf_counter() + spared

@@ -10,14 +10,14 @@ from typing import Any
 from florilegium.client.calibration import planned_event
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import Bootstrapped, met_before
-from florilegium.simulation.devices.people import People
+from florilegium.simulation.devices.people import UsersByDevice
 from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.runs.folder import sources_sha256
 
 
 def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, Any]:
     """The facts of a run that do not change: what, on what, under which promise."""
-    lm, promise, event = devices.site.lm, config.privacy.promise, planned_event(config)
+    lm, promise, event = devices.context.lm, config.privacy.promise, planned_event(config)
     return {
         "name": config.name,
         "engine": config.engine.name,
@@ -52,7 +52,7 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, A
     }
 
 
-def people(users: People) -> dict[str, int]:
+def people(users: UsersByDevice) -> dict[str, int]:
     """How many there are, without those that are resampled from others, and what is held out of what they said."""
     population = users.population
     persons = population.people if isinstance(population, Bootstrapped) else population

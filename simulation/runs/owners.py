@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from florilegium.client.agent.folder import write_private
-from florilegium.simulation.devices.people import People
+from florilegium.simulation.devices.people import UsersByDevice
 from florilegium.simulation.devices.preflight import everybody
 from florilegium.simulation.runs.folder import RunError, RunFolder
 
@@ -20,7 +20,7 @@ def who(run: RunFolder, devices: Sequence[str] = ()) -> dict[str, str]:
     """
     if not (run.path / "config.toml").is_file():
         raise RunError(f"{run.path} is not the folder of a run; name one, as runs/quickstart")
-    people = People(everybody(run.config))
+    people = UsersByDevice(everybody(run.config))
     if unknown := [device for device in devices if device not in people]:
         last = list(people)[-1]
         raise RunError(f"{unknown[0]!r} is no device of {run.path}; they are device-00000 to {last}")

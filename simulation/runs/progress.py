@@ -22,7 +22,7 @@ WINDOW = 50  # changes that speeds are taken over
 
 
 @dataclass
-class Pulse:
+class RunProgress:
     """What a run has done, for whoever watches it; `changed` is called after each change."""
 
     phase: str = "loading"
@@ -45,7 +45,7 @@ class Pulse:
 
 
 @contextmanager
-def progress_line(config: ExperimentConfig, console: Console) -> Iterator[Pulse]:
+def progress_line(config: ExperimentConfig, console: Console) -> Iterator[RunProgress]:
     """Yields the pulse that it shows."""
     if not console.is_terminal:
         yield Log(config, console)
@@ -54,19 +54,19 @@ def progress_line(config: ExperimentConfig, console: Console) -> Iterator[Pulse]
     total = config.rounds * VISITS * (config.server.buffer or asked)
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task, pulse = bar.add_task(f"{config.name}: loading", total=total), Pulse()
+        task, progress = bar.add_task(f"{config.name}: loading", total=total), RunProgress()
         speed = Speed()
 
         def show() -> None:
-            where = f"round {min(pulse.round + 1, config.rounds)} of {config.rounds}, {pulse.phase}"
-            bar.update(task, completed=pulse.visits, description=f"{config.name}: {where}{speed.told(pulse)}")
+            where = f"round {min(progress.round + 1, config.rounds)} of {config.rounds}, {progress.phase}"
+            bar.update(task, completed=progress.visits, description=f"{config.name}: {where}{speed.told(progress)}")
 
-        pulse.changed = show
-        yield pulse
-        bar.update(task, completed=total, description=f"{config.name}: done{speed.told(pulse)}")
+        progress.changed = show
+        yield progress
+        bar.update(task, completed=total, description=f"{config.name}: done{speed.told(progress)}")
 
 
-class Log(Pulse):
+class Log(RunProgress):
     """The pulse of a run that nobody watches: it is written down."""
 
     def __init__(self, config: ExperimentConfig, console: Console) -> None:
@@ -102,13 +102,13 @@ class Speed:
         self.began = time.monotonic()
         self.late: deque[tuple[float, int]] = deque([(self.began, 0)], maxlen=WINDOW)
 
-    def told(self, pulse: Pulse) -> str:
+    def told(self, progress: RunProgress) -> str:
         now = time.monotonic()
-        if pulse.visits != self.late[-1][1]:
-            self.late.append((now, pulse.visits))
+        if progress.visits != self.late[-1][1]:
+            self.late.append((now, progress.visits))
         then, visits = self.late[0]
-        devices = (pulse.visits - visits) / max(1e-9, now - then)
-        tokens = pulse.tokens / max(1e-9, now - self.began)
+        devices = (progress.visits - visits) / max(1e-9, now - then)
+        tokens = progress.tokens / max(1e-9, now - self.began)
         return f" | {devices:.1f} devices/s | {tokens:,.0f} tokens/s | {resident_bytes() / 1e9:.1f} GB"
 
 

@@ -133,13 +133,13 @@ def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Ten
 
     With `adapters/base` where the base is a model that other machines do not find by its name.
     """
-    site, last, folder = devices.site, devices.site.config.rounds, run.path / ADAPTERS
-    base = base_of(site.lm.name)
+    context, last, folder = devices.context, devices.context.config.rounds, run.path / ADAPTERS
+    base = base_of(context.lm.name)
     copy_base(base, folder)
     if not run.config.server.absent:
-        write_files(folder, shared_files(site.shared_layout, shared, base))
+        write_files(folder, shared_files(context.shared_layout, shared, base))
     for name, state in zip(names, devices.states(names, last), strict=True):
-        write_peft(folder / "personal" / name, site.personal_layout, state.personal, base)
+        write_peft(folder / "personal" / name, context.personal_layout, state.personal, base)
 
 
 def render_summary(summary: Summary) -> RenderableType:

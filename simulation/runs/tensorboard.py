@@ -9,7 +9,7 @@ from florilegium.simulation.runs.folder import Event, RunError, RunFolder
 OF_A_ROUND = ("releases", "silent", "signal_to_noise", "change_norm_l2", "shared_norm_l2", "averaging_error")
 
 
-class Board:
+class TensorBoardWriter:
     """Scalars of the events that came since it was last updated. The folder is `tensorboard` in that of the run."""
 
     def __init__(self, run: RunFolder) -> None:

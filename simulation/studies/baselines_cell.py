@@ -14,19 +14,19 @@ from florilegium.client.calibration import planned_event
 from florilegium.privacy.accounting import epsilon
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.baselines import evaluation
-from florilegium.simulation.baselines.config import RivalsConfig
+from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.baselines.run import Played, play
 from florilegium.simulation.data.population import User
 from florilegium.simulation.evaluation.metrics import Measured, measure_nll, score_users
 from florilegium.simulation.studies.cell import Result, SeededCell
 
 
-class RivalsCell(SeededCell):
+class BaselinesCell(SeededCell):
     """One cell while it is being run."""
 
     @property
-    def config(self) -> RivalsConfig:
-        assert isinstance(self.cell.config, RivalsConfig)
+    def config(self) -> BaselinesConfig:
+        assert isinstance(self.cell.config, BaselinesConfig)
         return self.cell.config
 
     @cached_property
@@ -53,7 +53,7 @@ class RivalsCell(SeededCell):
     def _arms(self, played: Played, people: list[User], number: int) -> Result:
         """NLL of the rival, of the base model and with what a stranger has kept; ROUGE-1 of the rival."""
         queries, settings = [u.held_out for u in people], self.config.evaluation
-        lm = played.ground.lm
+        lm = played.context.lm
         found: Result = {
             "own": {"nll": _by_both(evaluation.nll(played, queries))},
             "base": self.bench.remembered(
@@ -80,7 +80,7 @@ def _by_both(measured: Measured) -> Result:
     return {"by_user": measured.by_user, "by_query": measured.by_query}
 
 
-def _spent(config: RivalsConfig) -> float | None:
+def _spent(config: BaselinesConfig) -> float | None:
     """ε of a device over all rounds; none without protection."""
     if config.privacy.mode == "none":
         return None

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console, Group, RenderableType
 
 from florilegium.client.terminal import Figures
-from florilegium.simulation.baselines.config import RivalsConfig
+from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.evaluation.metrics import Measured
 from florilegium.simulation.reports import html
 from florilegium.simulation.reports.run_report import flattened
@@ -41,7 +41,7 @@ class Outcome:
     """A rival where it stands in a table."""
 
     label: Label
-    config: RivalsConfig
+    config: BaselinesConfig
     result: Result
     alone: bool = True  # whether no other cell of the table has the same rival
 
@@ -107,9 +107,9 @@ def tables(study: Study, folder: Path) -> Iterator[Shown]:
 def _outcomes(study: Study, folder: Path, table: TableConfig) -> Iterator[Outcome]:
     labels = [label for row in table.labels() for label in row]
     cells = [study.cell(table, label) for label in labels]
-    rivals = Counter(cell.config.rival.name for cell in cells if isinstance(cell.config, RivalsConfig))
+    rivals = Counter(cell.config.rival.name for cell in cells if isinstance(cell.config, BaselinesConfig))
     for label, cell in zip(labels, cells, strict=True):
-        assert isinstance(cell.config, RivalsConfig)
+        assert isinstance(cell.config, BaselinesConfig)
         result = read_result(folder / "cells" / cell.key)
         yield Outcome(label, cell.config, result, rivals[cell.config.rival.name] == 1)
 

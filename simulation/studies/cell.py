@@ -20,32 +20,32 @@ from florilegium.simulation.tasks.config import TaskConfig, load_task
 from florilegium.simulation.tasks.task import Task, TaskUser
 
 if TYPE_CHECKING:
-    from florilegium.simulation.evaluation.caching_model import RememberingModel
+    from florilegium.simulation.evaluation.caching_model import CachingModel
 
 Result = dict[str, Any]
 
 
 @dataclass
-class Bench:
+class SharedResources:
     """What cells share."""
 
     readings: frozenset[str]
-    _models: dict[ModelConfig, RememberingModel] = field(default_factory=dict)
+    _models: dict[ModelConfig, CachingModel] = field(default_factory=dict)
     _people: dict[tuple[DataConfig, int], Sequence[User]] = field(default_factory=dict)
     _measured: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, cells: Iterable[Cell]) -> Bench:
+    def of(cls, cells: Iterable[Cell]) -> SharedResources:
         return cls(frozenset(c.config.reading for c in cells))
 
-    def model(self, config: ModelConfig) -> RememberingModel:
+    def model(self, config: ModelConfig) -> CachingModel:
         """The language model; one at a time is held."""
         if config not in self._models:
-            from florilegium.simulation.evaluation.caching_model import RememberingModel  # and with it torch
+            from florilegium.simulation.evaluation.caching_model import CachingModel  # and with it torch
 
             self._models.clear()
-            model = RememberingModel.load(config)
-            assert isinstance(model, RememberingModel)
+            model = CachingModel.load(config)
+            assert isinstance(model, CachingModel)
             model.readings = self.readings
             self._models[config] = model
         return self._models[config]
@@ -87,7 +87,7 @@ class Seeded(ABC):
 
     cell: Cell
     folder: Path
-    bench: Bench
+    bench: SharedResources
     listener: Callable[[str], None]
 
     @property

@@ -14,9 +14,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from florilegium.privacy.common.base_config import Config
-from florilegium.simulation.baselines.config import RivalsConfig
+from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.config import ConfigError, ExperimentConfig, parse_override, read_tree, set_value, validate
-from florilegium.simulation.personalization.config import LivesConfig, MethodsConfig
+from florilegium.simulation.personalization.config import InteractiveConfig, MethodsConfig
 from florilegium.simulation.studies.published import PUBLISHED
 
 Label = tuple[tuple[str, Any], ...]  # (setting, value): where a cell stands in its table
@@ -24,10 +24,10 @@ Axis = dict[str, tuple[Any, ...]]
 SAME_PEOPLE = ("data.order", "data.stickiness")  # of the data, what leaves streams and held-out replies what they are
 TOGETHER = " & "  # between settings of an axis that change together
 WITHOUT_SERVER = ("shared", "server", "privacy")  # settings without effect where devices live alone
-TREES: dict[str, type[ExperimentConfig] | type[MethodsConfig] | type[LivesConfig]] = {
-    "rivals": RivalsConfig,
+TREES: dict[str, type[ExperimentConfig] | type[MethodsConfig] | type[InteractiveConfig]] = {
+    "rivals": BaselinesConfig,
     "methods": MethodsConfig,
-    "lives": LivesConfig,
+    "lives": InteractiveConfig,
 }
 UNSEEN = ("engine", "cohort_size", "name", "ray", "world")  # without effect on a study's cells
 
@@ -113,7 +113,7 @@ class StudyConfig(Config):
 class Cell:
     """One arm: an experiment on all seeds."""
 
-    config: ExperimentConfig | MethodsConfig | LivesConfig
+    config: ExperimentConfig | MethodsConfig | InteractiveConfig
     study: StudyConfig
 
     @property

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.phases import Site, States, beneath, learn_personal
+from florilegium.client.phases import CohortContext, States, frozen_adapters, learn_personal
 from florilegium.client.round import adopt
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.seeds import derive_seed
@@ -59,13 +59,13 @@ class FederatedCell(SeededCell):
         seen = play(lm, config, config.server, streams, seed, listener=self.listener)
         states = list(seen.cohort.states.values())
         if config.personal.epochs:
-            states, _ = adopt(states, seen.shared, RoundPlan(config.rounds, config.rounds), seen.site)
+            states, _ = adopt(states, seen.shared, RoundPlan(config.rounds, config.rounds), seen.context)
         arms = self._arms(seen, states)
         self.listener("attack")
         ceiling, member = Ceiling.of(config), np.array([c.member for c in hidden])
         attacks = membership(seen, hidden) if hidden else {}
         return {
-            "arms": {**self._without_server(states, seen.site, number), **self._measured(arms, number)},
+            "arms": {**self._without_server(states, seen.context, number), **self._measured(arms, number)},
             "attacks": [asdict(judge(name, score, member, ceiling)) for name, score in attacks.items()],
             **_told(seen),
             "seconds": round(time.perf_counter() - began, 1),
@@ -74,29 +74,29 @@ class FederatedCell(SeededCell):
     # -- arms ---------------------------------------------------------------------------------------------------
 
     def _arms(self, seen: Federated, states: States) -> dict[str, Arm]:
-        site, personal = seen.site, torch.stack([s.personal for s in states])
-        shared = beneath(seen.shared, [s.id for s in states], site)
+        context, personal = seen.context, torch.stack([s.personal for s in states])
+        shared = frozen_adapters(seen.shared, [s.id for s in states], context)
         if not self.config.personal.epochs:
             return {"shared": shared}
-        given = derangement(len(states), derive_seed(site.seed, "shuffled"))
+        given = derangement(len(states), derive_seed(context.seed, "shuffled"))
         return {
             "shared": shared,
-            "personal": [*shared, site.lm.adapters(site.personal_layout, personal)],
-            "shuffled": [*shared, site.lm.adapters(site.personal_layout, personal[given])],
+            "personal": [*shared, context.lm.adapters(context.personal_layout, personal)],
+            "shuffled": [*shared, context.lm.adapters(context.personal_layout, personal[given])],
         }
 
-    def _without_server(self, states: States, site: Site, number: int) -> Result:
+    def _without_server(self, states: States, context: CohortContext, number: int) -> Result:
         """Base model and personal adapters on it alone: the same in all cells that differ in what is shared."""
 
         def measured() -> Result:
             arms: dict[str, Arm] = {"base": []}
             if self.config.personal.epochs:
                 self.listener("local control")
-                rounds = site.config.rounds
-                fresh = [replace(s, personal=site.new_state(s.id).personal) for s in states]
-                alone, _ = learn_personal(fresh, None, RoundPlan(rounds, rounds), site)
+                rounds = context.config.rounds
+                fresh = [replace(s, personal=context.new_state(s.id).personal) for s in states]
+                alone, _ = learn_personal(fresh, None, RoundPlan(rounds, rounds), context)
                 rows = torch.stack([s.personal for s in alone])
-                arms["local"] = [site.lm.adapters(site.personal_layout, rows)]
+                arms["local"] = [context.lm.adapters(context.personal_layout, rows)]
             return self._measured(arms, number)
 
         found: Result = self.bench.remembered(self._learned_alone(states, number), measured)
@@ -151,7 +151,7 @@ def _told(seen: Federated) -> Result:
         # of the first round's releases, noise and all: squared norm of the mean change, and what a device adds to it
         "mean_square": float(mean.square().sum()),
         "variance": variance,
-        "width": seen.site.shared_layout.width,
+        "width": seen.context.shared_layout.width,
         "averaging_error": [f.averaging_error for f in seen.facts.values()],
         "upload_bytes": max(p["upload_bytes"] for page in pages for p in page.values()),
         "seconds_by_phase": _phases(pages),

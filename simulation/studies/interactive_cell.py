@@ -20,8 +20,15 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.data.population import DataConfig, User, load_population
 from florilegium.simulation.evaluation.metrics import score_arms
-from florilegium.simulation.personalization.config import LivesConfig
-from florilegium.simulation.personalization.interactive import SPAN, Lived, better_from, live, movements, reptile
+from florilegium.simulation.personalization.config import InteractiveConfig
+from florilegium.simulation.personalization.interactive import (
+    SPAN,
+    Lived,
+    better_from,
+    movements,
+    reptile,
+    simulate_user,
+)
 from florilegium.simulation.runs.folder import RunError
 from florilegium.simulation.studies.cell import Result, SeededCell
 
@@ -29,12 +36,12 @@ HELD_OUT = 8  # of each half, where the stream shifts
 ALARM = 0.9  # quantile of other people's unshifted movements from which a movement is taken for a shift
 
 
-class LivesCell(SeededCell):
+class InteractiveCell(SeededCell):
     """One cell while it is being run."""
 
     @property
-    def config(self) -> LivesConfig:
-        assert isinstance(self.cell.config, LivesConfig)
+    def config(self) -> InteractiveConfig:
+        assert isinstance(self.cell.config, InteractiveConfig)
         return self.cell.config
 
     @cached_property
@@ -51,7 +58,7 @@ class LivesCell(SeededCell):
         made = self._made_by_others(lm, seed)
         start = made.rows[0].cpu() if made and config.start == "reptile" else None
         beneath = [made] if made and config.start == "shared" else []
-        lived = live(
+        lived = simulate_user(
             lm, config.asls, config.user, config.adapter, config.sampling,
             {n: s[: config.interactions] for n, s in streams.items()}, seed, start, beneath, self.listener,
         )  # fmt: skip

@@ -24,7 +24,7 @@ from florilegium.client.terminal import Figures
 from florilegium.simulation.evaluation.metrics import Measured
 from florilegium.simulation.heterogeneity.availability import trained_tokens
 from florilegium.simulation.heterogeneity.classes import load_classes
-from florilegium.simulation.personalization.config import LivesConfig, MethodsConfig
+from florilegium.simulation.personalization.config import InteractiveConfig, MethodsConfig
 from florilegium.simulation.reports import html
 from florilegium.simulation.reports.run_report import flattened
 from florilegium.simulation.studies import figures
@@ -43,14 +43,14 @@ class Outcome:
     """A cell where it stands in a table."""
 
     label: Label
-    config: MethodsConfig | LivesConfig
+    config: MethodsConfig | InteractiveConfig
     result: Result
     alone: bool = False  # whether no other cell of the table has the same method
 
     @property
     def name(self) -> str:
         """The method with what its prompts are given; where that names two cells, whatever else the table varies."""
-        if isinstance(self.config, LivesConfig):
+        if isinstance(self.config, InteractiveConfig):
             return named(self.label)
         rest = named(tuple((s, v) for s, v in self.label if s not in IN_A_NAME))
         return self.method if self.alone or not rest else f"{self.method}, {rest}"
@@ -58,7 +58,7 @@ class Outcome:
     @property
     def method(self) -> str:
         """With what its prompts are given."""
-        if isinstance(self.config, LivesConfig):
+        if isinstance(self.config, InteractiveConfig):
             return ""
         method = self.config.method
         parts = [method.name, *([f"{method.retriever} {method.retrieve}"] if method.retrieve else [])]
@@ -162,7 +162,7 @@ def tables(study: Study, folder: Path) -> Iterator[Shown]:
         found = []
         for label in (label for row in table.labels() for label in row):
             cell = study.cell(table, label)
-            assert isinstance(cell.config, MethodsConfig | LivesConfig)
+            assert isinstance(cell.config, MethodsConfig | InteractiveConfig)
             found.append(Outcome(label, cell.config, read_result(folder / "cells" / cell.key)))
         count = Counter(o.method for o in found)
         found = [replace(o, alone=count[o.method] == 1) for o in found]

@@ -11,18 +11,18 @@ from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.personalization.config import MethodsConfig
 from florilegium.simulation.runs.folder import RunError
-from florilegium.simulation.studies.cell import Bench
+from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import Cell, Study
 
 
-def ready(study: Study, folder: Path) -> Bench:
+def ready(study: Study, folder: Path) -> SharedResources:
     """The bench of a study that can begin, with the people of all its cells; what is missing is told now, not after
     hours. Raises `UserError`, `RunError` where the folder belongs to another study.
     """
     named = folder / "study.json"
     if named.exists() and json.loads(named.read_text(encoding="utf-8"))["name"] != study.name:
         raise RunError(f"{folder} holds another study; give another --studies folder or name=")
-    bench = Bench.of(study.cells.values())
+    bench = SharedResources.of(study.cells.values())
     people: dict[str, str] = {}
     for key, cell in study.cells.items():
         if not (folder / "cells" / key / "result.json").exists():
@@ -47,7 +47,7 @@ def _agree(folder: Path, people: dict[str, str]) -> None:
     noted.write_text(json.dumps(before | people, indent=1) + "\n", encoding="utf-8")
 
 
-def _invited(cell: Cell, bench: Bench) -> object:
+def _invited(cell: Cell, bench: SharedResources) -> object:
     """The people of a cell; what is missing for it is told."""
     config = cell.config
     if isinstance(config, ExperimentConfig):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from florilegium.client.phases import Observation, Site, States
+from florilegium.client.phases import CohortContext, Observation, States
 from florilegium.client.round import live
 from florilegium.client.state import DeviceStore, stage
 from florilegium.privacy.plan import RoundPlan
@@ -29,11 +29,11 @@ from florilegium.simulation.data.population import User, met_by
 from florilegium.simulation.engines.faults import tried
 from florilegium.simulation.evaluation.metrics import by_device, derangement, measure_rouge, reply_arms, score_arms
 from florilegium.simulation.runs.folder import sources_sha256
-from florilegium.simulation.studies.baselines_cell import RivalsCell
-from florilegium.simulation.studies.cell import Bench, Result, read_result, write_whole
+from florilegium.simulation.studies.baselines_cell import BaselinesCell
+from florilegium.simulation.studies.cell import Result, SharedResources, read_result, write_whole
 from florilegium.simulation.studies.config import Cell, Study
 from florilegium.simulation.studies.federated_cell import FederatedCell
-from florilegium.simulation.studies.interactive_cell import LivesCell
+from florilegium.simulation.studies.interactive_cell import InteractiveCell
 from florilegium.simulation.studies.methods_cell import MethodsCell
 from florilegium.simulation.studies.preflight import ready
 
@@ -45,12 +45,12 @@ LAST = ("buffered", "buffer_bytes", "annotations", "personal_examples")
 
 
 @dataclass
-class CellRun:
+class SelectionCell:
     """One cell while it is being run."""
 
     cell: Cell
     folder: Path
-    bench: Bench
+    bench: SharedResources
     listener: Listener
 
     @property
@@ -67,9 +67,9 @@ class CellRun:
         return list(self.users)
 
     @cached_property
-    def site(self) -> Site:
+    def context(self) -> CohortContext:
         recorded = {name: {d.id: d.response for d in user.stream} for name, user in self.users.items()}
-        return Site.of(
+        return CohortContext.of(
             self.bench.model(self.config.model),
             self.config,
             self.config.seed,
@@ -92,7 +92,7 @@ class CellRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         finished = self._finished()
         done, names = len(finished), list(self.users)
-        states = [self.store.load(n, stage(done)) if done else self.site.new_state(n) for n in names]
+        states = [self.store.load(n, stage(done)) if done else self.context.new_state(n) for n in names]
         for number in range(done + 1, self.config.rounds + 1):
             states, line = self._round(states, number)
             self.store.save(states, stage(number))
@@ -115,17 +115,17 @@ class CellRun:
 
     def _round(self, states: States, number: int) -> tuple[States, Result]:
         rounds, lm = self.config.rounds, self.bench.model(self.config.model)
-        lm.spared_s = 0.0
+        lm.cached_seconds = 0.0
         arrived = []
         for state in states:
             stream = self.users[state.id].stream
             arrived.append(stream[state.arrived : met_by(len(stream), number, rounds)])
-        site, plan = self.site, RoundPlan(number, number)
+        context, plan = self.context, RoundPlan(number, number)
         states, pages = tried(
-            lambda some: live([states[k] for k in some], [arrived[k] for k in some], None, plan, site),
+            lambda some: live([states[k] for k in some], [arrived[k] for k in some], None, plan, context),
             [state.id for state in states],
         )
-        line = {"round": number, "spared_s": lm.spared_s, **_added_up(pages)}
+        line = {"round": number, "spared_s": lm.cached_seconds, **_added_up(pages)}
         if self.config.evaluation.every_round and number < rounds:
             self.listener("evaluate")
             line["nll"] = self._scored({"own": self._rows(states)})["own"]["by_user"]
@@ -136,7 +136,7 @@ class CellRun:
 
     def _scored(self, rows: Mapping[str, torch.Tensor]) -> dict[str, Result]:
         lm, queries = self.bench.model(self.config.model), [u.held_out for u in self.users.values()]
-        arms = {name: [lm.adapters(self.site.personal_layout, r)] for name, r in rows.items()}
+        arms = {name: [lm.adapters(self.context.personal_layout, r)] for name, r in rows.items()}
         measured = score_arms(lm, queries, arms)
         return {name: {"by_user": m.by_user, "by_query": m.by_query} for name, m in measured.items()}
 
@@ -151,7 +151,7 @@ class CellRun:
         rouge: Result = {}
         if settings.rouge_queries_per_user:
             self.listener("reply")
-            arms = {"own": [lm.adapters(self.site.personal_layout, rows)]}
+            arms = {"own": [lm.adapters(self.context.personal_layout, rows)]}
             seed = derive_seed(self.config.seed, "reply") >> 1
             seeds = range(seed, seed + sum(map(len, queries)))
             replies = reply_arms(lm, queries, arms, settings.sampling, seeds)["own"]
@@ -175,16 +175,16 @@ class CellRun:
         }
 
 
-KINDS: dict[str, type[CellRun | FederatedCell | RivalsCell | MethodsCell | LivesCell]] = {
-    "alone": CellRun,
+KINDS: dict[str, type[SelectionCell | FederatedCell | BaselinesCell | MethodsCell | InteractiveCell]] = {
+    "alone": SelectionCell,
     "federated": FederatedCell,
-    "rivals": RivalsCell,
+    "rivals": BaselinesCell,
     "methods": MethodsCell,
-    "lives": LivesCell,
+    "lives": InteractiveCell,
 }
 
 
-def run_study(study: Study, folder: Path, listener: Listener, bench: Bench | None = None) -> None:
+def run_study(study: Study, folder: Path, listener: Listener, bench: SharedResources | None = None) -> None:
     """Runs what has no result yet, cell by cell, on a bench that is `ready`, or is made so now."""
     bench = bench or ready(study, folder)
     cells, kind = study.cells, KINDS[study.config.kind]

@@ -41,7 +41,7 @@ from safetensors.numpy import load_file
 from florilegium.simulation.config import find_config, load_config
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.runs.folder import Event, RunFolder
-from florilegium.simulation.runs.progress import Pulse
+from florilegium.simulation.runs.progress import RunProgress
 
 HERE = Path(__file__).parent
 DIGITS = 6  # of the figures that a person reads
@@ -145,15 +145,15 @@ def one_thread() -> Iterator[None]:
 
 
 def _stop_in_round_two(config: Any, folder: Path) -> None:
-    pulse = Pulse()
+    progress = RunProgress()
 
     def stop() -> None:
-        if pulse.phase == "learn_shared" and pulse.round == 1:
+        if progress.phase == "learn_shared" and progress.round == 1:
             raise KeyboardInterrupt
 
-    pulse.changed = stop
+    progress.changed = stop
     try:
-        run_experiment(config, folder, pulse=pulse)
+        run_experiment(config, folder, progress=progress)
     except KeyboardInterrupt:
         return
     raise AssertionError("the run was not stopped in round two")
