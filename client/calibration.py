@@ -1,9 +1,13 @@
-"""What a device plans to spend of its privacy budget, by its settings alone."""
+"""What a device plans to spend of its privacy budget, and how much noise its promise needs, by its settings alone."""
 
 from __future__ import annotations
 
+import math
+
 from florilegium.client.config import DeviceConfig
 from florilegium.privacy.accounting import BudgetError, Event, calibrate
+from florilegium.privacy.noise import ReleaseNoise
+from florilegium.privacy.release import Schema
 
 
 def planned_event(config: DeviceConfig) -> Event:
@@ -27,3 +31,34 @@ def planned_steps(config: DeviceConfig) -> tuple[float, int, int]:
     shared, privacy = config.shared, config.privacy
     rate, steps = (shared.sampling_rate, shared.steps_per_round) if privacy.by_dialogue else (1.0, 1)
     return rate, steps, min(config.rounds, privacy.releases or config.rounds)
+
+
+def release_noise(config: DeviceConfig, bands: int, secret: int) -> ReleaseNoise:
+    """What is added to each number of a release on the device, or of a round's sum on the server."""
+    privacy, shared = config.privacy, config.shared
+    std = planned_event(config).noise_multiplier * privacy.clip_norm_l2
+    if privacy.mode == "user-central":
+        return ReleaseNoise(on_sum=std, bands=bands, secret=secret)
+    if privacy.mode == "user-local":
+        return ReleaseNoise(on_device=std)
+    per_step = std / (shared.sampling_rate * shared.pool_capacity)
+    kept = 1 - shared.learning_rate * shared.proximal  # of each step's noise, after one more step
+    squares = sum(kept ** (2 * later) for later in range(shared.steps_per_round))
+    return ReleaseNoise(on_device=float(shared.learning_rate * per_step * squares**0.5))
+
+
+def release_limits(config: DeviceConfig, schema: Schema) -> tuple[float, float]:
+    """The norm that no honest release exceeds, but for a chance below 1e-9, and the one that a server clips to.
+
+    A step moves the adapter by at most learning_rate · C / q, as all of a pool may be drawn; noise of standard
+    deviation s has a norm below s (√P + 7) (Laurent and Massart 2000, Lemma 1, with x = 24). Rounding to 8 bits adds
+    at most √n / 254 of the norm of an array of n numbers.
+    """
+    privacy, shared = config.privacy, config.shared
+    signal = privacy.clip_norm_l2
+    if privacy.by_dialogue:
+        signal *= shared.learning_rate * shared.steps_per_round / shared.sampling_rate
+    rounding = 1.001 + max(math.prod(shape) for _, shape in schema.shapes) ** 0.5 / 254 * (shared.upload == "int8")
+    rounding += 2**-8 * (shared.upload == "bf16")
+    largest = rounding * (1.001 * signal + release_noise(config, 1, 0).on_device * (schema.width**0.5 + 7))
+    return largest, privacy.clip_norm_l2 if privacy.mode == "user-central" else math.inf

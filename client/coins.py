@@ -13,7 +13,7 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.seeds import derive_key, fresh_secret
 
 if TYPE_CHECKING:
-    from florilegium.client.phases import CohortContext
+    from florilegium.client.context import CohortContext
 
 
 class Coins:

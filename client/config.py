@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from florilegium.client.lm.config import AdapterConfig, ModelConfig
-from florilegium.client.selection.buffer import SelectionConfig
+from florilegium.client.selection.config import SelectionConfig
 from florilegium.client.synthesize import SynthesisConfig
 from florilegium.privacy.common.base_config import Config
 from florilegium.privacy.modes import PrivacyConfig

@@ -7,7 +7,6 @@ is asked: a device whose account does not allow it learns for itself alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -16,55 +15,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from florilegium.client.calibration import planned_event
-from florilegium.client.config import DeviceConfig
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import Adapters
-from florilegium.client.lm.model import schedule_steps
+from florilegium.client.lm.batching import schedule_steps
 from florilegium.client.lm.packing import Example
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.state import DeviceState
 from florilegium.privacy.dpsgd import PrivateRow
 from florilegium.privacy.ledger import Answer, Request
-from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.plan import RoundPlan
-from florilegium.privacy.release import Release, Schema
+from florilegium.privacy.release import Release
 from florilegium.privacy.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from florilegium.client.phases import CohortContext
+    from florilegium.client.context import CohortContext
 
 Texts = list[tuple[Dialogue, ...]]  # of each dialogue, itself and what was made from it: one example
-
-
-def release_noise(config: DeviceConfig, bands: int, secret: int) -> ReleaseNoise:
-    """What is added to each number of a release on the device, or of a round's sum on the server."""
-    privacy, shared = config.privacy, config.shared
-    std = planned_event(config).noise_multiplier * privacy.clip_norm_l2
-    if privacy.mode == "user-central":
-        return ReleaseNoise(on_sum=std, bands=bands, secret=secret)
-    if privacy.mode == "user-local":
-        return ReleaseNoise(on_device=std)
-    per_step = std / (shared.sampling_rate * shared.pool_capacity)
-    kept = 1 - shared.learning_rate * shared.proximal  # of each step's noise, after one more step
-    squares = sum(kept ** (2 * later) for later in range(shared.steps_per_round))
-    return ReleaseNoise(on_device=float(shared.learning_rate * per_step * squares**0.5))
-
-
-def release_limits(config: DeviceConfig, schema: Schema) -> tuple[float, float]:
-    """The norm that no honest release exceeds, but for a chance below 1e-9, and the one that a server clips to.
-
-    A step moves the adapter by at most learning_rate · C / q, as all of a pool may be drawn; noise of standard
-    deviation s has a norm below s (√P + 7) (Laurent and Massart 2000, Lemma 1, with x = 24). Rounding to 8 bits adds
-    at most √n / 254 of the norm of an array of n numbers.
-    """
-    privacy, shared = config.privacy, config.shared
-    signal = privacy.clip_norm_l2
-    if privacy.by_dialogue:
-        signal *= shared.learning_rate * shared.steps_per_round / shared.sampling_rate
-    rounding = 1.001 + max(math.prod(shape) for _, shape in schema.shapes) ** 0.5 / 254 * (shared.upload == "int8")
-    rounding += 2**-8 * (shared.upload == "bf16")
-    largest = rounding * (1.001 * signal + release_noise(config, 1, 0).on_device * (schema.width**0.5 + 7))
-    return largest, privacy.clip_norm_l2 if privacy.mode == "user-central" else math.inf
 
 
 def train_shared(

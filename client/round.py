@@ -9,18 +9,11 @@ from dataclasses import replace
 
 import torch
 
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.phases import (
-    CohortContext,
-    Observation,
-    States,
-    annotate,
-    learn_personal,
-    observe,
-    synthesize,
-    synthesize_pool,
-)
+from florilegium.client.phases import Observation, annotate, learn_personal, observe, synthesize, synthesize_pool
 from florilegium.client.private_training import release, train_shared
+from florilegium.client.state import States
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release
 

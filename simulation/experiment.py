@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 from flwr.serverapp import Grid
 from safetensors import SafetensorError
 
-from florilegium.client.private_training import release_limits, release_noise
-from florilegium.client.state import StoreError
+from florilegium.client.calibration import release_limits, release_noise
+from florilegium.client.state_store import StoreError
 from florilegium.privacy.common.environment import make_absolute
 from florilegium.privacy.common.errors import BrokenDeviceError
 from florilegium.privacy.ledger import LedgerError

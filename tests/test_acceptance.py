@@ -18,10 +18,11 @@ from florilegium.client.agent.agent import Agent, AgentError
 from florilegium.client.agent.config import new_config
 from florilegium.client.agent.folder import DeviceError, DeviceFolder
 from florilegium.client.agent.terms import LARGEST_FILE, Terms, read_terms, write_terms
+from florilegium.client.calibration import release_noise
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.places import base_hash
-from florilegium.client.private_training import clipped_change, noisy_steps, release_noise
+from florilegium.client.private_training import clipped_change, noisy_steps
 from florilegium.privacy import accounting
 from florilegium.privacy.accounting import Event, calibrate, epsilon
 from florilegium.privacy.common.errors import UserError

@@ -50,6 +50,7 @@ from florilegium.client.agent.signature import new_key, public_half, sealed
 from florilegium.client.agent.supernode import SuperNode, answered
 from florilegium.client.agent.terms import Terms
 from florilegium.client.agent.vault import Turn, Vault, VaultError, write_fact
+from florilegium.client.calibration import release_limits, release_noise
 from florilegium.client.config import SharedConfig
 from florilegium.client.flower_arrays import to_record
 from florilegium.client.lm.config import ModelConfig, TextLimits
@@ -57,8 +58,8 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.places import base_hash
 from florilegium.client.personalization.profile import ProfileError
 from florilegium.client.phases import synthesize_pool
-from florilegium.client.private_training import clipped_change, noisy_steps, release_limits, release_noise
-from florilegium.client.state import StoreError
+from florilegium.client.private_training import clipped_change, noisy_steps
+from florilegium.client.state_store import StoreError
 from florilegium.privacy.common import database
 from florilegium.privacy.dpsgd import PrivateRow
 from florilegium.privacy.plan import RoundPlan

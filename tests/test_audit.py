@@ -15,9 +15,9 @@ import torch
 import transformers
 
 from florilegium.client.calibration import planned_event
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import CohortContext
 from florilegium.client.state import DeviceState
 from florilegium.privacy.plan import RoundPlan
 from florilegium.simulation.audit import checks, hostile_adapters

@@ -17,15 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from florilegium.client.config import DeviceConfig
+from florilegium.client.context import CohortContext
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import CohortContext, annotate, observe, synthesize
+from florilegium.client.phases import annotate, observe, synthesize
 from florilegium.client.pii import personal_data
 from florilegium.client.pool import Pool, poisson_sample
 from florilegium.client.rouge import rouge1
 from florilegium.client.round import live
 from florilegium.client.selection import stream_memory
-from florilegium.client.selection.buffer import Buffer, BufferEntry, SelectionConfig
+from florilegium.client.selection.buffer import Buffer
+from florilegium.client.selection.config import SelectionConfig
+from florilegium.client.selection.entry import BufferEntry
 from florilegium.client.selection.lexicons import BUNDLED, LexiconError, load_lexicons, matches, words
 from florilegium.client.selection.policies import POLICIES
 from florilegium.client.selection.scores import (
@@ -36,7 +39,8 @@ from florilegium.client.selection.scores import (
     unit,
 )
 from florilegium.client.selection.stream_memory import StreamMemory, whitening
-from florilegium.client.state import DeviceStore, StateError, stage
+from florilegium.client.state import StateError, stage
+from florilegium.client.state_store import DeviceStore
 from florilegium.client.synthesize import Request, SynthesisConfig, Treatment, objection, unwrap
 from florilegium.client.synthesize import synthesize as synthesize_texts
 from florilegium.privacy.plan import RoundPlan

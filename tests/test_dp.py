@@ -15,21 +15,24 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from florilegium.client.calibration import planned_event
+from florilegium.client.calibration import planned_event, release_noise
 from florilegium.client.config import DeviceConfig
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import AdapterLayout, Adapters
+from florilegium.client.lm.batching import schedule
 from florilegium.client.lm.config import AdapterConfig
-from florilegium.client.lm.model import LanguageModel, schedule
+from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.packing import Example
 from florilegium.client.lm.peft_format import PREFIX
 from florilegium.client.lm.places import nano_folder
 from florilegium.client.lm.training_data import TrainingSet
-from florilegium.client.phases import CohortContext, States, annotate, observe
-from florilegium.client.private_training import release_noise, train_shared
-from florilegium.client.selection.buffer import Buffer, SelectionConfig, candidate
+from florilegium.client.phases import annotate, observe
+from florilegium.client.private_training import train_shared
+from florilegium.client.selection.buffer import Buffer, candidate
+from florilegium.client.selection.config import SelectionConfig
 from florilegium.client.selection.lexicons import load_lexicons
-from florilegium.client.state import DeviceState
+from florilegium.client.state import DeviceState, States
 from florilegium.privacy.accounting import Event, epsilon
 from florilegium.privacy.dpsgd import clipped_sum
 from florilegium.privacy.ledger import Budget, Request

@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM
 from florilegium.client.lm import layers
 from florilegium.client.lm.adapter import AdapterLayout, Adapters, layout, narrow, widen
 from florilegium.client.lm.attention import _Attention, _by_sdpa
+from florilegium.client.lm.batching import schedule, schedule_steps
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.decode import Decoding, _choose
 from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.loss import token_losses
-from florilegium.client.lm.model import LanguageModel, schedule, schedule_steps
+from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.packing import Example, Texts, rounded
 from florilegium.client.lm.places import nano_folder
 from florilegium.client.lm.processor import multiplies_bfloat16

@@ -17,8 +17,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from florilegium.client.calibration import release_limits
 from florilegium.client.flower_arrays import Numbers, to_record
-from florilegium.client.private_training import release_limits
 from florilegium.privacy.release import Release, Schema
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits, ReleaseCollector

@@ -29,11 +29,12 @@ from transformers import (
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm import attention
 from florilegium.client.lm.adapter import Adapters, layout
+from florilegium.client.lm.batching import schedule
 from florilegium.client.lm.cache import KeyValues
 from florilegium.client.lm.config import AdapterConfig, SamplingConfig
 from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.layers import UnsupportedModelError, adapt, adapted_layers
-from florilegium.client.lm.model import LanguageModel, schedule
+from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.optimizer import Moments, adamw_
 from florilegium.client.lm.packing import Example
 from florilegium.client.lm.peft_format import read_peft, write_peft

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from florilegium.client.calibration import planned_event
+from florilegium.client.calibration import planned_event, release_noise
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.private_training import release_noise
 from florilegium.privacy.accounting import epsilon
 from florilegium.privacy.seeds import derive_key
 from florilegium.simulation.audit.attacks import _released

@@ -14,8 +14,9 @@ from conftest import Note
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import AdaptedLayer, Adapters
 from florilegium.client.lm.adapter import layout as lora_layout
+from florilegium.client.lm.batching import schedule
 from florilegium.client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, TextLimits
-from florilegium.client.lm.model import LanguageModel, schedule
+from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.optimizer import Moments, adamw_
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization import kgt, per_pcs, rpo

@@ -15,23 +15,17 @@ from conftest import Note, new_ledger
 
 from florilegium.client import phases
 from florilegium.client.config import DeviceConfig
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue, Echo
-from florilegium.client.lm.model import LanguageModel, schedule, schedule_steps
+from florilegium.client.lm.batching import schedule, schedule_steps
+from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
-from florilegium.client.phases import (
-    CohortContext,
-    States,
-    annotate,
-    learn_personal,
-    observe,
-    synthesize,
-    synthesize_pool,
-)
+from florilegium.client.phases import annotate, learn_personal, observe, synthesize, synthesize_pool
 from florilegium.client.private_training import clipped_change, noisy_steps
 from florilegium.client.round import adopt, contribute, live
 from florilegium.client.selection import policies
-from florilegium.client.selection.buffer import BufferEntry
-from florilegium.client.state import DeviceState
+from florilegium.client.selection.entry import BufferEntry
+from florilegium.client.state import DeviceState, States
 from florilegium.privacy.dpsgd import PrivateRow
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.seeds import derive_seed

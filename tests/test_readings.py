@@ -10,7 +10,8 @@ from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.features import FEATURES, HiddenStates, gradient, mean, nuclear, weighted
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.packing import Example
-from florilegium.client.selection.buffer import SelectionConfig, candidate
+from florilegium.client.selection.buffer import candidate
+from florilegium.client.selection.config import SelectionConfig
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.client.selection.scores import entropy_over_dimensions, entropy_over_tokens
 

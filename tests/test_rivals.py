@@ -16,7 +16,9 @@ from conftest import new_ledger
 from rich.console import Console
 from torch import nn
 
+from florilegium.client.calibration import release_noise
 from florilegium.client.config import DeviceConfig
+from florilegium.client.context import CohortContext
 from florilegium.client.lm import layers
 from florilegium.client.lm.adapter import AdaptedLayer, Adapters
 from florilegium.client.lm.adapter import layout as layout_of
@@ -26,8 +28,8 @@ from florilegium.client.lm.packing import Example, Rectangle
 from florilegium.client.lm.peft_format import AdapterFormatError, write_peft
 from florilegium.client.lm.places import Base
 from florilegium.client.lm.training_data import TrainingSet
-from florilegium.client.phases import CohortContext, annotate, observe
-from florilegium.client.private_training import release_noise, train_shared
+from florilegium.client.phases import annotate, observe
+from florilegium.client.private_training import train_shared
 from florilegium.privacy.dpsgd import PrivateRow
 from florilegium.privacy.plan import RoundPlan
 from florilegium.simulation.baselines import evaluation, feddpa, layerwise

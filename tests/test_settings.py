@@ -25,6 +25,8 @@ from florilegium.client import calibration
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import AgentConfig
 from florilegium.client.agent.folder import DeviceFolder
+from florilegium.client.calibration import release_noise
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm import model
 from florilegium.client.lm.features import Feature
@@ -34,9 +36,10 @@ from florilegium.client.lm.training_data import TrainingResult, TrainingSet
 from florilegium.client.personalization import rpo
 from florilegium.client.personalization.asls import Asls, Device, Interaction
 from florilegium.client.personalization.config import AslsConfig
-from florilegium.client.phases import CohortContext, annotate, learn_personal, synthesize_pool
-from florilegium.client.private_training import clipped_change, release_noise
-from florilegium.client.selection.buffer import Buffer, BufferEntry, candidate
+from florilegium.client.phases import annotate, learn_personal, synthesize_pool
+from florilegium.client.private_training import clipped_change
+from florilegium.client.selection.buffer import Buffer, candidate
+from florilegium.client.selection.entry import BufferEntry
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.client.selection.policies import POLICIES
 from florilegium.client.state import DeviceState

@@ -20,9 +20,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from florilegium.client.calibration import release_noise
 from florilegium.client.lm.config import ModelConfig, SamplingConfig
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.private_training import release_noise
 from florilegium.client.selection.lexicons import LexiconError
 from florilegium.simulation.cli.main import main
 from florilegium.simulation.config import ConfigError, config_folder, find_config, load_config

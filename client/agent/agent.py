@@ -39,7 +39,9 @@ from florilegium.client.agent.vault import (
     write_learned,
     write_sent,
 )
+from florilegium.client.calibration import release_limits
 from florilegium.client.config import DeviceConfig
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue, Echo
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.config import ModelConfig
@@ -49,11 +51,12 @@ from florilegium.client.lm.peft_format import peft_files, shared_files
 from florilegium.client.lm.places import BASE_FOLDER, ModelError, base_hash, base_of
 from florilegium.client.personalization.config import ProfileConfig
 from florilegium.client.personalization.profile import Profile, ProfileError
-from florilegium.client.phases import CohortContext, States, annotate, frozen_adapters, observe
-from florilegium.client.private_training import release_limits, resend
+from florilegium.client.phases import annotate, frozen_adapters, observe
+from florilegium.client.private_training import resend
 from florilegium.client.round import contribute, live
 from florilegium.client.selection.buffer import Buffer
-from florilegium.client.state import DeviceState, DeviceStore, StoreError
+from florilegium.client.state import DeviceState, States
+from florilegium.client.state_store import DeviceStore, StoreError
 from florilegium.privacy.common.errors import UserError
 from florilegium.privacy.ledger import Account, Ledger
 from florilegium.privacy.plan import RoundPlan

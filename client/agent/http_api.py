@@ -39,7 +39,8 @@ from florilegium.client.agent.vault import Turn, VaultError
 from florilegium.client.lm.layers import UnsupportedModelError
 from florilegium.client.lm.places import ADAPTERS
 from florilegium.client.personalization.profile import ProfileError
-from florilegium.client.state import StateError, StoreError
+from florilegium.client.state import StateError
+from florilegium.client.state_store import StoreError
 from florilegium.privacy.ledger import LedgerError
 
 log = logging.getLogger(__name__)

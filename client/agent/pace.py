@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import time
 
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.phases import CohortContext
 
 LEAST_S = 0.25
 REHEARSED = 8  # texts

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from florilegium.client.lm.packing import Example
 
 Split = Callable[[Sequence[int], int], list[list[int]]]
@@ -39,3 +41,20 @@ def by_device(examples: Sequence[Example], slots: Sequence[int]) -> list[int]:
     for example, slot in zip(examples, slots, strict=True):
         tokens[slot] = tokens.get(slot, 0) + example.length
     return sorted(range(len(examples)), key=lambda i: (-tokens[slots[i]], slots[i], -examples[i].length))
+
+
+def schedule(count: int, size: int, epochs: int, seed: int) -> list[list[int]]:
+    """Batches of indices: each epoch a new order of all `count` examples, the last batch may be smaller."""
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    orders = [rng.permutation(count).tolist() for _ in range(epochs)]
+    return [order[i : i + size] for order in orders for i in range(0, count, size)]
+
+
+def schedule_steps(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
+    """`steps` full batches, one random order of all `count` examples after the other; none without examples."""
+    if not count:
+        return []
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    wanted = steps * size
+    order = np.concatenate([rng.permutation(count) for _ in range(-(-wanted // count))]).tolist()
+    return [order[i : i + size] for i in range(0, wanted, size)]

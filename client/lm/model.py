@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -170,20 +169,3 @@ def gflops(dtype: torch.dtype) -> float:
     began = time.perf_counter()
     x @ x
     return 2 * MEASURED**3 / (time.perf_counter() - began) / 1e9
-
-
-def schedule(count: int, size: int, epochs: int, seed: int) -> list[list[int]]:
-    """Batches of indices: each epoch a new order of all `count` examples, the last batch may be smaller."""
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    orders = [rng.permutation(count).tolist() for _ in range(epochs)]
-    return [order[i : i + size] for order in orders for i in range(0, count, size)]
-
-
-def schedule_steps(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
-    """`steps` full batches, one random order of all `count` examples after the other; none without examples."""
-    if not count:
-        return []
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    wanted = steps * size
-    order = np.concatenate([rng.permutation(count) for _ in range(-(-wanted // count))]).tolist()
-    return [order[i : i + size] for i in range(0, wanted, size)]

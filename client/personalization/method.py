@@ -15,8 +15,9 @@ import torch
 
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import Adapters
+from florilegium.client.lm.batching import schedule
 from florilegium.client.lm.config import AdapterConfig
-from florilegium.client.lm.model import LanguageModel, schedule
+from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization.config import MethodConfig, TrainingConfig
 from florilegium.client.personalization.history import Asked, Past, Person, Wording

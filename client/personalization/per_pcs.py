@@ -17,7 +17,7 @@ import torch
 
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import AdapterLayout, Adapters, layout
-from florilegium.client.lm.model import schedule
+from florilegium.client.lm.batching import schedule
 from florilegium.client.lm.optimizer import Moments, adamw_
 from florilegium.client.personalization.history import Asked, Person
 from florilegium.client.personalization.method import MethodContext, Served

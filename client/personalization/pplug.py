@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from florilegium.client.lm.adapter import Adapters
+from florilegium.client.lm.batching import schedule
 from florilegium.client.lm.config import AdapterConfig
-from florilegium.client.lm.model import schedule
 from florilegium.client.lm.soft_prompt import PromptLayout
 from florilegium.client.personalization.history import Asked, Person
 from florilegium.client.personalization.method import Method, MethodContext, Served

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 
 from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.batching import schedule
 from florilegium.client.lm.config import SamplingConfig
-from florilegium.client.lm.model import schedule
 from florilegium.client.personalization.oppu import Oppu
 from florilegium.client.personalization.preference import Preferences, prefer
 from florilegium.privacy.seeds import derive_seed

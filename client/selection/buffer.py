@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field, field_validator
 
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.selection.lexicons import LexiconError, Lexicons, check_source
+from florilegium.client.selection.config import SelectionConfig
+from florilegium.client.selection.entry import QUANTUM, BufferEntry
+from florilegium.client.selection.lexicons import Lexicons
 from florilegium.client.selection.policies import POLICIES
 from florilegium.client.selection.scores import (
     domain_specific_score,
@@ -24,71 +25,9 @@ from florilegium.client.selection.scores import (
     in_domain_dissimilarity,
 )
 from florilegium.client.selection.stream_memory import StreamMemory, rounded
-from florilegium.privacy.common.base_config import Config, Names
 
 if TYPE_CHECKING:
     from florilegium.client.lm.model import Features
-
-QUANTUM = 4  # decimals of a score: rounding in a batch must not decide what is kept
-
-
-class SelectionConfig(Config):
-    """What the personal adapter's buffer holds."""
-
-    policy: str = Field("quality", description=", ".join(POLICIES))
-    bins: int = Field(32, ge=1)
-    bin_bytes: int = Field(22 * 1024, ge=1, description="text and embedding of a bin; what does not fit is turned away")
-    annotations_per_round: int = Field(0, ge=0, description="most bins that a user is asked about in a round; 0: all")
-    entropy: Literal["tokens", "dimensions"] = Field("tokens", description="what the paper's EOE is taken over")
-    pooling: Literal["mean", "weighted"] = Field("mean", description="of tokens, for policies that read nothing else")
-    dissimilarity: Literal["frozen", "recomputed"] = Field("frozen", description="IDD when it came, or in each buffer")
-    lexicons: Names = Field(
-        ("general",), min_length=1, description="general, medical, vader, empath, nrc, or a .toml file"
-    )
-
-    @field_validator("policy")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in POLICIES:
-            raise ValueError(f"must be one of {', '.join(POLICIES)}")
-        return value
-
-    @field_validator("lexicons")
-    @classmethod
-    def _found(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        try:
-            return tuple(check_source(source) for source in value)
-        except LexiconError as error:
-            raise ValueError(str(error)) from None
-
-    @property
-    def reading(self) -> str:
-        """What is read off a text (`client.lm.features`)."""
-        own = POLICIES[self.policy].reading
-        return self.pooling if own == "mean" else own
-
-
-@dataclass(frozen=True, slots=True)
-class BufferEntry:
-    """A buffered prompt with its scores. The user's reply to it is not known here."""
-
-    id: str
-    prompt: str
-    domain: str
-    embedding: np.ndarray  # (D,) float16: what the policy compares texts by
-    eoe: float = 0.0
-    dss: float = 0.0
-    idd: float = 1.0
-    value: float = 0.0  # what the policy ranks by, where it has a number of its own
-
-    def dominates(self, other: BufferEntry) -> bool:
-        """Higher on all three scores."""
-        return self.eoe > other.eoe and self.dss > other.dss and self.idd > other.idd
-
-    @property
-    def size_bytes(self) -> int:
-        """Of domain, text and embedding."""
-        return len(self.domain.encode()) + len(self.prompt.encode()) + self.embedding.nbytes
 
 
 def candidate(dialogue: Dialogue, features: Features, lexicons: Lexicons, config: SelectionConfig) -> BufferEntry:

@@ -22,7 +22,7 @@ from florilegium.client.selection.scores import unit
 from florilegium.client.selection.stream_memory import StreamMemory, Update, nearest, nothing_to_remember, whitening
 
 if TYPE_CHECKING:
-    from florilegium.client.selection.buffer import BufferEntry
+    from florilegium.client.selection.entry import BufferEntry
 
 Decide = Callable[[Sequence["BufferEntry"], "BufferEntry", StreamMemory, np.random.Generator], int | None]
 

@@ -17,7 +17,7 @@ import numpy as np
 from florilegium.client.selection.scores import unit
 
 if TYPE_CHECKING:
-    from florilegium.client.selection.buffer import BufferEntry
+    from florilegium.client.selection.entry import BufferEntry
 
 StreamMemory = Mapping[str, Any]
 Update = Callable[["BufferEntry", StreamMemory], tuple["BufferEntry", StreamMemory]]

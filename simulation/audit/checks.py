@@ -19,10 +19,10 @@ from opacus.accountants import PRVAccountant
 from scipy import stats
 from scipy.optimize import brentq
 
+from florilegium.client.calibration import release_noise
 from florilegium.client.config import DeviceConfig
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.private_training import release_noise
 from florilegium.privacy.accounting import Event, epsilon
 from florilegium.privacy.noise import inverse_column
 from florilegium.privacy.plan import RoundPlan

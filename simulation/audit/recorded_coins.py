@@ -12,7 +12,7 @@ from florilegium.client.state import DeviceState
 from florilegium.privacy.plan import RoundPlan
 
 if TYPE_CHECKING:
-    from florilegium.client.phases import CohortContext
+    from florilegium.client.context import CohortContext
 
 Step = tuple[str, int, int]  # of a device, in a round
 

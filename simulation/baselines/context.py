@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from florilegium.client.calibration import release_noise
 from florilegium.client.lm.adapter import AdapterLayout, Adapters, Layout
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
-from florilegium.client.private_training import release_noise
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.seeds import derive_key, derive_seed
 from florilegium.server.aggregation import Mean

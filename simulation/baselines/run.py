@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.lm.model import LanguageModel, schedule_steps
+from florilegium.client.lm.batching import schedule_steps
+from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
-from florilegium.client.phases import CohortContext, States, annotate, observe
+from florilegium.client.phases import annotate, observe
+from florilegium.client.state import States
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.baselines.config import BaselinesConfig

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from florilegium.client.calibration import release_limits
+from florilegium.client.context import CohortContext
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import CohortContext
-from florilegium.client.private_training import release_limits
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release
 from florilegium.privacy.seeds import derive_seed

@@ -21,12 +21,14 @@ from rich.console import Group
 
 from florilegium.client.calibration import planned_event
 from florilegium.client.config import DeviceConfig
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
-from florilegium.client.phases import CohortContext, States, annotate, observe
+from florilegium.client.phases import annotate, observe
 from florilegium.client.private_training import noisy_steps, reserve, train_shared
+from florilegium.client.state import States
 from florilegium.client.terminal import Figures
 from florilegium.privacy.ledger import Ledger
 from florilegium.privacy.plan import RoundPlan

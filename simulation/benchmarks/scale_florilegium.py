@@ -19,10 +19,12 @@ from typing import Any, overload
 
 import torch
 
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.phases import CohortContext, Observation, States
+from florilegium.client.phases import Observation
 from florilegium.client.pool import Pool
 from florilegium.client.private_training import release, reserve
+from florilegium.client.state import States
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release
 from florilegium.simulation.benchmarks.scale_flower import NUMBERS, ROUNDS, SAMPLED, peak_bytes

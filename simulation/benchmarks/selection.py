@@ -18,10 +18,12 @@ from rich.console import Group
 
 from florilegium.client.config import PersonalConfig
 from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.batching import schedule
 from florilegium.client.lm.config import ModelConfig
-from florilegium.client.lm.model import Features, LanguageModel, schedule
+from florilegium.client.lm.model import Features, LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
-from florilegium.client.selection.buffer import Buffer, SelectionConfig, candidate
+from florilegium.client.selection.buffer import Buffer, candidate
+from florilegium.client.selection.config import SelectionConfig
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.client.selection.policies import POLICIES
 from florilegium.client.terminal import Figures

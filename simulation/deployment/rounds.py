@@ -21,11 +21,11 @@ from florilegium.client.agent.config import new_config
 from florilegium.client.agent.folder import DeviceError, write_private
 from florilegium.client.agent.signature import hash_of, new_key, public_half, sealed
 from florilegium.client.agent.terms import Terms, read_terms, write_terms
+from florilegium.client.calibration import release_limits
+from florilegium.client.context import release_schema
 from florilegium.client.lm.adapter import AdapterLayout
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import release_schema
-from florilegium.client.private_training import release_limits
 from florilegium.privacy.common.errors import UserError
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.seeds import derive_seed

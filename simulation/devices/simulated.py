@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from florilegium.client.context import CohortContext
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import CohortContext, Observation, States
+from florilegium.client.phases import Observation
 from florilegium.client.private_training import resend
 from florilegium.client.round import adopt, contribute, stay
-from florilegium.client.state import DeviceState, stage
+from florilegium.client.state import DeviceState, States, stage
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release, Schema
 from florilegium.simulation.config import ExperimentConfig

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from florilegium.client.state import StoreError
+from florilegium.client.state_store import StoreError
 from florilegium.privacy.common.errors import BrokenDeviceError, DeviceFaultError, UserError
 from florilegium.privacy.ledger import LedgerError
 

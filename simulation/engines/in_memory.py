@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from flwr.app import Message
 
+from florilegium.client.calibration import release_limits, release_noise
 from florilegium.client.coins import Coins
 from florilegium.client.config import DeviceConfig
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.flower_replies import Devices
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import CohortContext, Observation
-from florilegium.client.private_training import release_limits, release_noise
+from florilegium.client.phases import Observation
 from florilegium.client.round import contribute
 from florilegium.client.state import DeviceState
 from florilegium.privacy.ledger import Ledger

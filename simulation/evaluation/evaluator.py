@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 
 from florilegium.client.lm.adapter import Adapters
-from florilegium.client.lm.model import schedule
+from florilegium.client.lm.batching import schedule
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.config import ExperimentConfig

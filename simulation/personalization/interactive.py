@@ -17,8 +17,9 @@ import torch
 
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import Adapters, Layout
+from florilegium.client.lm.batching import schedule
 from florilegium.client.lm.config import AdapterConfig, SamplingConfig
-from florilegium.client.lm.model import LanguageModel, schedule
+from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization.asls import Asls, Device, Interaction
 from florilegium.client.personalization.config import AslsConfig, ProfileConfig

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from florilegium.client.state import LAST, DeviceState, DeviceStore, Page
+from florilegium.client.state import DeviceState
+from florilegium.client.state_store import LAST, DeviceStore, Page
 from florilegium.privacy.ledger import Account, Answer, Budget, Ledger, Request
 from florilegium.privacy.seeds import derive_seed
 

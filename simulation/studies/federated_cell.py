@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.phases import CohortContext, States, frozen_adapters, learn_personal
+from florilegium.client.phases import frozen_adapters, learn_personal
 from florilegium.client.round import adopt
+from florilegium.client.state import States
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.audit.attack_metrics import Ceiling, judge

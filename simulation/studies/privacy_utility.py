@@ -16,8 +16,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from scipy import stats
 
-from florilegium.client.calibration import planned_event
-from florilegium.client.private_training import release_noise
+from florilegium.client.calibration import planned_event, release_noise
 from florilegium.client.terminal import Figures
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.evaluation.metrics import Comparison, Measured, compare

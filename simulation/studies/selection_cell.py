@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from florilegium.client.phases import CohortContext, Observation, States
+from florilegium.client.context import CohortContext
+from florilegium.client.phases import Observation
 from florilegium.client.round import live
-from florilegium.client.state import DeviceStore, stage
+from florilegium.client.state import States, stage
+from florilegium.client.state_store import DeviceStore
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.config import ExperimentConfig
