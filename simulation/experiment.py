@@ -35,11 +35,13 @@ from florilegium.simulation.engines.scheduler import Scheduler
 from florilegium.simulation.engines.workers import LocalWorkers, open_workers
 from florilegium.simulation.heterogeneity.availability import Work
 from florilegium.simulation.heterogeneity.clock import BufferedClock, Clock
-from florilegium.simulation.recorder import RunRecorder
+from florilegium.simulation.recorder import RunRecorder, export_adapters
 from florilegium.simulation.reports.run_report import render_report
-from florilegium.simulation.runs.folder import RunError, RunFolder, create, resume, settle
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.events import RunEnd
+from florilegium.simulation.runs.folder import RunFolder, create, resume, settle
 from florilegium.simulation.runs.progress import RunProgress
-from florilegium.simulation.runs.summary import export_adapters, write_summary
+from florilegium.simulation.runs.summary import RunSummary, write_summary
 from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
 RUN_VARIABLE = "FLORILEGIUM_RUN"  # how the apps of Flower's own engine find the run's folder
@@ -54,7 +56,7 @@ def run_experiment(
     progress: RunProgress | None = None,
     tensorboard: bool = False,
     people: Sequence[User] | None = None,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report.
 
     `people` are those of `simulation.devices.preflight`, where they have been read already. Raises `RunError` also for
@@ -150,7 +152,7 @@ def federate(
     except NoReleaseError:
         scheduler.check()  # says why, where a process has left it
         raise
-    ends = [e["wall_s"] for e in run.events() if e["event"] == "end"]
+    ends = [e.wall_s for e in run.events_of(RunEnd)]
     session = RunRecorder(run, devices, strategy, scheduler, clock, board, earlier_s=ends[-1] if last and ends else 0.0)
     arrays = strategy.first(devices.context.shared_layout.start(derive_seed(config.seed, "shared")).numpy())
     if last:

@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from flwr.app import ArrayRecord, MetricRecord
 
+from florilegium.client.lm.peft_format import shared_files, write_files, write_peft
+from florilegium.client.lm.places import ADAPTERS, base_of, copy_base
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.release_collector import to_numpy
 from florilegium.server.strategy import ReleaseStrategy
@@ -24,6 +26,7 @@ from florilegium.simulation.evaluation.evaluator import Evaluator
 from florilegium.simulation.evaluation.fairness import summarize
 from florilegium.simulation.heterogeneity.clock import Clock, as_event
 from florilegium.simulation.runs.description import describe, peak_rss_bytes
+from florilegium.simulation.runs.events import DeviceFailure, DeviceRound, RoundEnd, RunEnd, WorldRound
 from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
@@ -56,8 +59,7 @@ class RunRecorder:
 
     @cached_property
     def examiner(self) -> Evaluator:
-        failures = (e for e in self.run.events() if e["event"] == "failure" and e["what"] == "control")
-        without = {e["device"] for e in failures}
+        without = {e.device for e in self.run.events_of(DeviceFailure) if e.what == "control"}
         return Evaluator(self.run, self.devices, self.scheduler, [n for n in self.names if n not in without])
 
     def say(self, phase: str) -> None:
@@ -65,13 +67,12 @@ class RunRecorder:
 
     def open(self) -> None:
         """The event that describes the run."""
-        self.run.record("run", **describe(self.config, self.devices))
+        self.run.record(describe(self.config, self.devices))
 
     def recall(self) -> None:
         """Takes what a world's clock has to know back from the events of a run that goes on."""
-        for event in self.run.events() if self.clock else ():
-            if event["event"] == "world" and self.clock:
-                self.clock.recall(event)
+        for event in self.run.events_of(WorldRound) if self.clock else ():
+            self.clock.recall(event)
 
     def after_round(self, round_number: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Notes → events, controls, evaluation, and last the checkpoint: with it the round is done."""
@@ -108,18 +109,19 @@ class RunRecorder:
             replies = {n: float(len(self.devices.users[n].stream)) for n in gain}
             rounds = [self.clock.rounds[n] for n in sorted(self.clock.rounds)]
             everybody = [device_name(k) for k in range(self.config.data.users)]
-            self.run.record("fairness", **summarize(rounds, self.clock.world, everybody, gain, replies))
+            self.run.record(summarize(rounds, self.clock.world, everybody, gain, replies))
 
     def close(self, *, interrupted: bool) -> None:
         if self.board:
             self.board.update()
         self.run.record(
-            "end",
-            wall_s=round(self.earlier_s + time.perf_counter() - self.began, 2),
-            peak_rss_bytes=peak_rss_bytes(),
-            tokens_trained=sum(e["tokens_trained"] for e in self.run.events() if e["event"] == "device_round"),
-            devices_bytes=self.run.shards.size_bytes,
-            interrupted=interrupted,
+            RunEnd(
+                wall_s=round(self.earlier_s + time.perf_counter() - self.began, 2),
+                peak_rss_bytes=peak_rss_bytes(),
+                tokens_trained=sum(e.tokens_trained for e in self.run.events_of(DeviceRound)),
+                devices_bytes=self.run.shards.size_bytes,
+                interrupted=interrupted,
+            )
         )
 
     def _failed(self, round_number: int) -> set[str]:
@@ -129,8 +131,9 @@ class RunRecorder:
         """
         self.scheduler.check()
         failures = self.scheduler.taken()
-        events = [{"round": round_number, "device": f.device, "what": f.what, "error": f.error} for f in failures]
-        self.run.record_all("failure", events)
+        self.run.record_all(
+            DeviceFailure(round=round_number, device=f.device, what=f.what, error=f.error) for f in failures
+        )
         return {f.device for f in failures}
 
     # -- rounds -------------------------------------------------------------------------------------------------
@@ -146,9 +149,9 @@ class RunRecorder:
             for phase, spent in page.pop("seconds").items():
                 seconds[phase] = seconds.get(phase, 0.0) + spent
             tokens = page.pop("shared_tokens", 0) + page.pop("personal_tokens", 0)
-            events.append({"round": round_number, "device": device, "tokens_trained": tokens, **page})
-        self.run.record_all("device_round", events)
-        self.scheduler.progress.end_round(round_number, sum(e["tokens_trained"] for e in events))
+            events.append(DeviceRound(round=round_number, device=device, tokens_trained=tokens, **page))
+        self.run.record_all(events)
+        self.scheduler.progress.end_round(round_number, sum(e.tokens_trained for e in events))
         return seconds
 
     def _round_event(
@@ -157,26 +160,41 @@ class RunRecorder:
         facts = self.strategy.facts[round_number]
         ratio = facts.signal_to_noise
         if self.clock:
-            self.run.record("world", **as_event(self.clock.round(round_number, asked)))
+            self.run.record(as_event(self.clock.round(round_number, asked)))
         self.run.record(
-            "round",
-            round=round_number,
-            devices=len(asked),
-            releases=facts.releases,
-            silent=facts.silent,
-            refused=facts.refused,
-            failed_adoptions=facts.failed_adoptions,
-            averaging_error=facts.averaging_error,
-            held_bytes=facts.held_bytes,
-            seconds={k: round(v, 3) for k, v in seconds.items()},
-            signal_to_noise=None if math.isnan(ratio) else ratio,
-            signal_to_noise_floor=None if math.isnan(ratio) else facts.signal_to_noise_floor,
-            change_norm_l2=facts.change_norm_l2,
-            shared_norm_l2=float(shared.norm()),
-            download_bytes=self._download_bytes,
+            RoundEnd(
+                round=round_number,
+                devices=len(asked),
+                releases=facts.releases,
+                silent=facts.silent,
+                refused=facts.refused,
+                failed_adoptions=facts.failed_adoptions,
+                averaging_error=facts.averaging_error,
+                held_bytes=facts.held_bytes,
+                seconds={k: round(v, 3) for k, v in seconds.items()},
+                signal_to_noise=None if math.isnan(ratio) else ratio,
+                signal_to_noise_floor=None if math.isnan(ratio) else facts.signal_to_noise_floor,
+                change_norm_l2=facts.change_norm_l2,
+                shared_norm_l2=float(shared.norm()),
+                download_bytes=self._download_bytes,
+            )
         )
 
     @property
     def _download_bytes(self) -> int:
         """To a device in a round: before its training and after."""
         return 0 if self.config.server.absent else 2 * self.strategy.whole.size_bytes
+
+
+def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Tensor, names: Sequence[str]) -> None:
+    """`adapters/shared`, and of the evaluated devices `adapters/personal/<device>`, as plain `peft` reads them.
+
+    With `adapters/base` where the base is a model that other machines do not find by its name.
+    """
+    context, last, folder = devices.context, devices.context.config.rounds, run.path / ADAPTERS
+    base = base_of(context.lm.name)
+    copy_base(base, folder)
+    if not run.config.server.absent:
+        write_files(folder, shared_files(context.shared_layout, shared, base))
+    for name, state in zip(names, devices.states(names, last), strict=True):
+        write_peft(folder / "personal" / name, context.personal_layout, state.personal, base)

@@ -46,6 +46,7 @@ from florilegium.simulation.deployment.link import Link, LinkGrid
 from florilegium.simulation.deployment.register import NODES, admitted, welcome
 from florilegium.simulation.deployment.settings import check_rule, read_settings, write_settings
 from florilegium.simulation.experiment import commit, committed
+from florilegium.simulation.runs.events import RoundEnd
 from florilegium.simulation.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ def run_rounds(folder: Path, link: Link, layout: AdapterLayout, tell: Tell) -> N
         run.save_shared(number, to_numpy(shared), strategy.heads, strategy.moments.arrays())
         if number:
             facts = strategy.facts[number]
-            run.record("round", round=number, **asdict(facts))
+            run.record(RoundEnd(round=number, **asdict(facts)))
             tell(f"round {number}: {came_to(facts, strategy.least_releases)}")
 
     strategy.start(LinkGrid(link), arrays, strategy.terms.rounds, strategy.terms.patience_s, evaluate_fn=over)
