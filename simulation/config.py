@@ -24,7 +24,6 @@ from florilegium.server.config import ServerConfig, devices_to_ask
 from florilegium.simulation.data.conversations import READERS
 from florilegium.simulation.data.folder import shown
 from florilegium.simulation.data.population import DataConfig
-from florilegium.simulation.heterogeneity.classes import WorldConfig
 
 SAID = {  # of what pydantic says in words of Python
     "string_type": 'must be a text; in quotes if it looks like something else, as "3", on a command line \'"3"\'',
@@ -81,6 +80,24 @@ class RayConfig(Config):
     @property
     def cpus_needed(self) -> int:
         return math.ceil(self.actors * self.cpus_per_actor)
+
+
+class WorldConfig(Config):
+    """Which devices there are and how long the server waits for them."""
+
+    classes: str = Field("", description="a file of device classes, or world/devices; empty: all equal, always there")
+    deadline_s: float = Field(0, ge=0, description="an answer that takes longer is late; 0: none")
+    over_sampling: float = Field(1.0, ge=1, description="of K wanted answers, so many times K devices are asked")
+    drop_out: float = Field(0, ge=0, lt=1, description="chance that a device that began never answers")
+    start_hour: float = Field(0, ge=0, lt=24, description="of the day in the first time zone, when the run begins")
+    idle_s: float = Field(60, gt=0, description="pause between rounds")
+
+    @model_validator(mode="after")
+    def _settings_need_a_world(self) -> Self:
+        changed = [k for k, field in type(self).model_fields.items() if getattr(self, k) != field.default]
+        if changed and not self.classes:
+            raise ValueError(f"{', '.join(changed)} without devices; set world.classes=world/devices")
+        return self
 
 
 class ExperimentConfig(DeviceConfig):
@@ -215,8 +232,12 @@ def find_config(name: str) -> Path:
     raise ConfigError(f"config {name!r} is no file{hint}")
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Reads a config; `overrides` are `key.path=value` with a TOML value or a bare word."""
+def load_config(name: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """The settings of a TOML file, or of a config that comes with the package by its name, such as `quickstart`.
+
+    `overrides` are `key.path=value` with a TOML value or a bare word. Raises `ConfigError` for what cannot be.
+    """
+    path = find_config(str(name))
     tree = read_tree(path, overrides)
     if "study" in tree:
         raise ConfigError(f"{path}: is a study of several experiments; run it with: florilegium study {path}")

@@ -41,7 +41,7 @@ from florilegium.simulation.data.population import (
     streams,
 )
 from florilegium.simulation.devices.people import UsersByDevice
-from florilegium.simulation.runs.description import people
+from florilegium.simulation.recorder import people
 
 needs_folder = pytest.mark.skipif(
     not os.environ.get("FLORILEGIUM_DATA"), reason="FLORILEGIUM_DATA is unset; set it to the folder of .jsonl.xz files"
