@@ -30,14 +30,7 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.server.release_collector import to_arrays
 from florilegium.simulation import experiment
 from florilegium.simulation.cli.main import main
-from florilegium.simulation.config import (
-    ConfigError,
-    ExperimentConfig,
-    dump_config,
-    find_config,
-    load_config,
-    with_absolute_paths,
-)
+from florilegium.simulation.config import ExperimentConfig, load_config, with_absolute_paths
 from florilegium.simulation.data import population
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import Bootstrapped, DataConfig, load_population
@@ -49,6 +42,7 @@ from florilegium.simulation.runs.folder import RunError, RunFolder, check_source
 from florilegium.simulation.runs.inputs import differing, hashes, people_sha256
 from florilegium.simulation.runs.owners import who, write_who
 from florilegium.simulation.runs.progress import RunProgress
+from florilegium.simulation.settings import ConfigError, dump_config, find_config
 
 ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
 FINISHED = (*SMALL, "name=small", "server.optimizer=fedavgm")

@@ -24,10 +24,11 @@ from florilegium.privacy.seeds import derive_seed
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits
 from florilegium.simulation.benchmarks.engine import machine
-from florilegium.simulation.config import ExperimentConfig, find_config, load_config
+from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data.population import User, load_population
 from florilegium.simulation.engines.in_memory import Federated, InMemory, federate, passing_ledger
 from florilegium.simulation.evaluation.metrics import score_arms
+from florilegium.simulation.settings import find_config
 
 RULES = (
     ServerConfig(),

@@ -41,8 +41,8 @@ def pretrain(config: Path) -> None:
 
     CONFIG is a TOML file: florilegium models pretrain configs/pretrain/nano.toml
     """
-    from florilegium.simulation.config import find_config, read_tree, validate
     from florilegium.simulation.models.config import PretrainConfig
+    from florilegium.simulation.settings import find_config, read_tree, validate
 
     tree = read_tree(find_config(str(config)))
     tree.pop("name")  # which other configs have

@@ -25,7 +25,7 @@ def study(
 
     florilegium study selection/table name=small model.name=nano study.seeds=3 data.users=8
     """
-    from florilegium.simulation.config import find_config
+    from florilegium.simulation.settings import find_config
     from florilegium.simulation.studies.config import load_study
     from florilegium.simulation.studies.preflight import ready
 

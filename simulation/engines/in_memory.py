@@ -32,11 +32,11 @@ from florilegium.privacy.seeds import derive_key, derive_seed, fresh_secret
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits, RoundFacts, to_numpy
 from florilegium.server.strategy import ReleaseStrategy
-from florilegium.simulation.config import ConfigError
 from florilegium.simulation.data.population import met_by
 from florilegium.simulation.engines.cohort_grid import CohortGrid
 from florilegium.simulation.engines.faults import tried
 from florilegium.simulation.engines.workers import Cohort, Done, Job
+from florilegium.simulation.settings import ConfigError
 
 
 @dataclass
