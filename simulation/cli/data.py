@@ -49,8 +49,8 @@ def whose(
 
     RUN is the folder of the run, DEVICES are some of its devices: florilegium data who runs/quickstart device-00007
     """
+    from florilegium.simulation.devices.owners import who, write_who
     from florilegium.simulation.runs.folder import RunFolder
-    from florilegium.simulation.runs.owners import who, write_who
 
     found = who(RunFolder(run), devices or [])
     if out:
