@@ -42,8 +42,8 @@ FLOORS = (  # of simulation/, from the ground up: a module imports from its own 
     {"recorder", "baselines", "personalization"},
     {"rounds", "studies"},
     {"flower_app", "benchmarks"},
-    {"experiment"},
     {"results"},
+    {"experiment"},
     {"cli"},
     {"__main__"},
 )

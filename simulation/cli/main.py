@@ -20,9 +20,6 @@ from florilegium.simulation.cli.doctor import doctor
 from florilegium.simulation.cli.run import audit, report, run
 from florilegium.simulation.cli.study import study
 
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads spin for each other: ruinous beside other work
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the same of numpy's, whose matrices here are small
 OURS = (
     "this is a fault of Florilegium's: please report it with the traceback above and what `florilegium doctor` prints"
 )
