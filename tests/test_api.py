@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import florilegium
 from florilegium import Experiment, FlorilegiumError, RunError, load_config, load_run
 from florilegium.client.lm import Adapters, Engine, Example, TrainingSet, lora_layout, read_peft, write_peft
-from florilegium.simulation.config import ConfigError
+from florilegium.simulation.settings import ConfigError
 
 PACKAGES = (
     "florilegium",
