@@ -125,7 +125,7 @@ class ExperimentConfig(DeviceConfig):
     @model_validator(mode="after")
     def _once_said(self) -> Self:
         """What one dialogue says must not stand in another one's prompt where dialogues are protected one by one."""
-        releasing = self.server.rule != "none" and self.shared.pool_capacity
+        releasing = not self.server.absent and self.shared.pool_capacity
         if self.privacy.by_dialogue and releasing and self.data.context_turns > 1:
             raise ValueError(
                 f"data.context_turns = {self.data.context_turns}: a reply would be in the prompts of those after it, "
@@ -158,8 +158,8 @@ class ExperimentConfig(DeviceConfig):
             )
         if server.products != "average" and factors != "both":
             raise ValueError(f"server.products = {server.products!r} needs shared.adapter.factors = 'both'")
-        if privacy.mode == "user-central" and (server.rule != "mean" or server.buffer):
-            odd = f"rule = {server.rule!r}" if server.rule != "mean" else f"buffer = {server.buffer}"
+        if privacy.mode == "user-central" and (not server.sums or server.buffer):
+            odd = f"buffer = {server.buffer}" if server.sums else f"rule = {server.rule!r}"
             raise ValueError(f"privacy.mode = 'user-central' adds noise to a round's sum; server.{odd} makes none")
         if privacy.mode == "user-central" and server.products != "average":
             raise ValueError(
