@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -18,8 +18,9 @@ from florilegium.client.config import DeviceConfig
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.places import NAMES
 from florilegium.client.selection.lexicons import SOURCES
-from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.common.base_config import Config, Names
 from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.common.registry import HOW, check
 from florilegium.server.config import ServerConfig, devices_to_ask
 from florilegium.simulation.data.conversations import READERS
 from florilegium.simulation.data.folder import shown
@@ -34,6 +35,7 @@ SAID = {  # of what pydantic says in words of Python
     "tuple_type": 'must be a list, as ["one", "two"]',
     "dict_type": "must be a section of settings",
 }
+ENGINES = ("cohort", "flower")  # of `simulation.experiment`
 Model = TypeVar("Model", bound=Config)
 
 
@@ -60,13 +62,20 @@ class EvaluationConfig(Config):
 class EngineConfig(Config):
     """What carries messages between server and devices, and what becomes of a device that raises."""
 
-    name: Literal["cohort", "flower"] = Field("cohort", description="devices in cohorts; or Flower's own simulation")
+    extensible: ClassVar = ("name",)
+
+    name: str = Field("cohort", description=f"cohort: devices in cohorts; flower: Flower's own simulation; {HOW}")
     on_device_error: Literal["end", "count"] = Field(
         "end", description="end the run; count: where faults of devices are simulated (`DeviceFaultError`)"
     )
     failed_share: float = Field(
         0.1, ge=0, le=1, description="count: of the devices that are asked at once; above it the run ends"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return check(value, ENGINES, Callable)
 
 
 class RayConfig(Config):
@@ -93,6 +102,8 @@ class ExperimentConfig(DeviceConfig):
         "lora": "its settings are shared.adapter and personal.adapter",
     }
 
+    extensible: ClassVar = ("callbacks",)
+
     name: str = "experiment"
     seed: int = Field(0, ge=0)
     engine: EngineConfig = Field(EngineConfig(), description="its name alone will do: engine = 'flower'")
@@ -102,6 +113,7 @@ class ExperimentConfig(DeviceConfig):
     evaluation: EvaluationConfig = EvaluationConfig()
     ray: RayConfig = RayConfig()
     world: WorldConfig = WorldConfig()
+    callbacks: Names = Field((), description="package.module:NAME of each `Callback` that is told how the run goes on")
 
     @property
     def reading(self) -> str:
@@ -180,6 +192,11 @@ class ExperimentConfig(DeviceConfig):
         if self.engine.name != "cohort" and (self.world.classes or self.ray.actors):
             raise ValueError("[world] and ray.actors need engine = 'cohort'")
         return self
+
+    @field_validator("callbacks")
+    @classmethod
+    def _are_there(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check(name, ()) for name in value)
 
     @field_validator("engine", mode="before")
     @classmethod
