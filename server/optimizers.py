@@ -67,7 +67,7 @@ class OptimizerSettings(Protocol):
 
 
 @runtime_checkable
-class Optimizer(Protocol):
+class ServerOptimizer(Protocol):
     """Settings of a server's steps; all that changes is in the moments."""
 
     def start(self, width: int) -> Moments:
@@ -145,7 +145,7 @@ class FedYogi(FedAdam):
 
 
 def step_at(
-    optimizer: Optimizer, shared: Array, change: Array, state: Moments, places: Places
+    optimizer: ServerOptimizer, shared: Array, change: Array, state: Moments, places: Places
 ) -> tuple[Array, Moments]:
     """A step of those numbers that a round was about: `change` has as many as `places` (P,) has true.
 
@@ -183,7 +183,7 @@ def _moved(shared: Array, step: Numbers) -> Array:
     return moved.astype(np.float32)
 
 
-OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings], Optimizer]] = {
+OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings], ServerOptimizer]] = {
     "fedavg": lambda c: FedAvg(c.learning_rate),
     "fedavgm": lambda c: FedAvgM(c.learning_rate, c.momentum),
     "fedadam": lambda c: FedAdam(c.learning_rate, c.momentum, c.beta_2, c.tau),
@@ -192,12 +192,12 @@ OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings], Optimizer]] = {
 
 
 
-def new_optimizer(name: str, settings: OptimizerSettings) -> Optimizer:
+def new_optimizer(name: str, settings: OptimizerSettings) -> ServerOptimizer:
     """The optimizer of this name. Raises `ExtensionError` for what gives none."""
     make = resolve(name, OPTIMIZERS, Callable)
-    with calling(name, "give an Optimizer, with `start` and `step`"):
+    with calling(name, "give a ServerOptimizer, with `start` and `step`"):
         optimizer: object = make(settings)
-        if not isinstance(optimizer, Optimizer):
+        if not isinstance(optimizer, ServerOptimizer):
             raise UnexpectedError(f"gave {type(optimizer).__name__}, which is none")
     return CheckedOptimizer(name, optimizer) if is_extension(name) else optimizer
 
@@ -207,7 +207,7 @@ class CheckedOptimizer:
     """An optimizer of the user's own: what it raises or gives that is no step is an `ExtensionError` with its name."""
 
     name: str
-    optimizer: Optimizer
+    optimizer: ServerOptimizer
 
     def start(self, width: int) -> Moments:
         with calling(self.name, f"return Moments, each float64 ({width},) or (0,), all finite"):

@@ -232,8 +232,12 @@ def find_config(name: str) -> Path:
     raise ConfigError(f"config {name!r} is no file{hint}")
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Reads a config; `overrides` are `key.path=value` with a TOML value or a bare word."""
+def load_config(name: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """The settings of a TOML file, or of a config that comes with the package by its name, such as `quickstart`.
+
+    `overrides` are `key.path=value` with a TOML value or a bare word. Raises `ConfigError` for what cannot be.
+    """
+    path = find_config(str(name))
     tree = read_tree(path, overrides)
     if "study" in tree:
         raise ConfigError(f"{path}: is a study of several experiments; run it with: florilegium study {path}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from flwr.serverapp import Grid
+from rich.console import Console
 from safetensors import SafetensorError
 
 from florilegium.client.calibration import release_limits, release_noise
 from florilegium.client.state_store import StoreError
-from florilegium.privacy.common.environment import make_absolute
+from florilegium.privacy.common.environment import make_absolute, prepare_process
 from florilegium.privacy.common.errors import BrokenDeviceError
 from florilegium.privacy.ledger import LedgerError
 from florilegium.privacy.plan import RoundPlan
@@ -29,6 +30,7 @@ from florilegium.server.strategy import Aggregate, NoReleaseError, ReleaseStrate
 from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
 from florilegium.simulation.data.population import User
 from florilegium.simulation.devices.people import device_name
+from florilegium.simulation.devices.preflight import ready
 from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
 from florilegium.simulation.engines.cohort_grid import CohortGrid, WorldGrid
 from florilegium.simulation.engines.scheduler import Scheduler
@@ -37,12 +39,45 @@ from florilegium.simulation.heterogeneity.availability import Work
 from florilegium.simulation.heterogeneity.clock import BufferedClock, Clock
 from florilegium.simulation.recorder import RunRecorder
 from florilegium.simulation.reports.run_report import render_report
+from florilegium.simulation.results import Result, load_run
 from florilegium.simulation.runs.folder import RunError, RunFolder, create, resume, settle
-from florilegium.simulation.runs.progress import RunProgress
+from florilegium.simulation.runs.progress import RunProgress, progress_line
 from florilegium.simulation.runs.summary import export_adapters, write_summary
 from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
 RUN_VARIABLE = "FLORILEGIUM_RUN"  # how the apps of Flower's own engine find the run's folder
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One federation in simulation: its settings, and the folder that the run is kept in."""
+
+    config: ExperimentConfig
+    folder: str | Path
+
+    def run(
+        self, *, resume: bool = False, overwrite: bool = False, tensorboard: bool = False, quiet: bool = False
+    ) -> Result:
+        """Runs to the end, or with `resume` goes on, and returns what there is; a line says how far it is.
+
+        Bit for bit what `florilegium run` does. Raises `UserError` before anything is begun where a setting, the
+        people, the model or the folder cannot be, and `BrokenDeviceError` where a device's code raises. What was
+        finished is kept in the folder, whatever ends the run.
+        """
+        prepare_process()
+        folder = Path(self.folder)
+        people = ready(self.config, folder, resuming=resume, overwrite=overwrite)
+        with progress_line(self.config, Console(quiet=quiet)) as progress:
+            run_experiment(
+                self.config, folder, resuming=resume, overwrite=overwrite, progress=progress, tensorboard=tensorboard,
+                people=people,
+            )  # fmt: skip
+        return load_run(folder)
+
+
+def run(config: ExperimentConfig, folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> Result:
+    """`Experiment(config, folder).run(…)` in one call."""
+    return Experiment(config, folder).run(resume=resume, overwrite=overwrite)
 
 
 def run_experiment(

@@ -23,9 +23,6 @@ from florilegium.privacy.common.dumps import forbid_dumps
 from florilegium.privacy.common.errors import BrokenDeviceError, UserError
 from florilegium.simulation.cli.server import app as server
 
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads spin for each other: ruinous beside other work
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the same of numpy's, whose matrices here are small
 typer.core.HAS_RICH = False  # with it the Typer that Flower takes shows `[` as `\[`
 app = typer.Typer(
     no_args_is_help=True,

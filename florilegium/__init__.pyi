@@ -1,0 +1,8 @@
+from .privacy.common.errors import FlorilegiumError
+from .simulation.config import ConfigError, load_config
+from .simulation.experiment import Experiment, run
+from .simulation.results import Result, load_run
+from .simulation.runs.folder import RunError
+
+__version__: str
+__all__ = ["ConfigError", "Experiment", "FlorilegiumError", "Result", "RunError", "load_config", "load_run", "run"]
