@@ -18,7 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from florilegium.client.flower_arrays import on_a_wire
 from florilegium.client.flower_replies import answer, refusal
 from florilegium.privacy.reply_gate import FAILED, NO_DEVICE
-from florilegium.simulation.config import find_config, load_config
+from florilegium.simulation.config import load_config
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices, devices_of_worker, load_devices
 from florilegium.simulation.engines.faults import attempt, leave
@@ -28,6 +28,7 @@ from florilegium.simulation.engines.workers import LocalWorkers
 from florilegium.simulation.recorder import federate_run
 from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.runs.summary import write_summary
+from florilegium.simulation.settings import find_config
 
 log = logging.getLogger(__name__)
 RUN_VARIABLE = "FLORILEGIUM_RUN"  # how the apps of Flower's own engine find the run's folder

@@ -12,11 +12,12 @@ from pathlib import Path
 from florilegium.client.calibration import planned_event
 from florilegium.client.lm.places import check_model
 from florilegium.client.selection.lexicons import load_lexicons
-from florilegium.simulation.config import ConfigError, ExperimentConfig, with_absolute_paths
+from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
 from florilegium.simulation.data.population import Bootstrapped, User, load_population
 from florilegium.simulation.heterogeneity.classes import DevicePopulation, load_classes
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.folder import check_new, check_resumable
+from florilegium.simulation.settings import ConfigError
 
 
 def ready(config: ExperimentConfig, folder: Path, *, resuming: bool, overwrite: bool) -> Sequence[User]:
@@ -56,7 +57,7 @@ def world_of(config: ExperimentConfig) -> DevicePopulation | None:
 def _check_ranks(config: ExperimentConfig, world: DevicePopulation) -> None:
     if not any(c.rank for c in world.classes):
         return
-    if config.server.rule != "mean" or config.server.products != "average":
+    if not config.server.sums or config.server.products != "average":
         raise ConfigError("devices of unequal rank need server.rule = 'mean' and server.products = 'average'")
     if not config.privacy.by_dialogue:
         raise ConfigError(f"privacy.mode = {config.privacy.mode!r} and devices of unequal rank do not go together")

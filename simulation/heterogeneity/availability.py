@@ -15,14 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
-from florilegium.simulation.heterogeneity.classes import (
-    DeviceClass,
-    DevicePopulation,
-    WorldConfig,
-    class_of,
-    local_hour,
-    uniform,
-)
+from florilegium.simulation.config import WorldConfig
+from florilegium.simulation.heterogeneity.classes import DeviceClass, DevicePopulation, class_of, local_hour, uniform
 from florilegium.simulation.runs.events import Outcome, OutcomeKind
 
 

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 from florilegium.privacy.release import Array
 from florilegium.privacy.seeds import fresh_secret
-from florilegium.simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config
+from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.runs.changes import SPEED, changes, check, told
 from florilegium.simulation.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from florilegium.simulation.runs.device_store import Shards
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.events import Evaluation, Event, Facts, RunStart, append, read, rewind
 from florilegium.simulation.runs.provenance import sources_sha256, write_sources
+from florilegium.simulation.settings import ConfigError, dump_config, find_config
 
 Kind = TypeVar("Kind", bound=Event)
 AGGREGATE = "-aggregate"  # ends the names of checkpoints of rounds that are not over
