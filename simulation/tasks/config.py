@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.common.suggestions import did_you_mean
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import DataConfig, Half, half_of
@@ -43,8 +43,7 @@ class TaskConfig(Config):
     def _is_a_task(cls, name: str) -> str:
         if name in NAMES:
             return name
-        near = get_close_matches(name, NAMES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(NAMES)}"
+        hint = did_you_mean(name, NAMES, 0.5) or f"known names: {', '.join(NAMES)}"
         raise ValueError(f"unknown task {name!r}; {hint}")
 
     @model_validator(mode="after")
