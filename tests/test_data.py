@@ -41,7 +41,7 @@ from florilegium.simulation.data.population import (
     streams,
 )
 from florilegium.simulation.devices.people import UsersByDevice
-from florilegium.simulation.runs.description import people
+from florilegium.simulation.recorder import people
 from florilegium.simulation.settings import ConfigError
 
 needs_folder = pytest.mark.skipif(

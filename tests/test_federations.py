@@ -26,7 +26,7 @@ from florilegium.simulation.config import ExperimentConfig, load_config, with_ab
 from florilegium.simulation.data.population import Bootstrapped, DataConfig, User, load_population
 from florilegium.simulation.devices.simulated import load_devices
 from florilegium.simulation.devices.workload import planned_tokens
-from florilegium.simulation.engines.cohorts import pack
+from florilegium.simulation.engines.scheduler import pack
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.runs.device_store import Shards
 from florilegium.simulation.runs.folder import Event, RunFolder, create

@@ -26,7 +26,7 @@ from florilegium.server.release_collector import Limits
 from florilegium.simulation.benchmarks.engine import machine
 from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data.population import User, load_population
-from florilegium.simulation.engines.in_memory import Federated, InMemory, federate, passing_ledger
+from florilegium.simulation.engines.in_memory import Federated, InMemory, federate_cohort, passing_ledger
 from florilegium.simulation.evaluation.metrics import score_arms
 from florilegium.simulation.settings import find_config
 
@@ -108,7 +108,7 @@ def _measured(
         context = CohortContext.of(lm, config, seed, lambda device, dialogue: replies[dialogue], None, ledger)
         bound = release_limits(loose, context.schema)[0]
         cohort = Poisoned(context, streams, False, false=false, way=way, norm_l2=bound)
-        seen = federate(cohort, rule, Limits(largest_norm_l2=bound))
+        seen = federate_cohort(cohort, rule, Limits(largest_norm_l2=bound))
     start = context.shared_layout.start(derive_seed(context.seed, "shared"))
     queries = [list(user.held_out) for user in users[3:]]  # of the honest ones, always the same
     arms: dict[str, Any] = {"base": [], "shared": [_repeated(lm, seen, len(queries))]}

@@ -46,7 +46,7 @@ WITHOUT_SERVER = RoundFunctions(  # without a server
 
 @dataclass(frozen=True)
 class SimulatedDevices:
-    """All devices of a run, as far as this process is asked for them (`client.flower_replies.Devices`)."""
+    """All devices of a run, as far as this process is asked for them (`client.devices.Devices`)."""
 
     run: RunFolder
     context: CohortContext
