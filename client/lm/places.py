@@ -21,7 +21,7 @@ from urllib.request import url2pathname
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.common.errors import UserError, first_line
 from florilegium.privacy.common.suggestions import did_you_mean
 
 NAMES = ("nano", "smollm2-135m")
@@ -62,10 +62,9 @@ def resolve(name: str) -> Path:
         return hub_folder(name)
     if "/" in name or os.sep in name:
         raise ModelError(f"model {name!r} is not a folder, nor a hub id like owner/name")
-    hint = did_you_mean(name.lower(), NAMES, 0.4)
-    raise ModelError(
-        f"unknown model {name!r}; {hint}{' ' if hint else ''}use {', '.join(NAMES)}, a folder, or a hub id like owner/name"
-    )
+    near = did_you_mean(name.lower(), NAMES, 0.4)
+    hint = f"{near} " if near else ""
+    raise ModelError(f"unknown model {name!r}; {hint}use {', '.join(NAMES)}, a folder, or a hub id like owner/name")
 
 
 def check_model(name: str) -> None:
