@@ -24,7 +24,7 @@ from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import Cell, Study, StudyConfig, TableConfig, load_study
 from florilegium.simulation.studies.interactive_cell import HELD_OUT, InteractiveCell
 from florilegium.simulation.studies.personalization_report import STRANGER, tables
-from florilegium.simulation.studies.selection_cell import run_study
+from florilegium.simulation.studies.runner import run_study
 from florilegium.simulation.studies.study_report import read_report
 from florilegium.simulation.tasks.config import load_task
 from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser

@@ -43,7 +43,7 @@ from florilegium.simulation.evaluation.metrics import measure_nll, score_users
 from florilegium.simulation.settings import ConfigError, config_folder
 from florilegium.simulation.studies import baselines_report
 from florilegium.simulation.studies.config import load_study
-from florilegium.simulation.studies.selection_cell import run_study
+from florilegium.simulation.studies.runner import run_study
 
 RATE, STEPS, DEVICES = 1e-2, 4, 3
 CPU = torch.device("cpu")

@@ -37,7 +37,8 @@ from florilegium.simulation.studies.figures import _within
 from florilegium.simulation.studies.preflight import ready
 from florilegium.simulation.studies.privacy_utility import outcomes, reaches
 from florilegium.simulation.studies.published import PUBLISHED
-from florilegium.simulation.studies.selection_cell import SelectionCell, run_study
+from florilegium.simulation.studies.runner import run_study
+from florilegium.simulation.studies.selection_cell import SelectionCell
 from florilegium.simulation.studies.statistics import Contrast, contrasts, corrected, entries
 from florilegium.simulation.studies.study_report import read_report
 

@@ -33,7 +33,7 @@ def study(
     folder = studies / planned.name
     bench = ready(planned, folder)
 
-    from florilegium.simulation.studies.selection_cell import (
+    from florilegium.simulation.studies.runner import (
         run_study,  # and with it torch, now that nothing is left to refuse
     )
     from florilegium.simulation.studies.study_report import read_report
