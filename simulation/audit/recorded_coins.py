@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from florilegium.client.coins import Circumstances, Coins
+from florilegium.client.coins import Coins, Seeded
 from florilegium.client.state import DeviceState
 from florilegium.privacy.plan import RoundPlan
 
@@ -21,12 +21,12 @@ class Recorded(Coins):
         self.samples: dict[Step, tuple[int, list[int]]] = {}  # of so many slots, those that were drawn
         self.noise_keys: dict[tuple[str, int], int] = {}  # by device and round
 
-    def secret(self, device: str, context: Circumstances) -> int:
+    def secret(self, device: str, context: Seeded) -> int:
         if device not in self.secrets:
             self.secrets[device] = super().secret(device, context)
         return self.secrets[device]
 
-    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, context: Circumstances) -> list[int]:
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, context: Seeded) -> list[int]:
         """Of another number of slots than what was written down, anew: that is another question."""
         known, drawn = self.samples.get((state.id, plan.round, step), (-1, []))
         if known != count:
@@ -34,7 +34,7 @@ class Recorded(Coins):
             self.samples.setdefault((state.id, plan.round, step), (count, drawn))
         return drawn
 
-    def noise_key(self, state: DeviceState, plan: RoundPlan, context: Circumstances) -> int:
+    def noise_key(self, state: DeviceState, plan: RoundPlan, context: Seeded) -> int:
         known = state.id, plan.round
         if known not in self.noise_keys:
             self.noise_keys[known] = super().noise_key(state, plan, context)
