@@ -37,7 +37,7 @@ from florilegium.simulation.personalization.run import play
 from florilegium.simulation.runs.events import Evaluation
 from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.studies.config import load_study
-from florilegium.simulation.studies.selection_cell import run_study
+from florilegium.simulation.studies.runner import run_study
 from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser
 
 MARK = "quagga"
