@@ -11,7 +11,8 @@ from threading import Event, Thread
 
 import pytest
 
-from florilegium.client.agent.vault import Together, Vault, VaultError
+from florilegium.client.agent.errors import VaultError
+from florilegium.client.agent.vault import Together, Vault
 from florilegium.privacy.common.database import connected
 from florilegium.simulation.benchmarks.agent import measure
 

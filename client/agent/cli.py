@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from florilegium.client.agent.folder import USUAL, DeviceError, DeviceFolder, write_private
+from florilegium.client.agent.errors import DeviceError
+from florilegium.client.agent.folder import USUAL, DeviceFolder, write_private
 from florilegium.client.terminal import Figures
 
 app = typer.Typer(no_args_is_help=True)
@@ -72,19 +74,17 @@ def init(
         config = new_config(chosen, "keyring" if key == "keyring" else "file", limit)
         limit_memory(limit)
 
-        from florilegium.client.agent.agent import (  # and with it torch, now that nothing is left to refuse
-            Agent,
-            loaded,
-        )
+        from florilegium.client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
+        from florilegium.client.agent.device import Device, loaded
 
         lm = loaded(config.device.model)
         secret = place.make(config)
         with place.locked():
-            agent = Agent(place, config, lm, secret)
+            agent = Agent(Device(place, config, lm, secret))
             for item, agreed in consents.items():
                 agent.consent(item, bool(agreed))
             agent.status()
-            agent.vault.copy_to(place.good_copy)
+            agent.device.vault.copy_to(place.good_copy)
     console.print(f"{config.name} with {lm.name} is in {place.folder}. Next: {place.command('serve')}")
 
 
@@ -113,10 +113,10 @@ def serve(
     with plain_errors(), opened(DeviceFolder(home)) as agent:
         from florilegium.client.agent.supernode import connected  # and with it flwr
 
-        wanted = agent.config.port if port is None else port
+        wanted = agent.device.config.port if port is None else port
         with learning(agent), connected(agent), showing(agent, wanted) as address:
             seen = agent.page_address if sys.stdout.isatty() else f"{address} (florilegium device page opens it)"
-            print(f"{agent.config.name}: {seen}", flush=True)  # a log may be read by others
+            print(f"{agent.device.config.name}: {seen}", flush=True)  # a log may be read by others
             over.wait()
     logging.shutdown()
     os._exit(0)  # a thread may still be at work in the model; what was written is whole
@@ -292,10 +292,10 @@ def join(
 
             agent = Agent.open(place)
             agent.check_terms(asked)
-            privacy, spent = agent.config.device.privacy, agent.epsilon()
+            privacy, spent = agent.device.config.device.privacy, agent.epsilon()
             console.print(
                 f"{asked.name} at {server}: {asked.rounds} rounds. Each answer is the change of a shared adapter of "
-                f"{agent.lm.name}, with noise for {privacy.promise.unit}: at most ε = {privacy.epsilon:g} at "
+                f"{agent.device.lm.name}, with noise for {privacy.promise.unit}: at most ε = {privacy.epsilon:g} at "
                 f"δ = {privacy.delta:g} over all rounds. Not covered: {privacy.promise.not_covered}."
             )
             if spent is None or spent > 0:
@@ -387,9 +387,9 @@ def erase(
 
 def _anew(done: dict[str, Any]) -> str:
     learned = "the adapter was trained anew" if done["retrained"] else "there was nothing to train on"
-    sent = f"; {done['cannot be recalled']} releases were sent before and cannot be recalled"
+    sent = f"; {done['sent']} releases were sent before and cannot be recalled"
     said = f"; {done['replies']} replies of the model were erased with them" if done.get("replies") else ""
-    return f"{done['dialogues']} dialogues are left; {learned}{said}{sent if done['cannot be recalled'] else ''}"
+    return f"{done['dialogues']} dialogues are left; {learned}{said}{sent if done['sent'] else ''}"
 
 
 @app.command()
@@ -402,7 +402,7 @@ def restore(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = Fa
         with place.locked():
             place.check_copy()
 
-            from florilegium.client.agent.agent import restore as put_back
+            from florilegium.client.agent.device import restore as put_back
 
             put_back(place)
         console.print(
@@ -423,7 +423,7 @@ def rebase(home: HomeOption = HOME) -> None:
 
             from florilegium.client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
 
-            console.print(_anew(Agent.open(place, rebasing=True).rebase(console.print)))
+            console.print(_anew(asdict(Agent.open(place, rebasing=True).rebase(console.print))))
 
 
 @contextmanager

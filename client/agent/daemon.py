@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from florilegium.client.agent.connection_limits import by_user
-from florilegium.client.agent.folder import DeviceFolder, HomeError
+from florilegium.client.agent.errors import HomeError
+from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.agent.http_server import Bounds, open_server
 from florilegium.client.agent.memory_limits import limit_memory
 from florilegium.client.lm.places import check_model
@@ -35,7 +36,7 @@ def listening(agent: Agent) -> Iterator[None]:
     """The agent's socket is open while this lasts; the caller holds the lock of its home."""
     from florilegium.client.agent.http_api import application
 
-    path = agent.home.socket
+    path = agent.device.folder.socket
     path.unlink(missing_ok=True)  # of an agent that was killed
     before = os.umask(0o177)
     try:

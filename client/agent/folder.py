@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 from filelock import FileLock, Timeout
 
+from florilegium.client.agent.errors import HomeError
 from florilegium.privacy.common.database import KEY_HEX
-from florilegium.privacy.common.errors import UserError
 
 if TYPE_CHECKING:
     from florilegium.client.agent.config import AgentConfig
@@ -27,14 +27,6 @@ USUAL = Path("~/.florilegium")
 KEYRING = "florilegium"
 LOCK = "agent.lock"
 OWN = ("device.*", "key", "ledger.head*", "agent.sock")  # files that a device makes in its folder
-
-
-class DeviceError(UserError):
-    """Something that a device's owner can do something about; the message says what."""
-
-
-class HomeError(DeviceError):
-    """The folder of a device is not there, not whole, or not one's own; the message names the way out."""
 
 
 class DeviceFolder:

@@ -32,10 +32,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from florilegium.client.agent.agent import Agent, AgentError
+from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import CONSENTS
+from florilegium.client.agent.errors import AgentError, VaultError
 from florilegium.client.agent.http_server import visit_of
-from florilegium.client.agent.vault import Turn, VaultError
+from florilegium.client.agent.vault import Turn
 from florilegium.client.lm.layers import UnsupportedModelError
 from florilegium.client.lm.places import ADAPTERS
 from florilegium.client.personalization.profile import ProfileError
@@ -112,13 +113,13 @@ class Service:
         reads: dict[str, Callable[[], Any]] = {
             "/api/status": self.agent.status,
             "/api/kept": self.agent.kept,
-            "/api/dialogues": lambda: [_told(t) for t in self.agent.vault.turns()],
+            "/api/dialogues": lambda: [_told(t) for t in self.agent.device.vault.turns()],
             "/api/profile": lambda: json.loads(self.agent.profile.to_json()),
-            "/api/sent": lambda: [asdict(s) for s in self.agent.vault.sent()],
+            "/api/sent": lambda: [asdict(s) for s in self.agent.device.vault.sent()],
             "/api/ledger": self._ledger,
             "/api/page": lambda: self.agent.page_address,
             "/api/consents": lambda: {item: {"text": CONSENTS[item], "given": given}
-                                      for item, given in self.agent.consents.items()},
+                                      for item, given in self.agent.device.consents.items()},
         }  # fmt: skip
         writes: dict[str, Callable[[dict[str, Any]], Any]] = {
             "/api/rate": lambda b: _told(self.agent.rate(_text(b, "id"), _liked(b), _text(b, "wanted", ""))),
@@ -131,9 +132,7 @@ class Service:
         streams: dict[str, Callable[[dict[str, Any], Told], Any]] = {
             "/api/chat": self._chat,
             "/api/learn": lambda b, told: self.agent.learn(lambda phase: told({"phase": phase})),
-            "/api/erase": lambda b, told: self.agent.erase(
-                _names(b), lambda phase: told({"phase": phase}), keep_replies=_flag(b, "keep_replies", False)
-            ),
+            "/api/erase": self._erase,
         }
         return [
             *(Route(path, self._page) for path in PAGE),
@@ -156,7 +155,7 @@ class Service:
 
     def _at_once(self, ask: Callable[[], Any]) -> Any:
         """With the vault to itself for all that it looks up there, not in turn with others for each."""
-        with self.agent.vault.open():
+        with self.agent.device.vault.open():
             return ask()
 
     async def _write(self, request: Request, do: Callable[[dict[str, Any]], Any], urgent: bool) -> Response:
@@ -206,9 +205,13 @@ class Service:
         )  # fmt: skip
         return _told(turn)
 
+    def _erase(self, body: dict[str, Any], told: Told) -> dict[str, Any]:
+        keep = _flag(body, "keep_replies", False)
+        return asdict(self.agent.erase(_names(body), lambda phase: told({"phase": phase}), keep_replies=keep))
+
     def _ledger(self) -> dict[str, Any]:
         account = self.agent.account
-        budget = self.agent.config.device.privacy
+        budget = self.agent.device.config.device.privacy
         return {
             "unit": budget.promise.unit,
             "trust": budget.promise.trust,
@@ -235,16 +238,16 @@ class Service:
         """All that is the owner's, readable: dialogues, what is kept, profile, accounts, the adapters."""
         agent, packed = self.agent, io.BytesIO()
         lists = {
-            "dialogues": [_told(t) for t in agent.vault.turns()],
+            "dialogues": [_told(t) for t in agent.device.vault.turns()],
             "kept": agent.kept(),
-            "sent": [asdict(s) for s in agent.vault.sent()],
+            "sent": [asdict(s) for s in agent.device.vault.sent()],
         }
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, rows in lists.items():
                 archive.writestr(f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
             archive.writestr("profile.json", agent.profile.to_json())
             archive.writestr("ledger.json", json.dumps(self._ledger(), indent=1))
-            archive.write(agent.home.settings, "device.toml")
+            archive.write(agent.device.folder.settings, "device.toml")
             for name, content in agent.exported().items():
                 archive.writestr(f"{ADAPTERS}/{name}", content)
         return packed.getvalue()

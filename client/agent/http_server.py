@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from florilegium.client.agent.connection_limits import Rate, kernel_tells, network_of, nobody
-from florilegium.client.agent.folder import DeviceError
+from florilegium.client.agent.errors import DeviceError
 
 log = logging.getLogger(__name__)
 READY_S = 30.0

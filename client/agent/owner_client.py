@@ -9,13 +9,10 @@ from typing import Any
 
 import httpx
 
-from florilegium.client.agent.folder import DeviceError, DeviceFolder
+from florilegium.client.agent.errors import RefusedError
+from florilegium.client.agent.folder import DeviceFolder
 
 PATIENCE_S = 3600.0
-
-
-class RefusedError(DeviceError):
-    """The agent says no; the message is its own."""
 
 
 class OwnerClient:

@@ -17,9 +17,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from secrets import token_hex
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
-from florilegium.client.agent.folder import DeviceError, sync_folder, with_journal
+from florilegium.client.agent.errors import VaultError
+from florilegium.client.agent.folder import sync_folder, with_journal
 from florilegium.client.dialogue import Echo
 from florilegium.privacy.common.database import connected
 
@@ -38,12 +39,9 @@ CREATE TABLE IF NOT EXISTS sent (
     epsilon REAL
 );
 """
+Fact = TypeVar("Fact")
 Write = Callable[[sqlite3.Connection], Any]
 _COLUMNS = "number, id, time, conversation, prompt, said, liked, wanted, cycle"
-
-
-class VaultError(DeviceError):
-    """The vault cannot be read or written; the message names the way out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +218,12 @@ class Vault:
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
-    def fact(self, name: str, default: Any = None) -> Any:
+    def fact(self, name: str, default: Fact) -> Fact:
+        """What was set under a name, of the kind of the default."""
         with self.open() as connection:
             row = connection.execute("SELECT value FROM fact WHERE name = ?", (name,)).fetchone()
-        return json.loads(row[0]) if row else default
+        found: Fact = json.loads(row[0]) if row else default
+        return found
 
     def facts(self, names: Sequence[str]) -> dict[str, Any]:
         """Those of them that are there."""
@@ -249,6 +249,10 @@ class Vault:
                 "SELECT time, federation, round, kind, bytes, epsilon FROM sent ORDER BY number"
             ).fetchall()
         return [Sent(*row) for row in found]
+
+    def releases(self) -> list[Sent]:
+        """What was sent of a shared adapter."""
+        return [s for s in self.sent() if s.kind == "release"]
 
     # -- wholeness ----------------------------------------------------------------------------------------------------
 

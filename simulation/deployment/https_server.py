@@ -37,7 +37,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from florilegium.client.agent.connection_limits import Rate, by_address
-from florilegium.client.agent.folder import DeviceError
+from florilegium.client.agent.errors import DeviceError
 from florilegium.client.agent.http_server import Bounds, HttpServer, KindOf, open_server, visit_of
 from florilegium.client.agent.invitation import JOIN
 from florilegium.simulation.deployment.link import Link
