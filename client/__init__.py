@@ -1,0 +1,5 @@
+"""A device: it selects, asks, synthesizes, trains and releases. Imports `privacy` alone."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -53,7 +53,7 @@ class Moments:
         return type(self)(_put(self.first, places, part.first), _put(self.second, places, part.second))
 
 
-class Optimizer(Protocol):
+class ServerOptimizer(Protocol):
     """Settings of a server's steps; all that changes is in the moments."""
 
     def start(self, width: int) -> Moments:
@@ -131,7 +131,7 @@ class FedYogi(FedAdam):
 
 
 def step_at(
-    optimizer: Optimizer, shared: Array, change: Array, state: Moments, places: Places
+    optimizer: ServerOptimizer, shared: Array, change: Array, state: Moments, places: Places
 ) -> tuple[Array, Moments]:
     """A step of those numbers that a round was about: `change` has as many as `places` (P,) has true.
 
@@ -169,7 +169,7 @@ def _moved(shared: Array, step: Numbers) -> Array:
     return moved.astype(np.float32)
 
 
-OPTIMIZERS: Mapping[str, Callable[[ServerConfig], Optimizer]] = {
+OPTIMIZERS: Mapping[str, Callable[[ServerConfig], ServerOptimizer]] = {
     "fedavg": lambda c: FedAvg(c.learning_rate),
     "fedavgm": lambda c: FedAvgM(c.learning_rate, c.momentum),
     "fedadam": lambda c: FedAdam(c.learning_rate, c.momentum, c.beta_2, c.tau),

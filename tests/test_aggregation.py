@@ -28,7 +28,7 @@ from florilegium.server.optimizers import (
     FedAvgM,
     FedYogi,
     Moments,
-    Optimizer,
+    ServerOptimizer,
     StepTooLargeError,
     step_at,
 )
@@ -237,7 +237,7 @@ def round_of_flower(strategy: flower.FedAvg, number: int, shared: Array, changes
 
 
 def compared(
-    strategy: flower.FedAvg, optimizer_of: Callable[[int], Optimizer], state: Moments, rounds: int = 3
+    strategy: flower.FedAvg, optimizer_of: Callable[[int], ServerOptimizer], state: Moments, rounds: int = 3
 ) -> list[float]:
     """The largest difference between Flower's shared adapter and ours after each round."""
     theirs = ours = drawn(0, 1, 50)[0] * np.float32(0.1)

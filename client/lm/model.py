@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from florilegium.client.lm import layers
 from florilegium.client.lm.adapter import AdapterLayout, Adapters, Layout, layout
-from florilegium.client.lm.config import AdapterConfig, ModelConfig, SamplingConfig
+from florilegium.client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, Trained
 from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.features import FEATURES, Feature, HiddenStates
 from florilegium.client.lm.hub import default_device, load
@@ -41,6 +41,27 @@ class Score:
 
     nll: float  # nats, summed over the reply's tokens
     tokens: int
+
+
+def lora_layout(
+    engine: Engine,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: Sequence[str] = (),
+    factors: Trained = "both",
+    public_seed: int = 0,
+) -> AdapterLayout:
+    """The layout of LoRA adapters of this rank and of scale alpha / rank (Hu et al. 2021, arXiv 2106.09685).
+
+    `targets` are endings of the names of the layers; none: all that the engine adapts. Of the `factors` A and B both
+    or one is trained; a frozen one follows from `public_seed`, and lies on the model's device. Raises
+    `UnsupportedModelError` for targets that no layer has, and for a rank that none can have.
+    """
+    chosen = layers.adapted_layers(engine.modules, targets)
+    layers.check_rank(rank, chosen)
+    made = layout(chosen, rank, alpha, factors, public_seed)
+    made.frozen.update({name: x.to(engine.device) for name, x in made.frozen.items()})
+    return made
 
 
 class LanguageModel:
@@ -80,11 +101,7 @@ class LanguageModel:
 
     def lora_layout(self, config: AdapterConfig, public_seed: int = 0) -> AdapterLayout:
         """That of LoRA; frozen factors lie on the model's device. Raises `UnsupportedModelError`."""
-        chosen = layers.adapted_layers(self.engine.modules, config.targets)
-        layers.check_rank(config.rank, chosen)
-        made = layout(chosen, config.rank, config.alpha, config.factors, public_seed)
-        made.frozen.update({name: x.to(self.engine.device) for name, x in made.frozen.items()})
-        return made
+        return lora_layout(self.engine, config.rank, config.alpha, config.targets, config.factors, public_seed)
 
     def adapters(self, layout: Layout, rows: torch.Tensor) -> Adapters:
         """Rows (K, P) or (P,) as float32 adapters on the model's device."""

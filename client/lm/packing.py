@@ -23,8 +23,8 @@ class Example:
 
     prompt: tuple[int, ...]
     reply: tuple[int, ...]
-    words: tuple[int, int]  # the first and the one past the last token of the user's words within `prompt`
-    truncated: bool
+    words: tuple[int, int] = (0, 0)  # the first and the one past the last token of the user's words within `prompt`
+    truncated: bool = False
 
     @property
     def length(self) -> int:

@@ -29,9 +29,12 @@ class AdapterFormatError(UserError):
     """A PEFT folder does not fit the layout."""
 
 
-def write_peft(folder: Path, layout: Layout, row: torch.Tensor, base: Base) -> None:
-    """Writes the files of `peft_files`."""
-    write_files(folder, peft_files(layout, row, base))
+def write_peft(folder: str | Path, layout: Layout, row: torch.Tensor, base: Base | str) -> None:
+    """Writes one row (P,) as a folder that `PeftModel.from_pretrained` reads, for the base of that name or path.
+
+    Raises `AdapterFormatError` for an adapter that PEFT does not know, such as a gated one.
+    """
+    write_files(Path(folder), peft_files(layout, row, Base(base) if isinstance(base, str) else base))
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -86,8 +89,9 @@ def _described(layout: Layout, row: torch.Tensor) -> tuple[Tensors, PeftConfig]:
     raise AdapterFormatError("PEFT's format has no place for an adapter's gates")
 
 
-def read_peft(folder: Path, layout: AdapterLayout) -> torch.Tensor:
+def read_peft(folder: str | Path, layout: AdapterLayout) -> torch.Tensor:
     """The row (P,) of PEFT's LoRA; raises `AdapterFormatError` where rank, scale, layers or frozen A differ."""
+    folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if config["r"] != layout.rank or config["lora_alpha"] != layout.alpha:
         raise AdapterFormatError(

@@ -1,4 +1,4 @@
-"""Where the environment says that data, models and caches lie, before anybody changes the working directory."""
+"""The environment of a process: what libraries read of it when they are loaded, and where data and models lie."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ VARIABLES = (
     "HUGGINGFACE_HUB_CACHE",
     "HF_DATASETS_CACHE",
 )
+DEFAULTS = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "GOMP_SPINCOUNT": "1000",  # torch's threads spin for each other: ruinous beside other work
+    "OPENBLAS_NUM_THREADS": "1",  # the same of numpy's, whose matrices here are small
+}
+
+
+def prepare_process() -> None:
+    """What is done first in every process, a notebook's as the command's, so that all get the same bits.
+
+    What the environment says already stays.
+    """
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    make_absolute()
 
 
 def make_absolute() -> None:

@@ -1,0 +1,4 @@
+from .method import Method, MethodContext
+from .registry import METHODS
+
+__all__ = ["METHODS", "Method", "MethodContext"]

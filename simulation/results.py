@@ -1,0 +1,108 @@
+"""What a run has left, for whoever reads it in a program or a notebook: figures, events, data frames, adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from florilegium.client.lm.places import ADAPTERS
+from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.runs.folder import RunError, RunFolder
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+INSTALL = "pip install 'florilegium[notebook]'"
+HEIGHT_PX = 640  # of a report within a notebook
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run in its folder. Two of them are equal where their folders are."""
+
+    folder: Path
+
+    @property
+    def config(self) -> ExperimentConfig:
+        """The settings of the run, defaults included."""
+        return RunFolder(self.folder).config
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The figures of `summary.json`."""
+        return dict(json.loads((self.folder / "summary.json").read_text(encoding="utf-8")))
+
+    def events(self, kind: str = "") -> Iterator[dict[str, Any]]:
+        """What the run wrote down, in its order; with a kind, such as `evaluation` or `device_round`, that alone."""
+        return (event for event in RunFolder(self.folder).events() if not kind or event["event"] == kind)
+
+    def frame(self, kind: str) -> DataFrame:
+        """The events of a kind as a data frame, a row each.
+
+        A column is a field; an interval `ci95` is the columns `ci95_low` and `ci95_high`, a field with named parts is
+        one column for each, as in `seconds_annotate`. Some kinds: `evaluation` (round, arm, metric, mean_per_user,
+        mean_per_query, ci95_low, ci95_high: nats a token for `nll`), `result` (device, arm, nll, rouge1, queries:
+        after the last round), `device_round` (what a device did in a round). Raises `ImportError` without pandas, and
+        `RunError` for a kind that the run has none of.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            raise ImportError(f"data frames need pandas: {INSTALL}") from None
+        rows = [_flat(event) for event in self.events(kind)]
+        if not rows:
+            have = ", ".join(sorted({event["event"] for event in self.events()}))
+            raise RunError(f"{self.folder} has no events {kind!r}; it has {have}")
+        return DataFrame(rows)
+
+    def adapter(self, arm: str, device: str = "") -> Path:
+        """The folder of an adapter in PEFT's format: `shared`, or `personal` with the device's name.
+
+        Raises `RunError` where the run has kept none.
+        """
+        adapters = self.folder / ADAPTERS
+        folder = adapters / arm / device
+        if not (folder / "adapter_config.json").is_file():
+            kept = sorted(p.parent.relative_to(adapters) for p in adapters.rglob("adapter_config.json"))
+            have = ", ".join(map(str, kept[:4])) + (", …" if len(kept) > 4 else "")
+            raise RunError(f"{folder} holds no adapter; there are {have or 'none'}")
+        return folder
+
+    @property
+    def report(self) -> Path:
+        """The run's report, one HTML file that loads nothing from elsewhere."""
+        return self.folder / "report.html"
+
+    def _repr_html_(self) -> str:
+        """The report within a notebook, in a frame of its own."""
+        page = escape(self.report.read_text(encoding="utf-8"))
+        style = f"width: 100%; height: {HEIGHT_PX}px; border: 0"
+        return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
+
+
+def load_run(folder: str | Path) -> Result:
+    """The result of a run that was finished; raises `RunError` for anything else."""
+    path = Path(folder)
+    if not (path / "config.toml").is_file():
+        raise RunError(f"{path} is not the folder of a run: it has no config.toml")
+    if not (path / "summary.json").is_file():
+        raise RunError(f"{path} was not finished: go on with florilegium run --resume {path}")
+    return Result(path)
+
+
+def _flat(event: Mapping[str, Any]) -> dict[str, Any]:
+    """One event as the cells of a row."""
+    row: dict[str, Any] = {}
+    for key, value in event.items():
+        if key == "ci95":
+            row["ci95_low"], row["ci95_high"] = value or (None, None)
+        elif isinstance(value, Mapping):
+            row |= {f"{key}_{part}": x for part, x in value.items()}
+        elif key != "event":
+            row[key] = value
+    return row
