@@ -89,7 +89,7 @@ def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
     agent = made(home, lm)
     agent.join(terms(), SERVER)
     set_privacy(agent, mode=mode, clip_norm_l2=0.05)
-    server = home.folder.parent / "server"
+    server = home.path.parent / "server"
     server.mkdir()
     make_folder(server, terms(), ServerConfig(), 8.0)
     strategy, _ = strategy_of(server, Link(), layout_of(terms()), print)

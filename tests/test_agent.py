@@ -107,7 +107,7 @@ def reopened(agent: Agent) -> Agent:
 
 def told(home: DeviceFolder, *command: str) -> subprocess.CompletedProcess[str]:
     """What `florilegium device` prints, in a process of its own as its owner starts it."""
-    line = [sys.executable, "-m", "florilegium", "device", *command, "--home", str(home.folder)]
+    line = [sys.executable, "-m", "florilegium", "device", *command, "--home", str(home.path)]
     return subprocess.run(line, capture_output=True, text=True, timeout=300)
 
 
@@ -135,16 +135,16 @@ def decrypted(path: Path, key: str) -> bytes:
 
 def test_a_home_is_for_its_owner_alone(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
-    assert home.folder.stat().st_mode & 0o777 == 0o700 and (home.folder / "key").stat().st_mode & 0o777 == 0o600
+    assert home.path.stat().st_mode & 0o777 == 0o700 and (home.path / "key").stat().st_mode & 0o777 == 0o600
     with pytest.raises(HomeError, match="holds a device already"):
         home.make(agent.device.config)
-    (home.folder / "key").chmod(0o644)
+    (home.path / "key").chmod(0o644)
     with pytest.raises(HomeError, match="chmod 600"):
         home.read_key(agent.device.config)
-    (home.folder / "key").unlink()
+    (home.path / "key").unlink()
     with pytest.raises(HomeError, match="put it back"):
         home.read_key(agent.device.config)
-    home.folder.chmod(0o755)
+    home.path.chmod(0o755)
     with pytest.raises(HomeError, match="chmod 700"), home.locked():
         pass
 
@@ -177,7 +177,7 @@ def test_a_key_may_lie_in_the_keyring(home: DeviceFolder, lm: LanguageModel) -> 
     try:
         agent = made(home, lm, key="keyring")
         talked(agent)
-        assert not (home.folder / "key").exists() and len(reopened(agent).device.vault.turns()) == 6
+        assert not (home.path / "key").exists() and len(reopened(agent).device.vault.turns()) == 6
         ring.locked = True
         with pytest.raises(HomeError, match="unlock it"):
             home.read_key(agent.device.config)
@@ -219,7 +219,7 @@ def test_one_agent_at_a_time(home: DeviceFolder, lm: LanguageModel) -> None:
     made(home, lm)
     code = "import sys, pathlib, florilegium.client.agent.folder as h\n"
     code += "with h.Home(pathlib.Path(sys.argv[1])).locked(): pass"
-    command = [sys.executable, "-c", code, str(home.folder)]
+    command = [sys.executable, "-c", code, str(home.path)]
     with home.locked():
         other = subprocess.run(command, capture_output=True, text=True)
     assert other.returncode and "an agent is running" in other.stderr
@@ -233,7 +233,7 @@ def test_settings_that_are_wrong_are_told(home: DeviceFolder, lm: LanguageModel)
     with pytest.raises(HomeError, match="did you mean 'context_turns'"):
         home.config()
     with pytest.raises(HomeError, match="florilegium device init"):
-        DeviceFolder(home.folder / "nowhere").config()
+        DeviceFolder(home.path / "nowhere").config()
 
 
 def test_a_vault_is_encrypted_and_wants_its_key(home: DeviceFolder, lm: LanguageModel) -> None:
@@ -287,7 +287,7 @@ def test_restoring_is_of_the_copy_alone_and_brings_no_consent_back(home: DeviceF
         home.vault.write_bytes(home.vault.read_bytes()[:-PAGE] + b"x" * PAGE)
         home.vault.with_name("device.db-journal").write_bytes(b"left behind" * 1000)
         restore(home)
-        assert (home.folder / f"device.damaged-{number}.db").exists()
+        assert (home.path / f"device.damaged-{number}.db").exists()
     agent = reopened(agent)
     agent.device.vault.check()
     assert (
@@ -302,10 +302,10 @@ def test_what_is_not_the_devices_is_left_alone(home: DeviceFolder, lm: LanguageM
     with pytest.raises(HomeError, match="is not empty"):
         DeviceFolder(tmp_path).make(new_config(ModelConfig(name="nano")))
     made(home, lm)
-    (home.folder / "thesis.odt").write_text("years")
+    (home.path / "thesis.odt").write_text("years")
     home.settings.write_text("nonsense")
     home.erase()
-    assert {p.name for p in home.folder.iterdir()} <= {"thesis.odt", "agent.lock"}
+    assert {p.name for p in home.path.iterdir()} <= {"thesis.odt", "agent.lock"}
 
 
 # -- talking and learning ---------------------------------------------------------------------------------------------
@@ -589,7 +589,7 @@ def test_what_is_erased_was_never_said(home: DeviceFolder, lm: LanguageModel, tm
     assert marker.encode() in decrypted(home.vault, home.read_key(agent.device.config))
     erased = agent.erase([planted])
     assert erased == MadeAnew(retrained=True, dialogues=6, sent=0, replies=0)
-    for path in home.folder.iterdir():
+    for path in home.path.iterdir():
         if path.is_file():
             assert marker.encode() not in path.read_bytes()
             if path.suffix == ".db":
@@ -637,7 +637,7 @@ def test_erasing_reaches_what_was_made_from_what_quoted_it(home: DeviceFolder, l
     assert "4711-zebra" in str(agent.device.state().synthetic) and second.id in {k.id for k in state.annotated}
     agent.erase([first.id])
     assert agent.device.state().replies == {second.id: "Go to bed."} and "4711-zebra" not in str(agent.device.state())
-    for path in home.folder.glob("*.db"):
+    for path in home.path.glob("*.db"):
         assert b"4711-zebra" not in decrypted(path, home.read_key(agent.device.config)), path
 
 
@@ -715,7 +715,7 @@ def test_what_went_through_a_reply_is_erased_with_it(home: DeviceFolder, lm: Lan
     assert agent.erase([planted]).replies == 2
     assert agent.device.state().replies == {turn.id: "In the drawer."}  # what the owner wrote stays
     assert agent.said_under([turn.id]) == []
-    for path in home.folder.glob("*.db"):
+    for path in home.path.glob("*.db"):
         assert b"flower pot" not in decrypted(path, home.read_key(agent.device.config)), path
     assert (
         "flower pot" not in str(agent.device.state()) + agent.chat("Where is the key?").said + agent.chat(LATER[0]).said
@@ -785,7 +785,7 @@ def test_erasing_all_leaves_a_device_that_knows_nothing(home: DeviceFolder, lm: 
     assert torch.equal(agent.device.state().personal, start) and not agent.kept() and not agent.profile.interests
     assert agent.chat("Hello").said is not None
     home.erase()
-    assert not [p for p in home.folder.iterdir() if p.name != "agent.lock"]
+    assert not [p for p in home.path.iterdir() if p.name != "agent.lock"]
 
 
 # -- the federation ---------------------------------------------------------------------------------------------------
@@ -1004,7 +1004,7 @@ def test_a_home_that_was_set_back_is_noticed_by_the_head_of_the_other_payment(
 ) -> None:
     agent, row = joined
     asked(agent, 1, row)
-    shutil.copytree(agent.device.folder.folder, tmp_path / "old")
+    shutil.copytree(agent.device.folder.path, tmp_path / "old")
     header, _ = asked(agent, 2, row)
     old = Agent(
         Device(
@@ -1279,7 +1279,7 @@ def test_the_command_lists_the_replies_that_may_hold_what_is_erased_and_asks(
     agent, (first, *_) = door.agent, talked(door.agent, SAID[:2])
     agent.learn()
     quoting = [agent.device.vault.add("Which ones?", f"Green ones, {k}.", "", after=1).id for k in "ab"]
-    asked = ["erase", first, "--home", str(agent.device.folder.folder)]
+    asked = ["erase", first, "--home", str(agent.device.folder.path)]
     done = CliRunner().invoke(device_app, asked, input=f"{answer}\n")
     assert done.exit_code == 0 and "Erase these 2 replies of the model too?" in done.output, done.output
     assert all(f"{i} Green ones, {k}." in done.output for i, k in zip(quoting, "ab", strict=True))
@@ -1537,7 +1537,7 @@ def test_the_commands_reach_an_agent_that_runs(home: DeviceFolder) -> None:
     again = told(home, "init")
     assert again.returncode == 2 and "holds a device already" in again.stderr
     for _ in range(2):
-        command = [sys.executable, "-m", "florilegium", "device", "serve", "--home", str(home.folder), "--port", "0"]
+        command = [sys.executable, "-m", "florilegium", "device", "serve", "--home", str(home.path), "--port", "0"]
         serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert serving.stdout and "http://127.0.0.1:" in serving.stdout.readline()
         assert told(home, "chat", "Hello").returncode == 0
@@ -1547,6 +1547,6 @@ def test_the_commands_reach_an_agent_that_runs(home: DeviceFolder) -> None:
         serving.wait()
     status = told(home, "status")  # an agent for this command alone
     assert status.returncode == 0 and "│ dialogues" in status.stdout
-    file = home.folder.parent / "mine.zip"
+    file = home.path.parent / "mine.zip"
     assert told(home, "export", str(file)).returncode == 0 and zipfile.is_zipfile(file)
     assert told(home, "erase", "--yes").returncode == 0 and not home.exists

@@ -106,7 +106,7 @@ class Serving:
             "device",
             "serve",
             "--home",
-            str(self.home.folder),
+            str(self.home.path),
             "--port",
             "0",
         ]
@@ -218,11 +218,11 @@ def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: Language
     told("device", "join", folder / "terms.toml", "--server", f"127.0.0.1:{port}", "--certificates", folder / CA,
          "--yes", "--home", homes[0].folder)  # fmt: skip
     for agent in (spent, silent):
-        prepare(agent.device.folder.courier, folder / CA)
+        prepare(agent.device.folder.supernode, folder / CA)
         agent.join(read_terms(folder / "terms.toml"), f"127.0.0.1:{port}")
     silent.consent("federate", False)
     for home in homes:
-        told("server", "admit", folder, home.folder.name, home.courier / PUBLIC_KEY)
+        told("server", "admit", folder, home.path.name, home.supernode / PUBLIC_KEY)
     assert steady.device.membership == silent.device.membership and steady.device.membership
     agents = [Serving(home) for home in homes]
     command = [sys.executable, "-m", "florilegium", "server", "start", str(folder), "--port", str(port)]
@@ -274,7 +274,7 @@ def test_who_does_not_know_the_other_stays_apart(
         home = DeviceFolder(tmp_path / name)
         agents[name] = new_device(home, lm)
         authority = make_certificates(tmp_path / "another", ["127.0.0.1"]) if name == "misled" else folder / CA
-        public = prepare(home.courier, authority)
+        public = prepare(home.supernode, authority)
         if name != "stranger":
             admit(folder, name, str(public))
         agents[name].join(read_terms(folder / "terms.toml"), address)
@@ -287,7 +287,7 @@ def test_who_does_not_know_the_other_stays_apart(
         while not all(text in caplog.text for text in REASONS.values()) or set(link.online()) != {"known"}:
             assert time.monotonic() < until, caplog.text
             time.sleep(1)
-        admit(folder, "late", str(agents["stranger"].device.folder.courier / PUBLIC_KEY))  # while the server runs
+        admit(folder, "late", str(agents["stranger"].device.folder.supernode / PUBLIC_KEY))  # while the server runs
         while set(link.online()) != {"known", "late"}:
             assert time.monotonic() < until, caplog.text
             time.sleep(1)

@@ -161,13 +161,13 @@ def test_a_device_ends_with_its_supernode(tmp_path: Path, lm: LanguageModel, num
     agent = Agent(Device(home, config, lm, home.make(config)))
     for item in ("learn", "federate"):
         agent.consent(item, True)  # type: ignore[arg-type]
-    prepare(home.courier, make_certificates(tmp_path / "server", ["127.0.0.1"]))
+    prepare(home.supernode, make_certificates(tmp_path / "server", ["127.0.0.1"]))
     terms = make_folder(
         tmp_path / "server", Terms(name="orchard", base=agent.device.vault.fact("base", "")), ServerConfig(), 1.0
     )
     agent.join(terms, f"127.0.0.1:{free_port()}")
     assert (tmp_path / "server" / CA).exists()
-    command = [*FLORILEGIUM, "device", "serve", "--home", str(home.folder), "--port", "0"]
+    command = [*FLORILEGIUM, "device", "serve", "--home", str(home.path), "--port", "0"]
     serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert serving.stdout and "http://127.0.0.1" in serving.stdout.readline()
     process = psutil.Process(serving.pid)

@@ -61,9 +61,9 @@ def init(
     chosen = fitting(memory)
     if model:
         chosen = thrifty(model, memory) if limit else ModelConfig(name=model)
-    place = DeviceFolder(home)
+    folder = DeviceFolder(home)
     with plain_errors():
-        place.check_empty()
+        folder.check_empty()
         check_model(chosen.name)
         check_limit(limit)
         given = {"learn": learn, "federate": federate}
@@ -78,14 +78,14 @@ def init(
         from florilegium.client.agent.device import Device, loaded
 
         lm = loaded(config.device.model)
-        secret = place.make(config)
-        with place.locked():
-            agent = Agent(Device(place, config, lm, secret))
+        secret = folder.make(config)
+        with folder.locked():
+            agent = Agent(Device(folder, config, lm, secret))
             for item, agreed in consents.items():
                 agent.consent(item, bool(agreed))
             agent.status()
-            agent.device.vault.copy_to(place.good_copy)
-    console.print(f"{config.name} with {lm.name} is in {place.folder}. Next: {place.command('serve')}")
+            agent.device.vault.copy_to(folder.good_copy)
+    console.print(f"{config.name} with {lm.name} is in {folder.path}. Next: {folder.command('serve')}")
 
 
 def _bytes_of(text: str) -> int:
@@ -283,14 +283,14 @@ def join(
     if not host or "/" in server or not port.isdigit():
         raise typer.BadParameter(f"--server {server}: host:port, as server.example:9092")
     with plain_errors():
-        place, asked = DeviceFolder(home), invitation.terms if invitation else read_terms(terms)
-        with place.locked():
-            place.check()
+        folder, asked = DeviceFolder(home), invitation.terms if invitation else read_terms(terms)
+        with folder.locked():
+            folder.check()
 
             from florilegium.client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
             from florilegium.client.agent.supernode import prepare
 
-            agent = Agent.open(place)
+            agent = Agent.open(folder)
             agent.check_terms(asked)
             privacy, spent = agent.device.config.device.privacy, agent.epsilon()
             console.print(
@@ -304,12 +304,12 @@ def join(
             if not yes and not typer.confirm("Join?", default=False):
                 raise typer.Exit(1)
             given = invitation.certificates.encode() if invitation else certificates or Path()
-            public = prepare(place.courier, given)
+            public = prepare(folder.supernode, given)
             if invitation:
                 accept(invitation, public.read_text(encoding="utf-8"))
             agent.join(asked, server)
         to_do = "" if invitation else f"give {public} to the server's operator, then: "
-        console.print(f"joined; {to_do}{place.command('serve')}")
+        console.print(f"joined; {to_do}{folder.command('serve')}")
 
 
 @app.command()
@@ -375,14 +375,14 @@ def erase(
                 console.print(told.get("phase") or _anew(told["done"]))
         return
     if not DeviceFolder(home).exists:
-        raise typer.BadParameter(f"there is no device in {DeviceFolder(home).folder}")
+        raise typer.BadParameter(f"there is no device in {DeviceFolder(home).path}")
     if not yes and not typer.confirm("Erase the whole device: dialogues, adapter, accounts, key?", default=False):
         raise typer.Exit(1)
     with plain_errors():
-        place = DeviceFolder(home)
-        with place.locked():
-            place.erase()
-        console.print(f"{place.folder} is empty")
+        folder = DeviceFolder(home)
+        with folder.locked():
+            folder.erase()
+        console.print(f"{folder.path} is empty")
 
 
 def _anew(done: dict[str, Any]) -> str:
@@ -398,13 +398,13 @@ def restore(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = Fa
     if not yes and not typer.confirm("Go back to the last good copy? What came after it is set aside.", default=False):
         raise typer.Exit(1)
     with plain_errors():
-        place = DeviceFolder(home)
-        with place.locked():
-            place.check_copy()
+        folder = DeviceFolder(home)
+        with folder.locked():
+            folder.check_copy()
 
             from florilegium.client.agent.device import restore as put_back
 
-            put_back(place)
+            put_back(folder)
         console.print(
             "restored, without consents and federation: give them again (florilegium device consent, join). "
             "Where the copy lacks a payment, this device releases nothing any more"
@@ -417,13 +417,13 @@ def rebase(home: HomeOption = HOME) -> None:
     from florilegium.client.lm.places import check_model
 
     with plain_errors():
-        place = DeviceFolder(home)
-        with place.locked():
-            check_model(place.check().device.model.name)
+        folder = DeviceFolder(home)
+        with folder.locked():
+            check_model(folder.check().device.model.name)
 
             from florilegium.client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
 
-            console.print(_anew(asdict(Agent.open(place, rebasing=True).rebase(console.print))))
+            console.print(_anew(asdict(Agent.open(folder, rebasing=True).rebase(console.print))))
 
 
 @contextmanager

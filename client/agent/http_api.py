@@ -1,4 +1,4 @@
-"""The agent's door: a socket for its owner's own commands, a page on 127.0.0.1.
+"""The agent's HTTP API: a socket for its owner's own commands, a page on 127.0.0.1.
 
 The socket lies in a folder that is its owner's alone. The page's port can be reached by every user of the machine and,
 through a browser, by every page that is open in it. The page itself is no secret; what it asks of the agent wants the
@@ -35,7 +35,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import CONSENTS
 from florilegium.client.agent.errors import AgentError, VaultError
-from florilegium.client.agent.http_server import visit_of
+from florilegium.client.agent.http_server import connection_of
 from florilegium.client.agent.vault import Turn
 from florilegium.client.lm.layers import UnsupportedModelError
 from florilegium.client.lm.places import ADAPTERS
@@ -70,11 +70,11 @@ def application(agent: Agent) -> Starlette:
 
 
 def page_application(agent: Agent, port: int) -> ASGIApp:
-    """The same for the page on this port, behind its guard."""
-    return Guard(Starlette(routes=Service(agent).routes), agent.page_token, port)
+    """The same for the page on this port, behind its access control."""
+    return AccessControl(Starlette(routes=Service(agent).routes), agent.page_token, port)
 
 
-class Guard:
+class AccessControl:
     """Lets through what comes from the page of this agent, opened by its owner."""
 
     def __init__(self, app: ASGIApp, token: str, port: int) -> None:
@@ -95,7 +95,7 @@ class Guard:
             return _error(403, "asked by another page")
         shown = request.headers.get("authorization", "").removeprefix("Bearer ")
         if compare_digest(shown.encode(), self.token.encode()):
-            visit_of(request.scope).shown()
+            connection_of(request.scope).authenticate()
         elif request.url.path not in PAGE:
             return _error(401, "open the address that `florilegium device page` prints")
         return None
@@ -184,7 +184,7 @@ class Service:
         lines, loop = asyncio.Queue[dict[str, Any] | None](), asyncio.get_running_loop()
 
         def told(line: dict[str, Any] | None) -> None:
-            with suppress(RuntimeError):  # the door is closed
+            with suppress(RuntimeError):  # the server is stopped
                 loop.call_soon_threadsafe(lines.put_nowait, line)
 
         def work() -> None:

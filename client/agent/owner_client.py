@@ -44,15 +44,15 @@ class OwnerClient:
 
 
 @contextmanager
-def reached(home: DeviceFolder) -> Iterator[OwnerClient]:
-    """The agent of a home: the one that runs, else one that is started here and ends with this."""
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(home.socket)), timeout=PATIENCE_S) as client:
+def reached(folder: DeviceFolder) -> Iterator[OwnerClient]:
+    """The agent of a folder: the one that runs, else one that is started here and ends with this."""
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(folder.socket)), timeout=PATIENCE_S) as client:
         try:
             client.get("http://agent/api/consents")
         except httpx.ConnectError:
             from florilegium.client.agent.daemon import opened  # with it the model's libraries
 
-            with opened(home):
+            with opened(folder):
                 yield OwnerClient(client)
             return
         yield OwnerClient(client)

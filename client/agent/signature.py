@@ -33,7 +33,7 @@ def new_key() -> bytes:
 
 
 def public_half(private: bytes) -> str:
-    """Of a private key in PEM: 64 hexadecimal digits. Raises ValueError for what is not one."""
+    """The public half of a private key in PEM: 64 hexadecimal digits. Raises ValueError for what is not one."""
     return _private(private).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
@@ -57,7 +57,7 @@ def is_sealed(message: Message, federation: str, public: str) -> bool:
 
 
 def hash_of(arrays: ArrayRecord) -> str:
-    """SHA-256 of their names, types, shapes and bytes."""
+    """SHA-256 of arrays: of their names, types, shapes and bytes."""
     found = sha256()
     for name, array in sorted(arrays.items()):
         head = [name, array.dtype, list(array.shape), array.stype, len(array.data)]

@@ -58,7 +58,7 @@ LOOK_S = 0.5  # between two looks for a task
 PATIENCE_S = 10.0  # with a SuperNode that is to end
 LOOPBACK = "127.0.0.1"
 AGAIN_S = 10.0  # before a SuperNode that ended is started again: its server holds a dead one's place for a minute
-CERTIFICATES, KEY, PUBLIC_KEY = "server-ca.pem", "node.key", "node.pub"  # in the courier's folder
+CERTIFICATES, KEY, PUBLIC_KEY = "server-ca.pem", "node.key", "node.pub"  # in the folder for them
 REASONS = {
     "Failed to activate": "the server does not know this device's key: its operator needs courier/node.pub of its home",
     "CERTIFICATE_VERIFY_FAILED": "the server is not the one whose certificate was given to join",
@@ -131,7 +131,7 @@ def connected(agent: Agent) -> Iterator[None]:
         over.set()
         thread.join(PATIENCE_S)
         if thread.is_alive():  # a round is being worked on: it is not sent any more
-            _end_orphans(agent.device.folder.courier)
+            _end_orphans(agent.device.folder.supernode)
 
 
 def _keep_in_touch(agent: Agent, over: threading.Event) -> None:
@@ -140,7 +140,7 @@ def _keep_in_touch(agent: Agent, over: threading.Event) -> None:
             federation = agent.device.membership
             if federation is None or not agent.device.federating:
                 continue
-            with _supernode(federation.server, agent.device.folder.courier) as node:
+            with _supernode(federation.server, agent.device.folder.supernode) as node:
                 _carry(node, agent, over)
             if agent.device.federating and not over.is_set():  # it ended by itself
                 log.warning("the SuperNode ended: %s; the next try is in %d s", node.reason, AGAIN_S)

@@ -1,4 +1,4 @@
-"""Flower's SuperNode as a process of the courier's, whose port on this machine serves its owner's processes alone.
+"""Flower's SuperNode as a process of the agent's, whose port on this machine serves its owner's processes alone.
 
 Flower listens there for what takes its tasks, with a secret, and with uvicorn's own bounds, which are none for a head
 or for connections: another user of the machine could fill its memory. On Linux no byte of theirs is read.

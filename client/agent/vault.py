@@ -85,7 +85,7 @@ class Sent:
     epsilon: float | None
 
 
-class Together:
+class GroupCommit:
     """Small writes of many threads: those that come while one is on its way to the disk are one transaction after it.
 
     What a disk takes to have written is what such a write costs; so many of them wait for it once.
@@ -125,7 +125,7 @@ class Vault:
     def __init__(self, path: Path, key: str) -> None:
         """Raises `VaultError` for a file that is not one, or a key that does not fit."""
         self.path, self._key = path, key
-        self._together = Together(self.open)
+        self._commits = GroupCommit(self.open)
         with self.open() as connection:
             connection.executescript(_TABLES)
 
@@ -161,7 +161,7 @@ class Vault:
             connection.execute("UPDATE dialogue SET liked = ?, wanted = ? WHERE id = ?", (liked, wanted, identity))
             return connection.execute(f"SELECT {_COLUMNS} FROM dialogue WHERE id = ?", (identity,)).fetchall()
 
-        found = self._together.write(write)
+        found = self._commits.write(write)
         if not found:
             raise KeyError(identity)
         return Turn(*found[0])
@@ -174,7 +174,7 @@ class Vault:
         return found[0]
 
     def turns(self, where: str = "", values: Sequence[object] = ()) -> list[Turn]:
-        """In the order in which they were had."""
+        """Dialogues in the order in which they were had."""
         with self.open() as connection:
             rows = connection.execute(f"SELECT {_COLUMNS} FROM dialogue {where} ORDER BY number", values).fetchall()
         return [Turn(*row) for row in rows]
@@ -184,13 +184,13 @@ class Vault:
             return int(connection.execute("SELECT count(*) FROM dialogue").fetchone()[0])
 
     def take_up(self, cycle: int) -> list[Turn]:
-        """Those that are new, now of this cycle; asked again, the same ones."""
+        """The dialogues that are new, now of this cycle; asked again, the same ones."""
         with self.open() as connection:
             connection.execute("UPDATE dialogue SET cycle = ? WHERE cycle IS NULL", (cycle,))
         return self.turns("WHERE cycle = ?", (cycle,))
 
     def forget(self, identities: Sequence[str], also: Callable[[sqlite3.Connection], None] | None = None) -> None:
-        """All of them at once, overwritten, not only unlinked; `also` writes in the same transaction."""
+        """Erases dialogues, all at once, overwritten, not only unlinked; `also` writes in the same transaction."""
         with self.open() as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.executemany("DELETE FROM dialogue WHERE id = ?", [(i,) for i in identities])
@@ -226,7 +226,7 @@ class Vault:
         return found
 
     def facts(self, names: Sequence[str]) -> dict[str, Any]:
-        """Those of them that are there."""
+        """The facts of these names that are there."""
         places = ", ".join("?" * len(names))
         with self.open() as connection:
             rows = connection.execute(f"SELECT name, value FROM fact WHERE name IN ({places})", names).fetchall()
@@ -266,7 +266,7 @@ class Vault:
                 raise sqlite3.DatabaseError("the file is empty")
 
     def copy_to(self, path: Path) -> None:
-        """A whole copy under the same key, in the place of an older one; or no other, whenever the power fails."""
+        """Makes a whole copy under the same key in place of an older one; or no other, whenever the power fails."""
         beside = path.with_name(f"{path.name}.new")
         try:
             beside.unlink(missing_ok=True)
@@ -280,7 +280,7 @@ class Vault:
 
 
 def write_sent(connection: sqlite3.Connection, sent: Sent) -> None:
-    """Within a transaction of its caller's."""
+    """Notes what has left, within a transaction of its caller's."""
     connection.execute(
         "INSERT INTO sent (time, federation, round, kind, bytes, epsilon) VALUES (?, ?, ?, ?, ?, ?)",
         (sent.time, sent.federation, sent.round, sent.kind, sent.bytes, sent.epsilon),
@@ -288,7 +288,7 @@ def write_sent(connection: sqlite3.Connection, sent: Sent) -> None:
 
 
 def write_learned(connection: sqlite3.Connection, dialogues: Iterable[str], cycle: int) -> None:
-    """That the adapter has learned from these since this cycle, within a transaction of its caller's."""
+    """Notes that the adapter has learned from these since this cycle, within a transaction of its caller's."""
     connection.executemany("INSERT OR IGNORE INTO learned VALUES (?, ?)", [(d, cycle) for d in dialogues])
 
 
@@ -302,13 +302,16 @@ def unsay(connection: sqlite3.Connection, replies: Iterable[str]) -> None:
 
 
 def forget_origins(connection: sqlite3.Connection, dialogues: Iterable[str]) -> None:
-    """Of what is erased, within a transaction of its caller's; what only grew old keeps them: others came from it."""
+    """Forgets how dialogues came about that are erased, within a transaction of its caller's.
+
+    What only grew old keeps that: others came from it.
+    """
     for table in ("origin", "learned"):
         connection.executemany(f"DELETE FROM {table} WHERE dialogue = ?", [(i,) for i in dialogues])
 
 
 def write_fact(connection: sqlite3.Connection, name: str, value: Any, data: bytes = b"") -> None:
-    """Within a transaction of its caller's."""
+    """Sets a fact, within a transaction of its caller's."""
     connection.execute("INSERT OR REPLACE INTO fact VALUES (?, ?, ?)", (name, json.dumps(value), data))
 
 
