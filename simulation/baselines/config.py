@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.common.registry import HOW, check
 from florilegium.simulation.config import ExperimentConfig
 
-Name = Literal["local", "fedavg", "fedprox", "ours", "ditto", "fedper", "fedrep", "feddpa", "fedalt"]
+# of `simulation.baselines.registry`
+NAMES = ("local", "fedavg", "fedprox", "ours", "ditto", "fedper", "fedrep", "feddpa", "fedalt")
 
 
 class BaselineConfig(Config):
     """One rival. FedProx's μ is `shared.proximal`."""
 
-    name: Name = "ours"
+    extensible: ClassVar = ("name",)
+
+    name: str = Field("ours", description=f"{', '.join(NAMES)}, {HOW}")
     learning_rate: float = Field(3e-3, gt=0, description="of AdamW, for whatever is trained")
     steps: int = Field(8, ge=2, description="of a device in a round; who trains two adapters gives half to each")
     batch_size: int = Field(8, ge=1)
@@ -27,6 +31,11 @@ class BaselineConfig(Config):
         0.5, ge=0, le=1, description="FedDPA: the local adapter's weight in training, and its largest for a query"
     )
     compared: int = Field(5, ge=1, description="FedDPA: own examples that a query is compared with")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return check(value, NAMES)
 
     @field_validator("steps")
     @classmethod

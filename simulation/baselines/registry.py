@@ -1,4 +1,4 @@
-"""The rivals by name. To add one: its functions in a file of its own, its name in `config.Name`, a line here."""
+"""The rivals by name. To add one: its functions in a file of its own, its name in `config.NAMES`, a line here."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ TREES: dict[str, type[ExperimentConfig] | type[MethodsConfig] | type[Interactive
     "methods": MethodsConfig,
     "lives": InteractiveConfig,
 }
-UNSEEN = ("engine", "cohort_size", "name", "ray", "world")  # without effect on a study's cells
+UNSEEN = ("engine", "cohort_size", "name", "ray", "world", "callbacks")  # without effect on a study's cells
 
 
 class TableConfig(Config):
