@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
@@ -23,6 +23,9 @@ from rich.text import Text
 from florilegium.client.agent.errors import DeviceError
 from florilegium.client.agent.folder import USUAL, DeviceFolder, write_private
 from florilegium.client.terminal import Figures
+
+if TYPE_CHECKING:
+    from florilegium.client.agent.owner_client import Json, OwnerClient
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(soft_wrap=True, markup=False)
@@ -137,7 +140,7 @@ def chat(
     with _remote(home) as agent:
         conversation = os.urandom(8).hex()
         while prompt := text or _asked():
-            turn: dict[str, Any] = {}
+            turn: dict[str, Json] = {}
             shown = ""
             for told in agent.stream("chat", prompt=prompt, conversation=conversation):
                 grown = told.get("text", told.get("done", {}).get("said", ""))
@@ -184,7 +187,7 @@ def learn(
             agent.write("learns", when=when)
             console.print("learns when it is asked" if when == "asked" else f"learns by itself: {when}")
             return
-        page: dict[str, Any] = {}
+        page: dict[str, Json] = {}
         for told in agent.stream("learn"):
             if "phase" in told:
                 console.print(told["phase"])
@@ -385,7 +388,7 @@ def erase(
         console.print(f"{folder.path} is empty")
 
 
-def _anew(done: dict[str, Any]) -> str:
+def _anew(done: dict[str, Json]) -> str:
     learned = "the adapter was trained anew" if done["retrained"] else "there was nothing to train on"
     sent = f"; {done['sent']} releases were sent before and cannot be recalled"
     said = f"; {done['replies']} replies of the model were erased with them" if done.get("replies") else ""
@@ -427,7 +430,7 @@ def rebase(home: HomeOption = HOME) -> None:
 
 
 @contextmanager
-def _remote(home: Path) -> Iterator[Any]:
+def _remote(home: Path) -> Iterator[OwnerClient]:
     from florilegium.client.agent.owner_client import reached
 
     with plain_errors(), reached(DeviceFolder(home)) as agent:

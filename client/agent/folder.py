@@ -11,7 +11,8 @@ from itertools import count
 from pathlib import Path
 from secrets import token_hex
 from shutil import rmtree
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import tomli_w
 from filelock import FileLock, Timeout
@@ -245,7 +246,7 @@ def with_journal(path: Path) -> Path:
 
 
 @contextmanager
-def _keyring() -> Iterator[Any]:
+def _keyring() -> Iterator[ModuleType]:
     """The system's keyring; raises `HomeError` where there is none, or where it fails."""
     try:
         import keyring
@@ -258,5 +259,5 @@ def _keyring() -> Iterator[Any]:
         raise HomeError(f"the system's keyring failed ({told}); unlock it, or take --key file") from None
 
 
-def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
+def _without_none(tree: dict[str, object]) -> dict[str, object]:
     return {k: _without_none(v) if isinstance(v, dict) else v for k, v in tree.items() if v is not None}

@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import h11
 import uvicorn
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from florilegium.client.agent.connection_limits import Rate, kernel_tells, network_of, nobody
 from florilegium.client.agent.errors import DeviceError
@@ -231,12 +231,12 @@ class Bounded(H11Protocol):
     bounds: Bounds
     let_go: Callable[[], None]
 
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
+    def __init__(self, config: uvicorn.Config, state: ServerState, app_state: dict[str, object]) -> None:
+        super().__init__(config, state, app_state)
         self._early = bytearray()  # what came with the end of a handshake, before the connection was made
         self._lost = False
         self._timer: asyncio.TimerHandle | None = None
-        self._awaited: Any = None  # the part of a request that the timer is for
+        self._awaited: object = None  # the part of a request that the timer is for
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if self._lost:

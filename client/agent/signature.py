@@ -8,9 +8,7 @@ device nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from hashlib import sha256
-from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -67,11 +65,10 @@ def hash_of(arrays: ArrayRecord) -> str:
 
 
 def _told(content: RecordDict, kind: str, federation: str, arrays_hash: str = "") -> bytes:
-    plan: Mapping[str, Any] = content.config_records["plan"]
     told = {
         "federation": federation,
         "kind": kind,
-        "plan": dict(plan),
+        "plan": dict(content.config_records["plan"]),
         "arrays": arrays_hash or hash_of(content.array_records["arrays"]),
     }
     return DOMAIN + json.dumps(told, sort_keys=True, default=repr).encode()

@@ -38,7 +38,7 @@ def close_to_others() -> None:
     """
     set_up, begin = uvicorn.Config.__init__, uvicorn.Server.startup
 
-    def for_owners(self: uvicorn.Config, *args: Any, **named: Any) -> None:
+    def for_owners(self: uvicorn.Config, *args: Any, **named: Any) -> None:  # type: ignore[explicit-any]
         set_up(self, *args, **{**named, "http": OwnersAlone, "ws": "none"})
 
     async def closed(self: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from secrets import token_hex
 from threading import Lock
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from florilegium.client.agent.errors import VaultError
 from florilegium.client.agent.folder import sync_folder, with_journal
@@ -40,7 +40,8 @@ CREATE TABLE IF NOT EXISTS sent (
 );
 """
 Fact = TypeVar("Fact")
-Write = Callable[[sqlite3.Connection], Any]
+Written = TypeVar("Written")
+Write = Callable[[sqlite3.Connection], object]
 _COLUMNS = "number, id, time, conversation, prompt, said, liked, wanted, cycle"
 
 
@@ -93,16 +94,16 @@ class GroupCommit:
 
     def __init__(self, opened: Callable[[], AbstractContextManager[sqlite3.Connection]]) -> None:
         self._opened, self._turn = opened, Lock()
-        self._waiting = SimpleQueue[tuple[Write, Future[Any]]]()
+        self._waiting = SimpleQueue[tuple[Write, Future[object]]]()
 
-    def write(self, write: Write) -> Any:
+    def write(self, write: Callable[[sqlite3.Connection], Written]) -> Written:
         """What it returns, once it is on the disk. Raises what hinders any of those that are written with it."""
-        mine = Future[Any]()
+        mine = Future[object]()
         self._waiting.put((write, mine))
         with self._turn:
             if not mine.done():
                 self._write_all()
-        return mine.result()
+        return cast(Written, mine.result())
 
     def _write_all(self) -> None:
         all_of_them = [self._waiting.get() for _ in range(self._waiting.qsize())]
@@ -157,14 +158,15 @@ class Vault:
     def rate(self, identity: str, liked: bool | None, wanted: str) -> Turn:
         """What the owner thinks of a reply. Raises KeyError for a dialogue that is not there."""
 
-        def write(connection: sqlite3.Connection) -> list[Any]:
+        def write(connection: sqlite3.Connection) -> Turn | None:
             connection.execute("UPDATE dialogue SET liked = ?, wanted = ? WHERE id = ?", (liked, wanted, identity))
-            return connection.execute(f"SELECT {_COLUMNS} FROM dialogue WHERE id = ?", (identity,)).fetchall()
+            row = connection.execute(f"SELECT {_COLUMNS} FROM dialogue WHERE id = ?", (identity,)).fetchone()
+            return Turn(*row) if row else None
 
         found = self._commits.write(write)
-        if not found:
+        if found is None:
             raise KeyError(identity)
-        return Turn(*found[0])
+        return found
 
     def turn(self, identity: str) -> Turn:
         """Raises KeyError for a dialogue that is not there."""
@@ -225,14 +227,14 @@ class Vault:
         found: Fact = json.loads(row[0]) if row else default
         return found
 
-    def facts(self, names: Sequence[str]) -> dict[str, Any]:
+    def facts(self, names: Sequence[str]) -> dict[str, object]:
         """The facts of these names that are there."""
         places = ", ".join("?" * len(names))
         with self.open() as connection:
             rows = connection.execute(f"SELECT name, value FROM fact WHERE name IN ({places})", names).fetchall()
         return {name: json.loads(value) for name, value in rows}
 
-    def set_fact(self, name: str, value: Any, data: bytes = b"") -> None:
+    def set_fact(self, name: str, value: object, data: bytes = b"") -> None:
         with self.open() as connection:
             write_fact(connection, name, value, data)
 
@@ -310,7 +312,7 @@ def forget_origins(connection: sqlite3.Connection, dialogues: Iterable[str]) -> 
         connection.executemany(f"DELETE FROM {table} WHERE dialogue = ?", [(i,) for i in dialogues])
 
 
-def write_fact(connection: sqlite3.Connection, name: str, value: Any, data: bytes = b"") -> None:
+def write_fact(connection: sqlite3.Connection, name: str, value: object, data: bytes = b"") -> None:
     """Sets a fact, within a transaction of its caller's."""
     connection.execute("INSERT OR REPLACE INTO fact VALUES (?, ?, ?)", (name, json.dumps(value), data))
 
