@@ -32,6 +32,11 @@ TREES: dict[str, type[ExperimentConfig] | type[MethodsConfig] | type[Interactive
 UNSEEN = ("engine", "cohort_size", "name", "ray", "world")  # without effect on a study's cells
 
 
+def unseen(kind: str) -> tuple[str, ...]:
+    """The settings without effect on the cells of a study of this kind."""
+    return UNSEEN if kind == "rivals" else (*UNSEEN, "baseline")
+
+
 class TableConfig(Config):
     """Rows by columns; each axis has one setting, or several that are crossed."""
 
@@ -102,7 +107,7 @@ class StudyConfig(Config):
 
     @model_validator(mode="after")
     def _matters(self) -> Self:
-        without = (*UNSEEN, *WITHOUT_SERVER) if self.kind == "alone" else UNSEEN
+        without = (*unseen(self.kind), *WITHOUT_SERVER) if self.kind == "alone" else unseen(self.kind)
         for setting in (s for table in self.tables.values() for s in table.settings):
             if setting.partition(".")[0] in without:
                 raise ValueError(f"{setting} cannot be varied: it changes nothing in a study of the kind {self.kind!r}")
@@ -123,7 +128,7 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """Names the cell's folder: the same settings are the same cell, in whichever table it stands."""
-        settings = self.config.model_dump_json(exclude=set(UNSEEN))
+        settings = self.config.model_dump_json(exclude=set(unseen(self.study.kind)))
         kind = {"alone": "", "federated": f"{self.study.hidden_share} "}.get(self.study.kind, f"{self.study.kind} ")
         return sha256(f"{kind}{self.seeds} {settings}".encode()).hexdigest()[:16]
 
