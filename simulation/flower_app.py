@@ -19,7 +19,7 @@ from florilegium.client.flower_arrays import on_a_wire
 from florilegium.client.flower_replies import answer, refusal
 from florilegium.privacy.reply_gate import FAILED, NO_DEVICE
 from florilegium.simulation.baselines.devices import load_run_devices, run_devices_of_worker
-from florilegium.simulation.config import find_config, load_config
+from florilegium.simulation.config import load_config
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.engines.faults import attempt, leave
@@ -29,6 +29,7 @@ from florilegium.simulation.engines.workers import LocalWorkers
 from florilegium.simulation.recorder import federate_run
 from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.runs.summary import write_summary
+from florilegium.simulation.settings import find_config
 
 log = logging.getLogger(__name__)
 RUN_VARIABLE = "FLORILEGIUM_RUN"  # how the apps of Flower's own engine find the run's folder

@@ -45,10 +45,11 @@ from florilegium.simulation.audit.one_run_audit import (
 from florilegium.simulation.audit.recorded_coins import Recorded
 from florilegium.simulation.audit.report import audit_run
 from florilegium.simulation.cli.main import main
-from florilegium.simulation.config import ConfigError, ExperimentConfig
+from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import DataConfig, load_population
 from florilegium.simulation.engines.in_memory import federate_in_memory
 from florilegium.simulation.runs.folder import RunError, RunFolder, create
+from florilegium.simulation.settings import ConfigError
 
 CONFIG = ExperimentConfig.model_validate({
     "rounds": 2,

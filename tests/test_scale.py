@@ -44,7 +44,7 @@ from florilegium.privacy.release import Array
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits, to_numpy
 from florilegium.server.strategy import NoReleaseError, ReleaseStrategy
-from florilegium.simulation.config import ExperimentConfig, config_folder, load_config
+from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
 from florilegium.simulation.engines.cohort_grid import CohortGrid, released
@@ -54,6 +54,7 @@ from florilegium.simulation.engines.workers import Cohort, LocalWorkers, RayWork
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.recorder import federate_run
 from florilegium.simulation.runs.folder import RunError, RunFolder, create
+from florilegium.simulation.settings import config_folder
 
 USERS = 5
 QUICK = (

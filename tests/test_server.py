@@ -24,11 +24,12 @@ from florilegium.server.config import ServerConfig
 from florilegium.server.fedbuff import BufferedStrategy
 from florilegium.server.release_collector import Limits, signal_to_noise, to_arrays, to_numpy
 from florilegium.server.strategy import NoReleaseError, ReleaseStrategy
-from florilegium.simulation.config import ConfigError, config_folder, load_config
+from florilegium.simulation.config import load_config
 from florilegium.simulation.deployment.rounds import OperatorStrategy
 from florilegium.simulation.engines.cohort_grid import CohortGrid
 from florilegium.simulation.engines.workers import Cohort, Done, Job
 from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.settings import ConfigError, config_folder
 
 SCHEMA = Schema((("q.lora_A", (4, 3)), ("q.lora_B", (2, 4))))
 WIDTH, HEAD = 20, "0" * 64

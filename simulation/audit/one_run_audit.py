@@ -21,8 +21,9 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.audit.canaries import Canary, Streams, plant
 from florilegium.simulation.audit.checks import named, one_round, with_privacy, without_clipping, without_noise
-from florilegium.simulation.config import ConfigError, ExperimentConfig
+from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.engines.in_memory import Federated, federate_in_memory
+from florilegium.simulation.settings import ConfigError
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release, Schema
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import User, met_by
+from florilegium.simulation.devices.inputs import agree
 from florilegium.simulation.devices.people import UsersByDevice
 from florilegium.simulation.devices.preflight import everybody, world_of
 from florilegium.simulation.devices.workload import TokenWorkload, planned_tokens
 from florilegium.simulation.heterogeneity.classes import DevicePopulation, class_of
 from florilegium.simulation.runs.device_store import ShardedStore
 from florilegium.simulation.runs.folder import RunFolder, check_sources
-from florilegium.simulation.runs.inputs import agree
 
 CONTRIBUTED = "a-contributed"
 Own = Literal["beside", "alone", "none"]  # how what stays on a device is on: with the shared adapter, without it, never

@@ -29,13 +29,13 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release, Schema
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits, RoundFacts
-from florilegium.simulation.config import ConfigError
 from florilegium.simulation.data.population import met_by
 from florilegium.simulation.engines.cohort_grid import CohortGrid
 from florilegium.simulation.engines.faults import tried
 from florilegium.simulation.engines.strategy import new_strategy
 from florilegium.simulation.engines.workers import Cohort, Done, Job
 from florilegium.simulation.rounds import Recorder, federate
+from florilegium.simulation.settings import ConfigError
 
 
 @dataclass

@@ -18,7 +18,8 @@ from pydantic import Field, StringConstraints, model_validator
 
 from florilegium.privacy.common.base_config import Config
 from florilegium.privacy.seeds import derive_seed
-from florilegium.simulation.config import WorldConfig, find_config, read_tree, validate
+from florilegium.simulation.config import WorldConfig
+from florilegium.simulation.settings import find_config, read_tree, validate
 
 Chance = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from florilegium.simulation.config import ConfigError, ExperimentConfig
+from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.settings import ConfigError
 
 Changes = dict[str, tuple[Any, Any]]
 SPEED = ("ray.", "cohort_size", "engine.on_device_error", "engine.failed_share")  # the same but for rounding
