@@ -16,10 +16,10 @@ import torch
 
 from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.phases import Observation, States
+from florilegium.client.phases import Observation
 from florilegium.client.private_training import release, train_shared
 from florilegium.client.round import PhaseRecorder, stay
-from florilegium.client.state import DeviceState
+from florilegium.client.state import DeviceState, States
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release
 from florilegium.simulation.baselines.context import BaselineContext, Held, upload
