@@ -31,6 +31,7 @@ from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.client.state import DeviceState, StateError, States
 from florilegium.client.synthesize import Request, Written
 from florilegium.client.synthesize import synthesize as write_similar
+from florilegium.privacy.common.registry import naming
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.seeds import derive_seed
 
@@ -56,7 +57,8 @@ def observe(
         buffer, pool, accepted, truncated = state.buffer, state.pool, 0, 0
         for dialogue in dialogues:
             feature = next(features)
-            buffer, taken = buffer.offer(candidate(dialogue.in_context, feature, lexicons, selection), rng)
+            with naming(state.id):
+                buffer, taken = buffer.offer(candidate(dialogue.in_context, feature, lexicons, selection), rng)
             pool = pool.offer(dialogue.id, dialogue.prompt, state.secret)
             accepted, truncated = accepted + taken, truncated + feature.truncated
         after.append(replace(state, buffer=buffer, pool=pool, arrived=state.arrived + len(dialogues)))

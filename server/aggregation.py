@@ -5,7 +5,9 @@ fixed point, ties go by the device's name. Rules that sum keep nothing of a rele
 round, 4 P bytes each, and say so in `held_bytes`. Robust rules are no sums: what bounds one device's part of a sum
 does not bound its part of their change, so noise on the sum belongs to `Mean` alone. Noise that
 devices add is what robust rules see too: releases then lie about √(2P)·σ apart, and a false one that is nearer than
-that is not seen. Not covered: weights by norm (HetLoRA's), Bulyan, geometric medians, defences across rounds.
+that is not seen. A rule of the user's own is a module's `NAME(width, settings)` that gives a `Rule`; it is made once a
+round, and with width 1 where the settings are read.
+Not covered: weights by norm (HetLoRA's), Bulyan, geometric medians, defences across rounds.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from florilegium.privacy.common.errors import FlorilegiumError
+from florilegium.privacy.common.registry import UnexpectedError, calling, is_extension, resolve
 from florilegium.privacy.release import Array
-from florilegium.server.config import ServerConfig, krum_needs
 from florilegium.server.fixed_point import BadReleaseError, FixedPointSum, Numbers
 
 Places = npt.NDArray[np.bool_]
@@ -34,8 +37,31 @@ class TooFewReleasesError(FlorilegiumError):
     """A round has too few releases for what its rule promises: the round changes nothing."""
 
 
+class RuleSettings(Protocol):
+    """What rules read of the server's settings."""
+
+    @property
+    def trimmed_share(self) -> float: ...
+    @property
+    def byzantine(self) -> int: ...
+    @property
+    def krum_keep(self) -> int: ...
+
+
+@runtime_checkable
 class Rule(Protocol):
-    """Releases in, one change out."""
+    """Releases in, one change out.
+
+    One that `is_sum` divides a sum of releases: it takes their weights and parts of them, and noise on the sum protects
+    what it gives. Any other judges whole releases together, as `KeptRows` do.
+    """
+
+    @property
+    def is_sum(self) -> bool: ...
+
+    @property
+    def least_releases(self) -> int:
+        """Below which a round's rule is not what it is called; at least 1."""
 
     @property
     def count(self) -> int:
@@ -53,7 +79,7 @@ class Rule(Protocol):
         """Takes one release (P,). Raises `BadReleaseError` for what cannot be one; the rule is then as it was."""
 
     def change(self, noise: Numbers | float = 0.0, over: Counts | int = 0) -> Array:
-        """The change (P,) of the shared adapter; zero when nothing was added. What is no sum takes no noise."""
+        """The change (P,) float32 of the shared adapter; zero when nothing was added. What is no sum takes no noise."""
 
 
 class Mean:
@@ -62,6 +88,9 @@ class Mean:
     With adapters of different ranks zero-padding (as in HetLoRA, Cho et al. 2024, arXiv 2401.06432) would change a part
     of the rank that one device in ten trains by a tenth of what that device found; here it changes by all of it.
     """
+
+    is_sum = True
+    least_releases = 1
 
     def __init__(self, width: int) -> None:
         self.total = FixedPointSum(width)
@@ -96,6 +125,8 @@ class Mean:
 class KeptRows(ABC):
     """All rows of a round by device, for rules that have to see them together."""
 
+    is_sum: ClassVar[bool] = False
+
     def __init__(self, width: int) -> None:
         self.width = width
         self.rows: dict[str, Array] = {}
@@ -103,6 +134,10 @@ class KeptRows(ABC):
     @property
     def count(self) -> int:
         return len(self.rows)
+
+    @property
+    def least_releases(self) -> int:
+        return 1
 
     @property
     def senders(self) -> int:
@@ -128,7 +163,7 @@ class KeptRows(ABC):
 
     @abstractmethod
     def chosen(self) -> Array:
-        """The change, of all rows."""
+        """The change (P,) float32, of all rows."""
 
     def by_name(self) -> list[Array]:
         return [self.rows[device] for device in sorted(self.rows)]
@@ -147,6 +182,11 @@ class TrimmedMean(KeptRows):
         if not 0 <= share < 0.5:
             raise ValueError(f"trimmed_share = {share} must be in [0, 0.5): it is taken off at both ends")
         self.share = share
+
+    @property
+    def least_releases(self) -> int:
+        """Below which nothing is trimmed."""
+        return math.ceil(1 / self.share - 1e-9) if self.share else 1
 
     def chosen(self) -> Array:
         rows, cut = self.by_name(), trimmed(self.share, self.count)
@@ -176,10 +216,14 @@ class Krum(KeptRows):
             raise ValueError(f"byzantine = {byzantine} must be at least 0 and keep = {keep} at least 1")
         self.byzantine, self.keep = byzantine, keep
 
+    @property
+    def least_releases(self) -> int:
+        """Below which a far false one may be kept: n ≥ 2 f + 3, and keep ≤ n − f."""
+        return max(2 * self.byzantine + 3, self.keep + self.byzantine)
+
     def scores(self) -> dict[str, float]:
         """Of each device; the smaller, the nearer others are. Raises `TooFewReleasesError` below 2 f + 3 releases."""
-        needed = krum_needs(self.byzantine, self.keep)
-        if self.count < needed:
+        if self.count < (needed := self.least_releases):
             raise TooFewReleasesError(
                 f"krum with byzantine = {self.byzantine} and keep = {self.keep} needs {needed} releases, "
                 f"this round has {self.count}; lower them or ask more devices"
@@ -224,9 +268,68 @@ def _mean(rows: Array) -> Array:
     return mean.change()
 
 
-RULES: Mapping[str, Callable[[int, ServerConfig], Rule]] = {
+RULES: Mapping[str, Callable[[int, RuleSettings], Rule]] = {
     "none": lambda width, config: Mean(width),  # of no releases: nothing changes
     "mean": lambda width, _: Mean(width),
     "trimmed-mean": lambda width, config: TrimmedMean(width, config.trimmed_share),
     "krum": lambda width, config: Krum(width, config.byzantine, config.krum_keep),
 }
+
+
+def new_rule(name: str, width: int, settings: RuleSettings) -> Rule:
+    """The rule of a round whose releases have `width` numbers. Raises `ExtensionError` for what gives none."""
+    make = resolve(name, RULES, Callable)
+    with calling(name, "give a Rule, as `Mean` or what is derived from `KeptRows`"):
+        rule: object = make(width, settings)
+        if not isinstance(rule, Rule):
+            raise UnexpectedError(f"gave {type(rule).__name__}, which is none")
+    return CheckedRule(name, width, rule) if is_extension(name) else rule
+
+
+@dataclass(frozen=True)
+class CheckedRule:
+    """A rule of the user's own: what it raises or gives that is no change is an `ExtensionError` with its name."""
+
+    name: str
+    width: int
+    rule: Rule
+
+    @property
+    def is_sum(self) -> bool:
+        return self.rule.is_sum
+
+    @property
+    def least_releases(self) -> int:
+        return self.rule.least_releases
+
+    @property
+    def count(self) -> int:
+        return self.rule.count
+
+    @property
+    def senders(self) -> Counts | int:
+        return self.rule.senders
+
+    @property
+    def held_bytes(self) -> int:
+        return self.rule.held_bytes
+
+    def add(self, device: str, row: Array, places: Places | None = None, weight: float = 1.0) -> None:
+        with calling(self.name, f"take float32 ({self.width},), or raise BadReleaseError", device):
+            self.rule.add(device, row, places, weight)
+
+    def change(self, noise: Numbers | float = 0.0, over: Counts | int = 0) -> Array:
+        with calling(self.name, f"return float32 ({self.width},), all finite"):
+            change = self.rule.change(noise, over)
+            check_array(change, np.dtype(np.float32), (self.width,))
+        return change
+
+
+def check_array(found: object, dtype: np.dtype, *shapes: tuple[int, ...]) -> None:
+    """Raises `UnexpectedError` unless it is an array of this type, of one of these shapes, and all finite."""
+    if not isinstance(found, np.ndarray):
+        raise UnexpectedError(f"returned {type(found).__name__}")
+    if found.dtype != dtype or found.shape not in shapes:
+        raise UnexpectedError(f"returned {found.dtype} {found.shape}")
+    if not np.isfinite(found).all():
+        raise UnexpectedError("returned a number that is not finite")

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from collections.abc import Callable
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.common.registry import HOW, ExtensionError, check
+from florilegium.server.aggregation import RULES, new_rule
+from florilegium.server.optimizers import OPTIMIZERS, new_optimizer
 
 
 class ServerConfig(Config):
     """How the server samples devices and what it makes of their releases."""
 
+    extensible: ClassVar = ("rule", "optimizer")
+
     sampled_share: float = Field(1.0, gt=0, le=1, description="share of the devices asked in each round")
-    rule: Literal["mean", "trimmed-mean", "krum", "none"] = Field(
-        "mean", description="what a round's releases become; none: devices learn alone and release nothing"
+    rule: str = Field(
+        "mean",
+        description=f"what a round's releases become: {', '.join(RULES)}, {HOW}; none: devices learn alone and release "
+        "nothing",
     )
     trimmed_share: float = Field(0.1, ge=0, lt=0.5, description="trimmed-mean: of the releases, at both ends")
     byzantine: int = Field(0, ge=0, description="krum: releases of a round that may be false")
     krum_keep: int = Field(1, ge=1, description="krum: releases that are averaged")
-    optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    optimizer: str = Field("fedavg", description=f"{', '.join(OPTIMIZERS)}, {HOW}")
     learning_rate: float = Field(1.0, gt=0, description="factor on the change, or of the optimizer")
     momentum: float = Field(0.9, ge=0, lt=1, description="of fedavgm; beta 1 of fedadam and fedyogi")
     beta_2: float = Field(0.99, ge=0, lt=1, description="fedadam, fedyogi")
@@ -46,20 +54,42 @@ class ServerConfig(Config):
         return not (self.buffer or self.absent)
 
     @property
+    def sums(self) -> bool:
+        """Whether a round's releases become a sum by a number: then noise on the sum protects them."""
+        return not self.absent and new_rule(self.rule, 1, self).is_sum
+
+    @property
     def least_releases(self) -> int:
         """Below which a round's rule is not what it is called: krum may keep a false release, nothing is trimmed."""
-        if self.rule == "krum":
-            return krum_needs(self.byzantine, self.krum_keep)
-        trims = self.rule == "trimmed-mean" and self.trimmed_share > 0
-        return math.ceil(1 / self.trimmed_share - 1e-9) if trims else 1
+        return new_rule(self.rule, 1, self).least_releases
 
     def wanted(self, devices: int) -> int:
         """How many releases a round is to have, of so many devices."""
         return max(1, round(self.sampled_share * devices))
 
+    @field_validator("rule")
+    @classmethod
+    def _is_a_rule(cls, value: str) -> str:
+        return check(value, RULES, Callable)
+
+    @field_validator("optimizer")
+    @classmethod
+    def _is_an_optimizer(cls, value: str) -> str:
+        return check(value, OPTIMIZERS, Callable)
+
+    @model_validator(mode="after")
+    def _are_made(self) -> Self:
+        """An extension that gives something else is told of now."""
+        try:
+            new_rule(self.rule, 1, self)
+            new_optimizer(self.optimizer, self)
+        except ExtensionError as error:
+            raise ValueError(str(error)) from None
+        return self
+
     @model_validator(mode="after")
     def _combine(self) -> Self:
-        if self.buffer and self.rule != "mean":
+        if self.buffer and not self.sums:
             raise ValueError(f"server.rule = {self.rule!r} judges a round's releases together; server.buffer has none")
         if self.buffer and not self.concurrency:
             raise ValueError("server.buffer needs server.concurrency: how many devices are at work at one time")
@@ -70,11 +100,6 @@ class ServerConfig(Config):
         if self.products != "average" and (self.rule, self.optimizer) != ("mean", "fedavg"):
             raise ValueError(f"server.products = {self.products!r} needs rule = 'mean' and optimizer = 'fedavg'")
         return self
-
-
-def krum_needs(byzantine: int, keep: int) -> int:
-    """Releases of which krum keeps no far false one: n ≥ 2 f + 3, and keep ≤ n − f."""
-    return max(2 * byzantine + 3, keep + byzantine)
 
 
 def devices_to_ask(wanted: int, over_sampling: float) -> int:

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.common.registry import UnexpectedError, calling, is_extension, resolve
 from florilegium.privacy.release import Array
-from florilegium.server.aggregation import Places
-from florilegium.server.config import ServerConfig
+from florilegium.server.aggregation import Places, check_array
 from florilegium.server.fixed_point import Numbers
 
 Real = TypeVar("Real", np.float32, np.float64)
@@ -53,6 +53,20 @@ class Moments:
         return type(self)(_put(self.first, places, part.first), _put(self.second, places, part.second))
 
 
+class OptimizerSettings(Protocol):
+    """What optimizers read of the server's settings."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def beta_2(self) -> float: ...
+    @property
+    def tau(self) -> float: ...
+
+
+@runtime_checkable
 class ServerOptimizer(Protocol):
     """Settings of a server's steps; all that changes is in the moments."""
 
@@ -169,9 +183,48 @@ def _moved(shared: Array, step: Numbers) -> Array:
     return moved.astype(np.float32)
 
 
-OPTIMIZERS: Mapping[str, Callable[[ServerConfig], ServerOptimizer]] = {
+OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings], ServerOptimizer]] = {
     "fedavg": lambda c: FedAvg(c.learning_rate),
     "fedavgm": lambda c: FedAvgM(c.learning_rate, c.momentum),
     "fedadam": lambda c: FedAdam(c.learning_rate, c.momentum, c.beta_2, c.tau),
     "fedyogi": lambda c: FedYogi(c.learning_rate, c.momentum, c.beta_2, c.tau),
 }
+
+
+def new_optimizer(name: str, settings: OptimizerSettings) -> ServerOptimizer:
+    """The optimizer of this name. Raises `ExtensionError` for what gives none."""
+    make = resolve(name, OPTIMIZERS, Callable)
+    with calling(name, "give a ServerOptimizer, with `start` and `step`"):
+        optimizer: object = make(settings)
+        if not isinstance(optimizer, ServerOptimizer):
+            raise UnexpectedError(f"gave {type(optimizer).__name__}, which is none")
+    return CheckedOptimizer(name, optimizer) if is_extension(name) else optimizer
+
+
+@dataclass(frozen=True)
+class CheckedOptimizer:
+    """An optimizer of the user's own: what it raises or gives that is no step is an `ExtensionError` with its name."""
+
+    name: str
+    optimizer: ServerOptimizer
+
+    def start(self, width: int) -> Moments:
+        with calling(self.name, f"return Moments, each float64 ({width},) or (0,), all finite"):
+            state = self.optimizer.start(width)
+            _check_moments(state, width)
+        return state
+
+    def step(self, shared: Array, change: Array, state: Moments) -> tuple[Array, Moments]:
+        width = len(shared)
+        with calling(self.name, f"return float32 ({width},) and Moments, each float64 ({width},) or (0,), all finite"):
+            after, moments = self.optimizer.step(shared, change, state)
+            check_array(after, np.dtype(np.float32), (width,))
+            _check_moments(moments, width)
+        return after, moments
+
+
+def _check_moments(state: object, width: int) -> None:
+    if not isinstance(state, Moments):
+        raise UnexpectedError(f"returned {type(state).__name__}")
+    for moment in (state.first, state.second):
+        check_array(moment, np.dtype(np.float64), (width,), (0,))

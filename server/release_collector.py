@@ -14,7 +14,7 @@ from florilegium.privacy.encoding import ENCODINGS
 from florilegium.privacy.release import PROTOCOL, Schema
 from florilegium.privacy.release import Array as Numbers
 from florilegium.privacy.reply_gate import CODES, FAILED, RELEASE
-from florilegium.server.aggregation import RULES, Places
+from florilegium.server.aggregation import Places, new_rule
 from florilegium.server.config import ServerConfig
 from florilegium.server.fixed_point import BadReleaseError
 from florilegium.server.lora_products import MeanOfProducts
@@ -72,7 +72,7 @@ class ReleaseCollector:
         """
         self.schema, self.number, self.before, self.devices = schema, number, before, devices
         self.limits = limits
-        self.rule, self.facts = RULES[config.rule](schema.width, config), RoundFacts()
+        self.rule, self.facts = new_rule(config.rule, schema.width, config), RoundFacts()
         self.ledger_heads: dict[str, str] = {}  # device → head of its ledger with this release
         self.asked = 0
         self.weight_squares = np.zeros(schema.width)  # (P,) summed over the releases that held each number

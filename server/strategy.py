@@ -25,7 +25,7 @@ from florilegium.privacy.reply_gate import NO_RELEASE
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.config import ServerConfig, devices_to_ask
 from florilegium.server.lora_products import MeanOfProducts
-from florilegium.server.optimizers import OPTIMIZERS, Moments, step_at
+from florilegium.server.optimizers import Moments, new_optimizer, step_at
 from florilegium.server.release_collector import (
     Limits,
     ReleaseCollector,
@@ -89,7 +89,7 @@ class ReleaseStrategy(Strategy):
         self.config, self.schema, self.seed, self.noise = config, schema, seed, noise
         self.limits, self.over_sampling, self.commit = limits, over_sampling, commit
         self.least_releases = max(least_releases, config.least_releases)
-        self.optimizer = OPTIMIZERS[config.optimizer](config)
+        self.optimizer = new_optimizer(config.optimizer, config)
         self.moments = self.optimizer.start(schema.width)
         self.whole = schema if config.products == "average" else schema.with_weights()  # what devices are sent
         self.names: list[str] = []  # of all devices, sorted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,11 +13,14 @@ from florilegium.client.config import DeviceConfig
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.places import NAMES
 from florilegium.client.selection.lexicons import SOURCES
-from florilegium.privacy.common.base_config import Config, over
+from florilegium.privacy.common.base_config import Config, Names, over
+from florilegium.privacy.common.registry import HOW, check
 from florilegium.server.config import ServerConfig, devices_to_ask
 from florilegium.simulation.data.conversations import READERS
 from florilegium.simulation.data.population import DataConfig
 from florilegium.simulation.settings import ConfigError, find_config, parse_override, read_tree, set_value, validate
+
+ENGINES = ("cohort", "flower")  # of `simulation.experiment`
 
 
 class EvaluationConfig(Config):
@@ -39,13 +42,20 @@ class EvaluationConfig(Config):
 class EngineConfig(Config):
     """What carries messages between server and devices, and what becomes of a device that raises."""
 
-    name: Literal["cohort", "flower"] = Field("cohort", description="devices in cohorts; or Flower's own simulation")
+    extensible: ClassVar = ("name",)
+
+    name: str = Field("cohort", description=f"cohort: devices in cohorts; flower: Flower's own simulation; {HOW}")
     on_device_error: Literal["end", "count"] = Field(
         "end", description="end the run; count: where faults of devices are simulated (`DeviceFaultError`)"
     )
     failed_share: float = Field(
         0.1, ge=0, le=1, description="count: of the devices that are asked at once; above it the run ends"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return check(value, ENGINES, Callable)
 
 
 class RayConfig(Config):
@@ -80,13 +90,16 @@ class WorldConfig(Config):
         return self
 
 
-BaselineName = Literal["", "local", "fedavg", "fedprox", "ours", "ditto", "fedper", "fedrep", "feddpa", "fedalt"]
+# of `simulation.baselines.registry`
+BASELINES = ("local", "fedavg", "fedprox", "ours", "ditto", "fedper", "fedrep", "feddpa", "fedalt")
 
 
 class BaselineConfig(Config):
     """Another scheme of personalisation in the place of our own. FedProx's μ is `shared.proximal`."""
 
-    name: BaselineName = Field("", description="empty: our own method; else one of docs/rivals.md")
+    extensible: ClassVar = ("name",)
+
+    name: str = Field("", description=f"empty: our own method; else {', '.join(BASELINES)}, {HOW}")
     learning_rate: float = Field(3e-3, gt=0, description="of AdamW, for whatever is trained")
     steps: int = Field(8, ge=2, description="of a device in a round; who trains two adapters gives half to each")
     batch_size: int = Field(8, ge=1)
@@ -98,6 +111,11 @@ class BaselineConfig(Config):
         0.5, ge=0, le=1, description="FedDPA: the local adapter's weight in training, and its largest for a query"
     )
     compared: int = Field(5, ge=1, description="FedDPA in a study: own examples that a query is compared with")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return check(value, BASELINES) if value else value
 
     @field_validator("steps")
     @classmethod
@@ -117,6 +135,8 @@ class ExperimentConfig(DeviceConfig):
         "lora": "its settings are shared.adapter and personal.adapter",
     }
 
+    extensible: ClassVar = ("callbacks",)
+
     name: str = "experiment"
     seed: int = Field(0, ge=0)
     engine: EngineConfig = Field(EngineConfig(), description="its name alone will do: engine = 'flower'")
@@ -127,6 +147,7 @@ class ExperimentConfig(DeviceConfig):
     ray: RayConfig = RayConfig()
     world: WorldConfig = WorldConfig()
     baseline: BaselineConfig = BaselineConfig()
+    callbacks: Names = Field((), description="package.module:NAME of each `Callback` that is told how the run goes on")
 
     @property
     def reading(self) -> str:
@@ -171,7 +192,7 @@ class ExperimentConfig(DeviceConfig):
     @model_validator(mode="after")
     def _once_said(self) -> Self:
         """What one dialogue says must not stand in another one's prompt where dialogues are protected one by one."""
-        releasing = self.server.rule != "none" and self.shared.pool_capacity
+        releasing = not self.server.absent and self.shared.pool_capacity
         if self.privacy.by_dialogue and releasing and self.data.context_turns > 1:
             raise ValueError(
                 f"data.context_turns = {self.data.context_turns}: a reply would be in the prompts of those after it, "
@@ -204,8 +225,8 @@ class ExperimentConfig(DeviceConfig):
             )
         if server.products != "average" and factors != "both":
             raise ValueError(f"server.products = {server.products!r} needs shared.adapter.factors = 'both'")
-        if privacy.mode == "user-central" and (server.rule != "mean" or server.buffer):
-            odd = f"rule = {server.rule!r}" if server.rule != "mean" else f"buffer = {server.buffer}"
+        if privacy.mode == "user-central" and (not server.sums or server.buffer):
+            odd = f"buffer = {server.buffer}" if server.sums else f"rule = {server.rule!r}"
             raise ValueError(f"privacy.mode = 'user-central' adds noise to a round's sum; server.{odd} makes none")
         if privacy.mode == "user-central" and server.products != "average":
             raise ValueError(
@@ -226,6 +247,11 @@ class ExperimentConfig(DeviceConfig):
         if self.engine.name != "cohort" and (self.world.classes or self.ray.actors):
             raise ValueError("[world] and ray.actors need engine = 'cohort'")
         return self
+
+    @field_validator("callbacks")
+    @classmethod
+    def _are_there(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check(name, ()) for name in value)
 
     @field_validator("engine", mode="before")
     @classmethod

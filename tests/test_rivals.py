@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +33,7 @@ from florilegium.client.phases import annotate, observe
 from florilegium.client.private_training import train_shared
 from florilegium.privacy.dpsgd import PrivateRow
 from florilegium.privacy.plan import RoundPlan
+from florilegium.simulation.audit.report import audit_run
 from florilegium.simulation.baselines import evaluation, feddpa, layerwise
 from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.baselines.context import BaselineContext, Held, aggregate, halves, upload
@@ -40,11 +41,12 @@ from florilegium.simulation.baselines.devices import load_run_devices
 from florilegium.simulation.baselines.fedalt import gated, rest_of_world
 from florilegium.simulation.baselines.registry import BASELINES
 from florilegium.simulation.baselines.run import play
-from florilegium.simulation.config import BaselineName, ExperimentConfig, load_config
+from florilegium.simulation.config import BASELINES as NAMES
+from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data.population import User
 from florilegium.simulation.evaluation.metrics import measure_nll, score_users
 from florilegium.simulation.experiment import run_experiment
-from florilegium.simulation.runs.folder import RunFolder, create
+from florilegium.simulation.runs.folder import RunError, RunFolder, create
 from florilegium.simulation.settings import ConfigError, config_folder
 from florilegium.simulation.studies import baselines_report
 from florilegium.simulation.studies.config import load_study
@@ -441,7 +443,7 @@ def test_every_rival_plays_and_trains_on_the_same_tokens(
     monkeypatch.setattr(engine, "finetune", counting)
     streams, queries = {str(k): u.stream[:8] for k, u in enumerate(people)}, [u.held_out[:2] for u in people]
     tokens, scores = set(), {}
-    assert set(BASELINES) == set(get_args(BaselineName)) - {""}
+    assert set(BASELINES) == set(NAMES)
     for name in BASELINES:
         counted[0] = 0
         played = play(lm, settings(name), streams, 3)
@@ -505,6 +507,8 @@ def test_in_a_run_each_device_clips_and_pays(tmp_path: Path) -> None:
     tree["data"] = {"name": str(written(tmp_path)), "users": DEVICES, "split": "all", "min_pairs": 4}
     tree["evaluation"] = {"pooled_epochs": 0}
     devices = load_run_devices(create(tmp_path / "run", ExperimentConfig.model_validate(tree)))
+    with pytest.raises(RunError, match="our own method"):
+        audit_run(devices.run, 2, 100, print)
     names, start = list(devices.users), devices.context.shared_layout.start(0)
     for number, sending in ((1, True), (2, False)):
         releases = devices.contribute(names, start, RoundPlan(number, number - 1))

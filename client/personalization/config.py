@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from florilegium.client.lm.config import AdapterConfig
 from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.common.registry import HOW, check
 
-Name = Literal["base", "oppu", "pooled", "pplug", "kgt", "per-pcs", "rpo"]
+NAMES = ("base", "oppu", "pooled", "pplug", "kgt", "per-pcs", "rpo")  # of `client.personalization.registry`
 Retriever = Literal["bm25", "dense", "recent", "random"]
 ArmName = Literal[
     "full", "with-words", "adaptation-only", "profiling-only", "summary", "no-retuning", "no-feedback",
@@ -36,13 +37,20 @@ class PreferenceConfig(Config):
 class MethodConfig(Config):
     """What a prompt is given of the history, and what is trained on it."""
 
-    name: Name = Field("base", description="a method of `florilegium.client.personalization.registry`")
+    extensible: ClassVar = ("name",)
+
+    name: str = Field("base", description=f"{', '.join(NAMES)}, {HOW}")
     retrieve: int = Field(0, ge=0, description="items of the history in a prompt")
     retriever: Retriever = "bm25"
     profile: bool = Field(False, description="the local model's summary of the person in front of a prompt")
     adapter: AdapterConfig = AdapterConfig(rank=8, alpha=8, targets=("q_proj", "v_proj"))
     training: TrainingConfig = TrainingConfig()
     preference: PreferenceConfig = PreferenceConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return check(value, NAMES, type)
 
 
 class ProfileConfig(Config):

@@ -1,10 +1,9 @@
-"""The methods by name. To add one: its class in a file of its own, its name in `config.Name`, a line here."""
+"""The methods by name. To add one: its class in a file of its own, its name in `config.NAMES`, a line here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from florilegium.client.personalization.config import Name
 from florilegium.client.personalization.kgt import KnowledgeGraph
 from florilegium.client.personalization.method import Method, MethodContext
 from florilegium.client.personalization.oppu import Oppu, Pooled
@@ -12,8 +11,9 @@ from florilegium.client.personalization.per_pcs import Assembled
 from florilegium.client.personalization.pplug import Pplug
 from florilegium.client.personalization.prompting import Prompting
 from florilegium.client.personalization.rpo import Rpo
+from florilegium.privacy.common.registry import calling, resolve
 
-METHODS: Mapping[Name, type[Method]] = {
+METHODS: Mapping[str, type[Method]] = {
     "base": Prompting,
     "oppu": Oppu,
     "pooled": Pooled,
@@ -25,5 +25,8 @@ METHODS: Mapping[Name, type[Method]] = {
 
 
 def method(context: MethodContext) -> Method:
-    """The one that the desk's settings name."""
-    return METHODS[context.config.name](context)
+    """The one that the settings name. Raises `ExtensionError`."""
+    name = context.config.name
+    kind = resolve(name, METHODS, type[Method])
+    with calling(name, "be made of a MethodContext alone"):
+        return kind(context)

@@ -7,6 +7,7 @@ a policy (`client.selection.policies`). Not covered: the user's replies, which a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from florilegium.client.dialogue import Dialogue
 from florilegium.client.selection.config import SelectionConfig
 from florilegium.client.selection.entry import QUANTUM, BufferEntry
 from florilegium.client.selection.lexicons import Lexicons
-from florilegium.client.selection.policies import POLICIES
+from florilegium.client.selection.policies import Policy
 from florilegium.client.selection.scores import (
     domain_specific_score,
     dominant_domain,
@@ -25,9 +26,13 @@ from florilegium.client.selection.scores import (
     in_domain_dissimilarity,
 )
 from florilegium.client.selection.stream_memory import StreamMemory, rounded
+from florilegium.privacy.common.registry import UnexpectedError, calling
 
 if TYPE_CHECKING:
     from florilegium.client.lm.model import Features
+
+AN_INDEX = "return the index of one of the bins, or None"
+A_MEMORY = "return the newcomer, a BufferEntry, and a memory of numpy's arrays and numbers by name"
 
 
 def candidate(dialogue: Dialogue, features: Features, lexicons: Lexicons, config: SelectionConfig) -> BufferEntry:
@@ -60,7 +65,7 @@ class Buffer:
     @property
     def capacity(self) -> float:
         """Bins: as configured, none or without end for the two bounds."""
-        return POLICIES[self.config.policy].capacity(self.config.bins)
+        return self.config.chosen.capacity(self.config.bins)
 
     @property
     def size_bytes(self) -> int:
@@ -69,22 +74,33 @@ class Buffer:
     def offer(self, newcomer: BufferEntry, rng: np.random.Generator) -> tuple[Buffer, bool]:
         """The buffer after the policy's decision, and whether the newcomer is in it.
 
-        What does not fit a bin, or has a reading that is not a number, is turned away.
+        What does not fit a bin, or has a reading that is not a number, is turned away. Raises `ExtensionError` where a
+        policy of the user's own raises, or returns something else than what it must.
         """
-        policy = POLICIES[self.config.policy]
+        policy = self.config.chosen
         if not (np.isfinite(newcomer.embedding).all() and math.isfinite(newcomer.value)):
             return self, False
-        newcomer, memory = policy.meet(newcomer, self.memory)
+        newcomer, memory = self._met(policy, newcomer)
         met = replace(self, memory=memory)
         if newcomer.size_bytes > self.config.bin_bytes:
             return met, False
         newcomer = replace(newcomer, idd=_dissimilarity(newcomer, self.bins))
         if len(self.bins) < self.capacity:
             return replace(met, bins=(*self.bins, newcomer)), True
-        leaves = policy.decide(self._scored(), newcomer, memory, rng)
+        scored = self._scored()
+        with calling(self.config.policy, AN_INDEX):
+            leaves = _index(policy.decide(scored, newcomer, memory, rng), len(scored))
         if leaves is None:
             return met, False
         return replace(met, bins=(*self.bins[:leaves], *self.bins[leaves + 1 :], newcomer)), True
+
+    def _met(self, policy: Policy, newcomer: BufferEntry) -> tuple[BufferEntry, StreamMemory]:
+        """The newcomer and what the policy remembers once it has met it."""
+        with calling(self.config.policy, A_MEMORY):
+            met = policy.meet(newcomer, self.memory)
+            if not _is_met(met):
+                raise UnexpectedError(f"returned something else, of type {type(met).__name__}")
+            return met
 
     def _scored(self) -> tuple[BufferEntry, ...]:
         """The bins with the dissimilarity that they came with, or that each has now to the others of its domain."""
@@ -93,6 +109,24 @@ class Buffer:
         return tuple(
             replace(k, idd=_dissimilarity(k, (*self.bins[:i], *self.bins[i + 1 :]))) for i, k in enumerate(self.bins)
         )
+
+
+def _index(decided: object, bins: int) -> int | None:
+    """A policy's decision, which may be an integer of numpy's. Raises `UnexpectedError` for what is none."""
+    if decided is None:
+        return None
+    if isinstance(decided, bool) or not isinstance(decided, int | np.integer):
+        raise UnexpectedError(f"returned {decided if isinstance(decided, float) else type(decided).__name__}")
+    if not 0 <= decided < bins:
+        raise UnexpectedError(f"returned {decided}, of {bins} bins")
+    return int(decided)
+
+
+def _is_met(met: object) -> bool:
+    match met:
+        case (BufferEntry(), Mapping() as memory):
+            return all(isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "biuf" for x in memory.values())
+    return False
 
 
 def _dissimilarity(kept: BufferEntry, others: tuple[BufferEntry, ...]) -> float:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from florilegium.client.selection.lexicons import LexiconError, check_source
-from florilegium.client.selection.policies import POLICIES
+from florilegium.client.selection.policies import POLICIES, Policy
 from florilegium.privacy.common.base_config import Config, Names
+from florilegium.privacy.common.registry import HOW, check, resolve
 
 
 class SelectionConfig(Config):
     """What the personal adapter's buffer holds."""
 
-    policy: str = Field("quality", description=", ".join(POLICIES))
+    extensible: ClassVar = ("policy",)
+
+    policy: str = Field("quality", description=f"{', '.join(POLICIES)}, {HOW}")
     bins: int = Field(32, ge=1)
     bin_bytes: int = Field(22 * 1024, ge=1, description="text and embedding of a bin; what does not fit is turned away")
     annotations_per_round: int = Field(0, ge=0, description="most bins that a user is asked about in a round; 0: all")
@@ -28,9 +31,7 @@ class SelectionConfig(Config):
     @field_validator("policy")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in POLICIES:
-            raise ValueError(f"must be one of {', '.join(POLICIES)}")
-        return value
+        return check(value, POLICIES, Policy)
 
     @field_validator("lexicons")
     @classmethod
@@ -41,7 +42,12 @@ class SelectionConfig(Config):
             raise ValueError(str(error)) from None
 
     @property
+    def chosen(self) -> Policy:
+        """The policy that is named."""
+        return resolve(self.policy, POLICIES, Policy)
+
+    @property
     def reading(self) -> str:
         """What is read off a text (`client.lm.features`)."""
-        own = POLICIES[self.policy].reading
+        own = self.chosen.reading
         return self.pooling if own == "mean" else own

@@ -24,17 +24,25 @@ from florilegium.client.selection.stream_memory import StreamMemory, Update, nea
 if TYPE_CHECKING:
     from florilegium.client.selection.entry import BufferEntry
 
+READINGS = ("mean", "weighted", "likelihood", "nuclear", "gradient")  # of `client.lm.features`
 Decide = Callable[[Sequence["BufferEntry"], "BufferEntry", StreamMemory, np.random.Generator], int | None]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How one method decides, what it reads of a text and what it remembers of the stream."""
+    """How one method decides, what it reads of a text and what it remembers of the stream.
+
+    `decide` is to be a function of its arguments: it is asked for many devices, in other processes, and again.
+    """
 
     decide: Decide
     reading: str = "mean"
     meet: Update = nothing_to_remember
     bins: float | None = None  # in place of the configured number: for the bounds
+
+    def __post_init__(self) -> None:
+        if self.reading not in READINGS:
+            raise ValueError(f"reading = {self.reading!r} must be one of {', '.join(READINGS)}")
 
     def capacity(self, bins: int) -> float:
         """How many bins there are."""

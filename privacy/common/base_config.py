@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
+from florilegium.privacy.common.registry import is_extension
+
 LARGEST = 2**64  # whole numbers are below: a seed has 64 bits
 
 
@@ -30,11 +32,24 @@ COMMON = {  # what other trainers and simulators call what has one name here, wh
 class Config(BaseModel):
     """A frozen group of settings. Each field documents itself by its name, its type and its bounds.
 
-    `elsewhere` has what other tools have in this place: the field that is meant, or why there is none.
+    `elsewhere` has what other tools have in this place: the field that is meant, or why there is none. `extensible`
+    are the fields that take `package.module:NAME` too (`privacy.common.registry`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     elsewhere: ClassVar[Mapping[str, str]] = {}
+    extensible: ClassVar[tuple[str, ...]] = ()
+
+    def extensions(self) -> list[str]:
+        """The names of all modules' objects that these settings ask for, those of their sections too."""
+        found: list[str] = []
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if isinstance(value, Config):
+                found += value.extensions()
+            elif key in self.extensible:
+                found += filter(is_extension, [value] if isinstance(value, str) else value)
+        return found
 
     @model_validator(mode="before")
     @classmethod

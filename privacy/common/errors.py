@@ -7,6 +7,7 @@ FlorilegiumError
 │   ├── ModelError, UnsupportedModelError, AdapterFormatError, LexiconError, ProfileError      in `client`
 │   ├── DeviceError       HomeError, VaultError, AgentError, RefusedError, RefusedTermsError, in `client.agent`
 │   ├── BudgetError       a promise that no noise keeps, in `privacy.accounting`
+│   ├── ExtensionError    a module of the user's own, in `privacy.common.registry`
 │   └── NoReleaseError, StepTooLargeError           a round that comes to nothing, or to too much, in `server`
 ├── DeviceFaultError      what the data or the disk of one device can cause
 │   └── StateError, StoreError, LedgerError, TrainingFailedError

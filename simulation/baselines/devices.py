@@ -20,6 +20,7 @@ from florilegium.client.phases import Observation
 from florilegium.client.private_training import release, train_shared
 from florilegium.client.round import PhaseRecorder, stay
 from florilegium.client.state import DeviceState, States
+from florilegium.privacy.common.registry import UnexpectedError, calling, resolve
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release
 from florilegium.simulation.baselines.context import BaselineContext, Held, upload
@@ -54,7 +55,10 @@ class BaselineRounds:
             able: Sequence[DeviceState], received: torch.Tensor, plan: RoundPlan, context: CohortContext
         ) -> dict[str, torch.Tensor]:
             sets = [self.context.training_set(s, plan.round) for s in able]
-            kept, changes = self.baseline.contribute(self._held(able, received), sets, self.context)
+            with calling(self._name, "return what stays (K, Q) and what is sent (K, S), as `Baseline.contribute` says"):
+                kept, changes = self.baseline.contribute(self._held(able, received), sets, self.context)
+                self._check(kept, able)
+                self._check(changes, able)
             own.update({s.id: row.clone() for s, row in zip(able, kept, strict=True)})
             return {s.id: row for s, row in zip(able, upload(changes, self.context), strict=True)}
 
@@ -86,10 +90,21 @@ class BaselineRounds:
             learns = self.baseline.adopt is not keep
             if learns:
                 sets = [self.context.training_set(s, plan.round) for s in over]
-                rows = self.baseline.adopt(self._held(over, received), sets, self.context)
+                with calling(self._name, "return what stays (K, Q), as `Baseline.adopt` says"):
+                    rows = self.baseline.adopt(self._held(over, received), sets, self.context)
+                    self._check(rows, over)
                 over = [replace(s, personal=row.clone()) for s, row in zip(over, rows, strict=True)]
             learned[:] = [{"personal_tokens": self._tokens(s, plan) if learns else 0} for s in over]
         return over, recorder.pages
+
+    @property
+    def _name(self) -> str:
+        return self.context.config.baseline.name
+
+    def _check(self, rows: object, states: Sequence[DeviceState]) -> None:
+        """Raises `UnexpectedError` for what is no row for each device."""
+        if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != len(states):
+            raise UnexpectedError(f"returned a {type(rows).__name__} {tuple(getattr(rows, 'shape', ()))}")
 
     def _held(self, states: Sequence[DeviceState], received: torch.Tensor) -> Held:
         width = self.baseline.start(self.context, 1).shared.shape[1]
@@ -107,7 +122,7 @@ def load_run_devices(
 ) -> SimulatedDevices:
     """The devices of a run, which do what our own method does, or what a baseline does. Raises as `load_devices`."""
     devices, name = load_devices(run, listener, people), run.config.baseline.name
-    return under(devices, BASELINES[name]) if name else devices
+    return under(devices, resolve(name, BASELINES, Baseline)) if name else devices
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from florilegium.client.lm.config import SamplingConfig
+from florilegium.privacy.common.registry import calling
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.baselines.run import Played
 from florilegium.simulation.evaluation.metrics import (
@@ -53,9 +54,11 @@ def rouge(played: Played, queries: Queries, sampling: SamplingConfig, seed: int)
 
 def _asked(played: Played, queries: Queries) -> tuple[Queries, Arm]:
     """Whose rows answer which queries: a device's all of its own, or each row one query."""
-    if played.baseline.by_query is None:
-        return queries, played.baseline.arm(played.held, played.context)
-    arm = played.baseline.by_query(played.held, played.context, queries, played.sets)
+    name = played.context.config.baseline.name
+    with calling(name, "return adapters, as `Baseline.arm` and `Baseline.by_query` say"):
+        if played.baseline.by_query is None:
+            return queries, played.baseline.arm(played.held, played.context)
+        arm = played.baseline.by_query(played.held, played.context, queries, played.sets)
     return [[q] for of_user in queries for q in of_user], arm
 
 

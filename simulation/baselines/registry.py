@@ -1,4 +1,4 @@
-"""The baselines by name. To add one: its functions in a file of its own, its name in `BaselineName`, a line here."""
+"""The baselines by name. To add one: functions in a file of its own, its name in `config.BASELINES`, a line here."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
+from florilegium.privacy.common.registry import UnexpectedError, calling, resolve
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import Row, data_folder, json_lines
 
@@ -217,3 +218,12 @@ READERS: dict[str, Callable[[], Iterator[Conversation]]] = {
     "diasafety": read_diasafety,
     "medquad": read_medquad,
 }
+
+
+def read(name: str) -> Iterator[Conversation]:
+    """The conversations of a reader of `READERS`, or of one of the user's own. Raises `ExtensionError`."""
+    with calling(name, "take nothing and yield Conversations"):
+        for conversation in resolve(name, READERS, Callable)():
+            if not isinstance(conversation, Conversation):
+                raise UnexpectedError(f"yielded {type(conversation).__name__}")
+            yield conversation

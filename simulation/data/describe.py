@@ -6,7 +6,7 @@ Figures are of the users that an experiment with the same settings draws from: e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from inspect import getdoc
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from rich.text import Text
 
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.words import count
+from florilegium.privacy.common.registry import is_extension, resolve
 from florilegium.simulation.data.conversations import READERS, locate
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import HUB, DataConfig, collect, cut, met_before, streams
@@ -145,10 +146,10 @@ def _start(text: str, characters: int = 600) -> str:
 
 
 def _about(name: str) -> str:
-    if name in READERS:
-        return getdoc(READERS[name]) or name
     if name.startswith(HUB):
         return "A data set of the Hugging Face hub; its licence stands on its page there."
+    if name in READERS or is_extension(name):
+        return getdoc(resolve(name, READERS, Callable)) or name
     return "A file of user, time, prompt, response and domain."
 
 

@@ -8,20 +8,21 @@ they stand in the file. Not covered: which user joins which round.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, Self, overload
+from typing import ClassVar, Literal, Self, overload
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from florilegium.client.dialogue import Dialogue
 from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.common.registry import check, is_extension
 from florilegium.privacy.seeds import derive_seed
-from florilegium.simulation.data.conversations import READERS, Conversation
+from florilegium.simulation.data.conversations import READERS, Conversation, read
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import is_file_name
 from florilegium.simulation.data.hub import HubFields, read_hub
@@ -36,7 +37,11 @@ HUB = "hub:"
 class DataConfig(Config):
     """Which people are simulated."""
 
-    name: str = Field(default="chitchat", description="a known name, a file of JSON Lines, or hub:owner/dataset")
+    extensible: ClassVar = ("name",)
+
+    name: str = Field(
+        default="chitchat", description="a known name, a file of JSON Lines, hub:owner/dataset, or package.module:NAME"
+    )
     users: int = Field(default=64, ge=1)
     split: Split = Field(default="test", description="tune on development users, report on test users; all: both")
     bootstrap: bool = Field(default=False, description="more devices than people: theirs, drawn with replacement")
@@ -51,11 +56,16 @@ class DataConfig(Config):
     stickiness: float = Field(default=0.9, ge=0, le=1, description="chance that the next dialogue stays in the domain")
     hub_fields: HubFields = HubFields()
 
+    def extensions(self) -> list[str]:
+        return [] if self.name.startswith(HUB) else super().extensions()
+
     @field_validator("name")
     @classmethod
     def _is_a_source(cls, name: str) -> str:
         if name in READERS or name.startswith(HUB) or is_file_name(name):
             return name
+        if is_extension(name):
+            return check(name, READERS, Callable)
         raise ValueError(f"unknown data set {name!r}; {_meant(name)}")
 
     @model_validator(mode="after")
@@ -258,8 +268,8 @@ def _meant(name: str) -> str:
 def _conversations(config: DataConfig) -> Iterator[Conversation]:
     if config.name.startswith(HUB):
         return read_hub(config.name.removeprefix(HUB), config.hub_fields)
-    if config.name in READERS:
-        return READERS[config.name]()
+    if config.name in READERS or is_extension(config.name):
+        return read(config.name)
     return read_jsonl(Path(config.name).expanduser())
 
 

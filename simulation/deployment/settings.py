@@ -33,7 +33,7 @@ def check_rule(settings: ServerConfig, terms: Terms) -> None:
         why = {
             "krum": f"with byzantine = {settings.byzantine} and krum_keep = {settings.krum_keep}",
             "trimmed-mean": f"to leave out one at each end with trimmed_share = {settings.trimmed_share:g}",
-        }[settings.rule]
+        }.get(settings.rule, "by what it says of itself")
         raise DeviceError(
             f"min_devices = {terms.min_devices} is below the {needed} releases that {settings.rule} needs {why}: "
             f"florilegium server init --min-devices {needed}, or another rule"

@@ -56,7 +56,7 @@ def world_of(config: ExperimentConfig) -> DevicePopulation | None:
 def _check_ranks(config: ExperimentConfig, world: DevicePopulation) -> None:
     if not any(c.rank for c in world.classes):
         return
-    if config.server.rule != "mean" or config.server.products != "average":
+    if not config.server.sums or config.server.products != "average":
         raise ConfigError("devices of unequal rank need server.rule = 'mean' and server.products = 'average'")
     if not config.privacy.by_dialogue:
         raise ConfigError(f"privacy.mode = {config.privacy.mode!r} and devices of unequal rank do not go together")

@@ -18,6 +18,7 @@ from florilegium.client.personalization.history import Asked, Person
 from florilegium.client.personalization.method import Method, MethodContext
 from florilegium.client.personalization.registry import method
 from florilegium.client.personalization.task_adapter import learn_task
+from florilegium.privacy.common.registry import calling
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.evaluation.caching_model import CachingModel
 from florilegium.simulation.evaluation.metrics import derangement
@@ -61,7 +62,21 @@ def play(
     task_adapter: TaskAdapter = lambda learn: learn(),
     listener: Listener = lambda phase: None,
 ) -> Played:
-    """One method on these users, device k that of user k."""
+    """One method on these users, device k that of user k. Raises `ExtensionError` for one of the user's own."""
+    with calling(config.method.name, "do as `Method` says"):
+        return _played(lm, config, task, pool, users, seed, task_adapter, listener)
+
+
+def _played(
+    lm: LanguageModel,
+    config: MethodsConfig,
+    task: Task,
+    pool: Sequence[TaskUser],
+    users: Sequence[TaskUser],
+    seed: int,
+    task_adapter: TaskAdapter,
+    listener: Listener,
+) -> Played:
     clock = Clock(listener, lm)
     named = [person(u, task, config.history, f"device-{k:04d}") for k, u in enumerate(users)]
     others = [person(u, task, config.history, f"pool-{k:04d}") for k, u in enumerate(pool)]

@@ -13,7 +13,9 @@ from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.settings import ConfigError
 
 Changes = dict[str, tuple[Any, Any]]
-SPEED = ("ray.", "cohort_size", "engine.on_device_error", "engine.failed_share")  # the same but for rounding
+SPEED = (  # what a run comes to is the same, but for rounding
+    "ray.", "cohort_size", "engine.on_device_error", "engine.failed_share", "callbacks",
+)  # fmt: skip
 
 
 def changes(before: ExperimentConfig, after: ExperimentConfig) -> Changes:
@@ -35,7 +37,7 @@ def check(before: ExperimentConfig, after: ExperimentConfig, done: int, where: s
     if fixed:
         raise ConfigError(
             f"{where} differs from the config given ({told(fixed)}); resume with the same settings: only rounds, "
-            f"[evaluation], [ray] and cohort_size may be others"
+            f"[evaluation], [ray], cohort_size and callbacks may be others"
         )
     if "evaluation.users" in found and done:
         raise ConfigError(

@@ -30,7 +30,7 @@ TREES: dict[str, type[ExperimentConfig] | type[MethodsConfig] | type[Interactive
     "methods": MethodsConfig,
     "lives": InteractiveConfig,
 }
-UNSEEN = ("engine", "cohort_size", "name", "ray", "world")  # without effect on a study's cells
+UNSEEN = ("engine", "cohort_size", "name", "ray", "world", "callbacks")  # without effect on a study's cells
 
 
 def unseen(kind: str) -> tuple[str, ...]:
@@ -158,6 +158,8 @@ class Study:
             raise ConfigError(
                 f"{self.where}: a federated study asks by rounds; server.buffer and server.rule = 'none' do not"
             )
+        if self.config.kind != "rivals" and isinstance(config, ExperimentConfig) and config.baseline.name:
+            raise ConfigError(f"{self.where}: baseline.name is for a study of the kind 'rivals'")
         return Cell(config, self.config)
 
     @cached_property

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.common.registry import HOW, check
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import DataConfig, Half, half_of
 from florilegium.simulation.tasks.lamp import OFFICIAL, load_lamp, split_users
-from florilegium.simulation.tasks.stand_ins import STAND_INS, load_stand_in
+from florilegium.simulation.tasks.stand_ins import STAND_INS, StandIn, load_stand_in, stand_in
 from florilegium.simulation.tasks.task import Task, TaskUser
 
 LAMP = "lamp:"
@@ -24,8 +24,10 @@ HELD_OUT_SHARE = 0.25
 class TaskConfig(Config):
     """A task and its people."""
 
+    extensible: ClassVar = ("name",)
+
     name: str = Field(
-        "chat-reply", description="a stand-in, or lamp:1, lamp:2N, lamp:2M, lamp:3, lamp:4, lamp:5, lamp:7"
+        "chat-reply", description=f"a stand-in, lamp:1, lamp:2N, lamp:2M, lamp:3, lamp:4, lamp:5, lamp:7, {HOW}"
     )
     folder: str = Field("", description="of LaMP's official files for the task")
     file: Literal["train", "dev", "test"] = Field("dev", description="which of LaMP's files; test needs its golds")
@@ -41,11 +43,7 @@ class TaskConfig(Config):
     @field_validator("name")
     @classmethod
     def _is_a_task(cls, name: str) -> str:
-        if name in NAMES:
-            return name
-        near = get_close_matches(name, NAMES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(NAMES)}"
-        raise ValueError(f"unknown task {name!r}; {hint}")
+        return check(name, NAMES, StandIn)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -75,7 +73,7 @@ def load_task(config: TaskConfig, seed: int) -> tuple[Task, list[TaskUser], list
         queries_per_user=config.queries_per_user,
     )
     pool, users = load_stand_in(config.name, config.users, data, seed)
-    return STAND_INS[config.name].task, pool, users
+    return stand_in(config.name).task, pool, users
 
 
 def _with_held_out(history: int, *, up: bool) -> int:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from florilegium.client.dialogue import Dialogue
+from florilegium.privacy.common.registry import UnexpectedError, calling, resolve
 from florilegium.simulation.data.population import DataConfig, User
 from florilegium.simulation.tasks import populations
 from florilegium.simulation.tasks.makers import Split, as_recorded, by_length, of_two
 from florilegium.simulation.tasks.populations import TOPICS, conversation, dealt, once, people
-from florilegium.simulation.tasks.task import Task, as_patterns, by_a_person
+from florilegium.simulation.tasks.task import Task, TaskUser, as_patterns, by_a_person
 
 FEELINGS = (
     "afraid, angry, annoyed, anticipating, anxious, apprehensive, ashamed, caring, confident, content, devastated, "
@@ -55,12 +56,24 @@ def load_stand_in(name: str, users: int, data: DataConfig, seed: int) -> Split:
     A conversation that one of the users took part in is taken from the pool: what they replied there stands as
     others' prompts. (Who in the pool has nothing left is left out.)
     """
-    stand_in = STAND_INS[name]
-    drawn = stand_in.load(data.model_copy(update={"name": stand_in.source}), seed)
+    made = stand_in(name)
+    with calling(name, "load users, as `StandIn.load` says"):
+        drawn = made.load(data.model_copy(update={"name": made.source}), seed)
+        if not all(isinstance(user, User) for user in drawn):
+            raise UnexpectedError("loaded what is no list of users")
     chosen, rest = drawn[:users], drawn[users:]
     theirs = {conversation(card) for user in chosen for card in (*user.stream, *user.held_out)}
     pool = [_without(user, theirs) for user in rest]
-    return stand_in.make(stand_in.task, [user for user in pool if user.stream and user.held_out], chosen, seed)
+    with calling(name, "make the pool and the users, as `StandIn.make` says"):
+        split = made.make(made.task, [user for user in pool if user.stream and user.held_out], chosen, seed)
+        if [type(user) for part in split for user in part] != [TaskUser] * sum(map(len, split)) or len(split) != 2:
+            raise UnexpectedError("made what are no two lists of TaskUsers")
+    return split
+
+
+def stand_in(name: str) -> StandIn:
+    """The stand-in of this name, or one of the user's own."""
+    return resolve(name, STAND_INS, StandIn)
 
 
 def _without(user: User, conversations: set[str]) -> User:
