@@ -69,6 +69,7 @@ def summarize(events: Iterable[Event]) -> Summary:
         "seed": start["seed"],
         "engine": start["engine"],
         "server": start["config"]["server"]["rule"],
+        "baseline": start["config"].get("baseline", {}).get("name", ""),
         "model": start["model"]["name"],
         "hardware": start["hardware"],
         **{metric: {e["arm"]: _figures(e) for e in final if e["metric"] == metric} for metric in ("nll", "rouge1")},
@@ -126,9 +127,9 @@ def _mean_lengths(results: list[Event]) -> dict[str, float]:
 
 def render_summary(summary: Summary) -> RenderableType:
     """The table that a run ends with. Intervals are half widths."""
-    table = Figures(
-        title=f"{summary['name']}: {summary['devices']} devices, {summary['rounds']} rounds", title_style=""
-    )
+    by = f", {summary['baseline']}" if summary.get("baseline") else ""
+    title = f"{summary['name']}: {summary['devices']} devices, {summary['rounds']} rounds{by}"
+    table = Figures(title=title, title_style="")
     for heading in ("arm", "NLL per user", "NLL per query", "ROUGE-1 per user", "ROUGE-1 per query", "tokens"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm in ARMS:
