@@ -31,7 +31,7 @@ ALLOWED = {
     "simulation": {"privacy", "client", "server", "simulation"},
 }
 FLOORS = (  # of simulation/, from the ground up: a module imports from its own folder and from the floors below
-    {"data", "rounds"},
+    {"data"},
     {"settings"},
     {"config", "tasks", "models"},
     {"runs"},
