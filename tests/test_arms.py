@@ -37,7 +37,7 @@ from florilegium.simulation.personalization.run import play
 from florilegium.simulation.runs.events import Evaluation
 from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.studies.config import load_study
-from florilegium.simulation.studies.selection_cell import run_study
+from florilegium.simulation.studies.runner import run_study
 from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser
 
 MARK = "quagga"
@@ -361,7 +361,7 @@ def test_no_rival_has_seen_what_is_held_out(lm: LanguageModel, heard: Heard, tmp
     """
     shape = {"adapter": {"rank": 2, "alpha": 4, "targets": ["v_proj"], "factors": "both"}}
     names = [name for name in BASELINES if (name == "feddpa") == looking]
-    study_of(tmp_path, "rivals", {"rival.name": names}, rounds=1, rival={"steps": 2, "batch_size": 2},
+    study_of(tmp_path, "rivals", {"baseline.name": names}, rounds=1, baseline={"steps": 2, "batch_size": 2},
              shared={**shape, "pool_capacity": 0, "source": "buffer"}, personal=shape,
              privacy={"mode": "none", "clips": "change"},
              evaluation=EVALUATION | {"rouge_queries_per_user": 0})  # fmt: skip

@@ -39,7 +39,7 @@ from florilegium.simulation.runs.events import DeviceFailure
 from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.settings import ConfigError, find_config
 from florilegium.simulation.studies.config import load_study
-from florilegium.simulation.studies.selection_cell import run_study
+from florilegium.simulation.studies.runner import run_study
 
 FOUR = ["a", "b", "c", "d"]
 QUICK = (*SMALL, "data.users=4", "rounds=1", "evaluation.pooled_epochs=0", "synthesis.sampling.max_new_tokens=2")

@@ -25,9 +25,10 @@ from florilegium.client.phases import Observation
 from florilegium.client.pool import Pool
 from florilegium.client.private_training import release, reserve
 from florilegium.client.state import States
+from florilegium.privacy.common.machine import peak_rss_bytes
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release
-from florilegium.simulation.benchmarks.scale_flower import NUMBERS, ROUNDS, SAMPLED, peak_bytes
+from florilegium.simulation.benchmarks.scale_flower import NUMBERS, ROUNDS, SAMPLED
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import User
 from florilegium.simulation.runs.stopping import end_with_parent
@@ -144,7 +145,7 @@ def main() -> None:
     end_with_parent()
     began = time.time()
     ended = ours(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    print("\n" + json.dumps({"began": began, "ended": ended, "peak_bytes": peak_bytes()}))
+    print("\n" + json.dumps({"began": began, "ended": ended, "peak_bytes": peak_rss_bytes()}))
 
 
 if __name__ == "__main__":
