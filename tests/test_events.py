@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -214,34 +213,29 @@ def test_nothing_is_written_onto_a_torn_line(left: str, kept: str, tmp_path: Pat
 
 
 def test_a_run_that_goes_on_is_followed_to_its_end(tmp_path: Path) -> None:
-    """Before there is a log, over a line that is half written, and over one that is written anew."""
-    path, seen, moved = tmp_path / "metrics.jsonl", list[Event](), threading.Semaphore(0)
+    """Before there is a log, over a line that is half written, and over one that is written anew; a step a look."""
+    path, whole = tmp_path / "metrics.jsonl", OLD.splitlines(keepends=True)[1]
+    end = RunEnd(wall_s=1, peak_rss_bytes=1, tokens_trained=1, interrupted=True)
 
-    def watch() -> None:
-        for event in follow(path, every_s=0.001):
-            seen.append(event)
-            moved.release()
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-
-    def come(count: int) -> list[str]:
-        assert all(moved.acquire(timeout=20) for _ in range(count))
-        return [e.kind for e in seen]
-
-    append(path, [RUN])
-    assert come(1) == ["run"]
-    whole = OLD.splitlines(keepends=True)[1]
-    for part in (whole[:30], whole[30:]):
+    def write(text: str) -> None:
         with path.open("a") as stream:
-            stream.write(part)
-    assert come(1) == ["run", "device_round"]
-    rewind(path, lambda event, facts: facts if isinstance(event, RunStart) else None)
-    assert come(1) == ["run", "device_round", "run"]
-    append(path, [device_round(1), RunEnd(wall_s=1, peak_rss_bytes=1, tokens_trained=1, interrupted=True)])
-    assert come(2) == ["run", "device_round", "run", "device_round", "end"]
-    watcher.join(timeout=20)
-    assert not watcher.is_alive()
+            stream.write(text)
+
+    steps = iter([
+        lambda: None,
+        lambda: append(path, [RUN]),
+        lambda: write(whole[:30]),
+        lambda: write(whole[30:]),
+        lambda: rewind(path, lambda event, facts: facts if isinstance(event, RunStart) else None),
+        lambda: append(path, [device_round(1), end]),
+    ])  # fmt: skip
+
+    def over() -> bool:
+        next(steps)()
+        return False
+
+    seen = [e.kind for e in follow(path, every_s=0, over=over)]
+    assert seen == ["run", "device_round", "run", "device_round", "end"]
 
 
 def test_following_ends_when_it_is_told_to(tmp_path: Path) -> None:
