@@ -47,6 +47,32 @@ FLOORS = (  # of simulation/, from the ground up: a module imports from its own 
     {"cli"},
     {"__main__"},
 )
+WITH_FLOWER = {
+    "simulation/benchmarks/engine_flower.py",
+    "simulation/benchmarks/scale_idle_client.py",
+    "simulation/benchmarks/scale_flower.py",
+    "client/agent/supernode.py",
+    "client/agent/supernode_process.py",
+    "client/flower_replies.py",
+    "client/flower_arrays.py",
+    "server/fedbuff.py",
+    "server/release_collector.py",
+    "server/strategy.py",
+    "simulation/flower_app.py",
+    "simulation/engines/flower_ray.py",
+    "simulation/engines/cohort_grid.py",
+    "simulation/rounds.py",
+    "simulation/recorder.py",
+    "simulation/engines/in_memory.py",
+    "simulation/engines/strategy.py",
+    "simulation/engines/world_grid.py",
+    "simulation/audit/inventory.py",
+    "simulation/deployment/https_server.py",
+    "simulation/deployment/link.py",
+    "simulation/deployment/rounds.py",
+    "client/agent/signature.py",
+    "simulation/benchmarks/https_server.py",
+}
 
 
 def imports(path: Path) -> set[str]:
