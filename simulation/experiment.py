@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -30,9 +29,10 @@ from florilegium.simulation.engines.world_grid import WorldGrid, open_clock
 from florilegium.simulation.recorder import federate_run
 from florilegium.simulation.reports.run_report import render_report
 from florilegium.simulation.results import Result, load_run
-from florilegium.simulation.runs.folder import RunError, RunFolder, create, resume, settle
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.folder import RunFolder, create, resume, settle
 from florilegium.simulation.runs.progress import RunProgress, progress_line
-from florilegium.simulation.runs.summary import write_summary
+from florilegium.simulation.runs.summary import RunSummary, write_summary
 from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
 
@@ -77,7 +77,7 @@ def run_experiment(
     progress: RunProgress | None = None,
     tensorboard: bool = False,
     people: Sequence[User] | None = None,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report.
 
     `people` are those of `simulation.devices.preflight`, where they have been read already. Raises `RunError` also for
@@ -104,7 +104,7 @@ def _lock_of(folder: Path) -> Path:
 
 def _run(
     run: RunFolder, resuming: bool, progress: RunProgress, tensorboard: bool, people: Sequence[User] | None
-) -> dict[str, Any]:
+) -> RunSummary:
     begun = False
     try:
         try:

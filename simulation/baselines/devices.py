@@ -27,7 +27,8 @@ from florilegium.simulation.baselines.context import BaselineContext, Held, uplo
 from florilegium.simulation.baselines.registry import BASELINES, Baseline, keep
 from florilegium.simulation.data.population import User
 from florilegium.simulation.devices.simulated import RoundFunctions, SimulatedDevices, load_devices
-from florilegium.simulation.runs.folder import RunFolder, check_sources
+from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.runs.provenance import check_sources
 
 
 @dataclass(frozen=True)
