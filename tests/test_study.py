@@ -29,7 +29,7 @@ from florilegium.simulation.config import load_config
 from florilegium.simulation.data.population import DataConfig
 from florilegium.simulation.evaluation.caching_model import CachingModel
 from florilegium.simulation.evaluation.metrics import Comparison
-from florilegium.simulation.runs.folder import RunError
+from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.settings import ConfigError, config_folder, find_config
 from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import Study, load_study

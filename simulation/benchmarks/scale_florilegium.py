@@ -111,6 +111,7 @@ def ours(devices: int, actors: int, folder: Path) -> list[float]:
     from florilegium.simulation.engines.scheduler import Scheduler
     from florilegium.simulation.engines.workers import open_workers
     from florilegium.simulation.recorder import federate_run
+    from florilegium.simulation.runs.events import RoundEnd
     from florilegium.simulation.runs.folder import create
 
     run = create(folder / "run", config_of(devices, actors))
@@ -118,7 +119,7 @@ def ours(devices: int, actors: int, folder: Path) -> list[float]:
     with open_workers(run, alone, idle_worker) as workers:
         scheduler = Scheduler(workers, alone)
         federate_run(run, CohortGrid(scheduler.map, alone.schema, list(UsersByDevice(Nobody(devices)))), scheduler)
-    return [event["time"] for event in run.events() if event["event"] == "round"]
+    return [event.time for event in run.events_of(RoundEnd)]
 
 
 def idle_worker(folder: Path) -> Any:

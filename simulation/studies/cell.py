@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from florilegium.client.lm.config import ModelConfig
 from florilegium.privacy.common.machine import cores
 from florilegium.simulation.data.population import DataConfig, User, load_population
-from florilegium.simulation.runs.folder import RunError, sources_sha256
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.provenance import sources_sha256
 from florilegium.simulation.studies.config import Cell
 from florilegium.simulation.tasks.config import TaskConfig, load_task
 from florilegium.simulation.tasks.task import Task, TaskUser

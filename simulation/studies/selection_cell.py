@@ -29,7 +29,7 @@ from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import User, met_by
 from florilegium.simulation.engines.faults import tried
 from florilegium.simulation.evaluation.metrics import by_device, derangement, measure_rouge, reply_arms, score_arms
-from florilegium.simulation.runs.folder import sources_sha256
+from florilegium.simulation.runs.provenance import sources_sha256
 from florilegium.simulation.studies.cell import Result, SharedResources, read_result, write_whole
 from florilegium.simulation.studies.config import Cell
 
