@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import resource
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from flwr.serverapp import Grid
 from florilegium.client.calibration import planned_event
 from florilegium.client.lm.peft_format import shared_files, write_files, write_peft
 from florilegium.client.lm.places import ADAPTERS, base_of, copy_base
+from florilegium.privacy.common.machine import cores, peak_rss_bytes
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.release_collector import to_numpy
 from florilegium.server.strategy import ReleaseStrategy
@@ -256,7 +255,7 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> RunStart:
             dtype=str(lm.engine.dtype).removeprefix("torch."),
         ),
         data=people(config, devices.users),
-        hardware=f"{len(os.sched_getaffinity(0))} cores, {lm.engine.device}",
+        hardware=f"{cores()} cores, {lm.engine.device}",
         versions={name: version(name) for name in ("florilegium", "torch", "flwr", "opacus", "peft")},
         privacy=PrivacyFacts(
             mode=config.privacy.mode,
@@ -288,8 +287,3 @@ def people(config: ExperimentConfig, users: UsersByDevice) -> DataFacts:
         held_out=sum(len(user.held_out) for user in persons),
         held_out_met=sum(met_before(user.stream, user.held_out) for user in persons),
     )
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
