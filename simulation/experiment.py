@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -18,11 +17,11 @@ from florilegium.client.state_store import StoreError
 from florilegium.privacy.common.environment import make_absolute, prepare_process
 from florilegium.privacy.common.errors import BrokenDeviceError
 from florilegium.privacy.ledger import LedgerError
+from florilegium.simulation.baselines.devices import load_run_devices, run_devices_of_worker
 from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
 from florilegium.simulation.data.population import User
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.preflight import ready
-from florilegium.simulation.devices.simulated import load_devices
 from florilegium.simulation.engines.cohort_grid import CohortGrid
 from florilegium.simulation.engines.scheduler import Scheduler
 from florilegium.simulation.engines.workers import LocalWorkers, open_workers
@@ -30,9 +29,10 @@ from florilegium.simulation.engines.world_grid import WorldGrid, open_clock
 from florilegium.simulation.recorder import federate_run
 from florilegium.simulation.reports.run_report import render_report
 from florilegium.simulation.results import Result, load_run
-from florilegium.simulation.runs.folder import RunError, RunFolder, create, resume, settle
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.folder import RunFolder, create, resume, settle
 from florilegium.simulation.runs.progress import RunProgress, progress_line
-from florilegium.simulation.runs.summary import write_summary
+from florilegium.simulation.runs.summary import RunSummary, write_summary
 from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
 
@@ -77,7 +77,7 @@ def run_experiment(
     progress: RunProgress | None = None,
     tensorboard: bool = False,
     people: Sequence[User] | None = None,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report.
 
     `people` are those of `simulation.devices.preflight`, where they have been read already. Raises `RunError` also for
@@ -104,7 +104,7 @@ def _lock_of(folder: Path) -> Path:
 
 def _run(
     run: RunFolder, resuming: bool, progress: RunProgress, tensorboard: bool, people: Sequence[User] | None
-) -> dict[str, Any]:
+) -> RunSummary:
     begun = False
     try:
         try:
@@ -136,9 +136,9 @@ def _way_on(run: RunFolder, begun: bool) -> str:
 def _on_cohorts(
     run: RunFolder, progress: RunProgress, board: TensorBoardWriter | None, people: Sequence[User] | None
 ) -> None:
-    devices = load_devices(run, progress.enter, people)
+    devices = load_run_devices(run, progress.enter, people)
     names = [device_name(k) for k in range(run.config.data.users)]
-    with open_workers(run, devices) as workers:
+    with open_workers(run, devices, run_devices_of_worker) as workers:
         scheduler, clock = Scheduler(workers, devices, progress), open_clock(devices, names)
         schema = devices.schema
         grid = WorldGrid(scheduler.ask, schema, names, clock) if clock else CohortGrid(scheduler.ask, schema, names)
@@ -153,7 +153,7 @@ def _on_flower(
     from florilegium.simulation.flower_app import RUN_VARIABLE, client_app
 
     os.environ[RUN_VARIABLE] = str(run.path)
-    devices = load_devices(run, progress.enter, people)
+    devices = load_run_devices(run, progress.enter, people)
     with stock_grid(client_app, run.config.data.users, run.path, progress.visit) as grid:
         federate_run(run, grid, Scheduler(LocalWorkers(devices), devices, progress), board=board)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from florilegium.client.lm.places import check_model
 from florilegium.simulation.data.population import load_population
 from florilegium.simulation.reports import html
-from florilegium.simulation.runs.folder import RunError, RunFolder
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from florilegium.simulation.audit.audit import Audit
@@ -25,6 +26,8 @@ def audit_run(run: RunFolder, devices: int, canaries: int, listener: Callable[[s
     config = run.config
     if config.privacy.mode == "none":
         raise RunError(f"{run.path}: privacy.mode = 'none' claims nothing that could be audited")
+    if config.baseline.name:
+        raise RunError(f"{run.path} is of the baseline {config.baseline.name!r}; what is audited is our own method")
     people = config.data.model_copy(update={"users": min(devices, config.data.users)})
     check_model(config.model.name)
     users = load_population(people, config.seed)

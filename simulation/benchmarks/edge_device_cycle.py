@@ -30,7 +30,7 @@ def main(model: str, limit: str, threads: str, folder: str, group: str = "") -> 
     from florilegium.client.agent.folder import DeviceFolder
     from florilegium.client.agent.memory_limits import limit_memory
     from florilegium.client.lm.config import ModelConfig
-    from florilegium.simulation.benchmarks.scale_flower import peak_bytes
+    from florilegium.privacy.common.machine import peak_rss_bytes
     from florilegium.simulation.data.population import DataConfig, load_population
 
     limit_memory(int(limit))
@@ -52,7 +52,7 @@ def main(model: str, limit: str, threads: str, folder: str, group: str = "") -> 
         "tokens_per_s": tokens / reply_s,
         "cycle_s": time.monotonic() - began,
         "examples": page["personal_examples"],
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_rss_bytes(),
         "tokens_at_once": agent.device.lm.engine.token_budget.tokens,
         "dtype": str(agent.device.lm.engine.dtype).removeprefix("torch."),
     }

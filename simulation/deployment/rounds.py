@@ -48,6 +48,7 @@ from florilegium.simulation.deployment.register import NODES, admitted, welcome
 from florilegium.simulation.deployment.settings import check_rule, read_settings, write_settings
 from florilegium.simulation.engines.strategy import commit, go_on
 from florilegium.simulation.rounds import Recorder, federate
+from florilegium.simulation.runs.events import RoundEnd
 from florilegium.simulation.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class ServerRecorder(Recorder):
         self.run.save_shared(number, to_numpy(arrays), strategy.ledger_heads, strategy.moments.arrays())
         if number:
             facts = strategy.facts[number]
-            self.run.record("round", round=number, **asdict(facts))
+            self.run.record(RoundEnd(round=number, **asdict(facts)))
             strategy.tell(f"round {number}: {came_to(facts, strategy.least_releases)}")
 
 

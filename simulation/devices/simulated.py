@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -25,9 +26,11 @@ from florilegium.simulation.devices.preflight import everybody, world_of
 from florilegium.simulation.devices.workload import TokenWorkload, planned_tokens
 from florilegium.simulation.heterogeneity.classes import DevicePopulation, class_of
 from florilegium.simulation.runs.device_store import ShardedStore
-from florilegium.simulation.runs.folder import RunFolder, check_sources
+from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.runs.provenance import check_sources
 
 CONTRIBUTED = "a-contributed"
+Own = Literal["beside", "alone", "none"]  # how what stays on a device is on: with the shared adapter, without it, never
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class RoundFunctions:
 
     contribute: Callable[..., tuple[States, list[Release | None], list[Observation]]] = contribute
     adopt: Callable[..., tuple[States, list[Observation]]] = adopt
+    own: Own = "beside"
 
 
 WITHOUT_SERVER = RoundFunctions(  # without a server
     contribute=lambda states, arrived, received, plan, context: stay(states, arrived, plan, context),
     adopt=lambda states, received, plan, context: adopt(states, None, plan, context),
+    own="alone",
 )
 
 
@@ -182,5 +187,5 @@ def rank_in(world: DevicePopulation, device: str) -> int:
 def devices_of_worker(folder: Path) -> SimulatedDevices:
     """The devices of a run in a worker process, loaded once; refuses to run other code than the driver's."""
     run = RunFolder(folder)
-    check_sources(run)
+    check_sources(folder)
     return load_devices(run)

@@ -24,7 +24,8 @@ from florilegium.server.optimizers import Moments
 from florilegium.server.release_collector import Limits, RoundFacts, to_arrays, to_numpy
 from florilegium.server.strategy import Aggregate, ReleaseStrategy, ServerState
 from florilegium.simulation.heterogeneity.clock import BufferedClock, Clock
-from florilegium.simulation.runs.folder import Checkpoint, RunFolder
+from florilegium.simulation.runs.checkpoint import Checkpoint
+from florilegium.simulation.runs.folder import RunFolder
 
 Opened = tuple[ReleaseStrategy, ArrayRecord]  # a strategy, and what it sends devices next
 
@@ -41,6 +42,8 @@ def open_strategy(
     config, schema, seed = run.config, context.schema, context.seed
     secret = run.server_secret() if config.privacy.secret == "os" else derive_key(seed, "server")
     noise, limits = _noise(config, config.server, secret), Limits(*release_limits(config, schema))
+    if config.baseline.name and config.privacy.mode == "none":
+        limits = Limits()  # a baseline without protection clips nothing
     strategy: ReleaseStrategy
     if isinstance(clock, BufferedClock):
         strategy = BufferedStrategy(
@@ -81,7 +84,7 @@ def commit(run: RunFolder, made: Aggregate) -> None:
 def committed(run: RunFolder, round_number: int) -> Aggregate | None:
     """What a round came to, if it came so far."""
     stored = run.aggregate(round_number)
-    return Aggregate(**vars(_state(stored)), facts=RoundFacts(**stored.facts)) if stored else None
+    return Aggregate(**vars(_state(stored)), facts=RoundFacts(**(stored.facts or {}))) if stored else None
 
 
 def _state(stored: Checkpoint) -> ServerState:

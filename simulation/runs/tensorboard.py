@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from florilegium.simulation.runs.folder import Event, RunError, RunFolder
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.events import Evaluation, Event, RoundEnd
+from florilegium.simulation.runs.folder import RunFolder
 
 OF_A_ROUND = ("releases", "silent", "signal_to_noise", "change_norm_l2", "shared_norm_l2", "averaging_error")
 
@@ -29,12 +31,12 @@ class TensorBoardWriter:
         self.writer.flush()
 
     def _write(self, event: Event) -> None:
-        if event["event"] == "round":
-            scalars = {name: event[name] for name in OF_A_ROUND if event.get(name) is not None}
-            scalars |= {f"seconds/{phase}": spent for phase, spent in event["seconds"].items()}
-        elif event["event"] == "evaluation":
-            scalars = {f"{event['metric']}/{event['arm']}": event["mean_per_user"]}
+        if isinstance(event, RoundEnd):
+            scalars = {name: value for name in OF_A_ROUND if (value := getattr(event, name)) is not None}
+            scalars |= {f"seconds/{phase}": spent for phase, spent in (event.seconds or {}).items()}
+        elif isinstance(event, Evaluation):
+            scalars = {f"{event.metric}/{event.arm}": event.mean_per_user}
         else:
             return
         for name, value in scalars.items():
-            self.writer.add_scalar(name, value, event["round"])
+            self.writer.add_scalar(name, value, event.round)

@@ -10,7 +10,7 @@ from florilegium.client.lm.places import check_model
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.personalization.config import MethodsConfig
-from florilegium.simulation.runs.folder import RunError
+from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import Cell, Study
 

@@ -1,0 +1,36 @@
+"""With which code a run was made: a hash of the sources, in its folder, on which driver and workers must agree."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+
+import florilegium
+from florilegium.simulation.runs.errors import RunError
+
+PACKAGES = ("privacy", "client", "server", "simulation")
+NOTED = "sources.sha256"
+
+
+@lru_cache(maxsize=1)
+def sources_sha256() -> str:
+    """A hash of the sources of the four packages."""
+    digest = sha256()
+    root = Path(florilegium.__file__).parent
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def write_sources(folder: Path) -> None:
+    """Notes the code of this process in the folder of a run."""
+    (folder / NOTED).write_text(sources_sha256() + "\n", encoding="utf-8")
+
+
+def check_sources(folder: Path) -> None:
+    """Raises `RunError` when this process runs other code than the one that made the run's folder."""
+    stored = (folder / NOTED).read_text(encoding="utf-8").strip()
+    if stored != sources_sha256():
+        raise RunError(f"the code in {Path(florilegium.__file__).parent} is not the code that started {folder}")
