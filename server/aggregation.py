@@ -275,7 +275,6 @@ RULES: Mapping[str, Callable[[int, RuleSettings], Rule]] = {
 }
 
 
-
 def new_rule(name: str, width: int, settings: RuleSettings) -> Rule:
     """The rule of a round whose releases have `width` numbers. Raises `ExtensionError` for what gives none."""
     make = resolve(name, RULES, Callable)

@@ -191,7 +191,6 @@ OPTIMIZERS: Mapping[str, Callable[[OptimizerSettings], ServerOptimizer]] = {
 }
 
 
-
 def new_optimizer(name: str, settings: OptimizerSettings) -> ServerOptimizer:
     """The optimizer of this name. Raises `ExtensionError` for what gives none."""
     make = resolve(name, OPTIMIZERS, Callable)

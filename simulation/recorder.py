@@ -23,9 +23,9 @@ from florilegium.simulation.evaluation.arms import learn_without_server, noted
 from florilegium.simulation.evaluation.evaluator import Evaluator
 from florilegium.simulation.evaluation.fairness import summarize
 from florilegium.simulation.heterogeneity.clock import Clock, as_event
+from florilegium.simulation.runs.callbacks import Callback, Callbacks
 from florilegium.simulation.runs.description import describe, peak_rss_bytes
 from florilegium.simulation.runs.folder import RunFolder
-from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
 
 @dataclass
@@ -37,7 +37,7 @@ class RunRecorder:
     strategy: ReleaseStrategy
     scheduler: Scheduler
     clock: Clock | None = None
-    board: TensorBoardWriter | None = None
+    others: Sequence[Callback] = ()  # than those of the settings
     earlier_s: float = 0.0  # what the run took before it was stopped and resumed
     began: float = field(default_factory=time.perf_counter)
 
@@ -59,6 +59,10 @@ class RunRecorder:
         failures = (e for e in self.run.events() if e["event"] == "failure" and e["what"] == "control")
         without = {e["device"] for e in failures}
         return Evaluator(self.run, self.devices, self.scheduler, [n for n in self.names if n not in without])
+
+    @cached_property
+    def callbacks(self) -> Callbacks:
+        return Callbacks(self.run, self.others)
 
     def say(self, phase: str) -> None:
         self.scheduler.progress.enter(phase)
@@ -96,8 +100,8 @@ class RunRecorder:
         if round_number:
             self._round_event(round_number, asked, shared, seconds)
         self.run.save_shared(round_number, numbers, self.strategy.heads, self.strategy.moments.arrays())
-        if self.board:
-            self.board.update()
+        if round_number:
+            self.callbacks.end_round(round_number)
         return None
 
     def finish(self, shared: torch.Tensor) -> None:
@@ -111,8 +115,6 @@ class RunRecorder:
             self.run.record("fairness", **summarize(rounds, self.clock.world, everybody, gain, replies))
 
     def close(self, *, interrupted: bool) -> None:
-        if self.board:
-            self.board.update()
         self.run.record(
             "end",
             wall_s=round(self.earlier_s + time.perf_counter() - self.began, 2),
@@ -121,6 +123,7 @@ class RunRecorder:
             devices_bytes=self.run.shards.size_bytes,
             interrupted=interrupted,
         )
+        self.callbacks.end(interrupted=interrupted)
 
     def _failed(self, round_number: int) -> set[str]:
         """Writes down the faults that were counted since it was last asked; returns whose they are.

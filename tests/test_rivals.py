@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ from florilegium.client.private_training import train_shared
 from florilegium.privacy.dpsgd import PrivateRow
 from florilegium.privacy.plan import RoundPlan
 from florilegium.simulation.baselines import evaluation, feddpa, layerwise
-from florilegium.simulation.baselines.config import BaselinesConfig, Name
+from florilegium.simulation.baselines.config import NAMES, BaselinesConfig
 from florilegium.simulation.baselines.context import BaselineContext, Held, aggregate, halves, upload
 from florilegium.simulation.baselines.fedalt import gated, rest_of_world
 from florilegium.simulation.baselines.registry import BASELINES
@@ -436,7 +436,7 @@ def test_every_rival_plays_and_trains_on_the_same_tokens(
     monkeypatch.setattr(engine, "finetune", counting)
     streams, queries = {str(k): u.stream[:8] for k, u in enumerate(people)}, [u.held_out[:2] for u in people]
     tokens, scores = set(), {}
-    assert set(BASELINES) == set(get_args(Name))
+    assert set(BASELINES) == set(NAMES)
     for name in BASELINES:
         counted[0] = 0
         played = play(lm, settings(name), streams, 3)

@@ -953,7 +953,7 @@ def test_a_control_without_a_server_is_that_of_the_same_buffers(tools: Tools) ->
     assert cell._learned_alone([learned], 0) == keys[0] != cell._learned_alone([whole], 1)
 
 
-GOES_ON = ("ray.", "cohort_size", "engine.on_device_error", "engine.failed_share", "evaluation.", "rounds")
+GOES_ON = ("ray.", "cohort_size", "engine.on_device_error", "engine.failed_share", "callbacks", "evaluation.", "rounds")
 
 
 def test_a_run_goes_on_only_with_settings_that_nothing_done_depends_on() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from florilegium.privacy.common.registry import resolve
 from florilegium.simulation.baselines import fedavg, feddpa, layerwise
 from florilegium.simulation.baselines.context import BaselineContext, Held, Lessons
 from florilegium.simulation.baselines.ditto import ditto
@@ -41,3 +42,8 @@ BASELINES = {
     "feddpa": Baseline(feddpa.start, feddpa.feddpa, feddpa.arm, feddpa.by_query),
     "fedalt": Baseline(start_fedalt, fedalt, fedalt_arm),
 }
+
+
+def baseline(name: str) -> Baseline:
+    """The baseline of this name, or one of the user's own. Raises `ExtensionError`."""
+    return resolve(name, BASELINES, Baseline)

@@ -78,6 +78,7 @@ def run(
         run_experiment,  # and with it torch, now that nothing is left to refuse
     )
     from florilegium.simulation.runs.summary import render_summary
+    from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
     with _interruptible("stopped before anything was begun"), progress_line(settings, console) as progress:
         summary = run_experiment(
@@ -86,7 +87,7 @@ def run(
             resuming=resume,
             overwrite=overwrite,
             progress=progress,
-            tensorboard=tensorboard,
+            callbacks=[TensorBoardWriter()] if tensorboard else [],
             people=people,
         )
     console.print(render_summary(summary))

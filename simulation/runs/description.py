@@ -47,7 +47,7 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, A
             "steps_per_round": event.steps,
             "accountant": "PLD",
         },
-        "sources": sources_sha256(),
+        "sources": sources_sha256(config.extensions()),
         "config": config.model_dump(mode="json"),
     }
 

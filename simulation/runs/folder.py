@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 import florilegium
 from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.common.registry import source_files
 from florilegium.privacy.release import Array
 from florilegium.privacy.seeds import fresh_secret
 from florilegium.simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config
@@ -209,7 +210,7 @@ def _changed(event: Event, config: ExperimentConfig, round_number: int) -> Event
     """The event that a run began with, for one that goes on with these settings."""
     found = changes(ExperimentConfig.model_validate(event["config"]), config)
     slow = {key: values for key, values in found.items() if not key.startswith(SPEED)}
-    code = {"sources": sources_sha256()}
+    code = {"sources": sources_sha256(config.extensions())}
     now = event | {"rounds": config.rounds, "config": config.model_dump(mode="json"), **code}
     news = [*([told(slow)] if slow else []), *([OTHER_CODE] if event["sources"] != code["sources"] else [])]
     if news:
@@ -229,7 +230,7 @@ def create(path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> 
     fresh.parent.mkdir(parents=True, exist_ok=True)
     fresh.mkdir(mode=0o700)  # it will hold what people said
     _write_config(fresh, config)
-    _write_sources(fresh)
+    _write_sources(fresh, config)
     Shards.create(fresh / "devices", config.ray.shards or max(1, SHARDS_OF_AN_ACTOR * config.ray.actors))
     if path.exists() and any(path.iterdir()):
         shutil.rmtree(_aside(path), ignore_errors=True)
@@ -282,7 +283,7 @@ def resume(path: Path, config: ExperimentConfig) -> RunFolder:
     """The run in a folder; raises `ConfigError` for settings that it cannot go on with."""
     check_resumable(path, config)
     _write_config(path, config)
-    _write_sources(path)  # which may have been mended; that is told in the run's event
+    _write_sources(path, config)  # which may have been mended; that is told in the run's event
     shutil.rmtree(RunFolder(path).faults, ignore_errors=True)  # of before
     shutil.rmtree(_aside(path), ignore_errors=True)  # of an --overwrite that was killed
     return RunFolder(path)
@@ -302,23 +303,31 @@ def _write_config(path: Path, config: ExperimentConfig) -> None:
     fresh.replace(path / "config.toml")
 
 
-def _write_sources(path: Path) -> None:
-    (path / "sources.sha256").write_text(sources_sha256() + "\n", encoding="utf-8")
+def _write_sources(path: Path, config: ExperimentConfig) -> None:
+    (path / "sources.sha256").write_text(sources_sha256(config.extensions()) + "\n", encoding="utf-8")
 
 
-@lru_cache(maxsize=1)
-def sources_sha256() -> str:
-    """A hash of the sources of the four packages: driver and workers must agree on it."""
+def sources_sha256(extensions: Iterable[str] = ()) -> str:
+    """A hash of the sources of the four packages, and of the modules of these names: driver and workers must agree."""
+    return _sources_sha256(tuple(sorted(set(extensions))))
+
+
+@lru_cache(maxsize=8)  # what was imported does not change with the file
+def _sources_sha256(extensions: tuple[str, ...]) -> str:
     digest = sha256()
     root = Path(florilegium.__file__).parent
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    for module, path in source_files(extensions).items():
+        digest.update(module.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
 def check_sources(run: RunFolder) -> None:
     """Raises `RunError` when this process runs other code than the one that made the run's folder."""
     stored = (run.path / "sources.sha256").read_text(encoding="utf-8").strip()
-    if stored != sources_sha256():
-        raise RunError(f"the code in {Path(florilegium.__file__).parent} is not the code that started {run.path}")
+    extensions = run.config.extensions()
+    if stored != sources_sha256(extensions):
+        own = f" or of {', '.join(extensions)}" if extensions else ""
+        raise RunError(f"the code in {Path(florilegium.__file__).parent}{own} is not the code that started {run.path}")

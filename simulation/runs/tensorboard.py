@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from florilegium.simulation.runs.folder import Event, RunError, RunFolder
+from florilegium.simulation.runs.callbacks import Callback, RunFacts
+from florilegium.simulation.runs.folder import Event, RunError
 
 OF_A_ROUND = ("releases", "silent", "signal_to_noise", "change_norm_l2", "shared_norm_l2", "averaging_error")
 
 
-class TensorBoardWriter:
-    """Scalars of the events that came since it was last updated. The folder is `tensorboard` in that of the run."""
+class TensorBoardWriter(Callback):
+    """Scalars of a run's events. The folder is `tensorboard` in that of the run."""
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self) -> None:
         """Raises `RunError` where TensorBoard is not installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise RunError(f"--tensorboard needs a package: pip install 'florilegium[tensorboard]' ({error})") from None
-        self.run, self.seen = run, 0
-        self.writer: Any = SummaryWriter(run.path / "tensorboard")
+        self.open: Callable[..., Any] = SummaryWriter
+        self.writer: Any = None
 
-    def update(self) -> None:
-        for number, event in enumerate(self.run.events()):
-            if number >= self.seen:
-                self._write(event)
-                self.seen = number + 1
+    def on_run_begin(self, facts: RunFacts) -> None:
+        self.writer = self.open(facts.folder / "tensorboard")
+        self._write(facts)
+
+    def on_round_end(self, facts: RunFacts) -> None:
+        self._write(facts)
+
+    def on_run_end(self, facts: RunFacts) -> None:
+        self._write(facts)
+        self.writer.close()
+
+    def _write(self, facts: RunFacts) -> None:
+        for event in facts.events:
+            for name, value in _scalars(event).items():
+                self.writer.add_scalar(name, value, event["round"])
         self.writer.flush()
 
-    def _write(self, event: Event) -> None:
-        if event["event"] == "round":
-            scalars = {name: event[name] for name in OF_A_ROUND if event.get(name) is not None}
-            scalars |= {f"seconds/{phase}": spent for phase, spent in event["seconds"].items()}
-        elif event["event"] == "evaluation":
-            scalars = {f"{event['metric']}/{event['arm']}": event["mean_per_user"]}
-        else:
-            return
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, event["round"])
+
+def _scalars(event: Event) -> dict[str, float]:
+    if event["event"] == "round":
+        scalars = {name: event[name] for name in OF_A_ROUND if event.get(name) is not None}
+        return scalars | {f"seconds/{phase}": spent for phase, spent in event["seconds"].items()}
+    if event["event"] == "evaluation":
+        return {f"{event['metric']}/{event['arm']}": event["mean_per_user"]}
+    return {}
