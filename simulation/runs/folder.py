@@ -22,7 +22,7 @@ from florilegium.privacy.common.errors import UserError
 from florilegium.privacy.common.registry import source_files
 from florilegium.privacy.release import Array
 from florilegium.privacy.seeds import fresh_secret
-from florilegium.simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config
+from florilegium.simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config, validate
 from florilegium.simulation.runs.changes import SPEED, changes, check, told
 from florilegium.simulation.runs.device_store import Shards
 
@@ -76,7 +76,7 @@ class RunFolder:
     def config(self) -> ExperimentConfig:
         """The config that the run was started with."""
         text = (self.path / "config.toml").read_text(encoding="utf-8")
-        return ExperimentConfig.model_validate(tomllib.loads(text))
+        return validate(ExperimentConfig, tomllib.loads(text), str(self.path / "config.toml"))
 
     def record(self, event: str, **facts: Any) -> None:
         """Appends one event."""
