@@ -141,7 +141,8 @@ def read():
     """Six people who talk of the sea."""
     for user in range(6):
         for n in range(12):
-            yield Conversation(f"{user}-{n}", (Turn("", f"what of wave {n}?"), Turn(f"u{user}", f"{user} saw {n}", n + 1)))
+            turns = Turn("", f"what of wave {n}?"), Turn(f"u{user}", f"{user} saw {n}", n + 1)
+            yield Conversation(f"{user}-{n}", turns)
 
 
 def read_numbers():
