@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
+from florilegium.client.devices import Devices
 from florilegium.client.flower_arrays import to_record
 from florilegium.privacy.encoding import ENCODINGS, Encoded
 from florilegium.privacy.plan import RoundPlan
@@ -22,17 +22,6 @@ from florilegium.privacy.reply_gate import BAD_MESSAGE, NO_RELEASE, check_reply,
 
 NO_ARRAYS = Schema(())
 PLAN = {"round", "version", "head"}  # what a server may say beside the shared adapter
-
-
-class Devices(Protocol):
-    """One device or a cohort, by their names."""
-
-    @property
-    def schema(self) -> Schema: ...
-
-    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]: ...
-
-    def adopt(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

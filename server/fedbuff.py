@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from flwr.app import ArrayRecord, MessageType
 from flwr.serverapp import Grid
 
-from florilegium.server.strategy import ReleaseStrategy
+from florilegium.privacy.noise import ReleaseNoise
+from florilegium.privacy.release import Schema
+from florilegium.server.config import ServerConfig
+from florilegium.server.release_collector import Limits
+from florilegium.server.strategy import NO_LIMITS, Commit, ReleaseStrategy
 
 Makers = Callable[[int], Mapping[str, int]]  # of version n: the devices that worked for it → what they began from
 
@@ -23,9 +26,20 @@ Makers = Callable[[int], Mapping[str, int]]  # of version n: the devices that wo
 class BufferedStrategy(ReleaseStrategy):
     """Round n is what leads from version n − 1 to version n."""
 
-    def __init__(self, *settings: Any, makers: Makers, version: Callable[[int], ArrayRecord], **named: Any) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        schema: Schema,
+        seed: int,
+        noise: ReleaseNoise,
+        *,
+        makers: Makers,
+        version: Callable[[int], ArrayRecord],
+        limits: Limits = NO_LIMITS,
+        commit: Commit | None = None,
+    ) -> None:
         """As `ReleaseStrategy`; `version` gives what devices were sent as an earlier version of the shared adapter."""
-        super().__init__(*settings, **named)
+        super().__init__(config, schema, seed, noise, limits=limits, commit=commit)
         self.makers, self.version = makers, version
 
     def sampled(self, server_round: int) -> list[str]:
@@ -33,8 +47,7 @@ class BufferedStrategy(ReleaseStrategy):
 
     def collected(self, number: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord | None:
         """Takes the releases of a version, those that began from the same one together."""
-        self.arrays = arrays
-        collector, began = self.collector(number), self.makers(number)
+        collector, began = self.collector(number, arrays), self.makers(number)
         for version in sorted(set(began.values())):
             names: Sequence[str] = sorted(name for name, v in began.items() if v == version)
             collector.ask(names, version, weight(number - 1 - version))
@@ -42,7 +55,7 @@ class BufferedStrategy(ReleaseStrategy):
             messages = self.messages(names, number, version, sent, MessageType.TRAIN)
             for reply in grid.send_and_receive(messages, timeout=timeout):
                 collector.take(reply)
-        return self.applied(number, collector, over=self.config.buffer)
+        return self.applied(number, arrays, collector, over=self.config.buffer)
 
 
 def weight(staleness: int) -> float:

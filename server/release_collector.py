@@ -73,7 +73,7 @@ class ReleaseCollector:
         self.schema, self.number, self.before, self.devices = schema, number, before, devices
         self.limits = limits
         self.rule, self.facts = new_rule(config.rule, schema.width, config), RoundFacts()
-        self.heads: dict[str, str] = {}  # device → head of its ledger with this release
+        self.ledger_heads: dict[str, str] = {}  # device → head of its ledger with this release
         self.asked = 0
         self.weight_squares = np.zeros(schema.width)  # (P,) summed over the releases that held each number
         wanted = multiplies and _multiplies(schema.of_round(number), config)
@@ -132,7 +132,7 @@ class ReleaseCollector:
         except BadReleaseError:
             return MALFORMED
         self.weight_squares += weight**2 * (1 if places is None else places)
-        self.heads[device] = str(head)
+        self.ledger_heads[device] = str(head)
         return ""
 
     def _row(self, sent: dict[str, Any]) -> tuple[Numbers, Places | None]:

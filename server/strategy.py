@@ -44,14 +44,20 @@ class NoReleaseError(UserError):
 
 
 @dataclass(frozen=True)
-class Aggregate:
+class ServerState:
+    """What a server has between two rounds: all that it needs to go on."""
+
+    round: int  # that is over
+    shared: ArrayRecord  # what devices are sent next
+    ledger_heads: Mapping[str, str]  # device → head of its ledger with its last release
+    moments: Moments
+
+
+@dataclass(frozen=True)
+class Aggregate(ServerState):
     """What a round came to, before any device has it. Made twice, of other releases, it would show its noise."""
 
-    round: int
-    shared: ArrayRecord
-    heads: Mapping[str, str]
     facts: RoundFacts
-    moments: Moments
 
 
 NO_LIMITS = Limits()
@@ -73,36 +79,43 @@ class ReleaseStrategy(Strategy):
         limits: Limits = NO_LIMITS,
         over_sampling: float = 1.0,
         least_releases: int = 0,
-        first_round: int = 1,
         commit: Commit | None = None,
-        committed: Aggregate | None = None,
     ) -> None:
         """`noise` says what devices have added, a public value, and what is added here where they trust the server.
 
         `limits` bound what a release may be; of fewer than `least_releases`, or than the rule needs, nothing is made.
-        `commit` stores an aggregate before any device gets it; `committed` is the one of a round that was not ended.
+        `commit` stores an aggregate before any device gets it.
         """
-        self.config, self.schema, self.seed, self.noise, self.first_round = config, schema, seed, noise, first_round
-        self.limits, self.over_sampling = limits, over_sampling
+        self.config, self.schema, self.seed, self.noise = config, schema, seed, noise
+        self.limits, self.over_sampling, self.commit = limits, over_sampling, commit
         self.least_releases = max(least_releases, config.least_releases)
-        self.commit, self.committed = commit, committed
         self.optimizer = new_optimizer(config.optimizer, config)
         self.moments = self.optimizer.start(schema.width)
         self.whole = schema if config.products == "average" else schema.with_weights()  # what devices are sent
         self.names: list[str] = []  # of all devices, sorted
         self.nodes: dict[str, int] = {}  # device → Flower's node id
         self.devices: dict[int, str] = {}  # the inverse
-        self.heads: dict[str, str] = {}  # device → head of its ledger with its last release
-        self.arrays = ArrayRecord()
+        self.ledger_heads: dict[str, str] = {}  # device → head of its ledger with its last release
+        self.first_round = 1
+        self.committed: Aggregate | None = None  # of the first round, if that was aggregated before
         self.facts: dict[int, RoundFacts] = {}
+        self._sent = ArrayRecord()  # in the round that is under way: Flower's `aggregate_train` is not told
 
     def summary(self) -> None:
         """Nothing to say: the simulation prints its own."""
 
-    def first(self, start: Numbers) -> ArrayRecord:
+    def begin(self, start: Numbers) -> ArrayRecord:
         """What devices are sent before any release: the shared adapter's start (P,)."""
-        self.anew = start
         return to_arrays(self.whole.split(np.pad(start, (0, self.whole.width - start.size))))
+
+    def at(self, state: ServerState, committed: Aggregate | None = None) -> ArrayRecord:
+        """Goes on after a round that is over; `committed` is what the next one came to, if it was so far.
+
+        Returns what devices are sent.
+        """
+        self.first_round, self.committed = state.round + 1, committed
+        self.ledger_heads, self.moments = dict(state.ledger_heads), state.moments
+        return state.shared
 
     def greet(self, grid: Grid) -> None:
         """Learns which device is behind each node; node ids are random, names are not."""
@@ -135,7 +148,7 @@ class ReleaseStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        self.arrays = arrays
+        self._sent = arrays
         return self.messages(self.sampled(server_round), server_round, server_round - 1, arrays, MessageType.TRAIN)
 
     def configure_evaluate(
@@ -149,7 +162,7 @@ class ReleaseStrategy(Strategy):
         """One for each device: the plan of round `number` on a version of the shared adapter."""
         told: Plan = {"round": number, "version": version, "head": ""}
         same = RecordDict({"arrays": arrays, "plan": ConfigRecord(told)})  # for all whose head is not known
-        heads = self.heads if kind == MessageType.TRAIN else {}
+        heads = self.ledger_heads if kind == MessageType.TRAIN else {}
         return [
             _message(_with_head(same, heads[name]) if name in heads else same, self.nodes[name], kind) for name in names
         ]
@@ -158,15 +171,15 @@ class ReleaseStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the releases of a round make of the shared adapter; refuses and counts whatever is not one."""
-        collector = self.collector(server_round)
+        collector = self.collector(server_round, self._sent)
         collector.ask(self.sampled(server_round), version=server_round - 1)
         for reply in replies:
             collector.take(reply)
-        return self.applied(server_round, collector), None
+        return self.applied(server_round, self._sent, collector), None
 
-    def collector(self, number: int) -> ReleaseCollector:
-        """For the releases of a round."""
-        before = self.whole.join(to_numpy(self.arrays))[: self.schema.width]  # (P,)
+    def collector(self, number: int, arrays: ArrayRecord) -> ReleaseCollector:
+        """One for the releases of a round that begins with these arrays."""
+        before = self.whole.join(to_numpy(arrays))[: self.schema.width]  # (P,)
         protects_sum = self.noise.on_sum > 0  # and nothing else that the releases could become
         collector = ReleaseCollector(
             self.config, self.schema, number, before, self.devices, self.limits, multiplies=not protects_sum
@@ -174,10 +187,12 @@ class ReleaseStrategy(Strategy):
         self.facts[number] = collector.facts
         return collector
 
-    def applied(self, number: int, collector: ReleaseCollector, over: int = 0) -> ArrayRecord | None:
-        """The shared adapter after a round, where there was a release; the sum is taken by `over`, if given."""
+    def applied(
+        self, number: int, arrays: ArrayRecord, collector: ReleaseCollector, over: int = 0
+    ) -> ArrayRecord | None:
+        """The arrays after a round, where there was a release; the sum is taken by `over`, if given."""
         facts, rule, places = collector.close(), collector.rule, self.schema.places(number)
-        self.heads |= collector.heads
+        self.ledger_heads |= collector.ledger_heads
         if not rule.count:
             if not facts.silent and set(facts.refused) - {NO_RELEASE}:
                 raise NoReleaseError(f"round {number}: no device sent a release: {facts.refused}")
@@ -195,18 +210,22 @@ class ReleaseStrategy(Strategy):
         facts.signal_to_noise = signal_to_noise(facts.change_norm_l2, noise_std, change.size)
         facts.signal_to_noise_floor = signal_to_noise_floor(change.size)
         row, self.moments = step_at(self.optimizer, collector.before, change, self.moments, places)
-        return self._sent(row, collector.products)
+        if collector.products and self.config.products != "average":
+            return self._with_weights(row, arrays, collector.before, collector.products)
+        return to_arrays(self.schema.split(row))
 
-    def _sent(self, row: Numbers, products: MeanOfProducts | None) -> ArrayRecord:
-        """The row, and what is added to the frozen weights beside it (`server.lora_products`)."""
-        arrays = self.schema.split(row)
-        if products and self.config.products != "average":
-            stacked = self.config.products == "stack"
-            arrays = self.schema.split(self.anew if stacked else row)
-            weights = to_numpy(self.arrays)
-            for layer, more in products.products() if stacked else products.residuals():
-                name = f"{layer}.weight"
-                arrays[name] = (weights[name] + self.config.learning_rate * more).astype(np.float32)
+    def _with_weights(
+        self, row: Numbers, received: ArrayRecord, before: Numbers, products: MeanOfProducts
+    ) -> ArrayRecord:
+        """The row, and what is added to the frozen weights beside it (`server.lora_products`).
+
+        Of stacked products all is in the weights: the adapter itself is as it was before the first round.
+        """
+        stacked = self.config.products == "stack"
+        arrays, weights = self.schema.split(before if stacked else row), to_numpy(received)
+        for layer, more in products.products() if stacked else products.residuals():
+            name = f"{layer}.weight"
+            arrays[name] = (weights[name] + self.config.learning_rate * more).astype(np.float32)
         return to_arrays(arrays)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -243,11 +262,12 @@ class ReleaseStrategy(Strategy):
         """The shared adapter after a round's releases: made, and stored; or the one that was stored."""
         done = self.committed
         if done and done.round == number:
-            self.heads, self.facts[number], self.moments = dict(done.heads), done.facts, done.moments
+            self.ledger_heads, self.moments = dict(done.ledger_heads), done.moments
+            self.facts[number] = done.facts
             return done.shared
         arrays = self.collected(number, arrays, grid, timeout) or arrays
         if self.commit:
-            self.commit(Aggregate(number, arrays, self.heads, self.facts[number], self.moments))
+            self.commit(Aggregate(number, arrays, self.ledger_heads, self.moments, self.facts[number]))
         return arrays
 
     def collected(self, number: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord | None:

@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
-import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self
 
-import tomli_w
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-import florilegium
 from florilegium.client.config import DeviceConfig
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.places import NAMES
 from florilegium.client.selection.lexicons import SOURCES
 from florilegium.privacy.common.base_config import Config, Names
-from florilegium.privacy.common.errors import UserError
 from florilegium.privacy.common.registry import HOW, check
 from florilegium.server.config import ServerConfig, devices_to_ask
 from florilegium.simulation.data.conversations import READERS
-from florilegium.simulation.data.folder import shown
 from florilegium.simulation.data.population import DataConfig
-from florilegium.simulation.heterogeneity.classes import WorldConfig
+from florilegium.simulation.settings import ConfigError, find_config, parse_override, read_tree, set_value, validate
 
-SAID = {  # of what pydantic says in words of Python
-    "string_type": 'must be a text; in quotes if it looks like something else, as "3", on a command line \'"3"\'',
-    "string_too_short": "must not be empty",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
-    "tuple_type": 'must be a list, as ["one", "two"]',
-    "dict_type": "must be a section of settings",
-}
 ENGINES = ("cohort", "flower")  # of `simulation.experiment`
-Model = TypeVar("Model", bound=Config)
-
-
-class ConfigError(UserError):
-    """A config file or an override is wrong; names file, key, value and what was expected."""
 
 
 class EvaluationConfig(Config):
@@ -90,6 +70,24 @@ class RayConfig(Config):
     @property
     def cpus_needed(self) -> int:
         return math.ceil(self.actors * self.cpus_per_actor)
+
+
+class WorldConfig(Config):
+    """Which devices there are and how long the server waits for them."""
+
+    classes: str = Field("", description="a file of device classes, or world/devices; empty: all equal, always there")
+    deadline_s: float = Field(0, ge=0, description="an answer that takes longer is late; 0: none")
+    over_sampling: float = Field(1.0, ge=1, description="of K wanted answers, so many times K devices are asked")
+    drop_out: float = Field(0, ge=0, lt=1, description="chance that a device that began never answers")
+    start_hour: float = Field(0, ge=0, lt=24, description="of the day in the first time zone, when the run begins")
+    idle_s: float = Field(60, gt=0, description="pause between rounds")
+
+    @model_validator(mode="after")
+    def _settings_need_a_world(self) -> Self:
+        changed = [k for k, field in type(self).model_fields.items() if getattr(self, k) != field.default]
+        if changed and not self.classes:
+            raise ValueError(f"{', '.join(changed)} without devices; set world.classes=world/devices")
+        return self
 
 
 class ExperimentConfig(DeviceConfig):
@@ -211,27 +209,6 @@ class ExperimentConfig(DeviceConfig):
         return value
 
 
-def config_folder() -> Path:
-    """The configs that come with the package: beside the sources, or inside an installed distribution."""
-    installed = Path(florilegium.__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(florilegium.__file__).parent.parent / "configs"
-
-
-def find_config(name: str) -> Path:
-    """A path, or the name of a config that comes with the package (`quickstart`, `selection/dolly`)."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    folder, inside = config_folder(), path.relative_to("configs") if path.parts[:1] == ("configs",) else path
-    bundled = folder / inside.with_suffix(".toml")
-    if bundled.is_file() and bundled.resolve().is_relative_to(folder.resolve()):
-        return bundled
-    have = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.toml"))
-    near = get_close_matches(inside.with_suffix("").as_posix().lower(), have, n=1, cutoff=0.7)
-    hint = f"; did you mean {near[0]!r}?" if near else f" nor one of: {', '.join(have)}"
-    raise ConfigError(f"config {name!r} is no file{hint}")
-
-
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """The settings of a TOML file, or of a config that comes with the package by its name, such as `quickstart`.
 
@@ -272,88 +249,3 @@ def _absolute(name: str, known: Collection[str]) -> str:
     """The path of a file or a folder; another name stays what it is."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name not in known and path.exists() else name
-
-
-def validate(kind: type[Model], tree: dict[str, Any], where: str) -> Model:
-    """The settings of a tree; raises `ConfigError` with a line for each that is wrong."""
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
-
-
-def dump_config(config: ExperimentConfig) -> str:
-    """The complete config as TOML."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """`key.path=value` with a TOML value or a bare word."""
-    key, sign, value = text.partition("=")
-    if not sign or not key:
-        raise ConfigError(f"override {shown(text)} must be key=value, for example personal.learning_rate=1e-4")
-    try:
-        return key, tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError as error:
-        if value[:1] not in ("[", '"', "'"):
-            return key, value
-        raise ConfigError(f"override {shown(text)}: {_toml_error(error, value)}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"override {shown(text)}: {_toml_error(error, value)}") from None
-
-
-def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Puts a value at `key.path` of a tree of settings."""
-    *path, last = key.split(".")
-    for part in path:
-        if part == "engine" and isinstance(tree.get(part), str):
-            tree[part] = {"name": tree[part]}
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override of {key!r}: {part} is a value, not a section")
-    tree[last] = value
-
-
-def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings of a file as they stand there, with overrides `key.path=value`; named after the file."""
-    tree = _parsed(path)
-    tree.setdefault("name", path.stem)
-    for override in overrides:
-        set_value(tree, *parse_override(override))
-    return tree
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    """A TOML file, with or without the mark that Windows' editors put before it."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}, line {line}: is not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    try:
-        return tomllib.loads(text.replace("\r\n", "\n"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {_toml_error(error, text)}") from None
-
-
-def _toml_error(error: Exception, text: str) -> str:
-    """What is wrong with a text in TOML, and for a Windows path how it is written."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    found = re.search(r"line (\d+)", str(error))
-    line = text.splitlines()[int(found[1]) - 1 :][:1] if found else []
-    if any("\\" in part for part in line):
-        return f"{error}; in \"…\" a backslash begins an escape: write a path in '…' or with /"
-    if text.startswith("["):
-        return f'{error}; texts of a list stand in quotes, on a command line \'["one", "two"]\''
-    return str(error).split("; use sys.", maxsplit=1)[0]
-
-
-def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "top level"
-    message = SAID.get(error["type"]) or error["msg"].removeprefix("Value error, ")
-    if isinstance(error.get("input"), dict | Config):
-        return f"{where}: {message}"
-    return f"{where} = {shown(error.get('input'))}: {message}"

@@ -4,49 +4,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from flwr.serverapp import Grid
 from rich.console import Console
 from safetensors import SafetensorError
 
-from florilegium.client.calibration import release_limits, release_noise
 from florilegium.client.state_store import StoreError
 from florilegium.privacy.common.environment import lend_imports, make_absolute, prepare_process
 from florilegium.privacy.common.errors import BrokenDeviceError
 from florilegium.privacy.common.registry import ExtensionError, calling, import_folders, resolve
 from florilegium.privacy.ledger import LedgerError
-from florilegium.privacy.plan import RoundPlan
-from florilegium.privacy.seeds import derive_key, derive_seed
-from florilegium.server.fedbuff import BufferedStrategy
-from florilegium.server.optimizers import Moments
-from florilegium.server.release_collector import Limits, RoundFacts, to_arrays, to_numpy
-from florilegium.server.strategy import Aggregate, NoReleaseError, ReleaseStrategy
 from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
 from florilegium.simulation.data.population import User
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.preflight import ready
-from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
-from florilegium.simulation.engines.cohort_grid import CohortGrid, WorldGrid
+from florilegium.simulation.devices.simulated import load_devices
+from florilegium.simulation.engines.cohort_grid import CohortGrid
 from florilegium.simulation.engines.scheduler import Scheduler
 from florilegium.simulation.engines.workers import LocalWorkers, open_workers
-from florilegium.simulation.heterogeneity.availability import Work
-from florilegium.simulation.heterogeneity.clock import BufferedClock, Clock
-from florilegium.simulation.recorder import RunRecorder
+from florilegium.simulation.engines.world_grid import WorldGrid, open_clock
+from florilegium.simulation.recorder import federate_run
 from florilegium.simulation.reports.run_report import render_report
 from florilegium.simulation.results import Result, load_run
 from florilegium.simulation.runs.callbacks import Callback, named_callbacks
 from florilegium.simulation.runs.folder import RunError, RunFolder, create, resume, settle
 from florilegium.simulation.runs.progress import RunProgress, progress_line
-from florilegium.simulation.runs.summary import export_adapters, write_summary
-
-RUN_VARIABLE = "FLORILEGIUM_RUN"  # how the apps of Flower's own engine find the run's folder
+from florilegium.simulation.runs.summary import write_summary
 
 
 @dataclass(frozen=True)
@@ -166,7 +154,7 @@ def _on_cohorts(
         scheduler, clock = Scheduler(workers, devices, progress), open_clock(devices, names)
         schema = devices.schema
         grid = WorldGrid(scheduler.ask, schema, names, clock) if clock else CohortGrid(scheduler.ask, schema, names)
-        federate(run, grid, scheduler, clock, callbacks)
+        federate_run(run, grid, scheduler, clock, callbacks)
 
 
 def _on_flower(
@@ -174,106 +162,13 @@ def _on_flower(
 ) -> None:
     """Flower's stock simulation: a message per device, Ray actors."""
     from florilegium.simulation.engines.flower_ray import stock_grid
-    from florilegium.simulation.flower_app import client_app
+    from florilegium.simulation.flower_app import RUN_VARIABLE, client_app
 
     os.environ[RUN_VARIABLE] = str(run.path)
     devices = load_devices(run, progress.enter, people)
     with stock_grid(client_app, run.config.data.users, run.path, progress.visit) as grid:
-        federate(run, grid, Scheduler(LocalWorkers(devices), devices, progress), callbacks=callbacks)
+        federate_run(run, grid, Scheduler(LocalWorkers(devices), devices, progress), callbacks=callbacks)
 
 
 Engine = Callable[[RunFolder, RunProgress, Sequence[Callback], Sequence[User] | None], None]
 ENGINES: dict[str, Engine] = {"cohort": _on_cohorts, "flower": _on_flower}
-
-
-def federate(
-    run: RunFolder, grid: Grid, scheduler: Scheduler, clock: Clock | None = None, callbacks: Sequence[Callback] = ()
-) -> None:
-    """All rounds over a grid, from the last one that was finished, and the verdict."""
-    config, last, devices = run.config, run.last_shared(), scheduler.devices
-    strategy = _strategy(run, scheduler, clock, first_round=max(1, last.round + 1) if last else 1)
-    try:
-        strategy.greet(grid)
-    except NoReleaseError:
-        scheduler.check()  # says why, where a process has left it
-        raise
-    ends = [e["wall_s"] for e in run.events() if e["event"] == "end"]
-    session = RunRecorder(
-        run, devices, strategy, scheduler, clock, callbacks, earlier_s=ends[-1] if last and ends else 0.0
-    )
-    arrays = strategy.first(devices.context.shared_layout.start(derive_seed(config.seed, "shared")).numpy())
-    if last:
-        run.rewind(last.round)
-        arrays, strategy.heads, strategy.moments = to_arrays(last.shared), last.heads, Moments.of(last.moments)
-        session.recall()
-    else:
-        run.metrics.unlink(missing_ok=True)
-        session.open()
-    session.callbacks.begin(last.round if last else 0)
-    try:
-        timeout = config.server.reply_timeout_s
-        result = strategy.start(grid, arrays, config.rounds, timeout, evaluate_fn=session.after_round)
-        shared = torch.from_numpy(strategy.whole.join(to_numpy(result.arrays)))
-        session.finish(shared)
-        export_adapters(run, devices, shared, session.names)
-    except NoReleaseError:
-        session.close(interrupted=True)
-        scheduler.check()  # says why, where faults of devices are counted
-        raise
-    except BaseException:
-        session.close(interrupted=True)
-        raise
-    session.close(interrupted=False)
-
-
-def _strategy(run: RunFolder, scheduler: Scheduler, clock: Clock | None, first_round: int) -> ReleaseStrategy:
-    config, devices = run.config, scheduler.devices
-
-    def checked(made: Aggregate) -> None:
-        scheduler.check()  # a round of too few is not kept
-        commit(run, made)
-
-    secret = run.server_secret() if config.privacy.secret == "os" else derive_key(config.seed, "server")
-    noise = release_noise(config, config.server.noise_bands, secret)
-    named: dict[str, Any] = {
-        "limits": Limits(*release_limits(config, devices.schema)),
-        "over_sampling": config.world.over_sampling,
-        "first_round": first_round,
-        "commit": checked,
-        "committed": committed(run, first_round),
-    }
-    if isinstance(clock, BufferedClock):
-        named |= {"makers": clock.makers, "version": lambda number: to_arrays(run.shared(number).shared)}
-        return BufferedStrategy(config.server, devices.schema, config.seed, noise, **named)
-    return ReleaseStrategy(config.server, devices.schema, config.seed, noise, **named)
-
-
-def open_clock(devices: SimulatedDevices, names: Sequence[str]) -> Clock | None:
-    """That of a run's world, if it has one."""
-    config, context, world = devices.run.config, devices.context, devices.world
-    if world is None:
-        return None
-    down_bytes = 2 * context.download_bytes(config.server.products != "average")  # before its training, and after
-
-    def work(name: str) -> Work:
-        tokens = devices.planned(name)
-        return Work(tokens.before, tokens.after, down_bytes, context.upload_bytes(name, RoundPlan(1, 0)))
-
-    parameters = sum(p.numel() * p.element_size() for p in context.lm.engine.model.parameters())
-    needed_bytes = parameters + 4 * 4 * context.personal_layout.width  # and of the adapter its gradient and two moments
-    if config.server.buffer:
-        server = config.server
-        return BufferedClock(world, work, server.buffer, needed_bytes, devices=names, concurrency=server.concurrency)
-    return Clock(world, work, config.server.wanted(len(names)), needed_bytes)
-
-
-def commit(run: RunFolder, made: Aggregate) -> None:
-    run.save_shared(made.round, to_numpy(made.shared), made.heads, made.moments.arrays(), asdict(made.facts))
-
-
-def committed(run: RunFolder, round_number: int) -> Aggregate | None:
-    stored = run.aggregate(round_number)
-    if stored is None:
-        return None
-    facts, moments = RoundFacts(**stored.facts), Moments.of(stored.moments)
-    return Aggregate(stored.round, to_arrays(stored.shared), stored.heads, facts, moments)

@@ -18,18 +18,20 @@ from flwr.serverapp import Grid, ServerApp
 from florilegium.client.flower_arrays import on_a_wire
 from florilegium.client.flower_replies import answer, refusal
 from florilegium.privacy.reply_gate import FAILED, NO_DEVICE
-from florilegium.simulation.config import find_config, load_config
+from florilegium.simulation.config import load_config
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices, devices_of_worker, load_devices
 from florilegium.simulation.engines.faults import attempt, leave
 from florilegium.simulation.engines.flower_ray import WatchedGrid
 from florilegium.simulation.engines.scheduler import Scheduler
 from florilegium.simulation.engines.workers import LocalWorkers
-from florilegium.simulation.experiment import RUN_VARIABLE, federate
+from florilegium.simulation.recorder import federate_run
 from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.runs.summary import write_summary
+from florilegium.simulation.settings import find_config
 
 log = logging.getLogger(__name__)
+RUN_VARIABLE = "FLORILEGIUM_RUN"  # how the apps of Flower's own engine find the run's folder
 client_app = ClientApp()
 server_app = ServerApp()
 
@@ -88,6 +90,6 @@ def main(grid: Grid, context: Context) -> None:
         create(path, load_config(find_config(str(context.run_config["config"])), [f"data.users={nodes}"]))
     run = RunFolder(path)
     devices = load_devices(run)
-    federate(run, WatchedGrid(grid), Scheduler(LocalWorkers(devices), devices))
+    federate_run(run, WatchedGrid(grid), Scheduler(LocalWorkers(devices), devices))
     write_summary(run)
     log.warning("for the report: florilegium report %s", path)  # its template is not part of a Flower bundle

@@ -1,36 +1,46 @@
-"""What the driver of a simulation does beside the federation: controls, events, evaluation, checkpoints."""
+"""A simulated run from its driver's side: after each round events, controls, evaluation, and last the checkpoint."""
 
 from __future__ import annotations
 
 import math
+import os
+import resource
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
+from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, MetricRecord
+from flwr.app import ArrayRecord
+from flwr.serverapp import Grid
 
+from florilegium.client.calibration import planned_event
+from florilegium.client.lm.peft_format import shared_files, write_files, write_peft
+from florilegium.client.lm.places import ADAPTERS, base_of, copy_base
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.release_collector import to_numpy
 from florilegium.server.strategy import ReleaseStrategy
 from florilegium.simulation.config import ExperimentConfig
-from florilegium.simulation.devices.people import device_name
+from florilegium.simulation.data.population import Bootstrapped, met_before
+from florilegium.simulation.devices.people import UsersByDevice, device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.engines.scheduler import Scheduler
+from florilegium.simulation.engines.strategy import open_strategy
 from florilegium.simulation.evaluation.arms import learn_without_server, noted
 from florilegium.simulation.evaluation.evaluator import Evaluator
 from florilegium.simulation.evaluation.fairness import summarize
 from florilegium.simulation.heterogeneity.clock import Clock, as_event
+from florilegium.simulation.rounds import Recorder, federate
 from florilegium.simulation.runs.callbacks import Callback, Callbacks
-from florilegium.simulation.runs.description import describe, peak_rss_bytes
-from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.runs.folder import RunFolder, sources_sha256
 
 
 @dataclass
-class RunRecorder:
-    """One run from the driver's side. `after_round` is the strategy's evaluation hook."""
+class RunRecorder(Recorder):
+    """What a run's folder has of its federation."""
 
     run: RunFolder
     devices: SimulatedDevices
@@ -67,17 +77,26 @@ class RunRecorder:
     def say(self, phase: str) -> None:
         self.scheduler.progress.enter(phase)
 
-    def open(self) -> None:
-        """The event that describes the run."""
-        self.run.record("run", **describe(self.config, self.devices))
+    def check(self) -> None:
+        """Raises `TooManyFailedError`, or what another process has left."""
+        self.scheduler.check()
 
-    def recall(self) -> None:
-        """Takes what a world's clock has to know back from the events of a run that goes on."""
+    def open(self) -> None:
+        """Begins the stream of events, or drops what comes after the last round that was finished."""
+        if not self.run.has_rounds:
+            self.run.metrics.unlink(missing_ok=True)
+            self.run.record("run", **describe(self.config, self.devices))
+            self.callbacks.begin(0)
+            return
+        ends = [e["wall_s"] for e in self.run.events() if e["event"] == "end"]
+        self.earlier_s = ends[-1] if ends else 0.0
+        self.run.rewind(self.strategy.first_round - 1)
         for event in self.run.events() if self.clock else ():
             if event["event"] == "world" and self.clock:
                 self.clock.recall(event)
+        self.callbacks.begin(self.strategy.first_round - 1)
 
-    def after_round(self, round_number: int, arrays: ArrayRecord) -> MetricRecord | None:
+    def after_round(self, round_number: int, arrays: ArrayRecord) -> None:
         """Notes → events, controls, evaluation, and last the checkpoint: with it the round is done."""
         self._failed(round_number)
         numbers = to_numpy(arrays)
@@ -99,13 +118,12 @@ class RunRecorder:
         seconds["evaluate"] = time.perf_counter() - began
         if round_number:
             self._round_event(round_number, asked, shared, seconds)
-        self.run.save_shared(round_number, numbers, self.strategy.heads, self.strategy.moments.arrays())
+        self.run.save_shared(round_number, numbers, self.strategy.ledger_heads, self.strategy.moments.arrays())
         if round_number:
             self.callbacks.end_round(round_number)
-        return None
 
     def finish(self, shared: torch.Tensor) -> None:
-        """The verdict on the last round, and in a world to whom it was fair."""
+        """The verdict on the last round, in a world to whom it was fair, and the adapters."""
         gain = self.examiner.verdict(shared)
         self._failed(self.config.rounds)
         if self.clock:
@@ -113,6 +131,7 @@ class RunRecorder:
             rounds = [self.clock.rounds[n] for n in sorted(self.clock.rounds)]
             everybody = [device_name(k) for k in range(self.config.data.users)]
             self.run.record("fairness", **summarize(rounds, self.clock.world, everybody, gain, replies))
+        export_adapters(self.run, self.devices, shared, self.names)
 
     def close(self, *, interrupted: bool) -> None:
         self.run.record(
@@ -183,3 +202,84 @@ class RunRecorder:
     def _download_bytes(self) -> int:
         """To a device in a round: before its training and after."""
         return 0 if self.config.server.absent else 2 * self.strategy.whole.size_bytes
+
+
+def federate_run(
+    run: RunFolder,
+    grid: Grid,
+    scheduler: Scheduler,
+    clock: Clock | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> None:
+    """All rounds of a run over a grid, from the last one that was finished, and the verdict."""
+    devices = scheduler.devices
+    strategy, start = open_strategy(run, devices.context, clock, scheduler.check)
+    recorder = RunRecorder(run, devices, strategy, scheduler, clock, callbacks)
+    federate(grid, strategy, recorder, start, run.config.rounds)
+
+
+def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Tensor, names: Sequence[str]) -> None:
+    """`adapters/shared`, and of the evaluated devices `adapters/personal/<device>`, as plain `peft` reads them.
+
+    With `adapters/base` where the base is a model that other machines do not find by its name.
+    """
+    context, last, folder = devices.context, devices.context.config.rounds, run.path / ADAPTERS
+    base = base_of(context.lm.name)
+    copy_base(base, folder)
+    if not run.config.server.absent:
+        write_files(folder, shared_files(context.shared_layout, shared, base))
+    for name, state in zip(names, devices.states(names, last), strict=True):
+        write_peft(folder / "personal" / name, context.personal_layout, state.personal, base)
+
+
+def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, Any]:
+    """The facts of a run that do not change: what, on what, under which promise."""
+    lm, promise, event = devices.context.lm, config.privacy.promise, planned_event(config)
+    return {
+        "name": config.name,
+        "engine": config.engine.name,
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "devices": config.data.users,
+        "model": {
+            "name": lm.name,
+            "parameters": sum(p.numel() for p in lm.engine.model.parameters()),
+            "architecture": type(lm.engine.model).__name__,
+            "dtype": str(lm.engine.dtype).removeprefix("torch."),
+        },
+        "data": {"name": config.data.name, "split": config.data.split, **people(devices.users)},
+        "hardware": f"{len(os.sched_getaffinity(0))} cores, {lm.engine.device}",
+        "versions": {name: version(name) for name in ("florilegium", "torch", "flwr", "opacus", "peft")},
+        "privacy": {
+            "mode": config.privacy.mode,
+            "unit": promise.unit,
+            "adjacency": promise.adjacency,
+            "trust": promise.trust,
+            "not_covered": promise.not_covered,
+            "epsilon_budget": config.privacy.epsilon,
+            "delta": config.privacy.delta,
+            "noise_multiplier": event.noise_multiplier,
+            "clip_norm_l2": config.privacy.clip_norm_l2,
+            "sampling_rate": event.sampling_rate,
+            "steps_per_round": event.steps,
+            "accountant": "PLD",
+        },
+        "sources": sources_sha256(config.extensions()),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def people(users: UsersByDevice) -> dict[str, int]:
+    """How many there are, without those that are resampled from others, and what is held out of what they said."""
+    population = users.population
+    persons = population.people if isinstance(population, Bootstrapped) else population
+    return {
+        "people": len(persons),
+        "held_out": sum(len(user.held_out) for user in persons),
+        "held_out_met": sum(met_before(user.stream, user.held_out) for user in persons),
+    }
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

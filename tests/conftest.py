@@ -23,10 +23,11 @@ from hypothesis import HealthCheck, settings
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.privacy.ledger import Ledger
-from florilegium.simulation.config import ExperimentConfig, config_folder, load_config
+from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data import population
 from florilegium.simulation.data.conversations import read_chitchat
 from florilegium.simulation.data.population import DataConfig, User, load_population
+from florilegium.simulation.settings import config_folder
 
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock")  # machines are shared: a slow moment is no failure

@@ -21,9 +21,10 @@ from florilegium.client.lm.packing import Example
 from florilegium.client.lm.peft_format import write_peft
 from florilegium.client.lm.places import Base, nano_folder
 from florilegium.client.lm.training_data import TrainingSet
-from florilegium.simulation.config import ConfigError, config_folder, load_config
+from florilegium.simulation.config import load_config
 from florilegium.simulation.data.population import load_population
 from florilegium.simulation.experiment import run_experiment
+from florilegium.simulation.settings import ConfigError, config_folder
 
 KINDS = ["ia3", "prompt"]
 TALKS = [

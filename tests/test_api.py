@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import florilegium
 from florilegium import Experiment, FlorilegiumError, RunError, load_config, load_run
 from florilegium.client.lm import Adapters, Engine, Example, TrainingSet, lora_layout, read_peft, write_peft
-from florilegium.simulation.config import ConfigError
+from florilegium.simulation.settings import ConfigError
 
 PACKAGES = (
     "florilegium",
@@ -150,7 +150,7 @@ def test_a_result_is_frames_summary_report_and_adapters(result: florilegium.Resu
     final = curves[(curves.arm == "base") & curves.final & (curves.metric == "nll")].iloc[0]
     mean = of_devices[of_devices.arm == "base"].nll.mean()
     assert final.mean_per_user == pytest.approx(mean) and final.ci95_low <= mean <= final.ci95_high
-    assert "seconds_annotate" in result.frame("device_round").columns
+    assert "seconds_annotate" in result.frame("round").columns
     assert result.config.rounds == 1
     assert "<h1" in result._repr_html_() or "&lt;h1" in result._repr_html_()
     told = json.loads((result.adapter("personal", "device-00000") / "adapter_config.json").read_text(encoding="utf-8"))

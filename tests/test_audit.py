@@ -45,10 +45,11 @@ from florilegium.simulation.audit.one_run_audit import (
 from florilegium.simulation.audit.recorded_coins import Recorded
 from florilegium.simulation.audit.report import audit_run
 from florilegium.simulation.cli.main import main
-from florilegium.simulation.config import ConfigError, ExperimentConfig
+from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import DataConfig, load_population
-from florilegium.simulation.engines.in_memory import play
+from florilegium.simulation.engines.in_memory import federate_in_memory
 from florilegium.simulation.runs.folder import RunError, RunFolder, create
+from florilegium.simulation.settings import ConfigError
 
 CONFIG = ExperimentConfig.model_validate({
     "rounds": 2,
@@ -323,7 +324,7 @@ def test_attacks_work_where_nothing_protects_and_stay_below_the_ceiling(
     private = CONFIG.model_copy(update={"privacy": CONFIG.privacy.model_copy(update={"epsilon": 1.0})})
     found = {}
     for name, config in (("plain", without_noise(CONFIG)), ("private", private)):
-        seen = play(lm, config, config.server, named(met), 0, at_once=True)
+        seen = federate_in_memory(lm, config, config.server, named(met), 0, at_once=True)
         scores = membership(seen, canaries)
         assert set(map(len, scores.values())) == {len(canaries)}
         found[name] = judge("", scores["gradient, releases"], member, Ceiling.of(config))
@@ -355,7 +356,7 @@ def test_checks_pass_and_their_controls_are_caught(lm: LanguageModel, streams: l
     changes = {"mode": mode, "secret": "os", "epsilon": 50.0, "clip_norm_l2": 0.05 if "user" in mode else 1.0}
     config = CONFIG.model_copy(update={"privacy": CONFIG.privacy.model_copy(update=changes)})
     coins = Recorded()
-    seen = play(lm, config, config.server, named(streams), 0, at_once=True, coins=coins)
+    seen = federate_in_memory(lm, config, config.server, named(streams), 0, at_once=True, coins=coins)
     proofs = [*checks.noise(config, seen), *checks.sampling(coins, config.shared.sampling_rate)]
     proofs.append(checks.coupling(lm, config, streams[0][:5], streams[1], 0))
     assert len(proofs) == (9 if mode == "example-local" else 5)
@@ -375,7 +376,7 @@ def test_a_reply_can_be_read_out_of_a_release_without_noise_alone(
 
 def test_every_byte_that_devices_send_is_accounted_for(lm: LanguageModel, streams: list[list[Dialogue]]) -> None:
     """The messages' kinds, their sizes, and none of what people said in them, as it is, in base64 or as token ids."""
-    seen = play(lm, CONFIG, CONFIG.server, named(streams), 0)
+    seen = federate_in_memory(lm, CONFIG, CONFIG.server, named(streams), 0)
     sent = inventory(seen)
     assert [(s.answers, s.messages) for s in sent] == [("query", 4), ("train", 8), ("evaluate", 8)]
     width = seen.context.shared_layout.width

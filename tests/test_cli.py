@@ -19,8 +19,9 @@ from rich.console import Console
 from florilegium.client.terminal import Figures, telling
 from florilegium.simulation.benchmarks import scale
 from florilegium.simulation.cli import main
-from florilegium.simulation.config import config_folder, load_config
+from florilegium.simulation.config import load_config
 from florilegium.simulation.runs.progress import progress_line
+from florilegium.simulation.settings import config_folder
 
 ROOT = Path(__file__).parent.parent
 FLORILEGIUM = (sys.executable, "-m", "florilegium")

@@ -22,7 +22,7 @@ from rich.console import Console
 
 import florilegium
 from florilegium.client.dialogue import Dialogue
-from florilegium.simulation.config import ConfigError, data_config
+from florilegium.simulation.config import data_config
 from florilegium.simulation.data import conversations, hub
 from florilegium.simulation.data.conversations import READERS, Conversation, Turn, merge_turns, read_chitchat
 from florilegium.simulation.data.describe import describe, names, quantiles, render
@@ -41,7 +41,8 @@ from florilegium.simulation.data.population import (
     streams,
 )
 from florilegium.simulation.devices.people import UsersByDevice
-from florilegium.simulation.runs.description import people
+from florilegium.simulation.recorder import people
+from florilegium.simulation.settings import ConfigError
 
 needs_folder = pytest.mark.skipif(
     not os.environ.get("FLORILEGIUM_DATA"), reason="FLORILEGIUM_DATA is unset; set it to the folder of .jsonl.xz files"

@@ -32,7 +32,7 @@ from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import RoundFacts, to_arrays
 from florilegium.simulation.benchmarks.poisoning import RULES, Measured, _measured
 from florilegium.simulation.cli.server import app as server_app
-from florilegium.simulation.config import find_config, load_config
+from florilegium.simulation.config import load_config
 from florilegium.simulation.data.population import load_population
 from florilegium.simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
 from florilegium.simulation.deployment.link import Link
@@ -40,6 +40,7 @@ from florilegium.simulation.deployment.register import admit
 from florilegium.simulation.deployment.rounds import came_to, layout_of, make_folder, serving, strategy_of
 from florilegium.simulation.deployment.settings import check_rule
 from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.settings import find_config
 
 FLORILEGIUM = (sys.executable, "-m", "florilegium")
 SAID = (("Do you like apples?", "Only green ones."), ("What now?", "Soup with ginger."), ("And then?", "A long walk."))

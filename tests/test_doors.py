@@ -376,7 +376,7 @@ def test_a_thousand_devices_are_borne() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
-    found = measure(1000, 9.0, port)
+    found = measure(1000, 9.0, port, print)
     assert found.failed == 0 and found.devices == 1000
     assert found.memory_largest_mb - found.memory_before_mb < 200
 

@@ -23,7 +23,7 @@ from florilegium.privacy.common import errors
 from florilegium.privacy.common.errors import BrokenDeviceError, DeviceFaultError, FlorilegiumError, UserError
 from florilegium.privacy.ledger import LedgerError
 from florilegium.simulation import recorder
-from florilegium.simulation.config import ConfigError, ExperimentConfig, find_config, load_config
+from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.engines.faults import (
     ElsewhereError,
     Failure,
@@ -36,6 +36,7 @@ from florilegium.simulation.engines.faults import (
 from florilegium.simulation.evaluation import evaluator
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.settings import ConfigError, find_config
 from florilegium.simulation.studies.config import load_study
 from florilegium.simulation.studies.selection_cell import run_study
 

@@ -22,17 +22,18 @@ from florilegium.client.flower_arrays import Numbers, to_record
 from florilegium.privacy.release import Release, Schema
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits, ReleaseCollector
-from florilegium.simulation.config import ConfigError, ExperimentConfig, config_folder, load_config, with_absolute_paths
+from florilegium.simulation.config import ExperimentConfig, load_config, with_absolute_paths
 from florilegium.simulation.data.population import Bootstrapped, DataConfig, User, load_population
 from florilegium.simulation.devices.simulated import load_devices
 from florilegium.simulation.devices.workload import planned_tokens
-from florilegium.simulation.engines.cohorts import pack
+from florilegium.simulation.engines.scheduler import pack
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.runs.callbacks import Callbacks
 from florilegium.simulation.runs.device_store import Shards
 from florilegium.simulation.runs.folder import Event, RunFolder, create
 from florilegium.simulation.runs.progress import RunProgress, Speed
 from florilegium.simulation.runs.tensorboard import TensorBoardWriter
+from florilegium.simulation.settings import ConfigError, config_folder
 
 LEAN = (*SMALL, "data.users=6", "synthesis.per_dialogue=0", "evaluation.rouge_queries_per_user=0",
         "evaluation.pooled_epochs=0")  # fmt: skip

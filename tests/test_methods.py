@@ -15,11 +15,11 @@ import torch
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.personalization.history import Asked
-from florilegium.simulation.config import ConfigError
 from florilegium.simulation.heterogeneity.classes import load_classes
 from florilegium.simulation.personalization.config import HistoryConfig, InteractiveConfig, MethodsConfig
 from florilegium.simulation.personalization.histories import halved, person
 from florilegium.simulation.personalization.run import play
+from florilegium.simulation.settings import ConfigError
 from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import Cell, Study, StudyConfig, TableConfig, load_study
 from florilegium.simulation.studies.interactive_cell import HELD_OUT, InteractiveCell

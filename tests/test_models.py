@@ -532,7 +532,7 @@ def test_the_doctor_says_what_there_is(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("FLORILEGIUM_DATA", str(tmp_path))
     monkeypatch.setenv("FLORILEGIUM_CACHE", str(tmp_path / "cache"))
     console = Console(record=True, width=200, file=StringIO())
-    console.print(doctor.doctor())
+    console.print(doctor.as_table())
     text = console.export_text()
     assert torch.__version__.partition("+")[0] in text
     assert "dolly in " in text

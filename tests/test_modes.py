@@ -18,7 +18,7 @@ from florilegium.simulation.audit.attacks import _released
 from florilegium.simulation.audit.checks import named, without_noise
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import User
-from florilegium.simulation.engines.in_memory import Federated, play
+from florilegium.simulation.engines.in_memory import Federated, federate_in_memory
 from florilegium.simulation.studies.federated_cell import _told
 
 CLIP = 0.05
@@ -40,7 +40,7 @@ def configured(**privacy: object) -> ExperimentConfig:
 def played(lm: LanguageModel, config: ExperimentConfig, people: Sequence[User]) -> Federated:
     """`DEVICES` devices with eight dialogues each, all there in the first round."""
     streams = [people[k % 2].stream[8 * (k // 2) : 8 * (k // 2) + 8] for k in range(DEVICES)]
-    return play(lm, config, config.server, named(streams), config.seed, at_once=True)
+    return federate_in_memory(lm, config, config.server, named(streams), config.seed, at_once=True)
 
 
 @pytest.mark.parametrize("mode", ["user-local", "user-central"])
@@ -122,7 +122,7 @@ def test_what_is_told_of_a_federation_is_of_all_of_its_rounds(lm: LanguageModel,
         "server": {"sampled_share": 0.5},
     })  # fmt: skip
     streams = {f"d{k}": people[k % 2].stream[3 * (k // 2) : 3 * (k // 2) + 3] for k in range(4)}
-    seen = play(lm, config, config.server, streams, 0)
+    seen = federate_in_memory(lm, config, config.server, streams, 0)
     asked = [sorted(page) for page in seen.cohort.pages]
     assert asked == [["d1", "d3"], ["d1", "d3"], ["d0", "d2"]]
     event, privacy = planned_event(config), config.privacy

@@ -38,9 +38,9 @@ from florilegium.simulation.baselines.context import BaselineContext, Held, aggr
 from florilegium.simulation.baselines.fedalt import gated, rest_of_world
 from florilegium.simulation.baselines.registry import BASELINES
 from florilegium.simulation.baselines.run import play
-from florilegium.simulation.config import ConfigError, config_folder
 from florilegium.simulation.data.population import User
 from florilegium.simulation.evaluation.metrics import measure_nll, score_users
+from florilegium.simulation.settings import ConfigError, config_folder
 from florilegium.simulation.studies import baselines_report
 from florilegium.simulation.studies.config import load_study
 from florilegium.simulation.studies.selection_cell import run_study

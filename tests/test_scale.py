@@ -44,15 +44,17 @@ from florilegium.privacy.release import Array
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits, to_numpy
 from florilegium.server.strategy import NoReleaseError, ReleaseStrategy
-from florilegium.simulation.config import ExperimentConfig, config_folder, load_config
+from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
 from florilegium.simulation.engines.cohort_grid import CohortGrid, released
 from florilegium.simulation.engines.faults import attempt
 from florilegium.simulation.engines.scheduler import Scheduler
 from florilegium.simulation.engines.workers import Cohort, LocalWorkers, RayWorkers, Workers, open_workers
-from florilegium.simulation.experiment import federate, run_experiment
+from florilegium.simulation.experiment import run_experiment
+from florilegium.simulation.recorder import federate_run
 from florilegium.simulation.runs.folder import RunError, RunFolder, create
+from florilegium.simulation.settings import config_folder
 
 USERS = 5
 QUICK = (
@@ -162,7 +164,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[SimulatedDevices, d
     devices = load_devices(create(tmp_path_factory.mktemp("asked") / "run", config))
     names = list(devices.users)
     strategy, grid = _server(devices)
-    messages = strategy.messages(names, 1, 0, strategy.first(np.zeros(devices.schema.width, np.float32)), "train")
+    messages = strategy.messages(names, 1, 0, strategy.begin(np.zeros(devices.schema.width, np.float32)), "train")
     sent = {names[r.metadata.src_node_id - 1]: r for r in grid.send_and_receive(messages)}
     assert all("arrays" in reply.content for reply in sent.values())
     return devices, sent
@@ -175,7 +177,7 @@ def _server(devices: SimulatedDevices, **settings: Any) -> tuple[ReleaseStrategy
     noise = ReleaseNoise()
     strategy = ReleaseStrategy(ServerConfig(**settings), devices.schema, 0, noise, limits=Limits(20.0))
     strategy.greet(grid)
-    strategy.arrays = strategy.first(np.zeros(devices.schema.width, dtype=np.float32))
+    strategy.configure_train(1, strategy.begin(np.zeros(devices.schema.width, np.float32)), ConfigRecord(), grid)
     return strategy, grid
 
 
@@ -271,7 +273,7 @@ def test_a_poisoned_release_is_refused_and_the_rest_is_what_counts(
     change, strategy = _aggregated(devices, [spoil(bad), *good])
     assert np.array_equal(change, _aggregated(devices, good)[0])
     assert strategy.facts[1].refused == {code: 1} and strategy.facts[1].releases == 6
-    assert set(strategy.heads) == set(sent) - {device_name(0)}
+    assert set(strategy.ledger_heads) == set(sent) - {device_name(0)}
 
 
 def test_who_answers_twice_or_unasked_counts_once_or_never(
@@ -531,7 +533,7 @@ def _federate(run: RunFolder, disturb: Callable[[Workers, Iterator[Any]], Iterat
     with open_workers(run, devices) as fleet:
         scheduler = Scheduler(fleet, devices)
         grid = CohortGrid(lambda *job: disturb(fleet, scheduler.map(*job)), devices.schema, NAMES)
-        federate(run, grid, scheduler)
+        federate_run(run, grid, scheduler)
 
 
 def _pids(fleet: Workers) -> list[int]:
@@ -574,7 +576,7 @@ def test_a_device_that_kills_its_processes_is_named_and_nothing_is_lost(undistur
         scheduler = Scheduler(fleet, devices)
         grid = CohortGrid(lambda _, *rest: scheduler.map(_deadly, *rest), devices.schema, NAMES)
         with pytest.raises(RunError, match=f"4 processes were lost over the devices {NAMES[3]} … {NAMES[3]}"):
-            federate(run, grid, scheduler)
+            federate_run(run, grid, scheduler)
     assert charged(run.path) == {name: [1] for name in NAMES if name != NAMES[3]}
     run_experiment(quick("cohort_size=1"), run.path, resuming=True)  # in this process
     assert_like(undisturbed, run.path)

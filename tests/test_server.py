@@ -24,11 +24,12 @@ from florilegium.server.config import ServerConfig
 from florilegium.server.fedbuff import BufferedStrategy
 from florilegium.server.release_collector import Limits, signal_to_noise, to_arrays, to_numpy
 from florilegium.server.strategy import NoReleaseError, ReleaseStrategy
-from florilegium.simulation.config import ConfigError, config_folder, load_config
+from florilegium.simulation.config import load_config
 from florilegium.simulation.deployment.rounds import OperatorStrategy
 from florilegium.simulation.engines.cohort_grid import CohortGrid
 from florilegium.simulation.engines.workers import Cohort, Done, Job
 from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.settings import ConfigError, config_folder
 
 SCHEMA = Schema((("q.lora_A", (4, 3)), ("q.lora_B", (2, 4))))
 WIDTH, HEAD = 20, "0" * 64
@@ -158,7 +159,7 @@ def test_products_of_every_round_are_added_to_the_weight(products: Literal["stac
     weights = []
     for rounds in (1, 2):
         server = strategy(ServerConfig(products=products))
-        arrays = to_numpy(server.start(grid_of(devices, names), server.first(began), rounds).arrays)
+        arrays = to_numpy(server.start(grid_of(devices, names), server.begin(began), rounds).arrays)
         weights.append(arrays["q.weight"])
         np.testing.assert_allclose(SCHEMA.join({n: arrays[n] for n, _ in SCHEMA.shapes}), began, atol=1e-6)
     assert weights[0].shape == (2, 3) and whole.width == WIDTH + 6
@@ -171,7 +172,7 @@ def test_with_stacked_products_devices_begin_anew_in_every_round() -> None:
     began = SCHEMA.join({"q.lora_A": np.ones((4, 3), np.float32), "q.lora_B": np.zeros((2, 4), np.float32)})
     learned = SCHEMA.join({"q.lora_A": np.zeros((4, 3), np.float32), "q.lora_B": np.ones((2, 4), np.float32)})
     server, devices = strategy(ServerConfig(products="stack")), Scripted({"a": learned})
-    arrays = to_numpy(server.start(grid_of(devices, ["a"]), server.first(began), 2).arrays)
+    arrays = to_numpy(server.start(grid_of(devices, ["a"]), server.begin(began), 2).arrays)
     np.testing.assert_allclose(arrays["q.weight"], 8, atol=1e-5)
     np.testing.assert_allclose(SCHEMA.join({n: arrays[n] for n, _ in SCHEMA.shapes}), began)
     whole = SCHEMA.with_weights()
@@ -231,10 +232,17 @@ def operator(
     config: ServerConfig, there: Callable[[], Sequence[str]], told: list[str], least: int = 0
 ) -> OperatorStrategy:
     """Of a server's folder, for devices `d0` and on, of which these are there."""
-    server = OperatorStrategy(config, SCHEMA, 0, ReleaseNoise(), least_releases=least)
-    server.terms, server.operator_key, server.tell = Terms(name="orchard"), new_key(), told.append
-    server.link = SimpleNamespace(online=lambda: {n: int(n[1:]) + 1 for n in there()})  # type: ignore[assignment]
-    return server
+    link = SimpleNamespace(online=lambda: {n: int(n[1:]) + 1 for n in there()})
+    terms = Terms(name="orchard")
+    return OperatorStrategy(
+        config,
+        SCHEMA,
+        terms,
+        new_key(),
+        link,
+        told.append,
+        least_releases=least,  # type: ignore[arg-type]
+    )
 
 
 def test_an_operator_asks_again_and_tells_what_was_missing() -> None:
@@ -281,7 +289,7 @@ def test_a_release_whose_product_is_too_large_is_refused_whole() -> None:
     server = ReleaseStrategy(ServerConfig(), SCHEMA, 0, ReleaseNoise(), limits=Limits(1e9))
     found = server.start(grid_of(Scripted({"a": large, "b": drawn(0, 1)[0]}), names), start(), 1)
     facts = server.facts[1]
-    assert (facts.releases, facts.refused) == (1, {"malformed": 1}) and set(server.heads) == {"b"}
+    assert (facts.releases, facts.refused) == (1, {"malformed": 1}) and set(server.ledger_heads) == {"b"}
     np.testing.assert_allclose(row_of(found.arrays), drawn(0, 1)[0], atol=1e-6)
 
 

@@ -55,19 +55,20 @@ from florilegium.simulation.baselines import run as play_rival
 from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.baselines.context import BaselineContext
 from florilegium.simulation.baselines.registry import BASELINES
-from florilegium.simulation.config import ConfigError, ExperimentConfig, dump_config, set_value, validate
+from florilegium.simulation.config import ExperimentConfig, WorldConfig
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import load_population
 from florilegium.simulation.devices.preflight import world_of
 from florilegium.simulation.experiment import ENGINES
 from florilegium.simulation.heterogeneity.availability import Work, simulate_round
-from florilegium.simulation.heterogeneity.classes import DeviceClass, DevicePopulation, WorldConfig
+from florilegium.simulation.heterogeneity.classes import DeviceClass, DevicePopulation
 from florilegium.simulation.heterogeneity.clock import Clock
 from florilegium.simulation.personalization.config import InteractiveConfig, MethodsConfig
 from florilegium.simulation.personalization.interactive import feedback, reptile
 from florilegium.simulation.personalization.run import play as play_method
 from florilegium.simulation.runs.changes import check
 from florilegium.simulation.runs.folder import find_run
+from florilegium.simulation.settings import ConfigError, dump_config, set_value, validate
 from florilegium.simulation.studies.baselines_cell import BaselinesCell
 from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import UNSEEN, Cell, StudyConfig

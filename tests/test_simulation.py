@@ -30,25 +30,19 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.server.release_collector import to_arrays
 from florilegium.simulation import experiment
 from florilegium.simulation.cli.main import main
-from florilegium.simulation.config import (
-    ConfigError,
-    ExperimentConfig,
-    dump_config,
-    find_config,
-    load_config,
-    with_absolute_paths,
-)
+from florilegium.simulation.config import ExperimentConfig, load_config, with_absolute_paths
 from florilegium.simulation.data import population
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import Bootstrapped, DataConfig, load_population
+from florilegium.simulation.devices.inputs import differing, hashes, people_sha256
+from florilegium.simulation.devices.owners import who, write_who
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.runs.changes import check
 from florilegium.simulation.runs.folder import RunError, RunFolder, check_sources, create, find_run, resume
-from florilegium.simulation.runs.inputs import differing, hashes, people_sha256
-from florilegium.simulation.runs.owners import who, write_who
 from florilegium.simulation.runs.progress import RunProgress
+from florilegium.simulation.settings import ConfigError, dump_config, find_config
 
 ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
 FINISHED = (*SMALL, "name=small", "server.optimizer=fedavgm")

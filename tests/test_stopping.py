@@ -23,13 +23,14 @@ import pytest
 from conftest import SMALL
 
 from florilegium.simulation.benchmarks.engine_worker import AbsentError, Worker
-from florilegium.simulation.config import ExperimentConfig, config_folder, load_config
+from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
 from florilegium.simulation.engines.ray_cluster import NOT_STARTED, ClusterError, Wish, _init, open_cluster
 from florilegium.simulation.engines.workers import Cohort, open_workers
 from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.runs.stopping import end_all
+from florilegium.simulation.settings import config_folder
 
 QUICK = (*SMALL, "evaluation.pooled_epochs=0", "evaluation.rouge_queries_per_user=0", "name=quick")
 FLORILEGIUM = str(Path(sys.executable).parent / "florilegium")

@@ -25,11 +25,12 @@ from florilegium.client.lm.config import ModelConfig, SamplingConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.selection.lexicons import LexiconError
 from florilegium.simulation.cli.main import main
-from florilegium.simulation.config import ConfigError, config_folder, find_config, load_config
+from florilegium.simulation.config import load_config
 from florilegium.simulation.data.population import DataConfig
 from florilegium.simulation.evaluation.caching_model import CachingModel
 from florilegium.simulation.evaluation.metrics import Comparison
 from florilegium.simulation.runs.folder import RunError
+from florilegium.simulation.settings import ConfigError, config_folder, find_config
 from florilegium.simulation.studies import privacy_utility, privacy_utility_report
 from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import Study, load_study

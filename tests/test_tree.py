@@ -30,6 +30,33 @@ ALLOWED = {
     "server": {"server", "privacy"},
     "simulation": {"privacy", "client", "server", "simulation"},
 }
+FLOORS = (  # of simulation/, from the ground up: a module imports from its own folder and from the floors below
+    {"data"},
+    {"settings"},
+    {"config", "tasks", "models"},
+    {"runs"},
+    {"heterogeneity"},
+    {"devices", "reports"},
+    {"engines"},
+    {"evaluation", "audit", "deployment"},
+    {"recorder", "baselines", "personalization"},
+    {"rounds", "studies"},
+    {"flower_app", "benchmarks"},
+    {"results"},
+    {"experiment"},
+    {"cli"},
+    {"__main__"},
+)
+UPWARD = {  # imports that are still to be turned round; nothing is to be added
+    ("simulation.benchmarks.scale_florilegium", "simulation.experiment"),
+    ("simulation.deployment.rounds", "simulation.experiment"),
+    ("simulation.flower_app", "simulation.experiment"),
+    ("simulation.runs.description", "simulation.devices.people"),
+    ("simulation.runs.description", "simulation.devices.simulated"),
+    ("simulation.runs.summary", "simulation.devices.simulated"),
+    ("simulation.runs.summary", "simulation.reports.figures"),
+}
+IN_CIRCLES = {"client.coins", "client.context", "simulation.experiment", "simulation.flower_app"}  # likewise
 WITH_FLOWER = {
     "simulation/benchmarks/engine_flower.py",
     "simulation/benchmarks/scale_idle_client.py",
@@ -44,9 +71,11 @@ WITH_FLOWER = {
     "simulation/flower_app.py",
     "simulation/engines/flower_ray.py",
     "simulation/engines/cohort_grid.py",
-    "simulation/experiment.py",
+    "simulation/rounds.py",
     "simulation/recorder.py",
     "simulation/engines/in_memory.py",
+    "simulation/engines/strategy.py",
+    "simulation/engines/world_grid.py",
     "simulation/audit/inventory.py",
     "simulation/deployment/https_server.py",
     "simulation/deployment/link.py",
@@ -69,6 +98,7 @@ def imports(path: Path) -> set[str]:
 
 
 def sources() -> list[Path]:
+    """All modules of the four packages."""
     return [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -80,6 +110,53 @@ def test_imports_point_one_way(path: Path) -> None:
     assert {name.split(".")[1] for name in imports(path) if name.startswith("florilegium.")} <= ALLOWED[package]
     if "flwr" in first:
         assert str(path.relative_to(ROOT)) in WITH_FLOWER
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """Which module of ours imports which: those inside functions and for types alone too; without the packages' own
+    faces, which import when they are asked.
+    """
+    paths = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sources()}
+    found: dict[str, set[str]] = {name: set() for name in paths if not name.endswith("__init__")}
+    for name in found:
+        for imported in (i.removeprefix("florilegium.") for i in imports(paths[name]) if i.startswith("florilegium.")):
+            while imported and imported not in found:
+                imported = imported.rpartition(".")[0]
+            found[name] |= {imported} - {"", name}
+    return found
+
+
+def floor(name: str) -> int:
+    (found,) = (number for number, rooms in enumerate(FLOORS) if name.split(".")[1] in rooms)
+    return found
+
+
+def test_nothing_in_the_simulation_imports_upward(graph: dict[str, set[str]]) -> None:
+    """Nor from another folder of its own floor."""
+    found = {
+        (name, other)
+        for name in graph
+        for other in graph[name]
+        if name.startswith("simulation.") and other.startswith("simulation.")
+        if floor(name) <= floor(other) and name.split(".")[1] != other.split(".")[1]
+    }
+    assert found == UPWARD
+
+
+def test_no_module_needs_itself(graph: dict[str, set[str]]) -> None:
+    """No circle, in any of the four packages or across them."""
+    assert {name for name in graph if name in reached(graph, name)} == IN_CIRCLES
+
+
+def reached(graph: dict[str, set[str]], name: str) -> set[str]:
+    """All that a module imports, and what that imports."""
+    found, ahead = set[str](), [name]
+    while ahead:
+        new = graph[ahead.pop()] - found
+        found |= new
+        ahead += new
+    return found
 
 
 def test_what_is_installed_was_tried_and_nothing_else_is_asked_for() -> None:

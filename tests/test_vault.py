@@ -85,5 +85,5 @@ def test_a_devices_threads_take_turns(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_page_bears_a_hundred_clients_and_loses_nothing() -> None:
-    for found in measure([8, 100], 3.0):
+    for found in measure([8, 100], 3.0, print):
         assert (found.failed, found.lost) == (0, 0) and found.requests_s > 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from florilegium.server.config import devices_to_ask
-from florilegium.simulation.config import ConfigError
+from florilegium.simulation.config import WorldConfig
 from florilegium.simulation.evaluation.fairness import jain, summarize, worst_decile
 from florilegium.simulation.heterogeneity.availability import (
     Arrival,
@@ -30,7 +30,6 @@ from florilegium.simulation.heterogeneity.availability import (
 from florilegium.simulation.heterogeneity.classes import (
     DeviceClass,
     DevicePopulation,
-    WorldConfig,
     class_of,
     load_classes,
     local_hour,
@@ -39,6 +38,7 @@ from florilegium.simulation.heterogeneity.classes import (
 )
 from florilegium.simulation.heterogeneity.clock import BufferedClock
 from florilegium.simulation.runs.folder import RunError
+from florilegium.simulation.settings import ConfigError
 
 SLOW = DeviceClass(
     name="slow",

@@ -33,7 +33,7 @@ from florilegium.simulation.audit.inversion import LONG, reconstructed
 from florilegium.simulation.audit.one_run_audit import DeviceCoins, DialogueCoins, Guesses, Mistake, worst_case
 from florilegium.simulation.audit.recorded_coins import Recorded
 from florilegium.simulation.config import ExperimentConfig
-from florilegium.simulation.engines.in_memory import Federated, play
+from florilegium.simulation.engines.in_memory import Federated, federate_in_memory
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the canaries, those that are guessed; fixed before looking
 HIDDEN = 0.5  # of each stream, what membership is asked of
@@ -94,7 +94,7 @@ class Auditor:
     def play(self, what: str, config: ExperimentConfig, streams: Streams, coins: Recorded | None = None) -> Federated:
         """A federation with these streams, all of each there in the first round; what it tosses is written down."""
         self.listener(what)
-        return play(self.lm, config, config.server, named(streams), self.seed, at_once=True, coins=coins)
+        return federate_in_memory(self.lm, config, config.server, named(streams), self.seed, at_once=True, coins=coins)
 
     def audit(self, canaries: int) -> Audit:
         """Raises `ValueError` where the streams have too few places for so many canaries."""

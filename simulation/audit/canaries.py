@@ -15,7 +15,7 @@ import numpy as np
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.words import bare
 from florilegium.privacy.seeds import derive_seed
-from florilegium.simulation.config import ConfigError
+from florilegium.simulation.settings import ConfigError
 
 PROMPT_WORDS, REPLY_WORDS = 12, 1  # of a canary: a short reply that nobody expects pulls hard
 Streams = Sequence[Sequence[Dialogue]]

@@ -31,7 +31,7 @@ from florilegium.simulation.audit.attack_metrics import planned_events
 from florilegium.simulation.audit.canaries import Streams
 from florilegium.simulation.audit.recorded_coins import Recorded
 from florilegium.simulation.config import ExperimentConfig
-from florilegium.simulation.engines.in_memory import Federated, InMemory, passing_ledger, play
+from florilegium.simulation.engines.in_memory import Federated, InMemory, federate_in_memory, passing_ledger
 
 GRID = ((0.01, 1.0, 1000, 1e-5), (0.1, 1.0, 100, 1e-5), (0.5, 4.0, 100, 1e-6), (0.02, 0.6, 500, 1e-5))  # q, σ, T, δ
 Kind = TypeVar("Kind", bound=DeviceConfig)
@@ -274,7 +274,7 @@ def _moved(
     """How far the change of the first round, with the same coins in both worlds."""
     coins = Recorded()
     one, other = (
-        play(lm, config, ServerConfig(), named([s]), seed, at_once=True, coins=coins).cohort.changes[0]
+        federate_in_memory(lm, config, ServerConfig(), named([s]), seed, at_once=True, coins=coins).cohort.changes[0]
         for s in (stream, instead)
     )
     return float((one - other).norm())

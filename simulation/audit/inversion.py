@@ -22,7 +22,7 @@ from florilegium.privacy.seeds import derive_seed
 from florilegium.server.config import ServerConfig
 from florilegium.simulation.audit.attacks import trusted
 from florilegium.simulation.audit.checks import named, one_round
-from florilegium.simulation.engines.in_memory import Federated, play
+from florilegium.simulation.engines.in_memory import Federated, federate_in_memory
 
 LISTED = 64  # words that the attacker chooses from
 LONG = 5  # words of the reply
@@ -40,7 +40,7 @@ def reconstructed(
     prompts = [streams[k % len(streams)][0] for k in range(targets)]
     met = [[Dialogue(p.id, p.prompt, _reply(words, chosen))] for p, chosen in zip(prompts, said, strict=True)]
     one = one_round(config, sampling_rate=1.0, pool_capacity=1)
-    seen = play(lm, one, ServerConfig(), named(met), seed, at_once=True)
+    seen = federate_in_memory(lm, one, ServerConfig(), named(met), seed, at_once=True)
     found = [
         _searched(seen, k, prompts[k].prompt, words, rng.choice(len(words), size=LONG).tolist()) for k in range(targets)
     ]

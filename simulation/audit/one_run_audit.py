@@ -21,8 +21,9 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.audit.canaries import Canary, Streams, plant
 from florilegium.simulation.audit.checks import named, one_round, with_privacy, without_clipping, without_noise
-from florilegium.simulation.config import ConfigError, ExperimentConfig
-from florilegium.simulation.engines.in_memory import Federated, play
+from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.engines.in_memory import Federated, federate_in_memory
+from florilegium.simulation.settings import ConfigError
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _played(
 ) -> Federated:
     if mistake.unclipped:
         settings = without_clipping(settings)
-    seen = play(lm, settings, settings.server, named(streams), seed, at_once=True)
+    seen = federate_in_memory(lm, settings, settings.server, named(streams), seed, at_once=True)
     if mistake.added_noise:
         generator = torch.Generator().manual_seed(derive_seed(seed, "added", number) >> 1)
         changes, scale = seen.cohort.changes[0], release_scale(settings)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
@@ -22,7 +23,7 @@ import psutil
 
 from florilegium.client.terminal import Figures
 from florilegium.simulation.benchmarks.engine import machine
-from florilegium.simulation.benchmarks.separate_process import apart
+from florilegium.simulation.benchmarks.separate_process import answered, apart, memory_watched
 
 READS = ("consents", "status", "profile", "sent")  # as the page asks for them, each in its turn
 DIALOGUES = 200
@@ -57,10 +58,14 @@ class Times:
     failed: bool = False
 
 
-def measure(clients: list[int], seconds: float) -> list[Measured]:
+def measure(clients: list[int], seconds: float, tell: Callable[[str], object]) -> list[Measured]:
     """So many clients at once for so long, one number of them after the other; at most `DIALOGUES`."""
     with TemporaryDirectory() as folder, apart(_serve, folder) as ((port, token, dialogues), watched):
-        return [_measured(number, seconds, port, token, dialogues, watched) for number in clients]
+        rows = []
+        for number in clients:
+            tell(f"{number} clients")
+            rows.append(_measured(number, seconds, port, token, dialogues, watched))
+        return rows
 
 
 def _serve(folder: str, there: Connection) -> None:
@@ -113,18 +118,10 @@ def _measured(
 async def _all(
     number: int, seconds: float, port: int, token: str, dialogues: list[str], watched: psutil.Process
 ) -> tuple[list[Times], int]:
-    until, largest = time.perf_counter() + seconds, 0
-
-    async def watch() -> None:
-        nonlocal largest
-        while True:
-            largest = max(largest, watched.memory_info().rss)
-            await asyncio.sleep(0.2)
-
-    watching = asyncio.create_task(watch())
-    found = await asyncio.gather(*(_one(dialogues[k::number], port, token, until) for k in range(number)))
-    watching.cancel()
-    return found, largest
+    until = time.perf_counter() + seconds
+    async with memory_watched(watched) as memory:
+        found = await asyncio.gather(*(_one(dialogues[k::number], port, token, until) for k in range(number)))
+    return found, memory.largest_bytes
 
 
 async def _one(dialogues: list[str], port: int, token: str, until: float) -> Times:
@@ -165,10 +162,7 @@ async def _asked(
     heads = f"host: {LOOPBACK}:{port}\r\nauthorization: Bearer {token}\r\ncontent-length: {len(sent)}\r\n\r\n"
     writer.write(f"{'POST' if sent else 'GET'} /api/{path} HTTP/1.1\r\n{heads}".encode() + sent)
     await writer.drain()
-    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-    if not head.startswith("http/1.1 200"):
-        raise ValueError(head.partition("\r\n")[0])
-    return await reader.readexactly(int(head.partition("content-length: ")[2].partition("\r\n")[0]))
+    return await answered(reader)
 
 
 def as_json(rows: list[Measured]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Cycle:
 
 
 def measure(
-    models: Sequence[str], threads: Sequence[int], limits_gib: Sequence[float], tell: Callable[[str], None]
+    models: Sequence[str], threads: Sequence[int], limits_gib: Sequence[float], tell: Callable[[str], object]
 ) -> list[Cycle]:
     """Every model as it is and thrifty, in float32 and bfloat16, with so many threads, under every limit."""
     rows = []

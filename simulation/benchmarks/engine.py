@@ -34,7 +34,6 @@ RIVALS = {
 }
 ONE_BY_ONE = 8  # devices that a rival does in one repeat: one after the other, so their number does not matter
 COLUMNS = ("arm", "type", "devices", "examples", "devices / s", "tokens / s", "MB", "of limit", "times as fast as")
-DEVICES = (1, 8, 64, 256, 1024)
 SEVERAL = (4, 16)  # examples per step beside 1, for 64 devices
 
 
@@ -85,11 +84,11 @@ class Outcome:
 
 def measure(
     model: str,
-    devices: Sequence[int] = DEVICES,
-    kinds: Sequence[str] = KINDS,
-    steps: int = 4,
-    repeats: int = 5,
-    listener: Callable[[str], object] = lambda text: None,
+    devices: Sequence[int],
+    kinds: Sequence[str],
+    steps: int,
+    repeats: int,
+    tell: Callable[[str], object],
 ) -> Outcome:
     """Runs all arms that are installed, and says of the others why they are not there."""
     device = default_device()
@@ -98,14 +97,14 @@ def measure(
     limits: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
     try:
         for arm, dtype in dict.fromkeys((r.arm, r.dtype) for r in rows):
-            listener(f"starting {arm} {SHORT[dtype]}")
+            tell(f"starting {arm} {SHORT[dtype]}")
             try:
                 workers[arm, dtype] = Worker(arm, model, dtype, device)
             except AbsentError as error:
                 absent[f"{arm} {SHORT[dtype]}"] = str(error)
         for repeat in range(-1, repeats):
             for row in [r for r in rows if (r.arm, r.dtype) in workers]:
-                listener(f"{'warming up' if repeat < 0 else f'repeat {repeat + 1} of {repeats}'}: {_title(row)}")
+                tell(f"{'warming up' if repeat < 0 else f'repeat {repeat + 1} of {repeats}'}: {_title(row)}")
                 try:
                     answer = workers[row.arm, row.dtype].measure(row.work, memory=repeat < 0)
                 except AbsentError as error:

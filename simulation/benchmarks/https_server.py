@@ -10,6 +10,7 @@ import asyncio
 import ssl
 import time
 from base64 import b64encode
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,7 +29,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from rich.table import Table
 
 from florilegium.simulation.benchmarks.engine import machine
-from florilegium.simulation.benchmarks.separate_process import apart
+from florilegium.simulation.benchmarks.separate_process import answered, apart, memory_watched
 from florilegium.simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
 from florilegium.simulation.deployment.https_server import PREFIX, Allowed, device_server
 from florilegium.simulation.deployment.link import Link
@@ -51,8 +52,9 @@ class Measured:
     cpu: float  # processors that the door kept busy
 
 
-def measure(devices: int, seconds: float, port: int) -> Measured:
+def measure(devices: int, seconds: float, port: int, tell: Callable[[str], object]) -> Measured:
     """So many devices for so long, after all have connected."""
+    tell(f"{devices} devices")
     keys = [ec.generate_private_key(ec.SECP384R1()) for _ in range(devices)]
     pems = {f"device-{k:05d}": public_key_to_bytes(key.public_key()) for k, key in enumerate(keys)}
     with TemporaryDirectory() as folder:
@@ -99,7 +101,7 @@ def _request(key: ec.EllipticCurvePrivateKey, node: int) -> bytes:
 async def _all(
     asks: list[bytes], seconds: float, port: int, trust: ssl.SSLContext, watched: psutil.Process
 ) -> tuple[list[float], int, int]:
-    times, failed, largest = list[float](), 0, 0
+    times, failed = list[float](), 0
     connected, begin = 0, asyncio.Event()
 
     async def one(number: int, ask: bytes) -> None:
@@ -125,26 +127,16 @@ async def _all(
             if connected + failed >= len(asks):
                 begin.set()
 
-    async def watch() -> None:
-        nonlocal largest
-        while True:
-            largest = max(largest, watched.memory_info().rss)
-            await asyncio.sleep(0.5)
-
-    watching = asyncio.create_task(watch())
-    await asyncio.gather(*(one(k, ask) for k, ask in enumerate(asks)))
-    watching.cancel()
-    return times, failed, largest
+    async with memory_watched(watched) as memory:
+        await asyncio.gather(*(one(k, ask) for k, ask in enumerate(asks)))
+    return times, failed, memory.largest_bytes
 
 
 async def _asked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ask: bytes) -> None:
     """Raises ValueError for any answer but 200."""
     writer.write(ask)
     await writer.drain()
-    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-    if not head.startswith("http/1.1 200"):
-        raise ValueError(head.partition("\r\n")[0])
-    await reader.readexactly(int(head.partition("content-length: ")[2].partition("\r\n")[0]))
+    await answered(reader)
 
 
 def as_json(found: Measured) -> dict[str, Any]:

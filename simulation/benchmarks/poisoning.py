@@ -7,7 +7,7 @@ made for one rule, backdoors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,10 +24,11 @@ from florilegium.privacy.seeds import derive_seed
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits
 from florilegium.simulation.benchmarks.engine import machine
-from florilegium.simulation.config import ExperimentConfig, find_config, load_config
+from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data.population import User, load_population
-from florilegium.simulation.engines.in_memory import Federated, InMemory, federate, passing_ledger
+from florilegium.simulation.engines.in_memory import Federated, InMemory, federate_cohort, passing_ledger
 from florilegium.simulation.evaluation.metrics import score_arms
+from florilegium.simulation.settings import find_config
 
 RULES = (
     ServerConfig(),
@@ -68,16 +69,26 @@ class Poisoned(InMemory):
         return [*false[: self.false], *honest[self.false :]]
 
 
-def measure(devices: int, least_epsilon: float, seeds: int = 1) -> list[Measured]:
+@dataclass(frozen=True)
+class Outcome:
+    """A row a rule, number and way of false devices, among so many devices."""
+
+    devices: int
+    rows: list[Measured]
+
+
+def measure(devices: int, least_epsilon: float, seeds: int, tell: Callable[[str], object]) -> Outcome:
     """Each rule without false devices, with one and with three, in each way; of several seeds the mean."""
     config = load_config(find_config("quickstart"), [f"data.users={devices}", "data.min_pairs=60"])
     lm, users = LanguageModel.load(config.model), load_population(config.data, config.seed)
     cases = [(0, "none"), *((false, way) for false in (1, 3) for way in WAYS)]
-    return [
-        _mean([_measured(lm, config, users, rule, false, way, least_epsilon, seed) for seed in range(seeds)])
-        for rule in RULES
-        for false, way in cases
-    ]
+    rows = []
+    for rule in RULES:
+        for false, way in cases:
+            tell(f"{rule.rule}: {false} false, {way}")
+            of_seeds = [_measured(lm, config, users, rule, false, way, least_epsilon, seed) for seed in range(seeds)]
+            rows.append(_mean(of_seeds))
+    return Outcome(devices, rows)
 
 
 def _measured(
@@ -97,7 +108,7 @@ def _measured(
         context = CohortContext.of(lm, config, seed, lambda device, dialogue: replies[dialogue], None, ledger)
         bound = release_limits(loose, context.schema)[0]
         cohort = Poisoned(context, streams, False, false=false, way=way, norm_l2=bound)
-        seen = federate(cohort, rule, Limits(largest_norm_l2=bound))
+        seen = federate_cohort(cohort, rule, Limits(largest_norm_l2=bound))
     start = context.shared_layout.start(derive_seed(context.seed, "shared"))
     queries = [list(user.held_out) for user in users[3:]]  # of the honest ones, always the same
     arms: dict[str, Any] = {"base": [], "shared": [_repeated(lm, seen, len(queries))]}
@@ -116,16 +127,16 @@ def _mean(found: Sequence[Measured]) -> Measured:
     return Measured(first.rule, first.false, first.way, int(refused), float(norm), float(nll), float(base))
 
 
-def as_json(rows: Sequence[Measured], devices: int) -> dict[str, Any]:
+def as_json(found: Outcome) -> dict[str, Any]:
     """For programs."""
-    return {"machine": machine("cpu"), "devices": devices, "rows": [asdict(r) for r in rows]}
+    return {"machine": machine("cpu"), "devices": found.devices, "rows": [asdict(r) for r in found.rows]}
 
 
-def as_table(rows: Sequence[Measured], devices: int) -> Table:
+def as_table(found: Outcome) -> Table:
     """For people."""
-    table = Table(title=f"{devices} devices, three rounds, ε = 8", title_style="")
+    table = Table(title=f"{found.devices} devices, three rounds, ε = 8", title_style="")
     for heading in ("rule", "false", "they send", "refused", "norm of the change", "shared − base, nats a token"):
         table.add_column(heading, justify="right")
-    for r in rows:
+    for r in found.rows:
         table.add_row(r.rule, str(r.false), r.way, str(r.refused), f"{r.norm_l2:.2f}", f"{r.nll - r.base:+.3f}")
     return table

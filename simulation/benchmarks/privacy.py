@@ -58,15 +58,25 @@ class Measured:
         return self.ledger_ms / self.round_ms
 
 
-def measure(model: str, devices: int, repeats: int, tell: Callable[[str], None]) -> list[Measured]:
+@dataclass(frozen=True)
+class Outcome:
+    """A row a number of examples, all of the same model and as many devices."""
+
+    model: str
+    devices: int
+    rows: list[Measured]
+
+
+def measure(model: str, devices: int, repeats: int, tell: Callable[[str], object]) -> Outcome:
     """Raises `DataError` where there are fewer users."""
+    tell("loading")
     lm = LanguageModel.load(ModelConfig(name=model))
     users = load_population(DataConfig(users=devices, split="development", min_pairs=24, max_pairs=96), seed=0)
-    return [_measured(lm, users, examples, repeats, tell) for examples in EXAMPLES]
+    return Outcome(model, devices, [_measured(lm, users, examples, repeats, tell) for examples in EXAMPLES])
 
 
 def _measured(
-    lm: LanguageModel, users: Sequence[User], examples: int, repeats: int, tell: Callable[[str], None]
+    lm: LanguageModel, users: Sequence[User], examples: int, repeats: int, tell: Callable[[str], object]
 ) -> Measured:
     shared = {"pool_capacity": 2 * examples, "steps_per_round": STEPS}
     config = DeviceConfig.model_validate({"shared": shared, "rounds": repeats})
@@ -117,19 +127,19 @@ def _plain(states: States, received: torch.Tensor, context: CohortContext, examp
     context.lm.engine.finetune(start, [], sets, rates)
 
 
-def as_json(rows: Sequence[Measured], model: str, devices: int) -> dict[str, Any]:
+def as_json(found: Outcome) -> dict[str, Any]:
     """For programs."""
-    told = [{**asdict(r), "noisy_by_plain": r.ratio, "ledger_share": r.ledger_share} for r in rows]
-    return {"machine": machine("cpu"), "model": model, "devices": devices, "steps": STEPS, "rows": told}
+    told = [{**asdict(r), "noisy_by_plain": r.ratio, "ledger_share": r.ledger_share} for r in found.rows]
+    return {"machine": machine("cpu"), "model": found.model, "devices": found.devices, "steps": STEPS, "rows": told}
 
 
-def as_table(rows: Sequence[Measured], model: str, devices: int) -> Group:
+def as_table(found: Outcome) -> Group:
     """For people."""
-    title = f"{model}, {devices} devices in one pass, {STEPS} steps; milliseconds of one device"
+    title = f"{found.model}, {found.devices} devices in one pass, {STEPS} steps; milliseconds of one device"
     table = Figures(title=title, title_style="")
     for heading in ("examples a step", "noisy steps", "plain steps", "times as long", "ledger", "of the round"):
         table.add_column(heading, justify="right")
-    for r in rows:
+    for r in found.rows:
         table.add_row(
             str(r.examples), f"{r.noisy_ms:.1f}", f"{r.plain_ms:.1f}", f"{r.ratio:.2f}", f"{r.ledger_ms:.2f}",
             f"{r.ledger_share:.1%}",

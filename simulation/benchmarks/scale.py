@@ -37,7 +37,7 @@ class Scaled:
     startup_s: float  # until the first round begins
 
 
-def measure(devices: Sequence[int], stock_until: int, actors: int, tell: Callable[[str], None]) -> list[Scaled]:
+def measure(devices: Sequence[int], stock_until: int, actors: int, tell: Callable[[str], object]) -> list[Scaled]:
     """Ours at every size, Flower's stock simulation up to `stock_until` devices."""
     rows = []
     for count in devices:

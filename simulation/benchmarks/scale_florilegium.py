@@ -109,14 +109,14 @@ def ours(devices: int, actors: int, folder: Path) -> list[float]:
     from florilegium.simulation.engines.cohort_grid import CohortGrid
     from florilegium.simulation.engines.scheduler import Scheduler
     from florilegium.simulation.engines.workers import open_workers
-    from florilegium.simulation.experiment import federate
+    from florilegium.simulation.recorder import federate_run
     from florilegium.simulation.runs.folder import create
 
     run = create(folder / "run", config_of(devices, actors))
     alone = idle_devices(run, LanguageModel.load(run.config.model))
     with open_workers(run, alone, idle_worker) as workers:
         scheduler = Scheduler(workers, alone)
-        federate(run, CohortGrid(scheduler.map, alone.schema, list(UsersByDevice(Nobody(devices)))), scheduler)
+        federate_run(run, CohortGrid(scheduler.map, alone.schema, list(UsersByDevice(Nobody(devices)))), scheduler)
     return [event["time"] for event in run.events() if event["event"] == "round"]
 
 

@@ -8,7 +8,7 @@ round longer. All policies meet the same dialogues, real ones of chitchat's deve
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -51,14 +51,29 @@ class Measured:
         return self.policy_s / (self.forward_s + self.scores_s + self.policy_s + self.learn_s)
 
 
-def measure(model: str, bins: int, policies: Sequence[str], repeats: int) -> list[Measured]:
+@dataclass(frozen=True)
+class Outcome:
+    """A row a policy, all of the same model and as many bins."""
+
+    model: str
+    bins: int
+    rows: list[Measured]
+
+
+def measure(model: str, bins: int, policies: Sequence[str], repeats: int, tell: Callable[[str], object]) -> Outcome:
     """Raises `DataError` where no user has said enough."""
+    tell("loading")
     lm = LanguageModel.load(ModelConfig(name=model))
     pairs = -(-8 * bins // 3)  # of which a quarter is held out
     data = DataConfig(users=DEVICES, split="development", min_pairs=pairs, max_pairs=pairs)
     streams = [user.stream[: 2 * bins] for user in load_population(data, seed=0)]
+    tell("learning")
     learn_s = median(_learning(lm, streams, bins) for _ in range(repeats))
-    return [_measured(lm, policy, bins, streams, learn_s, repeats) for policy in policies]
+    rows = []
+    for policy in policies:
+        tell(policy)
+        rows.append(_measured(lm, policy, bins, streams, learn_s, repeats))
+    return Outcome(model, bins, rows)
 
 
 def _measured(
@@ -113,25 +128,24 @@ def _learning(lm: LanguageModel, streams: Sequence[Sequence[Dialogue]], bins: in
     return (time.perf_counter() - began) / len(streams)
 
 
-def as_json(rows: Sequence[Measured], model: str, bins: int) -> dict[str, Any]:
+def as_json(found: Outcome) -> dict[str, Any]:
     """For programs."""
     return {
         "machine": machine("cpu"),
-        "model": model,
-        "bins": bins,
-        "arrived": bins,
-        "policies": [{**asdict(row), "share": row.share} for row in rows],
+        "model": found.model,
+        "bins": found.bins,
+        "arrived": found.bins,
+        "policies": [{**asdict(row), "share": row.share} for row in found.rows],
     }
 
 
-def as_table(rows: Sequence[Measured], model: str, bins: int) -> Group:
+def as_table(found: Outcome) -> Group:
     """For people."""
-    table = Figures(
-        title=f"{model}, {bins} bins, {bins} dialogues arrive; seconds of one device in one round", title_style=""
-    )
+    title = f"{found.model}, {found.bins} bins, {found.bins} dialogues arrive; seconds of one device in one round"
+    table = Figures(title=title, title_style="")
     for heading in ("policy", "reads", "forward", "scores", "policy", "learn", "policy's share", "replaced"):
         table.add_column(heading, justify="left" if heading in ("policy", "reads") else "right")
-    for r in rows:
+    for r in found.rows:
         seconds = (f"{x:.3f}" for x in (r.forward_s, r.scores_s, r.policy_s, r.learn_s))
         table.add_row(r.policy, r.reading, *seconds, f"{r.share:.1%}", f"{r.replaced:.0f}")
     return Group(table)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -33,3 +35,35 @@ def apart(serve: Callable[..., object], *arguments: object) -> Iterator[tuple[An
         process.terminate()
         process.join()
         here.close()
+
+
+@dataclass
+class Memory:
+    """The largest resident memory of a process that was seen so far."""
+
+    largest_bytes: int = 0
+
+
+@asynccontextmanager
+async def memory_watched(watched: psutil.Process) -> AsyncIterator[Memory]:
+    """The memory of a process, looked at five times a second for as long as this lasts."""
+    memory = Memory()
+
+    async def watch() -> None:
+        while True:
+            memory.largest_bytes = max(memory.largest_bytes, watched.memory_info().rss)
+            await asyncio.sleep(0.2)
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield memory
+    finally:
+        watching.cancel()
+
+
+async def answered(reader: asyncio.StreamReader) -> bytes:
+    """The body of an answer over HTTP; raises ValueError for any answer but 200."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    if not head.startswith("http/1.1 200"):
+        raise ValueError(head.partition("\r\n")[0])
+    return await reader.readexactly(int(head.partition("content-length: ")[2].partition("\r\n")[0]))

@@ -10,14 +10,17 @@ import os
 import platform
 from importlib import metadata, util
 from pathlib import Path
+from typing import Annotated
 
 import psutil
+import typer
 from packaging.version import Version
 from rich.table import Table
 from rich.text import Text
 
 from florilegium.client.lm.places import PULL, ModelError, cache_folder, nano_folder, resolve
 from florilegium.client.lm.processor import bfloat16_flags, cpu_flags, multiplies_bfloat16
+from florilegium.simulation.cli.app import console
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import data_folder
 
@@ -39,7 +42,12 @@ GIB = 2**30
 Facts = dict[str, dict[str, str]]
 
 
-def doctor(full: bool = False) -> Table:
+def doctor(full: Annotated[bool, typer.Option(help="Ask torch too: its threads, its GPUs.")] = False) -> None:
+    """Show what is installed, what the machine has, and which defaults a run would take."""
+    console.print(as_table(full))
+
+
+def as_table(full: bool = False) -> Table:
     """The facts as a table for rich, one section after the other."""
     table = Table(show_header=False, title="florilegium doctor", title_justify="left")
     table.add_column(style="bold")

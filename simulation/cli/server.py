@@ -50,9 +50,9 @@ def init(
     from florilegium.client.agent.terms import Terms
     from florilegium.client.lm.places import base_hash
     from florilegium.server.config import ServerConfig
-    from florilegium.simulation.config import validate
     from florilegium.simulation.deployment.certificates import check_new
     from florilegium.simulation.deployment.settings import check_rule
+    from florilegium.simulation.settings import validate
 
     folder = folder.resolve()
     with plain_errors():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +29,11 @@ from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.privacy.common.errors import UserError
 from florilegium.privacy.noise import ReleaseNoise
+from florilegium.privacy.release import Schema
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.config import ServerConfig
-from florilegium.server.optimizers import Moments
-from florilegium.server.release_collector import Limits, RoundFacts, to_arrays, to_numpy
-from florilegium.server.strategy import TOO_FEW, NoReleaseError, ReleaseStrategy
+from florilegium.server.release_collector import Limits, RoundFacts, to_numpy
+from florilegium.server.strategy import TOO_FEW, Commit, NoReleaseError, ReleaseStrategy
 from florilegium.simulation.deployment.certificates import (
     CERTIFICATE,
     KEY,
@@ -45,7 +46,8 @@ from florilegium.simulation.deployment.https_server import Allowed, device_serve
 from florilegium.simulation.deployment.link import Link, LinkGrid
 from florilegium.simulation.deployment.register import NODES, admitted, welcome
 from florilegium.simulation.deployment.settings import check_rule, read_settings, write_settings
-from florilegium.simulation.experiment import commit, committed
+from florilegium.simulation.engines.strategy import commit, go_on
+from florilegium.simulation.rounds import Recorder, federate
 from florilegium.simulation.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -105,11 +107,25 @@ def layout_of(terms: Terms) -> AdapterLayout:
 class OperatorStrategy(ReleaseStrategy):
     """Asks devices that were admitted, under the names that the operator gave them, with the operator's signature."""
 
-    link: Link
-    terms: Terms
-    operator_key: bytes
-    tell: Tell
-    asked: Sequence[str] = ()  # in the round that is under way
+    def __init__(
+        self,
+        config: ServerConfig,
+        schema: Schema,
+        terms: Terms,
+        operator_key: bytes,
+        link: Link,
+        tell: Tell,
+        *,
+        least_releases: int,
+        commit: Commit | None = None,
+    ) -> None:
+        """How much noise devices add is theirs to know; how long a release may be stands in the terms."""
+        limits = Limits(largest_norm_l2=terms.largest_norm_l2 or math.inf)
+        super().__init__(
+            config, schema, terms.seed, ReleaseNoise(), limits=limits, least_releases=least_releases, commit=commit
+        )
+        self.terms, self.operator_key, self.link, self.tell = terms, operator_key, link, tell
+        self.asked: Sequence[str] = ()  # in the round that is under way
 
     def greet(self, grid: Grid) -> None:
         """Nobody is asked for a name: names are bound to keys by the operator."""
@@ -173,45 +189,44 @@ class OperatorStrategy(ReleaseStrategy):
         return None
 
 
+@dataclass
+class ServerRecorder(Recorder):
+    """What a server's folder has of each round, and its operator is told."""
+
+    run: RunFolder
+    strategy: OperatorStrategy
+
+    def after_round(self, number: int, arrays: ArrayRecord) -> None:
+        strategy = self.strategy
+        self.run.save_shared(number, to_numpy(arrays), strategy.ledger_heads, strategy.moments.arrays())
+        if number:
+            facts = strategy.facts[number]
+            self.run.record("round", round=number, **asdict(facts))
+            strategy.tell(f"round {number}: {came_to(facts, strategy.least_releases)}")
+
+
 def strategy_of(folder: Path, link: Link, layout: AdapterLayout, tell: Tell) -> tuple[OperatorStrategy, ArrayRecord]:
-    """Where the last process left off: a round that was aggregated is not asked for again."""
-    terms, run = read_terms(folder / TERMS), RunFolder(folder)
-    settings = read_settings(folder)
+    """Where the last process left off, and what devices are sent next."""
+    terms, run, settings = read_terms(folder / TERMS), RunFolder(folder), read_settings(folder)
     check_rule(settings, terms)
-    last = run.last_shared()
-    number = last.round + 1 if last else 1
     strategy = OperatorStrategy(
         settings.model_copy(update={"sampled_share": terms.fraction, "reply_timeout_s": terms.patience_s}),
         release_schema(layout, terms.shared.upload),
-        terms.seed,
-        ReleaseNoise(),  # how much devices add is theirs to know
-        limits=Limits(largest_norm_l2=terms.largest_norm_l2 or float("inf")),
+        terms,
+        (folder / OPERATOR_KEY).read_bytes(),
+        link,
+        tell,
         least_releases=terms.min_devices,
-        first_round=number,
         commit=partial(commit, run),
-        committed=committed(run, number),
     )
-    strategy.link, strategy.terms, strategy.tell = link, terms, tell
-    strategy.operator_key = (folder / OPERATOR_KEY).read_bytes()
-    arrays = strategy.first(layout.start(derive_seed(terms.seed, "shared")).numpy())
-    if last:
-        arrays, strategy.heads, strategy.moments = to_arrays(last.shared), last.heads, Moments.of(last.moments)
-    return strategy, arrays
+    return strategy, go_on(strategy, run, layout.start(derive_seed(terms.seed, "shared")).numpy())
 
 
 def run_rounds(folder: Path, link: Link, layout: AdapterLayout, tell: Tell) -> None:
     """All rounds of the terms that are left; what a round came to is stored before any device gets it."""
-    run = RunFolder(folder)
-    strategy, arrays = strategy_of(folder, link, layout, tell)
-
-    def over(number: int, shared: ArrayRecord) -> None:
-        run.save_shared(number, to_numpy(shared), strategy.heads, strategy.moments.arrays())
-        if number:
-            facts = strategy.facts[number]
-            run.record("round", round=number, **asdict(facts))
-            tell(f"round {number}: {came_to(facts, strategy.least_releases)}")
-
-    strategy.start(LinkGrid(link), arrays, strategy.terms.rounds, strategy.terms.patience_s, evaluate_fn=over)
+    strategy, start = strategy_of(folder, link, layout, tell)
+    recorder = ServerRecorder(RunFolder(folder), strategy)
+    federate(LinkGrid(link), strategy, recorder, start, strategy.terms.rounds)
 
 
 def came_to(facts: RoundFacts, least: int) -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 from florilegium.client.calibration import planned_event
 from florilegium.client.lm.places import check_model
 from florilegium.client.selection.lexicons import load_lexicons
-from florilegium.simulation.config import ConfigError, ExperimentConfig, with_absolute_paths
+from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
 from florilegium.simulation.data.population import Bootstrapped, User, load_population
 from florilegium.simulation.heterogeneity.classes import DevicePopulation, load_classes
 from florilegium.simulation.runs.callbacks import named_callbacks
 from florilegium.simulation.runs.folder import RunError, check_new, check_resumable
+from florilegium.simulation.settings import ConfigError
 
 
 def ready(config: ExperimentConfig, folder: Path, *, resuming: bool, overwrite: bool) -> Sequence[User]:

@@ -19,13 +19,13 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release, Schema
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import User, met_by
+from florilegium.simulation.devices.inputs import agree
 from florilegium.simulation.devices.people import UsersByDevice
 from florilegium.simulation.devices.preflight import everybody, world_of
 from florilegium.simulation.devices.workload import TokenWorkload, planned_tokens
 from florilegium.simulation.heterogeneity.classes import DevicePopulation, class_of
 from florilegium.simulation.runs.device_store import ShardedStore
 from florilegium.simulation.runs.folder import RunFolder, check_sources
-from florilegium.simulation.runs.inputs import agree
 
 CONTRIBUTED = "a-contributed"
 
@@ -46,7 +46,7 @@ WITHOUT_SERVER = RoundFunctions(  # without a server
 
 @dataclass(frozen=True)
 class SimulatedDevices:
-    """All devices of a run, as far as this process is asked for them (`client.flower_replies.Devices`)."""
+    """All devices of a run, as far as this process is asked for them (`client.devices.Devices`)."""
 
     run: RunFolder
     context: CohortContext

@@ -16,10 +16,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity  # private: a message cannot be made outside a run without it
 
-from florilegium.client.flower_replies import DeviceReply, Devices, Instruction, greeting, read_question, replies
+from florilegium.client.devices import Devices
+from florilegium.client.flower_replies import DeviceReply, Instruction, greeting, read_question, replies
 from florilegium.privacy.release import Schema
 from florilegium.simulation.engines.workers import Done, Job
-from florilegium.simulation.heterogeneity.clock import WAITED_FOR, Clock
 
 GREETED_AT_ONCE = 1024  # messages; a whole population's would fill the memory
 Spread = Callable[[Job, Sequence[str], Any], Iterator[Done]]  # over cohorts and processes
@@ -77,24 +77,6 @@ class CohortGrid(Grid):
         asked = released if question.kind == MessageType.TRAIN else adopted
         for _, answers in self.spread(asked, list(by_name), question):
             yield from (reply.to(by_name[name]) for name, reply in answers)
-
-
-class WorldGrid(CohortGrid):
-    """Devices that are there or not, fast or slow: of those that compute, only some answer in time."""
-
-    def __init__(self, spread: Spread, schema: Schema, names: Sequence[str], clock: Clock) -> None:
-        super().__init__(spread, schema, names)
-        self.clock = clock
-
-    def _asked(self, messages: Sequence[Message]) -> Iterator[Message]:
-        by_name = {self._name(m): m for m in messages}
-        number = int(str(messages[0].content.config_records["plan"]["round"]))
-        fates = self.clock.round(number, list(by_name)).outcomes
-        asking = messages[0].metadata.message_type == MessageType.TRAIN
-        present = WAITED_FOR if asking else ("answers", "late")  # who dropped out is not back yet
-        for reply in super()._asked([m for name, m in by_name.items() if fates[name] in present]):
-            if not asking or fates[self.names[reply.metadata.src_node_id - 1]] == "answers":
-                yield reply
 
 
 def released(devices: Devices, names: Sequence[str], question: Instruction) -> list[tuple[str, DeviceReply]]:

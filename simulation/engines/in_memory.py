@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from flwr.app import Message
 
-from florilegium.client.calibration import release_limits, release_noise
 from florilegium.client.coins import Coins
 from florilegium.client.config import DeviceConfig
 from florilegium.client.context import CohortContext
+from florilegium.client.devices import Devices
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.flower_replies import Devices
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.phases import Observation
 from florilegium.client.round import contribute
@@ -28,20 +27,20 @@ from florilegium.client.state import DeviceState
 from florilegium.privacy.ledger import Ledger
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release, Schema
-from florilegium.privacy.seeds import derive_key, derive_seed, fresh_secret
 from florilegium.server.config import ServerConfig
-from florilegium.server.release_collector import Limits, RoundFacts, to_numpy
-from florilegium.server.strategy import ReleaseStrategy
-from florilegium.simulation.config import ConfigError
+from florilegium.server.release_collector import Limits, RoundFacts
 from florilegium.simulation.data.population import met_by
 from florilegium.simulation.engines.cohort_grid import CohortGrid
 from florilegium.simulation.engines.faults import tried
+from florilegium.simulation.engines.strategy import new_strategy
 from florilegium.simulation.engines.workers import Cohort, Done, Job
+from florilegium.simulation.rounds import Recorder, federate
+from florilegium.simulation.settings import ConfigError
 
 
 @dataclass
 class InMemory:
-    """All devices of a federation (`client.flower_replies.Devices`), and what left them."""
+    """All devices of a federation (`client.devices.Devices`), and what left them."""
 
     context: CohortContext
     streams: Mapping[str, Sequence[Dialogue]]
@@ -130,7 +129,7 @@ def passing_ledger() -> Iterator[Ledger]:
         yield Ledger(Path(folder) / "ledger.db")
 
 
-def play(
+def federate_in_memory(
     lm: LanguageModel,
     config: DeviceConfig,
     server: ServerConfig,
@@ -150,24 +149,17 @@ def play(
         context = CohortContext.of(
             lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener, ledger
         )
-        return federate(InMemory(replace(context, coins=coins or context.coins), streams, at_once), server)
+        return federate_cohort(InMemory(replace(context, coins=coins or context.coins), streams, at_once), server)
 
 
-def federate(cohort: InMemory, server: ServerConfig, limits: Limits | None = None) -> Federated:
+def federate_cohort(cohort: InMemory, server: ServerConfig, limits: Limits | None = None) -> Federated:
     """All rounds, by the strategy that every engine runs, within the devices' own limits or these.
 
     Raises `ConfigError` for a server that has no rounds.
     """
     if not server.by_rounds:
         raise ConfigError("studies and audits ask by rounds; server.buffer and server.rule = 'none' do not")
-    context = cohort.context
-    secret = fresh_secret() if context.config.privacy.secret == "os" else derive_key(context.seed, "server")
-    noise = release_noise(context.config, server.noise_bands, secret)
-    limits = limits or Limits(*release_limits(context.config, cohort.schema))
-    strategy = ReleaseStrategy(server, cohort.schema, context.seed, noise, limits=limits)
-    start = context.shared_layout.start(derive_seed(context.seed, "shared"))
-    arrays = strategy.first(start.numpy())
+    strategy, start = new_strategy(cohort.context, server, limits)
     grid = RecordingGrid(cohort, list(cohort.streams))
-    result = strategy.start(grid, arrays, context.config.rounds)
-    shared = torch.from_numpy(strategy.whole.join(to_numpy(result.arrays)))
+    shared = federate(grid, strategy, Recorder(), start, cohort.context.config.rounds)
     return Federated(cohort, shared, strategy.facts, grid.sent)

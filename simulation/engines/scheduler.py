@@ -1,9 +1,13 @@
-"""A fleet with its devices in cohorts: what the driver asks of all of them, how far they are, and which have failed."""
+"""Devices in cohorts: who is computed with whom, what the driver asks of all of them, and which have failed.
+
+Cohorts are packed so that all processes finish together. A device keeps to the process that its shard belongs to; some
+move from the process with the most predicted work to the one with the least. Not covered: how fast a process is.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,9 +15,9 @@ from typing import Any
 from florilegium.client.flower_replies import refusal
 from florilegium.privacy.reply_gate import FAILED
 from florilegium.simulation.devices.simulated import SimulatedDevices
-from florilegium.simulation.engines.cohorts import pack
 from florilegium.simulation.engines.faults import Failure, TooManyFailedError, attempt, left
 from florilegium.simulation.engines.workers import Cohort, Done, Job, Workers
+from florilegium.simulation.runs.device_store import Shards
 from florilegium.simulation.runs.progress import RunProgress
 
 ASKED_FOR = {"released": "release", "adopted": "adoption", "learn_without_server": "control"}  # by the job
@@ -100,3 +104,36 @@ class Scheduler:
                 found.setdefault(arm, {}).update(of_devices)
         self.check()
         return found
+
+
+def pack(names: Sequence[str], tokens: Mapping[str, float], shards: Shards, homes: int, size: int) -> list[Cohort]:
+    """Cohorts of at most `size` devices for so many homes, at each home in the order of the names, moved ones last."""
+    at_home: list[list[str]] = [[] for _ in range(homes)]
+    for name in names:
+        at_home[shards.of(name) % homes].append(name)
+    _level(at_home, tokens)
+    return [
+        Cohort(tuple(some[i : i + size]), home)
+        for home, some in enumerate(at_home)
+        for i in range(0, len(some), size)
+    ]  # fmt: skip
+
+
+def _level(at_home: list[list[str]], tokens: Mapping[str, float]) -> None:
+    """Evens out the homes: from the one with most to the one with least, the device that is nearest to half the gap.
+
+    It ends when no device is smaller than the gap; then the gap is at most the largest device. A move makes the sum
+    of the loads' squares smaller, so there is an end.
+    """
+    loads = [sum(tokens[n] for n in some) for some in at_home]
+    while True:
+        heavy, light = loads.index(max(loads)), loads.index(min(loads))
+        gap = loads[heavy] - loads[light]
+        fits = [name for name in at_home[heavy] if 0 < tokens[name] < gap]
+        if not fits:
+            return
+        name = min(fits, key=lambda n: (abs(tokens[n] - gap / 2), n))
+        at_home[heavy].remove(name)
+        at_home[light].append(name)
+        loads[heavy] -= tokens[name]
+        loads[light] += tokens[name]

@@ -16,14 +16,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal
 
-from florilegium.simulation.heterogeneity.classes import (
-    DeviceClass,
-    DevicePopulation,
-    WorldConfig,
-    class_of,
-    local_hour,
-    uniform,
-)
+from florilegium.simulation.config import WorldConfig
+from florilegium.simulation.heterogeneity.classes import DeviceClass, DevicePopulation, class_of, local_hour, uniform
 
 OutcomeKind = Literal["answers", "late", "dropped-out", "unavailable", "too-small"]
 

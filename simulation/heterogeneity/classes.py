@@ -18,27 +18,11 @@ from pydantic import Field, StringConstraints, model_validator
 
 from florilegium.privacy.common.base_config import Config
 from florilegium.privacy.seeds import derive_seed
+from florilegium.simulation.config import WorldConfig
+from florilegium.simulation.settings import find_config, read_tree, validate
 
 Chance = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-
-
-class WorldConfig(Config):
-    """Which devices there are and how long the server waits for them."""
-
-    classes: str = Field("", description="a file of device classes, or world/devices; empty: all equal, always there")
-    deadline_s: float = Field(0, ge=0, description="an answer that takes longer is late; 0: none")
-    over_sampling: float = Field(1.0, ge=1, description="of K wanted answers, so many times K devices are asked")
-    drop_out: float = Field(0, ge=0, lt=1, description="chance that a device that began never answers")
-    start_hour: float = Field(0, ge=0, lt=24, description="of the day in the first time zone, when the run begins")
-    idle_s: float = Field(60, gt=0, description="pause between rounds")
-
-    @model_validator(mode="after")
-    def _settings_need_a_world(self) -> Self:
-        changed = [k for k, field in type(self).model_fields.items() if getattr(self, k) != field.default]
-        if changed and not self.classes:
-            raise ValueError(f"{', '.join(changed)} without devices; set world.classes=world/devices")
-        return self
 
 
 class DeviceClass(Config):
@@ -84,8 +68,6 @@ class DevicePopulation:
 
 def load_classes(path: str | Path) -> tuple[DeviceClass, ...]:
     """The device classes of a file or of a bundled one (`world/devices`); raises `ConfigError`."""
-    from florilegium.simulation.config import find_config, read_tree, validate  # which holds a WorldConfig itself
-
     found = find_config(str(path))
     return validate(DeviceClasses, read_tree(found), str(found)).classes
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from florilegium.simulation.config import ConfigError, ExperimentConfig
+from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.settings import ConfigError
 
 Changes = dict[str, tuple[Any, Any]]
 SPEED = (  # what a run comes to is the same, but for rounding

@@ -22,9 +22,10 @@ from florilegium.privacy.common.errors import UserError
 from florilegium.privacy.common.registry import source_files
 from florilegium.privacy.release import Array
 from florilegium.privacy.seeds import fresh_secret
-from florilegium.simulation.config import ConfigError, ExperimentConfig, dump_config, find_config, load_config, validate
+from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.runs.changes import SPEED, changes, check, told
 from florilegium.simulation.runs.device_store import Shards
+from florilegium.simulation.settings import ConfigError, dump_config, find_config, validate
 
 Event = dict[str, Any]
 MOMENTS = "optimizer."  # begins the names of what a server's optimizer remembers

@@ -1,22 +1,18 @@
-"""What a run leaves for programs and for people: summary.json, results.jsonl, adapters in PEFT's format, a table."""
+"""What a run leaves for programs and for people: summary.json, results.jsonl, a table."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from florilegium.client.lm.peft_format import shared_files, write_files, write_peft
-from florilegium.client.lm.places import ADAPTERS, base_of, copy_base
 from florilegium.client.terminal import Figures
 from florilegium.simulation.data.describe import told_before
-from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.reports.figures import ratio_in_words
 from florilegium.simulation.runs.folder import Event, RunFolder
 from florilegium.simulation.runs.mean_observer import Bystander, bystander
@@ -126,20 +122,6 @@ def _mean_lengths(results: list[Event]) -> dict[str, float]:
     replied = [e for e in results if "mean_length_tokens" in e]
     arms = {e["arm"] for e in replied}
     return {a: _mean([e["mean_length_tokens"] for e in replied if e["arm"] == a]) for a in ARMS if a in arms}
-
-
-def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Tensor, names: Sequence[str]) -> None:
-    """`adapters/shared`, and of the evaluated devices `adapters/personal/<device>`, as plain `peft` reads them.
-
-    With `adapters/base` where the base is a model that other machines do not find by its name.
-    """
-    context, last, folder = devices.context, devices.context.config.rounds, run.path / ADAPTERS
-    base = base_of(context.lm.name)
-    copy_base(base, folder)
-    if not run.config.server.absent:
-        write_files(folder, shared_files(context.shared_layout, shared, base))
-    for name, state in zip(names, devices.states(names, last), strict=True):
-        write_peft(folder / "personal" / name, context.personal_layout, state.personal, base)
 
 
 def render_summary(summary: Summary) -> RenderableType:

@@ -15,8 +15,9 @@ from pydantic import Field, field_validator, model_validator
 
 from florilegium.privacy.common.base_config import Config
 from florilegium.simulation.baselines.config import BaselinesConfig
-from florilegium.simulation.config import ConfigError, ExperimentConfig, parse_override, read_tree, set_value, validate
+from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.personalization.config import InteractiveConfig, MethodsConfig
+from florilegium.simulation.settings import ConfigError, parse_override, read_tree, set_value, validate
 from florilegium.simulation.studies.published import PUBLISHED
 
 Label = tuple[tuple[str, Any], ...]  # (setting, value): where a cell stands in its table

@@ -29,7 +29,7 @@ from florilegium.simulation.audit.attacks import membership
 from florilegium.simulation.audit.canaries import Canary, hide
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import User
-from florilegium.simulation.engines.in_memory import Federated, play
+from florilegium.simulation.engines.in_memory import Federated, federate_in_memory
 from florilegium.simulation.evaluation.metrics import Arm, by_device, derangement, measure_rouge, reply_arms, score_arms
 from florilegium.simulation.studies.cell import Result, SeededCell
 from florilegium.simulation.studies.config import UNSEEN
@@ -58,7 +58,7 @@ class FederatedCell(SeededCell):
         began, (streams, hidden) = time.perf_counter(), self.streams
         config, lm = self.config, self.bench.model(self.config.model)
         seed = derive_seed(config.seed, "repetition", number)
-        seen = play(lm, config, config.server, streams, seed, listener=self.listener)
+        seen = federate_in_memory(lm, config, config.server, streams, seed, listener=self.listener)
         states = list(seen.cohort.states.values())
         if config.personal.epochs:
             states, _ = adopt(states, seen.shared, RoundPlan(config.rounds, config.rounds), seen.context)

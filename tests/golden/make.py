@@ -38,10 +38,11 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from florilegium.simulation.config import find_config, load_config
+from florilegium.simulation.config import load_config
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.runs.folder import Event, RunFolder
 from florilegium.simulation.runs.progress import RunProgress
+from florilegium.simulation.settings import find_config
 
 HERE = Path(__file__).parent
 DIGITS = 6  # of the figures that a person reads

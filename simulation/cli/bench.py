@@ -1,0 +1,165 @@
+"""`florilegium bench`: this machine measured with what it is asked to do; all benchmarks are rows of one table."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from florilegium.client.terminal import telling, wide
+from florilegium.simulation.benchmarks import arguments
+from florilegium.simulation.cli.app import console, interruptible
+
+app = typer.Typer(no_args_is_help=True, help="Measure this machine with what it is asked to do.")
+Model = Annotated[str, typer.Option(help="nano, smollm2-135m, a hub id or a folder")]
+InTurns = Annotated[int, typer.Option(min=1, help="In each of them every arm has its turn.")]
+Asked = Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A command: its options, read and checked; the module that measures; and what is printed."""
+
+    options: Callable[..., Asked]  # to the arguments of the module's `measure`
+    module: str  # of `simulation.benchmarks`, with `measure`, `as_json` and `as_table`
+    columns: int  # that its table takes
+    prints: str = "object"  # for programs
+
+    def command(self) -> Callable[..., None]:
+        """For typer: the options and `--json`."""
+
+        @wraps(self.options)
+        def command(as_json: bool, **options: Any) -> None:
+            asked = self.options(**options)
+            benchmark = import_module(f"florilegium.simulation.benchmarks.{self.module}")  # and with it torch
+            with interruptible(), telling("measuring") as tell:
+                found = benchmark.measure(*asked, tell)
+            if as_json:
+                print(json.dumps(benchmark.as_json(found), indent=1))
+            else:
+                wide(console, self.columns).print(benchmark.as_table(found))
+
+        as_json = Annotated[bool, typer.Option("--json", help=f"One {self.prints} instead of the table.")]
+        last = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=as_json)
+        signature = inspect.signature(self.options, eval_str=True)
+        command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), last])  # type: ignore[attr-defined]
+        command.__annotations__ = {**command.__annotations__, "as_json": as_json}
+        return command
+
+
+def engine(
+    model: Model = "nano",
+    devices: Annotated[str, typer.Option(help="How many devices in one pass, with commas.")] = "1,8,64,256,1024",
+    kinds: Annotated[str, typer.Option(help="What to measure.")] = "training,embedding,generation,dp_training",
+    steps: Annotated[int, typer.Option(min=1, help="Local steps of training.")] = 4,
+    repeats: InTurns = 5,
+) -> Asked:
+    """Train, embed and generate for many devices, beside what you would use instead: PEFT, Flower, pfl, Opacus.
+
+    Arms that are not installed are named as absent; pip install 'florilegium[bench]' adds pfl-research.
+
+    florilegium bench engine --devices 64 --kinds training --repeats 3
+    """
+    return arguments.model(model), arguments.numbers(devices, "--devices"), arguments.kinds(kinds), steps, repeats
+
+
+def selection(
+    model: Model = "nano",
+    bins: Annotated[int, typer.Option(min=2, help="Of the buffer, and dialogues that arrive.")] = 128,
+    policies: Annotated[str, typer.Option(help="Which, with commas; empty: all.")] = "",
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+) -> Asked:
+    """What each selection policy costs a device in a round: reading, scoring, deciding, beside learning.
+
+    florilegium bench selection --policies quality,oasis --repeats 1
+    """
+    return arguments.model(model), bins, arguments.policies(policies), repeats
+
+
+def privacy(
+    model: Model = "nano",
+    devices: Annotated[int, typer.Option(min=1, help="In one pass.")] = 64,
+    repeats: InTurns = 3,
+) -> Asked:
+    """What protection costs in time: noisy steps beside plain ones, and the ledger's share of a round.
+
+    florilegium bench privacy --devices 16 --repeats 1
+    """
+    return arguments.model(model), devices, repeats
+
+
+def scale(
+    devices: Annotated[str, typer.Option(help="Population sizes, with commas; a tenth is sampled.")] = "100,1000,10000",
+    stock_until: Annotated[int, typer.Option(help="Flower's stock simulation up to so many devices.")] = 1000,
+    actors: Annotated[int, typer.Option(min=0, help="Ray actors of ours; 0: in the driver's process.")] = 0,
+) -> Asked:
+    """What a federation costs beside its training, beside Flower's stock simulation: time, memory, start.
+
+    florilegium bench scale --devices 100,1000,10000,100000 --stock-until 10000 --actors 1
+    """
+    return arguments.numbers(devices, "--devices"), stock_until, actors
+
+
+def poison(
+    devices: Annotated[int, typer.Option(min=10, help="Of which none, one and three are false.")] = 10,
+    least_epsilon: Annotated[float, typer.Option(help="As for server init: it bounds a release.")] = 4.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Federations of each kind.")] = 3,
+) -> Asked:
+    """What devices that send what they like do to the shared adapter, under each of the server's rules."""
+    return devices, least_epsilon, seeds
+
+
+def door(
+    devices: Annotated[int, typer.Option(min=1, help="Registered ones, all of this machine.")] = 1000,
+    seconds: Annotated[float, typer.Option(min=1, help="After all have connected.")] = 60.0,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 19092,
+) -> Asked:
+    """The server's door under many devices that ask, every three seconds, whether there is something to do."""
+    return devices, seconds, port
+
+
+def agent(
+    clients: Annotated[str, typer.Option(help="How many at once, with commas; 100 at most.")] = "1,8,100",
+    seconds: Annotated[float, typer.Option(min=1, help="With each number of them.")] = 10.0,
+) -> Asked:
+    """A device's page under clients that rate and read without a pause, as fast as it answers.
+
+    florilegium bench agent --clients 8 --seconds 5
+    """
+    numbers = arguments.numbers(clients, "--clients")
+    if max(numbers) > 100:
+        raise typer.BadParameter("--clients takes at most 100: a page has 128 connections")
+    return numbers, seconds
+
+
+def board(
+    models: Annotated[str, typer.Option(help="With commas.")] = "nano,smollm2-135m",
+    threads: Annotated[str, typer.Option(help="With commas.")] = "1,2",
+    limits: Annotated[str, typer.Option(help="GiB of memory, with commas.")] = "1,2,4",
+) -> Asked:
+    """What a device's learning takes of a small board: seconds and memory under limits that the kernel enforces.
+
+    florilegium bench board --models nano --threads 1 --limits 0.75,1
+    """
+    names = [arguments.model(name) for name in models.split(",")]
+    return names, arguments.numbers(threads, "--threads"), arguments.sizes(limits, "--limits")
+
+
+BENCHMARKS = {
+    "engine": Benchmark(engine, "engine", 200),
+    "selection": Benchmark(selection, "selection", 120),
+    "privacy": Benchmark(privacy, "privacy", 120),
+    "scale": Benchmark(scale, "scale", 100, prints="list"),
+    "poison": Benchmark(poison, "poisoning", 100),
+    "door": Benchmark(door, "https_server", 80),
+    "agent": Benchmark(agent, "agent", 110),
+    "board": Benchmark(board, "edge_device", 100, prints="list"),
+}
+for name, benchmark in BENCHMARKS.items():
+    app.command(name)(benchmark.command())
