@@ -33,11 +33,12 @@ from florilegium.server.config import ServerConfig
 from florilegium.server.optimizers import FedAvg, new_optimizer
 from florilegium.simulation.baselines.config import BaselineConfig
 from florilegium.simulation.baselines.registry import BASELINES, baseline
-from florilegium.simulation.config import ConfigError, ExperimentConfig
+from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.describe import describe
 from florilegium.simulation.data.population import DataConfig, load_population
 from florilegium.simulation.devices.simulated import devices_of_worker
 from florilegium.simulation.runs.folder import RunError, RunFolder, check_sources, create, sources_sha256
+from florilegium.simulation.settings import ConfigError
 from florilegium.simulation.tasks.config import TaskConfig
 
 SOURCE = '''
