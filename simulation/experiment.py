@@ -170,5 +170,6 @@ def _on_flower(
         federate_run(run, grid, Scheduler(LocalWorkers(devices), devices, progress), callbacks=callbacks)
 
 
+# Federates a run that is made, tells the callbacks, and takes the people where they have been read already.
 Engine = Callable[[RunFolder, RunProgress, Sequence[Callback], Sequence[User] | None], None]
 ENGINES: dict[str, Engine] = {"cohort": _on_cohorts, "flower": _on_flower}

@@ -39,6 +39,9 @@ from florilegium.simulation.data.population import DataConfig, load_population
 from florilegium.simulation.devices.simulated import devices_of_worker
 from florilegium.simulation.runs.folder import RunError, RunFolder, check_sources, create, sources_sha256
 from florilegium.simulation.settings import ConfigError
+from florilegium.simulation.studies.cell import SharedResources
+from florilegium.simulation.studies.config import load_study
+from florilegium.simulation.studies.preflight import ready
 from florilegium.simulation.tasks.config import TaskConfig
 
 SOURCE = '''
@@ -510,6 +513,20 @@ def test_a_module_that_a_process_lacks_is_told(folder: Path, tmp_path: Path, mon
     monkeypatch.delitem(sys.modules, "here_lab")
     with pytest.raises(ConfigError, match=r"config\.toml: selection\.policy = 'here_lab:MINE': .*no module 'here_lab'"):
         devices_of_worker(run.path)
+
+
+def test_cells_of_a_study_may_differ_in_extensions(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        'data = { users = 2 }\n[study.tables.one]\nrows = { "selection.policy" = ["fifo", "my_lab.methods:LONGEST"] }\n'
+    )
+    study = load_study(tmp_path / "s.toml")
+    assert [c.config.extensions() for c in study.cells.values()] == [[], [ME + "LONGEST"]]
+    assert SharedResources.of(study.cells.values()).extensions == {ME + "LONGEST"}
+    (tmp_path / "m.toml").write_text(
+        'method = { name = "my_lab.methods:Median" }\n[study]\nkind = "methods"\ntables = { one = {} }\n'
+    )
+    with pytest.raises(ExtensionError, match=r"Median is an ABCMeta; it must be a class derived from Method"):
+        ready(load_study(tmp_path / "m.toml"), tmp_path / "study")
 
 
 @pytest.mark.slow
