@@ -35,12 +35,12 @@ FLOORS = (  # of simulation/, from the ground up: a module imports from its own 
     {"settings"},
     {"config", "tasks", "models"},
     {"runs"},
-    {"heterogeneity"},
+    {"heterogeneity", "rounds"},
     {"devices", "reports"},
     {"engines"},
     {"evaluation", "audit", "deployment"},
     {"recorder", "baselines", "personalization"},
-    {"rounds", "studies"},
+    {"studies"},
     {"flower_app", "benchmarks"},
     {"results"},
     {"experiment"},
@@ -48,15 +48,9 @@ FLOORS = (  # of simulation/, from the ground up: a module imports from its own 
     {"__main__"},
 )
 UPWARD = {  # imports that are still to be turned round; nothing is to be added
-    ("simulation.benchmarks.scale_florilegium", "simulation.experiment"),
-    ("simulation.deployment.rounds", "simulation.experiment"),
-    ("simulation.flower_app", "simulation.experiment"),
-    ("simulation.runs.description", "simulation.devices.people"),
-    ("simulation.runs.description", "simulation.devices.simulated"),
-    ("simulation.runs.summary", "simulation.devices.simulated"),
     ("simulation.runs.summary", "simulation.reports.figures"),
 }
-IN_CIRCLES = {"client.coins", "client.context", "simulation.experiment", "simulation.flower_app"}  # likewise
+IN_CIRCLES = set[str]()  # likewise
 WITH_FLOWER = {
     "simulation/benchmarks/engine_flower.py",
     "simulation/benchmarks/scale_idle_client.py",

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from florilegium.client.coins import Coins
+from florilegium.client.coins import Coins, Seeded
 from florilegium.client.state import DeviceState
 from florilegium.privacy.plan import RoundPlan
 
 if TYPE_CHECKING:
-    from florilegium.client.context import CohortContext
+    pass
 
 Step = tuple[str, int, int]  # of a device, in a round
 
@@ -25,12 +25,12 @@ class Recorded(Coins):
         self.samples: dict[Step, tuple[int, list[int]]] = {}  # of so many slots, those that were drawn
         self.noise_keys: dict[tuple[str, int], int] = {}  # by device and round
 
-    def secret(self, device: str, context: CohortContext) -> int:
+    def secret(self, device: str, context: Seeded) -> int:
         if device not in self.secrets:
             self.secrets[device] = super().secret(device, context)
         return self.secrets[device]
 
-    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, context: CohortContext) -> list[int]:
+    def sample(self, state: DeviceState, count: int, plan: RoundPlan, step: int, context: Seeded) -> list[int]:
         """Of another number of slots than what was written down, anew: that is another question."""
         known, drawn = self.samples.get((state.id, plan.round, step), (-1, []))
         if known != count:
@@ -38,7 +38,7 @@ class Recorded(Coins):
             self.samples.setdefault((state.id, plan.round, step), (count, drawn))
         return drawn
 
-    def noise_key(self, state: DeviceState, plan: RoundPlan, context: CohortContext) -> int:
+    def noise_key(self, state: DeviceState, plan: RoundPlan, context: Seeded) -> int:
         known = state.id, plan.round
         if known not in self.noise_keys:
             self.noise_keys[known] = super().noise_key(state, plan, context)
