@@ -13,7 +13,7 @@ from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.settings import ConfigError
 
 Changes = dict[str, tuple[Any, Any]]
-SPEED = ("ray.", "cohort_size", "engine.on_device_error", "engine.failed_share", "callbacks")  # the same but for its rounding
+SPEED = ("ray.", "cohort_size", "engine.on_device_error", "engine.failed_share", "callbacks")  # but for rounding
 
 
 def changes(before: ExperimentConfig, after: ExperimentConfig) -> Changes:
