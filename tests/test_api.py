@@ -30,6 +30,7 @@ PACKAGES = (
     "florilegium.simulation",
 )
 PROMISED = Path(__file__).parent / "api.txt"
+NOTEBOOKS = Path(__file__).parent.parent / "docs" / "notebooks"
 TINY = [
     "data.users=2", "data.max_pairs=8", "data.min_pairs=8", "rounds=1", "synthesis.per_dialogue=0", "selection.bins=2",
     "personal.epochs=1", "evaluation.users=2", "evaluation.sampling.max_new_tokens=2", "shared.pool_capacity=6",
@@ -177,6 +178,15 @@ def test_what_is_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
         load_config("quickstrat")
     assert issubclass(RunError, FlorilegiumError)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    book = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert not [out for cell in book.cells for out in cell.get("outputs", ()) if out.output_type == "error"]
 
 
 if __name__ == "__main__":
