@@ -16,7 +16,7 @@ class Dialogue:
     """A prompt and the reply that the device's user recorded for it.
 
     `response` is the user's own annotation: a device may read it only after it has asked for it
-    (see `client.annotate`). `time` is seconds since the epoch, or a running number where a data set
+    (see `client.phases.annotate`). `time` is seconds since the epoch, or a running number where a data set
     has no clock. `parent` names the dialogue that a synthetic one was made from. `context` is what was said before, a
     line each: part of other dialogues, and so not of what one dialogue may change in a release.
     """

@@ -2,7 +2,7 @@ from .privacy.common.errors import FlorilegiumError
 from .simulation.config import load_config
 from .simulation.experiment import Experiment, run
 from .simulation.results import Result, load_run
-from .simulation.runs.folder import RunError
+from .simulation.runs.errors import RunError
 from .simulation.settings import ConfigError
 
 __version__: str

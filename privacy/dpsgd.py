@@ -92,3 +92,10 @@ def clipped_sum(gradients: torch.Tensor, clip_norm_l2: float) -> torch.Tensor:
     factors = (clip_norm_l2 / (wide.norm(dim=1) + 1e-6)).clamp(max=1.0)  # (b,); Opacus' 1e-6
     total: torch.Tensor = factors @ wide
     return total
+
+
+def clipped(rows: torch.Tensor, clip_norm_l2: float) -> torch.Tensor:
+    """Each row of (K, P) times min(1, C/‖row‖₂), in the rows' own type."""
+    norms = rows.norm(dim=1, keepdim=True)  # (K, 1)
+    factors: torch.Tensor = (clip_norm_l2 / norms.clamp(min=1e-12)).clamp(max=1.0)
+    return rows * factors

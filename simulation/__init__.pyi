@@ -3,7 +3,7 @@ from .engines.in_memory import federate_in_memory
 from .experiment import Experiment, run
 from .results import Result, load_run
 from .runs.callbacks import Callback, RunFacts
-from .runs.folder import RunError
+from .runs.errors import RunError
 from .settings import ConfigError
 
 __all__ = [

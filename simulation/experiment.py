@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -32,9 +31,10 @@ from florilegium.simulation.recorder import federate_run
 from florilegium.simulation.reports.run_report import render_report
 from florilegium.simulation.results import Result, load_run
 from florilegium.simulation.runs.callbacks import Callback, named_callbacks
-from florilegium.simulation.runs.folder import RunError, RunFolder, create, resume, settle
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.folder import RunFolder, create, resume, settle
 from florilegium.simulation.runs.progress import RunProgress, progress_line
-from florilegium.simulation.runs.summary import write_summary
+from florilegium.simulation.runs.summary import RunSummary, write_summary
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def run_experiment(
     progress: RunProgress | None = None,
     callbacks: Sequence[Callback] = (),
     people: Sequence[User] | None = None,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report.
 
     `callbacks` are told how it goes on, beside those that the settings name; `people` are those of
@@ -112,7 +112,7 @@ def _run(
     progress: RunProgress,
     callbacks: Sequence[Callback],
     people: Sequence[User] | None,
-) -> dict[str, Any]:
+) -> RunSummary:
     begun = False
     try:
         try:

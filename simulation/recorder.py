@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from flwr.app import ArrayRecord
@@ -35,7 +34,19 @@ from florilegium.simulation.evaluation.fairness import summarize
 from florilegium.simulation.heterogeneity.clock import Clock, as_event
 from florilegium.simulation.rounds import Recorder, federate
 from florilegium.simulation.runs.callbacks import Callback, Callbacks
-from florilegium.simulation.runs.folder import RunFolder, sources_sha256
+from florilegium.simulation.runs.events import (
+    DataFacts,
+    DeviceFailure,
+    DeviceRound,
+    ModelFacts,
+    PrivacyFacts,
+    RoundEnd,
+    RunEnd,
+    RunStart,
+    WorldRound,
+)
+from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.runs.provenance import sources_sha256
 
 
 @dataclass
@@ -66,8 +77,7 @@ class RunRecorder(Recorder):
 
     @cached_property
     def examiner(self) -> Evaluator:
-        failures = (e for e in self.run.events() if e["event"] == "failure" and e["what"] == "control")
-        without = {e["device"] for e in failures}
+        without = {e.device for e in self.run.events_of(DeviceFailure) if e.what == "control"}
         return Evaluator(self.run, self.devices, self.scheduler, [n for n in self.names if n not in without])
 
     @cached_property
@@ -85,14 +95,14 @@ class RunRecorder(Recorder):
         """Begins the stream of events, or drops what comes after the last round that was finished."""
         if not self.run.has_rounds:
             self.run.metrics.unlink(missing_ok=True)
-            self.run.record("run", **describe(self.config, self.devices))
+            self.run.record(describe(self.config, self.devices))
             self.callbacks.begin(0)
             return
-        ends = [e["wall_s"] for e in self.run.events() if e["event"] == "end"]
+        ends = [e.wall_s for e in self.run.events_of(RunEnd)]
         self.earlier_s = ends[-1] if ends else 0.0
         self.run.rewind(self.strategy.first_round - 1)
-        for event in self.run.events() if self.clock else ():
-            if event["event"] == "world" and self.clock:
+        if self.clock:
+            for event in self.run.events_of(WorldRound):
                 self.clock.recall(event)
         self.callbacks.begin(self.strategy.first_round - 1)
 
@@ -130,17 +140,18 @@ class RunRecorder(Recorder):
             replies = {n: float(len(self.devices.users[n].stream)) for n in gain}
             rounds = [self.clock.rounds[n] for n in sorted(self.clock.rounds)]
             everybody = [device_name(k) for k in range(self.config.data.users)]
-            self.run.record("fairness", **summarize(rounds, self.clock.world, everybody, gain, replies))
+            self.run.record(summarize(rounds, self.clock.world, everybody, gain, replies))
         export_adapters(self.run, self.devices, shared, self.names)
 
     def close(self, *, interrupted: bool) -> None:
         self.run.record(
-            "end",
-            wall_s=round(self.earlier_s + time.perf_counter() - self.began, 2),
-            peak_rss_bytes=peak_rss_bytes(),
-            tokens_trained=sum(e["tokens_trained"] for e in self.run.events() if e["event"] == "device_round"),
-            devices_bytes=self.run.shards.size_bytes,
-            interrupted=interrupted,
+            RunEnd(
+                wall_s=round(self.earlier_s + time.perf_counter() - self.began, 2),
+                peak_rss_bytes=peak_rss_bytes(),
+                tokens_trained=sum(e.tokens_trained for e in self.run.events_of(DeviceRound)),
+                devices_bytes=self.run.shards.size_bytes,
+                interrupted=interrupted,
+            )
         )
         self.callbacks.end(interrupted=interrupted)
 
@@ -151,8 +162,9 @@ class RunRecorder(Recorder):
         """
         self.scheduler.check()
         failures = self.scheduler.taken()
-        events = [{"round": round_number, "device": f.device, "what": f.what, "error": f.error} for f in failures]
-        self.run.record_all("failure", events)
+        self.run.record_all(
+            DeviceFailure(round=round_number, device=f.device, what=f.what, error=f.error) for f in failures
+        )
         return {f.device for f in failures}
 
     # -- rounds -------------------------------------------------------------------------------------------------
@@ -168,9 +180,9 @@ class RunRecorder(Recorder):
             for phase, spent in page.pop("seconds").items():
                 seconds[phase] = seconds.get(phase, 0.0) + spent
             tokens = page.pop("shared_tokens", 0) + page.pop("personal_tokens", 0)
-            events.append({"round": round_number, "device": device, "tokens_trained": tokens, **page})
-        self.run.record_all("device_round", events)
-        self.scheduler.progress.end_round(round_number, sum(e["tokens_trained"] for e in events))
+            events.append(DeviceRound(round=round_number, device=device, tokens_trained=tokens, **page))
+        self.run.record_all(events)
+        self.scheduler.progress.end_round(round_number, sum(e.tokens_trained for e in events))
         return seconds
 
     def _round_event(
@@ -179,23 +191,24 @@ class RunRecorder(Recorder):
         facts = self.strategy.facts[round_number]
         ratio = facts.signal_to_noise
         if self.clock:
-            self.run.record("world", **as_event(self.clock.round(round_number, asked)))
+            self.run.record(as_event(self.clock.round(round_number, asked)))
         self.run.record(
-            "round",
-            round=round_number,
-            devices=len(asked),
-            releases=facts.releases,
-            silent=facts.silent,
-            refused=facts.refused,
-            failed_adoptions=facts.failed_adoptions,
-            averaging_error=facts.averaging_error,
-            held_bytes=facts.held_bytes,
-            seconds={k: round(v, 3) for k, v in seconds.items()},
-            signal_to_noise=None if math.isnan(ratio) else ratio,
-            signal_to_noise_floor=None if math.isnan(ratio) else facts.signal_to_noise_floor,
-            change_norm_l2=facts.change_norm_l2,
-            shared_norm_l2=float(shared.norm()),
-            download_bytes=self._download_bytes,
+            RoundEnd(
+                round=round_number,
+                devices=len(asked),
+                releases=facts.releases,
+                silent=facts.silent,
+                refused=facts.refused,
+                failed_adoptions=facts.failed_adoptions,
+                averaging_error=facts.averaging_error,
+                held_bytes=facts.held_bytes,
+                seconds={k: round(v, 3) for k, v in seconds.items()},
+                signal_to_noise=None if math.isnan(ratio) else ratio,
+                signal_to_noise_floor=None if math.isnan(ratio) else facts.signal_to_noise_floor,
+                change_norm_l2=facts.change_norm_l2,
+                shared_norm_l2=float(shared.norm()),
+                download_bytes=self._download_bytes,
+            )
         )
 
     @property
@@ -232,52 +245,54 @@ def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Ten
         write_peft(folder / "personal" / name, context.personal_layout, state.personal, base)
 
 
-def describe(config: ExperimentConfig, devices: SimulatedDevices) -> dict[str, Any]:
+def describe(config: ExperimentConfig, devices: SimulatedDevices) -> RunStart:
     """The facts of a run that do not change: what, on what, under which promise."""
     lm, promise, event = devices.context.lm, config.privacy.promise, planned_event(config)
-    return {
-        "name": config.name,
-        "engine": config.engine.name,
-        "seed": config.seed,
-        "rounds": config.rounds,
-        "devices": config.data.users,
-        "model": {
-            "name": lm.name,
-            "parameters": sum(p.numel() for p in lm.engine.model.parameters()),
-            "architecture": type(lm.engine.model).__name__,
-            "dtype": str(lm.engine.dtype).removeprefix("torch."),
-        },
-        "data": {"name": config.data.name, "split": config.data.split, **people(devices.users)},
-        "hardware": f"{len(os.sched_getaffinity(0))} cores, {lm.engine.device}",
-        "versions": {name: version(name) for name in ("florilegium", "torch", "flwr", "opacus", "peft")},
-        "privacy": {
-            "mode": config.privacy.mode,
-            "unit": promise.unit,
-            "adjacency": promise.adjacency,
-            "trust": promise.trust,
-            "not_covered": promise.not_covered,
-            "epsilon_budget": config.privacy.epsilon,
-            "delta": config.privacy.delta,
-            "noise_multiplier": event.noise_multiplier,
-            "clip_norm_l2": config.privacy.clip_norm_l2,
-            "sampling_rate": event.sampling_rate,
-            "steps_per_round": event.steps,
-            "accountant": "PLD",
-        },
-        "sources": sources_sha256(config.extensions()),
-        "config": config.model_dump(mode="json"),
-    }
+    return RunStart(
+        name=config.name,
+        engine=config.engine.name,
+        seed=config.seed,
+        rounds=config.rounds,
+        devices=config.data.users,
+        model=ModelFacts(
+            name=lm.name,
+            parameters=sum(p.numel() for p in lm.engine.model.parameters()),
+            architecture=type(lm.engine.model).__name__,
+            dtype=str(lm.engine.dtype).removeprefix("torch."),
+        ),
+        data=people(config, devices.users),
+        hardware=f"{len(os.sched_getaffinity(0))} cores, {lm.engine.device}",
+        versions={name: version(name) for name in ("florilegium", "torch", "flwr", "opacus", "peft")},
+        privacy=PrivacyFacts(
+            mode=config.privacy.mode,
+            unit=promise.unit,
+            adjacency=promise.adjacency,
+            trust=promise.trust,
+            not_covered=promise.not_covered,
+            epsilon_budget=config.privacy.epsilon,
+            delta=config.privacy.delta,
+            noise_multiplier=event.noise_multiplier,
+            clip_norm_l2=config.privacy.clip_norm_l2,
+            sampling_rate=event.sampling_rate,
+            steps_per_round=event.steps,
+            accountant="PLD",
+        ),
+        sources=sources_sha256(config.extensions()),
+        config=config.model_dump(mode="json"),
+    )
 
 
-def people(users: UsersByDevice) -> dict[str, int]:
+def people(config: ExperimentConfig, users: UsersByDevice) -> DataFacts:
     """How many there are, without those that are resampled from others, and what is held out of what they said."""
     population = users.population
     persons = population.people if isinstance(population, Bootstrapped) else population
-    return {
-        "people": len(persons),
-        "held_out": sum(len(user.held_out) for user in persons),
-        "held_out_met": sum(met_before(user.stream, user.held_out) for user in persons),
-    }
+    return DataFacts(
+        name=config.data.name,
+        split=config.data.split,
+        people=len(persons),
+        held_out=sum(len(user.held_out) for user in persons),
+        held_out_met=sum(met_before(user.stream, user.held_out) for user in persons),
+    )
 
 
 def peak_rss_bytes() -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -12,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from florilegium.client.lm.places import ADAPTERS
 from florilegium.simulation.config import ExperimentConfig
-from florilegium.simulation.runs.folder import RunError, RunFolder
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.events import Event
+from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.runs.summary import RunSummary, read_summary
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -33,13 +35,16 @@ class Result:
         return RunFolder(self.folder).config
 
     @cached_property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> RunSummary:
         """The figures of `summary.json`."""
-        return dict(json.loads((self.folder / "summary.json").read_text(encoding="utf-8")))
+        return read_summary(self.folder)
 
-    def events(self, kind: str = "") -> Iterator[dict[str, Any]]:
-        """What the run wrote down, in its order; with a kind, such as `evaluation` or `device_round`, that alone."""
-        return (event for event in RunFolder(self.folder).events() if not kind or event["event"] == kind)
+    def events(self, kind: str = "") -> Iterator[Event]:
+        """What the run wrote down, in its order; with a kind, such as `evaluation` or `device_round`, that alone.
+
+        `florilegium.simulation.runs.events` has a dataclass for each kind. Raises `RunError` for a damaged log.
+        """
+        return (event for event in RunFolder(self.folder).events() if not kind or event.kind == kind)
 
     def frame(self, kind: str) -> DataFrame:
         """The events of a kind as a data frame, a row each.
@@ -54,9 +59,9 @@ class Result:
             from pandas import DataFrame
         except ImportError:
             raise ImportError(f"data frames need pandas: {INSTALL}") from None
-        rows = [_flat(event) for event in self.events(kind)]
+        rows = [_flat(asdict(event)) for event in self.events(kind)]
         if not rows:
-            have = ", ".join(sorted({event["event"] for event in self.events()}))
+            have = ", ".join(sorted({event.kind for event in self.events()}))
             raise RunError(f"{self.folder} has no events {kind!r}; it has {have}")
         return DataFrame(rows)
 
@@ -103,6 +108,6 @@ def _flat(event: Mapping[str, Any]) -> dict[str, Any]:
             row["ci95_low"], row["ci95_high"] = value or (None, None)
         elif isinstance(value, Mapping):
             row |= {f"{key}_{part}": x for part, x in value.items()}
-        elif key != "event":
+        else:
             row[key] = value
     return row

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 import florilegium
 from florilegium.privacy.common.base_config import Config
 from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.common.suggestions import did_you_mean
 from florilegium.simulation.data.folder import shown
 
 SAID = {  # of what pydantic says in words of Python
@@ -48,8 +48,8 @@ def find_config(name: str) -> Path:
     if bundled.is_file() and bundled.resolve().is_relative_to(folder.resolve()):
         return bundled
     have = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.toml"))
-    near = get_close_matches(inside.with_suffix("").as_posix().lower(), have, n=1, cutoff=0.7)
-    hint = f"; did you mean {near[0]!r}?" if near else f" nor one of: {', '.join(have)}"
+    near = did_you_mean(inside.with_suffix("").as_posix().lower(), have, 0.7)
+    hint = f"; {near}" if near else f" nor one of: {', '.join(have)}"
     raise ConfigError(f"config {name!r} is no file{hint}")
 
 

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from florilegium.client import coins
 from florilegium.client.agent import acceptance
-from florilegium.client.agent.agent import Agent, AgentError
+from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import new_config
-from florilegium.client.agent.folder import DeviceError, DeviceFolder
+from florilegium.client.agent.device import Device
+from florilegium.client.agent.errors import AgentError, DeviceError
+from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.agent.terms import LARGEST_FILE, Terms, read_terms, write_terms
 from florilegium.client.calibration import release_noise
 from florilegium.client.lm.config import ModelConfig
@@ -42,19 +44,21 @@ SAID = (("Do you like apples?", "Only the green ones."), ("What shall we cook?",
 def made(home: DeviceFolder, lm: LanguageModel, **privacy: object) -> Agent:
     """A new device with both consents and a few dialogues, with these settings of its privacy."""
     config = new_config(ModelConfig(name="nano")).model_copy(update={"port": 0})
-    agent = Agent(home, config, lm, home.make(config))
+    agent = Agent(Device(home, config, lm, home.make(config)))
     agent.consent("learn", True)
     agent.consent("federate", True)
     for prompt, wanted in SAID:
-        agent.rate(agent.vault.add(prompt, "hm", "").id, False, wanted)
+        agent.rate(agent.device.vault.add(prompt, "hm", "").id, False, wanted)
     set_privacy(agent, **privacy)
     return agent
 
 
 def set_privacy(agent: Agent, **privacy: object) -> None:
-    device = agent.config.device
+    device = agent.device.config.device
     changed = device.privacy.model_copy(update=privacy)
-    agent.config = agent.config.model_copy(update={"device": device.model_copy(update={"privacy": changed})})
+    agent.device.config = agent.device.config.model_copy(
+        update={"device": device.model_copy(update={"privacy": changed})}
+    )
 
 
 def terms(**changes: Any) -> Terms:
@@ -85,16 +89,16 @@ def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
     agent = made(home, lm)
     agent.join(terms(), SERVER)
     set_privacy(agent, mode=mode, clip_norm_l2=0.05)
-    server = home.folder.parent / "server"
+    server = home.path.parent / "server"
     server.mkdir()
     make_folder(server, terms(), ServerConfig(), 8.0)
     strategy, _ = strategy_of(server, Link(), layout_of(terms()), print)
     assert strategy.noise.on_sum == 0
     monkeypatch.setattr(coins, "fresh_secret", lambda: 7)
-    row, plan = agent.context.shared_layout.start(0), RoundPlan(1, 0)
-    [release] = agent.contribute([agent.config.name], row, plan)
+    row, plan = agent.device.context.shared_layout.start(0), RoundPlan(1, 0)
+    [release] = agent.contribute([agent.device.config.name], row, plan)
     if mode in ("user-central", "none"):
-        assert release is None and agent.account and not agent.account.entries and not agent.vault.sent()
+        assert release is None and agent.account and not agent.account.entries and not agent.device.vault.sent()
         agent.leave()
         with pytest.raises(AgentError, match=mode):
             agent.join(terms(), SERVER)
@@ -107,9 +111,9 @@ def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
 
     monkeypatch.setattr(PrivateRow, "__init__", silent)
     learn = noisy_steps if mode == "example-local" else clipped_change
-    plain = learn([agent._state()], row, plan, agent.context)[agent.config.name].numpy()
+    plain = learn([agent.device.state()], row, plan, agent.device.context)[agent.device.config.name].numpy()
     sent = np.concatenate([release.arrays[name].ravel() for name, _ in agent.schema.shapes])
-    claimed = release_noise(agent.context.config, 1, 0).on_device
+    claimed = release_noise(agent.device.context.config, 1, 0).on_device
     assert claimed > 0 and plain.any()
     drawn = (sent - plain) / claimed
     assert abs(drawn.mean()) < 4 / math.sqrt(drawn.size) and drawn.std() == pytest.approx(1, abs=3 / drawn.size**0.5)
@@ -122,9 +126,9 @@ def test_secrets_that_can_be_repeated_join_no_federation(home: DeviceFolder, lm:
     set_privacy(agent, secret="os")
     agent.join(terms(), SERVER)
     set_privacy(agent, secret="seed")  # changed afterwards
-    assert not agent.federating and "simulations" in agent.status()["unprotected"]
-    row = agent.context.shared_layout.start(0)
-    assert agent.contribute([agent.config.name], row, RoundPlan(1, 0)) == [None]
+    assert not agent.device.federating and "simulations" in agent.status()["unprotected"]
+    row = agent.device.context.shared_layout.start(0)
+    assert agent.contribute([agent.device.config.name], row, RoundPlan(1, 0)) == [None]
     assert agent.account and not agent.account.entries
 
 
@@ -132,15 +136,15 @@ def test_under_later_terms_new_dialogues_alone_take_part(home: DeviceFolder, lm:
     """Five rounds need more noise than three: what was released under one σ is not drawn under another."""
     agent = made(home, lm)
     agent.join(terms(), SERVER)
-    row, plan, name = agent.context.shared_layout.start(0), RoundPlan(1, 0), agent.config.name
+    row, plan, name = agent.device.context.shared_layout.start(0), RoundPlan(1, 0), agent.device.config.name
     assert agent.contribute([name], row, plan) != [None]
     agent.leave()
     agent.join(terms(name="meadow", rounds=5), SERVER)
-    assert agent.contribute([name], row, plan) == [None] and agent.vault.sent()[-1].kind == "other-terms"
-    new = agent.vault.add("Something new?", "hm", "").id
+    assert agent.contribute([name], row, plan) == [None] and agent.device.vault.sent()[-1].kind == "other-terms"
+    new = agent.device.vault.add("Something new?", "hm", "").id
     agent.rate(new, False, "The swallows are back.")
     assert agent.contribute([name], row, plan) != [None]  # the refused question has used nothing up
-    assert [i for i, _ in agent._state().pool.slots] == [new]
+    assert [i for i, _ in agent.device.state().pool.slots] == [new]
     assert agent.account and [len(e.dialogues) for e in agent.account.entries] == [3, 1]
 
 
@@ -165,7 +169,7 @@ def test_under_later_terms_new_dialogues_alone_take_part(home: DeviceFolder, lm:
 def test_terms_that_cost_too_much_are_refused(device: Agent, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(AgentError, match=told):
         device.join(terms(**changes), SERVER)
-    assert device.federation is None
+    assert device.device.membership is None
 
 
 @pytest.mark.parametrize(
@@ -217,7 +221,7 @@ def test_what_one_mode_alone_bears_is_left_to_the_devices(device: Agent, lm: Lan
 
 
 def test_a_promise_that_protects_nothing_is_refused(device: Agent) -> None:
-    before = device.config
+    before = device.device.config
     try:
         set_privacy(device, delta=0.02)
         with pytest.raises(AgentError, match="must be below 1/64, as there are 64 dialogues"):
@@ -236,7 +240,7 @@ def test_a_promise_that_protects_nothing_is_refused(device: Agent) -> None:
         with pytest.raises(AgentError, match="must be below 1/10, as there are 10 devices"):
             device.check_terms(terms(min_devices=10))
     finally:
-        device.config = before
+        device.device.config = before
 
 
 def test_memory_that_is_not_there_is_a_refusal(device: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +291,7 @@ def test_whatever_terms_say_is_accepted_or_refused_at_a_bounded_cost(
     device: Agent, rounds: int, shared: dict[str, Any], privacy: dict[str, Any]
 ) -> None:
     """So many sums over so many points at most: less than two seconds and 1 GB, by far."""
-    before, asked = device.config, list[tuple[Event, ...]]()
+    before, asked = device.device.config, list[tuple[Event, ...]]()
     reckon = accounting._accountant.__wrapped__
 
     def counted(events: tuple[Event, ...], adjacency: Any) -> Any:
@@ -306,7 +310,7 @@ def test_whatever_terms_say_is_accepted_or_refused_at_a_bounded_cost(
     except AgentError as error:
         assert str(error) and "\n" not in str(error)
     finally:
-        device.config = before
+        device.device.config = before
     assert len(asked) <= 25
 
 

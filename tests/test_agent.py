@@ -38,18 +38,23 @@ from scipy.stats import kstest, spearmanr
 from typer.testing import CliRunner
 
 from florilegium.client import coins, private_training
-from florilegium.client.agent import memory_limits
-from florilegium.client.agent.agent import Agent, AgentError, _federation, restore
+from florilegium.client.agent import erasure, membership, memory_limits
+from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.cli import app as device_app
 from florilegium.client.agent.config import new_config
+from florilegium.client.agent.conversation import said_before
 from florilegium.client.agent.daemon import listening, showing
-from florilegium.client.agent.folder import DeviceFolder, HomeError
+from florilegium.client.agent.device import Device, restore
+from florilegium.client.agent.erasure import MadeAnew
+from florilegium.client.agent.errors import AgentError, HomeError, VaultError
+from florilegium.client.agent.folder import DeviceFolder
+from florilegium.client.agent.membership import keep_pace
 from florilegium.client.agent.owner_client import OwnerClient
 from florilegium.client.agent.pace import LEAST_S, doubled
 from florilegium.client.agent.signature import new_key, public_half, sealed
 from florilegium.client.agent.supernode import SuperNode, answered
-from florilegium.client.agent.terms import Terms
-from florilegium.client.agent.vault import Turn, Vault, VaultError, write_fact
+from florilegium.client.agent.terms import Membership, Terms
+from florilegium.client.agent.vault import Turn, Vault, write_fact
 from florilegium.client.calibration import release_limits, release_noise
 from florilegium.client.config import SharedConfig
 from florilegium.client.flower_arrays import to_record
@@ -86,25 +91,29 @@ def home(tmp_path: Path) -> DeviceFolder:
 def made(home: DeviceFolder, lm: LanguageModel, **changes: Any) -> Agent:
     """A new device with both consents."""
     config = new_config(ModelConfig(name="nano")).model_copy(update={"port": 0, **changes})
-    agent = Agent(home, config, lm, home.make(config))
+    agent = Agent(Device(home, config, lm, home.make(config)))
     agent.consent("learn", True)
     agent.consent("federate", True)
     return agent
 
 
 def reopened(agent: Agent) -> Agent:
-    return Agent(agent.home, agent.config, agent.lm, agent.home.read_key(agent.config))
+    return Agent(
+        Device(
+            agent.device.folder, agent.device.config, agent.device.lm, agent.device.folder.read_key(agent.device.config)
+        )
+    )
 
 
 def told(home: DeviceFolder, *command: str) -> subprocess.CompletedProcess[str]:
     """What `florilegium device` prints, in a process of its own as its owner starts it."""
-    line = [sys.executable, "-m", "florilegium", "device", *command, "--home", str(home.folder)]
+    line = [sys.executable, "-m", "florilegium", "device", *command, "--home", str(home.path)]
     return subprocess.run(line, capture_output=True, text=True, timeout=300)
 
 
 def talked(agent: Agent, said: tuple[tuple[str, str], ...] = SAID) -> list[str]:
     """Dialogues whose owner said what they would have said; their ids."""
-    turns = [agent.vault.add(prompt, "hm", "") for prompt, _ in said]
+    turns = [agent.device.vault.add(prompt, "hm", "") for prompt, _ in said]
     for turn, (_, wanted) in zip(turns, said, strict=True):
         agent.rate(turn.id, False, wanted)
     return [t.id for t in turns]
@@ -126,16 +135,16 @@ def decrypted(path: Path, key: str) -> bytes:
 
 def test_a_home_is_for_its_owner_alone(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
-    assert home.folder.stat().st_mode & 0o777 == 0o700 and (home.folder / "key").stat().st_mode & 0o777 == 0o600
+    assert home.path.stat().st_mode & 0o777 == 0o700 and (home.path / "key").stat().st_mode & 0o777 == 0o600
     with pytest.raises(HomeError, match="holds a device already"):
-        home.make(agent.config)
-    (home.folder / "key").chmod(0o644)
+        home.make(agent.device.config)
+    (home.path / "key").chmod(0o644)
     with pytest.raises(HomeError, match="chmod 600"):
-        home.read_key(agent.config)
-    (home.folder / "key").unlink()
+        home.read_key(agent.device.config)
+    (home.path / "key").unlink()
     with pytest.raises(HomeError, match="put it back"):
-        home.read_key(agent.config)
-    home.folder.chmod(0o755)
+        home.read_key(agent.device.config)
+    home.path.chmod(0o755)
     with pytest.raises(HomeError, match="chmod 700"), home.locked():
         pass
 
@@ -168,15 +177,15 @@ def test_a_key_may_lie_in_the_keyring(home: DeviceFolder, lm: LanguageModel) -> 
     try:
         agent = made(home, lm, key="keyring")
         talked(agent)
-        assert not (home.folder / "key").exists() and len(reopened(agent).vault.turns()) == 6
+        assert not (home.path / "key").exists() and len(reopened(agent).device.vault.turns()) == 6
         ring.locked = True
         with pytest.raises(HomeError, match="unlock it"):
-            home.read_key(agent.config)
+            home.read_key(agent.device.config)
         ring.locked = False
         home.erase()
         assert ring.kept == {}
         with pytest.raises(HomeError, match="has no key"):
-            home.read_key(agent.config)
+            home.read_key(agent.device.config)
     finally:
         keyring.set_keyring(before)
 
@@ -189,26 +198,28 @@ def test_a_clock_that_jumps_changes_no_order(
     monkeypatch.setattr(time, "time", lambda: now[0])
     agent.join(TERMS, SERVER)
     first = talked(agent, SAID[:3])
-    row = agent.context.shared_layout.start(0)
+    row = agent.device.context.shared_layout.start(0)
     before = asked(agent, 1, row)
     now[0] = 0.0  # a battery that was empty
     later = talked(agent, SAID[3:])
     agent.learn()
-    assert [t.id for t in agent.vault.turns()] == [*first, *later] and len(agent.kept()) == 6
+    assert [t.id for t in agent.device.vault.turns()] == [*first, *later] and len(agent.kept()) == 6
     assert asked(agent, 1, row)[0] == before[0]
     now[0] = 4e9
     asked(agent, 2, row, version=1)
-    assert [s.round for s in agent.releases] == [1, 2] and [s.time for s in agent.releases] == [1.8e9, 4e9]
+    assert [s.round for s in agent.device.vault.releases()] == [1, 2] and [
+        s.time for s in agent.device.vault.releases()
+    ] == [1.8e9, 4e9]
     assert agent.account and [e.round for e in agent.account.entries] == [1, 2]
     agent.erase(first[:1])
-    assert agent._state().arrived == 5
+    assert agent.device.state().arrived == 5
 
 
 def test_one_agent_at_a_time(home: DeviceFolder, lm: LanguageModel) -> None:
     made(home, lm)
     code = "import sys, pathlib, florilegium.client.agent.folder as h\n"
     code += "with h.Home(pathlib.Path(sys.argv[1])).locked(): pass"
-    command = [sys.executable, "-c", code, str(home.folder)]
+    command = [sys.executable, "-c", code, str(home.path)]
     with home.locked():
         other = subprocess.run(command, capture_output=True, text=True)
     assert other.returncode and "an agent is running" in other.stderr
@@ -222,14 +233,14 @@ def test_settings_that_are_wrong_are_told(home: DeviceFolder, lm: LanguageModel)
     with pytest.raises(HomeError, match="did you mean 'context_turns'"):
         home.config()
     with pytest.raises(HomeError, match="florilegium device init"):
-        DeviceFolder(home.folder / "nowhere").config()
+        DeviceFolder(home.path / "nowhere").config()
 
 
 def test_a_vault_is_encrypted_and_wants_its_key(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     talked(agent)
     agent.learn()
-    key = home.read_key(agent.config)
+    key = home.read_key(agent.device.config)
     raw, plain = home.vault.read_bytes(), decrypted(home.vault, key)
     assert b"orchard" in plain and b"orchard" not in raw and b"orchard" not in home.good_copy.read_bytes()
     with pytest.raises(VaultError, match="if the key is right"):
@@ -242,16 +253,16 @@ def test_a_damaged_vault_is_refused_and_restored(home: DeviceFolder, lm: Languag
     agent = made(home, lm)
     talked(agent)
     agent.learn()
-    whole = agent.vault.turns()
+    whole = agent.device.vault.turns()
     raw = bytearray(home.vault.read_bytes())
     raw[5 * PAGE + 100] ^= 1
     home.vault.write_bytes(raw)
     with pytest.raises(VaultError, match="device restore"):
-        Vault(home.vault, home.read_key(agent.config)).check()
-    home.write_config(agent.config)
+        Vault(home.vault, home.read_key(agent.device.config)).check()
+    home.write_config(agent.device.config)
     done = told(home, "restore", "--yes")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert reopened(agent).vault.turns() == whole
+    assert reopened(agent).device.vault.turns() == whole
 
 
 def test_a_vault_that_is_empty_is_damaged(home: DeviceFolder, lm: LanguageModel) -> None:
@@ -262,7 +273,7 @@ def test_a_vault_that_is_empty_is_damaged(home: DeviceFolder, lm: LanguageModel)
     with pytest.raises(VaultError, match="device restore"):
         Agent.open(home)
     restore(home)
-    assert len(reopened(agent).vault.turns()) == 6
+    assert len(reopened(agent).device.vault.turns()) == 6
 
 
 def test_restoring_is_of_the_copy_alone_and_brings_no_consent_back(home: DeviceFolder, lm: LanguageModel) -> None:
@@ -271,15 +282,19 @@ def test_restoring_is_of_the_copy_alone_and_brings_no_consent_back(home: DeviceF
     agent.join(TERMS, SERVER)
     talked(agent)
     agent.learn()
-    before = agent.vault.turns()
+    before = agent.device.vault.turns()
     for number in (1, 2):
         home.vault.write_bytes(home.vault.read_bytes()[:-PAGE] + b"x" * PAGE)
         home.vault.with_name("device.db-journal").write_bytes(b"left behind" * 1000)
         restore(home)
-        assert (home.folder / f"device.damaged-{number}.db").exists()
+        assert (home.path / f"device.damaged-{number}.db").exists()
     agent = reopened(agent)
-    agent.vault.check()
-    assert agent.vault.turns() == before and not any(agent.consents.values()) and agent.federation is None
+    agent.device.vault.check()
+    assert (
+        agent.device.vault.turns() == before
+        and not any(agent.device.consents.values())
+        and agent.device.membership is None
+    )
 
 
 def test_what_is_not_the_devices_is_left_alone(home: DeviceFolder, lm: LanguageModel, tmp_path: Path) -> None:
@@ -287,10 +302,10 @@ def test_what_is_not_the_devices_is_left_alone(home: DeviceFolder, lm: LanguageM
     with pytest.raises(HomeError, match="is not empty"):
         DeviceFolder(tmp_path).make(new_config(ModelConfig(name="nano")))
     made(home, lm)
-    (home.folder / "thesis.odt").write_text("years")
+    (home.path / "thesis.odt").write_text("years")
     home.settings.write_text("nonsense")
     home.erase()
-    assert {p.name for p in home.folder.iterdir()} <= {"thesis.odt", "agent.lock"}
+    assert {p.name for p in home.path.iterdir()} <= {"thesis.odt", "agent.lock"}
 
 
 # -- talking and learning ---------------------------------------------------------------------------------------------
@@ -301,9 +316,9 @@ def test_a_reply_grows_and_is_kept_with_consent_alone(home: DeviceFolder, lm: La
     turn = agent.chat("Do you like music?", "c", heard.append)
     assert len(heard) > 1 and heard[-1].strip() == turn.said
     assert all(later.startswith(sooner) for sooner, later in pairwise(heard))
-    assert agent.vault.turns() == [turn]
+    assert agent.device.vault.turns() == [turn]
     agent.consent("learn", False)
-    assert agent.chat("And films?").id == "" and agent.vault.count() == 1
+    assert agent.chat("And films?").id == "" and agent.device.vault.count() == 1
     with pytest.raises(AgentError, match="not consented"):
         agent.learn()
     with pytest.raises(AgentError, match="nothing to reply to"):
@@ -315,32 +330,32 @@ def test_a_reply_grows_and_is_kept_with_consent_alone(home: DeviceFolder, lm: La
 def test_a_conversation_is_seen_as_far_as_its_context_goes(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm, context_turns=2)
     for prompt, said in (("a", "b"), ("c", "d")):
-        agent.vault.add(prompt, said, "talk")
-    agent.vault.add("other", "talk", "elsewhere")
-    assert agent._context("talk") == "c\nd" and agent._context("") == ""
+        agent.device.vault.add(prompt, said, "talk")
+    agent.device.vault.add("other", "talk", "elsewhere")
+    assert said_before(agent.device, "talk") == "c\nd" and said_before(agent.device, "") == ""
     agent.learn()
     assert {k["prompt"] for k in agent.kept()} == {"a", "a\nb\nc", "other"}
-    assert [prompt for _, prompt in agent._state().pool.slots] == ["a", "c", "other"]  # each in one slot alone
+    assert [prompt for _, prompt in agent.device.state().pool.slots] == ["a", "c", "other"]  # each in one slot alone
 
 
 def test_learning_is_what_the_owner_said(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
     ids = talked(agent)
-    silent = agent.vault.add("What is the time?", "I do not know.", "").id
-    liked = agent.vault.add("Good night!", "Sleep well, dear.", "").id
+    silent = agent.device.vault.add("What is the time?", "I do not know.", "").id
+    liked = agent.device.vault.add("Good night!", "Sleep well, dear.", "").id
     agent.rate(liked, True)
     phases: list[str] = []
     page = agent.learn(phases.append)
-    assert phases == ["observe", "annotate", "synthesize", "learn_personal"] and agent.doing == ""
+    assert phases == ["observe", "annotate", "synthesize", "learn_personal"] and agent.device.doing == ""
     kept = {k["id"]: k for k in agent.kept()}
     assert kept[ids[1]]["reply"] == SAID[1][1] and kept[liked]["reply"] == "Sleep well, dear."
     assert kept[silent]["reply"] == "" and kept[ids[0]]["scores"]["eoe"] > 0
     assert page["personal_examples"] >= 7 and page["personal_loss_last"] < page["personal_loss_first"]
-    before = agent.personal_row.clone()
+    before = agent.device.state().personal.clone()
     agent.rate(silent, None, "Ten past four.")
     agent.learn()
     assert {k["id"]: k["reply"] for k in agent.kept()}[silent] == "Ten past four."
-    assert not torch.equal(before, agent.personal_row)
+    assert not torch.equal(before, agent.device.state().personal)
     agent.rate(ids[0], False, "None at all.")
     agent.learn()
     assert {k["id"]: k["reply"] for k in agent.kept()}[ids[0]] == "None at all."
@@ -390,7 +405,7 @@ def all_after_each_cut(agent: Agent, work: Callable[[Agent], Any], monkeypatch: 
                 work(agent)
             except PowerCut:
                 agent = reopened(agent)
-                agent.vault.check()
+                agent.device.vault.check()
                 continue
         assert limit > 3
         return agent
@@ -404,7 +419,7 @@ def test_a_power_cut_leaves_what_was_before_or_after(
     agent = made(home, lm)
     ids = talked(agent)
     agent = all_after_each_cut(agent, lambda a: a.learn(), monkeypatch)
-    assert agent.vault.fact("cycle") == 1 and agent._state().arrived == 6
+    assert agent.device.vault.fact("cycle", 0) == 1 and agent.device.state().arrived == 6
     assert {k["id"] for k in agent.kept()} == set(ids) and all(k["reply"] for k in agent.kept())
 
 
@@ -416,14 +431,14 @@ def test_a_power_cut_while_erasing_leaves_nothing_behind(
     agent.learn()
 
     def erase(again: Agent) -> None:
-        again.finish()
-        if again.vault.count() == len(ids):
+        erasure.finish(again.device)
+        if again.device.vault.count() == len(ids):
             again.erase(ids[:2])
 
     agent = all_after_each_cut(agent, erase, monkeypatch)
-    assert {k["id"] for k in agent.kept()} == set(ids[2:]) and agent.vault.count() == 4
-    assert agent._state().arrived == 4 and agent.profile.interactions == 4
-    assert SAID[0][1].encode() not in decrypted(home.vault, home.read_key(agent.config))
+    assert {k["id"] for k in agent.kept()} == set(ids[2:]) and agent.device.vault.count() == 4
+    assert agent.device.state().arrived == 4 and agent.profile.interactions == 4
+    assert SAID[0][1].encode() not in decrypted(home.vault, home.read_key(agent.device.config))
 
 
 def test_a_power_cut_in_a_round_sends_nothing_twice(
@@ -432,10 +447,10 @@ def test_a_power_cut_in_a_round_sends_nothing_twice(
     agent = made(home, lm)
     agent.join(TERMS, SERVER)
     talked(agent)
-    row, answers = agent.context.shared_layout.start(0), list[Any]()
+    row, answers = agent.device.context.shared_layout.start(0), list[Any]()
     agent = all_after_each_cut(agent, lambda a: answers.append(asked(a, 1, row)), monkeypatch)
     assert [header for header, _ in answers] == [{"error": "no-release"}]  # paid for, and cut before it was kept
-    assert agent.account and len(agent.account.entries) == 1 and not agent.releases
+    assert agent.account and len(agent.account.entries) == 1 and not agent.device.vault.releases()
     header, _ = asked(agent, 2, row)
     assert "error" not in header and len(agent.account.entries) == 2
 
@@ -454,30 +469,30 @@ def test_a_full_disk_is_told_and_loses_nothing(
     with monkeypatch.context() as patch:
         with_connections(patch, full)
         with pytest.raises(VaultError, match="make room"):
-            agent.vault.add("x" * 30_000, "y" * 30_000, "")
+            agent.device.vault.add("x" * 30_000, "y" * 30_000, "")
         with pytest.raises((VaultError, StoreError), match="full"):
             for _ in range(20):
                 agent.learn()
-                agent.vault.add("x" * 3000, "y" * 3000, "")
-    there = agent.vault.count()
+                agent.device.vault.add("x" * 3000, "y" * 3000, "")
+    there = agent.device.vault.count()
     agent.learn()
-    assert there >= 6 and agent._state().arrived == there
+    assert there >= 6 and agent.device.state().arrived == there
 
 
 def test_dialogues_beyond_what_is_kept_go_unless_they_are_learned_from(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm, keep=8)
-    device = agent.config.device.model_copy(
+    device = agent.device.config.device.model_copy(
         update={
-            "selection": agent.config.device.selection.model_copy(update={"bins": 2}),
-            "shared": agent.config.device.shared.model_copy(update={"pool_capacity": 2}),
+            "selection": agent.device.config.device.selection.model_copy(update={"bins": 2}),
+            "shared": agent.device.config.device.shared.model_copy(update={"pool_capacity": 2}),
         }
     )
-    agent.config = agent.config.model_copy(update={"device": device})
+    agent.device.config = agent.device.config.model_copy(update={"device": device})
     for k in range(20):
-        agent.vault.add(f"What is {k} and {k}?", "hm", "")
+        agent.device.vault.add(f"What is {k} and {k}?", "hm", "")
     agent.learn()
-    assert agent.vault.count() == 8
-    assert {k["id"] for k in agent.kept()} <= {t.id for t in agent.vault.turns()}
+    assert agent.device.vault.count() == 8
+    assert {k["id"] for k in agent.kept()} <= {t.id for t in agent.device.vault.turns()}
     assert len(agent.kept()) <= 4
 
 
@@ -489,7 +504,7 @@ def test_when_it_learns_by_itself(home: DeviceFolder, lm: LanguageModel) -> None
     assert not agent.due(night, True)
     agent.learn_when("night")
     assert agent.due(night, None) and not agent.due(day, True)
-    agent.config = agent.config.model_copy(update={"night": (22, 3)})
+    agent.device.config = agent.device.config.model_copy(update={"night": (22, 3)})
     assert agent.due(night, None) and not agent.due(day, True)
     agent.learn_when("charging")
     assert agent.due(day, True) and not agent.due(day, False) and not agent.due(day, None)
@@ -505,14 +520,16 @@ def test_an_adapter_is_bound_to_its_base(home: DeviceFolder, lm: LanguageModel) 
     ids = talked(agent)
     agent.learn()
     learned = agent.kept()
-    agent.vault.set_fact("base", "0" * 64)
+    agent.device.vault.set_fact("base", "0" * 64)
     with pytest.raises(AgentError, match="device rebase"):
         reopened(agent)
-    agent = Agent(home, agent.config, lm, home.read_key(agent.config), rebasing=True)
-    assert agent.rebase()["retrained"]
+    agent = Agent(Device(home, agent.device.config, lm, home.read_key(agent.device.config), rebasing=True))
+    assert agent.rebase().retrained
     agent = reopened(agent)
-    assert agent.federation is None and {k["id"] for k in agent.kept()} == {k["id"] for k in learned} == set(ids)
-    assert not torch.equal(agent.personal_row, agent.context.new_state(agent.config.name).personal)
+    assert agent.device.membership is None and {k["id"] for k in agent.kept()} == {k["id"] for k in learned} == set(ids)
+    assert not torch.equal(
+        agent.device.state().personal, agent.device.context.new_state(agent.device.config.name).personal
+    )
 
 
 def test_a_profile_is_read_and_edited(home: DeviceFolder, lm: LanguageModel) -> None:
@@ -532,24 +549,24 @@ def test_a_device_talks_on_the_shared_adapter_that_its_own_was_learned_on(
 ) -> None:
     """A newer one waits until the device learns again; an erasure learns on the old one."""
     agent = made(home, lm)
-    ids, width = talked(agent, SAID[:3]), agent.context.shared_layout.width
+    ids, width = talked(agent, SAID[:3]), agent.device.context.shared_layout.width
     first, second = (0.05 * torch.randn(width, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
     said, learned = noted(lm, "reply"), noted(lm.engine, "finetune")
 
     def sent(version: int, row: torch.Tensor) -> None:
-        with agent.vault.open() as connection:
+        with agent.device.vault.open() as connection:
             write_fact(connection, "newest", version, row.numpy().tobytes())
 
     def beneath() -> list[torch.Tensor]:
         agent.chat("Hello")
         return [adapters.rows[0] for adapters in said[-1]["adapters"]]
 
-    assert [len(row) for row in beneath()] == [agent.context.personal_layout.width]  # nothing was sent yet
+    assert [len(row) for row in beneath()] == [agent.device.context.personal_layout.width]  # nothing was sent yet
     sent(1, first)
     agent.learn()
     sent(2, second)
     shared, own = beneath()
-    assert torch.equal(shared, first) and torch.equal(own, agent.personal_row)
+    assert torch.equal(shared, first) and torch.equal(own, agent.device.state().personal)
     agent.erase(ids[:1])
     assert [torch.equal(call["frozen"][0].rows[0], first) for call in learned] == [True, True]
     talked(agent, SAID[3:4])
@@ -569,19 +586,19 @@ def test_what_is_erased_was_never_said(home: DeviceFolder, lm: LanguageModel, tm
     talked(agent, SAID[3:])
     agent.learn()
     agent.learn()
-    assert marker.encode() in decrypted(home.vault, home.read_key(agent.config))
+    assert marker.encode() in decrypted(home.vault, home.read_key(agent.device.config))
     erased = agent.erase([planted])
-    assert erased == {"retrained": True, "dialogues": 6, "cannot be recalled": 0, "replies": 0}
-    for path in home.folder.iterdir():
+    assert erased == MadeAnew(retrained=True, dialogues=6, sent=0, replies=0)
+    for path in home.path.iterdir():
         if path.is_file():
             assert marker.encode() not in path.read_bytes()
             if path.suffix == ".db":
-                assert marker.encode() not in decrypted(path, home.read_key(agent.config)), path
+                assert marker.encode() not in decrypted(path, home.read_key(agent.device.config)), path
     other = made(DeviceFolder(tmp_path / "other"), lm)
-    other.vault.set_fact("seed", agent.vault.fact("seed"))
-    other.config = other.config.model_copy(update={"name": agent.config.name})
-    for turn in agent.vault.turns():
-        with other.vault.open() as connection:
+    other.device.vault.set_fact("seed", agent.device.vault.fact("seed", 0))
+    other.device.config = other.device.config.model_copy(update={"name": agent.device.config.name})
+    for turn in agent.device.vault.turns():
+        with other.device.vault.open() as connection:
             connection.execute(
                 "INSERT INTO dialogue (id, time, conversation, prompt, said, liked, wanted) "
                 f"VALUES ({', '.join('?' * 7)})",
@@ -589,7 +606,7 @@ def test_what_is_erased_was_never_said(home: DeviceFolder, lm: LanguageModel, tm
             )
     other.learn()
     assert agent.profile == other.profile
-    mine, never = agent._state(), other._state()
+    mine, never = agent.device.state(), other.device.state()
     assert [k.id for k in mine.buffer.bins] == [k.id for k in never.buffer.bins]
     assert mine.synthetic.keys() == never.synthetic.keys() and mine.arrived == never.arrived
     assert mine.synthetic != {} and marker not in str(mine)
@@ -597,13 +614,13 @@ def test_what_is_erased_was_never_said(home: DeviceFolder, lm: LanguageModel, tm
 
 def test_erasing_reaches_what_quoted_it(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
-    first = agent.vault.add("My pin is 4711-zebra", "ok", "talk")
-    agent.vault.add("And now?", "what?", "talk")
+    first = agent.device.vault.add("My pin is 4711-zebra", "ok", "talk")
+    agent.device.vault.add("And now?", "what?", "talk")
     agent.learn()
     assert "4711-zebra" in str(agent.kept())
     agent.erase([first.id])
     assert "4711-zebra" not in str(agent.kept()) and [k["prompt"] for k in agent.kept()] == ["And now?"]
-    assert b"4711-zebra" not in decrypted(home.vault, home.read_key(agent.config))
+    assert b"4711-zebra" not in decrypted(home.vault, home.read_key(agent.device.config))
     with pytest.raises(KeyError):
         agent.erase([first.id])
 
@@ -611,28 +628,28 @@ def test_erasing_reaches_what_quoted_it(home: DeviceFolder, lm: LanguageModel) -
 def test_erasing_reaches_what_was_made_from_what_quoted_it(home: DeviceFolder, lm: LanguageModel) -> None:
     """The second dialogue is kept with the first before it, and learned from: what was made of it quotes the first."""
     agent = made(home, lm)
-    first, second = (agent.vault.add(said, "ok", "talk") for said in ("My pin is 4711-zebra", "And now?"))
+    first, second = (agent.device.vault.add(said, "ok", "talk") for said in ("My pin is 4711-zebra", "And now?"))
     agent.rate(second.id, False, "Go to bed.")
     agent.learn()
-    state = agent._state()
+    state = agent.device.state()
     planted = {second.id: (("Is the pin 4711-zebra now?", "Go to bed."),)}
-    agent._save(replace(state, synthetic=planted), lambda _: None)
-    assert "4711-zebra" in str(agent._state().synthetic) and second.id in {k.id for k in state.annotated}
+    agent.device.save(replace(state, synthetic=planted), lambda _: None)
+    assert "4711-zebra" in str(agent.device.state().synthetic) and second.id in {k.id for k in state.annotated}
     agent.erase([first.id])
-    assert agent._state().replies == {second.id: "Go to bed."} and "4711-zebra" not in str(agent._state())
-    for path in home.folder.glob("*.db"):
-        assert b"4711-zebra" not in decrypted(path, home.read_key(agent.config)), path
+    assert agent.device.state().replies == {second.id: "Go to bed."} and "4711-zebra" not in str(agent.device.state())
+    for path in home.path.glob("*.db"):
+        assert b"4711-zebra" not in decrypted(path, home.read_key(agent.device.config)), path
 
 
 def parrot(home: DeviceFolder, lm: LanguageModel) -> Agent:
     """A device whose model soon says again what its owner has taught it, and always the same."""
     agent = made(home, lm)
-    device = agent.config.device
+    device = agent.device.config.device
     personal = device.personal.model_copy(update={"epochs": 40, "learning_rate": 5e-3})
     synthesis = device.synthesis.model_copy(update={"per_dialogue": 0})
     device = device.model_copy(update={"personal": personal, "synthesis": synthesis})
-    chat = agent.config.chat.model_copy(update={"temperature": 0.0, "max_new_tokens": 24})
-    agent.config = agent.config.model_copy(update={"chat": chat, "device": device})
+    chat = agent.device.config.chat.model_copy(update={"temperature": 0.0, "max_new_tokens": 24})
+    agent.device.config = agent.device.config.model_copy(update={"chat": chat, "device": device})
     return agent
 
 
@@ -657,7 +674,7 @@ def test_what_the_model_said_is_no_users_own_word(home: DeviceFolder, lm: Langua
         for turn in later:
             agent.rate(turn.id, True)
         agent.learn()
-        state = reopened(agent)._state()
+        state = reopened(agent).device.state()
         assert {state.replies[t.id] for t in later} == {t.said for t in later}  # the personal adapter learns from them
         said.append([t.said for t in later])
         pooled.append([[d.response for d in texts] for texts in private_training._pooled(state)])
@@ -669,17 +686,17 @@ def test_what_the_model_said_is_no_users_own_word(home: DeviceFolder, lm: Langua
 def test_a_reply_is_the_owners_own_where_its_owner_wrote_it(home: DeviceFolder, lm: LanguageModel, own: str) -> None:
     """Not where the model's is liked, or sent back as it was; a correction afterwards makes it so."""
     agent = made(home, lm)
-    turn = agent.vault.add("Hello", "hm", "")
+    turn = agent.device.vault.add("Hello", "hm", "")
     agent.rate(turn.id, True, own)
     agent.learn()
-    assert agent._state().replies == {turn.id: "hm"} and agent._state().own == {}
-    config = agent.context.config
+    assert agent.device.state().replies == {turn.id: "hm"} and agent.device.state().own == {}
+    config = agent.device.context.config
     synthetic = config.model_copy(update={"shared": config.shared.model_copy(update={"synthetic": 2})})
-    [after], _ = synthesize_pool([agent._state()], replace(agent.context, config=synthetic))
+    [after], _ = synthesize_pool([agent.device.state()], replace(agent.device.context, config=synthetic))
     assert after.pool_synthetic == {}  # nor is anything written like it for the shared adapter
     agent.rate(turn.id, True, "Good morning.")
     agent.learn()
-    assert agent._state().own == agent._state().replies == {turn.id: "Good morning."}
+    assert agent.device.state().own == agent.device.state().replies == {turn.id: "Good morning."}
 
 
 @pytest.mark.parametrize("liked", [True, None])
@@ -692,26 +709,28 @@ def test_what_went_through_a_reply_is_erased_with_it(home: DeviceFolder, lm: Lan
         agent.rate(turn.id, liked)
     agent.rate(turn.id, liked, "In the drawer.")
     agent.learn()
-    assert any("flower pot" in t.said for t in agent.vault.turns() if t.id != planted)
+    assert any("flower pot" in t.said for t in agent.device.vault.turns() if t.id != planted)
     under = agent.said_under([planted])
     assert [t.prompt for t in under] == list(LATER)
-    assert agent.erase([planted])["replies"] == 2
-    assert agent._state().replies == {turn.id: "In the drawer."}  # what the owner wrote stays
+    assert agent.erase([planted]).replies == 2
+    assert agent.device.state().replies == {turn.id: "In the drawer."}  # what the owner wrote stays
     assert agent.said_under([turn.id]) == []
-    for path in home.folder.glob("*.db"):
-        assert b"flower pot" not in decrypted(path, home.read_key(agent.config)), path
-    assert "flower pot" not in str(agent._state()) + agent.chat("Where is the key?").said + agent.chat(LATER[0]).said
+    for path in home.path.glob("*.db"):
+        assert b"flower pot" not in decrypted(path, home.read_key(agent.device.config)), path
+    assert (
+        "flower pot" not in str(agent.device.state()) + agent.chat("Where is the key?").said + agent.chat(LATER[0]).said
+    )
 
 
 def test_provenance_goes_through_replies_and_is_kept_where_a_dialogue_grew_old(
     home: DeviceFolder, lm: LanguageModel
 ) -> None:
     agent = made(home, lm)
-    first = agent.vault.add("a", "b", "talk")
+    first = agent.device.vault.add("a", "b", "talk")
     second = agent.chat("And then?", "talk")
     elsewhere = agent.chat("What is new?")
     third = agent.chat("And then?", "talk")  # two lines of context: the second alone
-    agent.vault.forget([second.id])  # dropped, not erased
+    agent.device.vault.forget([second.id])  # dropped, not erased
     assert [t.id for t in agent.said_under([first.id])] == [third.id]
     assert agent.said_under([elsewhere.id]) == []
     agent.rate(elsewhere.id, None, "Nothing.")
@@ -719,7 +738,7 @@ def test_provenance_goes_through_replies_and_is_kept_where_a_dialogue_grew_old(
     fourth = agent.chat("Hello")
     assert [t.id for t in agent.said_under([elsewhere.id])] == [fourth.id]
     done = agent.erase([elsewhere.id], keep_replies=True)
-    assert done["replies"] == 0 and agent.vault.turn(fourth.id).said == fourth.said
+    assert done.replies == 0 and agent.device.vault.turn(fourth.id).said == fourth.said
 
 
 def test_an_erasure_that_cannot_end_is_tried_again(
@@ -738,10 +757,12 @@ def test_an_erasure_that_cannot_end_is_tried_again(
         with pytest.raises(VaultError):
             agent.erase(ids[:1])
         agent = reopened(agent)
-        agent.finish()
+        erasure.finish(agent.device)
         assert agent.chat("Hello") and not home.good_copy.exists()
-    agent.finish()
-    assert home.good_copy.exists() and SAID[0][1].encode() not in decrypted(home.vault, home.read_key(agent.config))
+    erasure.finish(agent.device)
+    assert home.good_copy.exists() and SAID[0][1].encode() not in decrypted(
+        home.vault, home.read_key(agent.device.config)
+    )
 
 
 def test_an_interest_that_its_owner_removed_stays_away(home: DeviceFolder, lm: LanguageModel) -> None:
@@ -760,11 +781,11 @@ def test_erasing_all_leaves_a_device_that_knows_nothing(home: DeviceFolder, lm: 
     ids = talked(agent)
     agent.learn()
     agent.erase(ids)
-    start = agent.context.new_state(agent.config.name).personal
-    assert torch.equal(agent.personal_row, start) and not agent.kept() and not agent.profile.interests
+    start = agent.device.context.new_state(agent.device.config.name).personal
+    assert torch.equal(agent.device.state().personal, start) and not agent.kept() and not agent.profile.interests
     assert agent.chat("Hello").said is not None
     home.erase()
-    assert not [p for p in home.folder.iterdir() if p.name != "agent.lock"]
+    assert not [p for p in home.path.iterdir() if p.name != "agent.lock"]
 
 
 # -- the federation ---------------------------------------------------------------------------------------------------
@@ -777,8 +798,8 @@ def at_once(seconds: float) -> None:
 def sent(agent: Agent, kind: str, content: RecordDict) -> tuple[dict[str, Any], dict[str, Any]]:
     """Header and arrays of what the agent answers to a message of a server's."""
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-    if set(content) == {"plan", "arrays"} and agent.federation:
-        content = sealed(content, kind, agent.federation.name, OPERATOR)
+    if set(content) == {"plan", "arrays"} and agent.device.membership:
+        content = sealed(content, kind, agent.device.membership.name, OPERATOR)
     message = Message(content, dst_node_id=1, message_type=kind)
     reply = answered(message, agent, at_once).content
     arrays = reply.array_records.get("arrays", {})
@@ -795,7 +816,7 @@ def joined(home: DeviceFolder, lm: LanguageModel) -> tuple[Agent, torch.Tensor]:
     agent = made(home, lm)
     agent.join(TERMS, SERVER)
     talked(agent)
-    return agent, agent.context.shared_layout.start(0)
+    return agent, agent.device.context.shared_layout.start(0)
 
 
 def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, torch.Tensor]) -> None:
@@ -812,8 +833,8 @@ def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, t
     assert "error" not in header and not np.array_equal(other[next(iter(other))], arrays[next(iter(arrays))])
     assert asked(agent, 1, row)[0] == {"error": "no-release"}  # nor one before the last any more
     assert asked(agent, 4, row)[0] == {"error": "no-release"}  # more rounds than agreed to
-    assert [s.kind for s in agent.vault.sent()] == ["release", "release"]
-    assert agent.learn()["personal_examples"] and agent._used()[1] == 1
+    assert [s.kind for s in agent.device.vault.sent()] == ["release", "release"]
+    assert agent.learn()["personal_examples"] and agent.device.used()[1] == 1
     assert {"personal/adapter_config.json", "shared/adapter_config.json", "base/config.json"} <= agent.exported().keys()
 
 
@@ -850,13 +871,13 @@ def test_a_pace_that_was_too_short_for_the_work_is_doubled_for_good(
     assert [doubled(0.25, s) for s in (0.0, 0.25, 0.26, 0.5, 1.1)] == [0.25, 0.25, 0.5, 0.5, 2.0]
     pace, waits = agent.pace(), list[float]()
     with monkeypatch.context() as patch:
-        patch.setattr(Agent, "_released", lambda *_: 1 / 0)
+        patch.setattr(membership, "released", lambda *_: 1 / 0)
         reply = answered(question(agent, 1, row), agent, waits.append).content
     assert reply.config_records["header"]["error"] == "failed" and waits[0] > 0
     holding, done = Event(), Event()
 
     def talk() -> None:
-        with agent._busy:
+        with agent.device.busy:
             holding.set()
             done.wait(1.5 * pace)
 
@@ -866,7 +887,7 @@ def test_a_pace_that_was_too_short_for_the_work_is_doubled_for_good(
     answered(question(agent, 1, row), agent, waits.append)
     thread.join()
     assert waits[1] > 0 and agent.pace() == pace
-    agent._keep_pace(3 * pace)
+    keep_pace(agent.device, 3 * pace)
     assert 4 * pace == agent.pace() == reopened(agent).pace()
     agent.leave()
     assert agent.pace() == 0
@@ -877,16 +898,16 @@ def test_a_pace_that_was_too_short_for_the_work_is_doubled_for_good(
 def test_looking_and_paying_at_once_wait_for_each_other(joined: tuple[Agent, torch.Tensor]) -> None:
     """A thread with the vault's turn asks the ledger while another one pays."""
     agent, _ = joined
-    state = agent._state()
+    state = agent.device.state()
 
     def look() -> None:
         for _ in range(20):
-            with agent.vault.open():
-                agent.ledger.account(state.id, state.genesis)
+            with agent.device.vault.open():
+                agent.device.ledger.account(state.id, state.genesis)
 
     def pay() -> None:
         for _ in range(20):
-            agent.ledger.accounts([(state.id, state.genesis)])
+            agent.device.ledger.accounts([(state.id, state.genesis)])
 
     threads = [Thread(target=work, daemon=True) for work in (look, pay)]
     for thread in threads:
@@ -904,7 +925,7 @@ def test_a_rounds_seconds_do_not_tell_what_was_drawn(home: DeviceFolder, monkeyp
     settings = SharedConfig(steps_per_round=2, pool_capacity=16, sampling_rate=0.5, adapter=TERMS.shared.adapter)
     agent.join(TERMS.model_copy(update={"rounds": rounds, "shared": settings}), SERVER)
     talked(agent, tuple((f"Number {k}? " + "and " * (k % 8), "yes " * (1 + k % 8)) for k in range(16)))
-    row, gradients = agent.context.shared_layout.start(0), lm.engine.dp_gradients
+    row, gradients = agent.device.context.shared_layout.start(0), lm.engine.dp_gradients
 
     def noting(trained: Any, frozen: Any, batches: Any) -> Any:
         drawn_tokens[-1] += sum(e.length for batch in batches for e in batch)
@@ -938,7 +959,7 @@ def test_a_question_uses_up_its_own_round_and_no_other(joined: tuple[Agent, torc
     assert again_header == header and all(np.array_equal(arrays[n], again[n]) for n in arrays)
     assert asked(agent, 3, row)[0] == {"error": "no-release"}  # though it was asked with the same adapter
     assert asked(agent, 1, row + 1, "evaluate", version=1)[0] == {"adopted": 1}
-    assert agent._newest()[1] == 1 and torch.equal(agent._newest()[0], row + 1)  # type: ignore[arg-type]
+    assert agent.device.newest()[1] == 1 and torch.equal(agent.device.newest()[0], row + 1)  # type: ignore[arg-type]
     assert "error" not in asked(agent, 2, row)[0] and asked(agent, 1, row)[0] == {"error": "no-release"}
     assert agent.account and [e.round for e in agent.account.entries] == [3, 1, 2]
 
@@ -952,17 +973,17 @@ def test_nothing_leaves_without_consent_budget_or_ledger(joined: tuple[Agent, to
     agent.consent("federate", True)
     agent.leave()
     for kind in ("train", "evaluate", "query"):
-        assert asked(agent, 1, row, kind)[0] == {"error": "no-device"} and agent.federation is None
+        assert asked(agent, 1, row, kind)[0] == {"error": "no-device"} and agent.device.membership is None
     agent.join(TERMS, SERVER)
     agent.consent("learn", False)
     assert asked(agent, 1, row)[0] == {"error": "no-device"} and not agent.kept()
     agent.consent("learn", True)
-    agent.vault.copy_to(agent.home.good_copy)  # before anything is paid for
+    agent.device.vault.copy_to(agent.device.folder.good_copy)  # before anything is paid for
     assert "error" not in asked(agent, 1, row)[0]
-    agent.home.good_copy.replace(agent.home.vault)
+    agent.device.folder.good_copy.replace(agent.device.folder.vault)
     old = reopened(agent)
     assert asked(old, 1, row)[0] == {"error": "no-release"} and asked(old, 2, row)[0] == {"error": "no-release"}
-    assert old.vault.sent()[-1].kind == "ledger-missing"
+    assert old.device.vault.sent()[-1].kind == "ledger-missing"
 
 
 def test_a_question_with_a_wrong_head_uses_nothing_up(joined: tuple[Agent, torch.Tensor]) -> None:
@@ -971,7 +992,7 @@ def test_a_question_with_a_wrong_head_uses_nothing_up(joined: tuple[Agent, torch
     header, first = asked(agent, 1, row)
     for _ in range(3):
         assert asked(agent, 2, row, head="ab" * 32)[0] == {"error": "no-release"}
-    assert [s.kind for s in agent.vault.sent()] == ["release", "ledger-behind"]  # told once
+    assert [s.kind for s in agent.device.vault.sent()] == ["release", "ledger-behind"]  # told once
     again_header, again = asked(agent, 1, row)
     assert again_header == header and all(np.array_equal(first[n], again[n]) for n in first)
     assert "error" not in asked(agent, 2, row, head=header["head"])[0]
@@ -983,31 +1004,41 @@ def test_a_home_that_was_set_back_is_noticed_by_the_head_of_the_other_payment(
 ) -> None:
     agent, row = joined
     asked(agent, 1, row)
-    shutil.copytree(agent.home.folder, tmp_path / "old")
+    shutil.copytree(agent.device.folder.path, tmp_path / "old")
     header, _ = asked(agent, 2, row)
-    old = Agent(DeviceFolder(tmp_path / "old"), agent.config, agent.lm, agent.home.read_key(agent.config))
+    old = Agent(
+        Device(
+            DeviceFolder(tmp_path / "old"),
+            agent.device.config,
+            agent.device.lm,
+            agent.device.folder.read_key(agent.device.config),
+        )
+    )
     other, _ = asked(old, 2, row)
     assert other["head"] != header["head"]
     assert asked(old, 3, row, head=header["head"])[0] == {"error": "no-release"}
-    assert old.vault.sent()[-1].kind == "ledger-behind" and "error" not in asked(agent, 3, row, head=header["head"])[0]
+    assert (
+        old.device.vault.sent()[-1].kind == "ledger-behind"
+        and "error" not in asked(agent, 3, row, head=header["head"])[0]
+    )
 
 
 def test_a_budget_that_is_spent_stays_spent(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
-    device = agent.config.device.model_copy(
-        update={"privacy": agent.config.device.privacy.model_copy(update={"mode": "user-local", "releases": 1})}
+    device = agent.device.config.device.model_copy(
+        update={"privacy": agent.device.config.device.privacy.model_copy(update={"mode": "user-local", "releases": 1})}
     )
-    agent.config = agent.config.model_copy(update={"device": device})
+    agent.device.config = agent.device.config.model_copy(update={"device": device})
     agent.join(TERMS, SERVER)
     talked(agent)
-    row = agent.context.shared_layout.start(0)
+    row = agent.device.context.shared_layout.start(0)
     assert "error" not in asked(agent, 1, row)[0]
-    before = agent._state().personal
-    assert asked(agent, 2, row)[0] == {"error": "no-release"} and agent.vault.sent()[-1].kind == "budget-spent"
+    before = agent.device.state().personal
+    assert asked(agent, 2, row)[0] == {"error": "no-release"} and agent.device.vault.sent()[-1].kind == "budget-spent"
     agent.leave()
     agent.join(TERMS.model_copy(update={"name": "another"}), "x:1")
     assert asked(agent, 1, row)[0] == {"error": "no-release"}
-    assert torch.equal(before, agent._state().personal)
+    assert torch.equal(before, agent.device.state().personal)
 
 
 def test_a_round_is_released_once_whatever_was_joined_between(joined: tuple[Agent, torch.Tensor]) -> None:
@@ -1029,11 +1060,11 @@ def test_a_round_that_is_being_worked_on_is_not_sent_after_a_no(joined: tuple[Ag
 
     def no(phase: str) -> None:
         if phase == "learn_shared":
-            agent.vault.set_fact("federation", None) if item == "leave" else agent.consent(item, False)
+            agent.device.vault.set_fact("federation", None) if item == "leave" else agent.consent(item, False)
 
-    with agent._telling(no):
+    with agent.device.working(no):
         assert asked(agent, 1, row)[0] == {"error": "no-device"}
-    assert not agent.vault.sent() and agent._state().sent is None
+    assert not agent.device.vault.sent() and agent.device.state().sent is None
 
 
 @pytest.mark.parametrize(
@@ -1056,7 +1087,7 @@ def test_terms_that_do_not_fit_are_told_and_change_nothing(
         agent.join(terms, SERVER)
     with pytest.raises(AgentError, match="other"):
         agent.join(TERMS.model_copy(update={"base": ""}), SERVER)
-    assert agent.federation is None and home.settings.read_text() == before and agent.chat("Hello")
+    assert agent.device.membership is None and home.settings.read_text() == before and agent.chat("Hello")
 
 
 def test_a_pool_has_the_slots_that_a_federation_wants(home: DeviceFolder, lm: LanguageModel) -> None:
@@ -1065,12 +1096,13 @@ def test_a_pool_has_the_slots_that_a_federation_wants(home: DeviceFolder, lm: La
     agent.learn()
     small = TERMS.shared.model_copy(update={"pool_capacity": 2})
     agent.join(TERMS.model_copy(update={"shared": small}), SERVER)
-    assert len(agent._state().pool.slots) == 2 == agent._state().pool.capacity
+    assert len(agent.device.state().pool.slots) == 2 == agent.device.state().pool.capacity
     assert (
-        "error" not in asked(agent, 1, agent.context.shared_layout.start(0))[0] and len(agent._state().pool.slots) == 2
+        "error" not in asked(agent, 1, agent.device.context.shared_layout.start(0))[0]
+        and len(agent.device.state().pool.slots) == 2
     )
     agent.leave()
-    assert agent._state().pool.capacity == agent.config.device.shared.pool_capacity
+    assert agent.device.state().pool.capacity == agent.device.config.device.shared.pool_capacity
 
 
 def test_only_the_supernode_that_was_started_is_listened_to(tmp_path: Path) -> None:
@@ -1143,7 +1175,9 @@ def test_only_the_operators_questions_are_answered(joined: tuple[Agent, torch.Te
         assert forged(agent, content) == {"error": "bad-message"}
     for kind, content in (("query", true), ("query", RecordDict()), ("evaluate", true), ("train.other", true)):
         assert forged(agent, content, kind) == {"error": "bad-message"}
-    assert agent.account and not agent.account.entries and not agent.vault.sent() and agent._newest()[1] == 0
+    assert (
+        agent.account and not agent.account.entries and not agent.device.vault.sent() and agent.device.newest()[1] == 0
+    )
     assert agent.status()["turned away"] == {"a question that its operator did not sign": len(strange) + 4}
     assert "error" not in forged(agent, true) and forged(agent, true) == forged(agent, true)  # the round is there
 
@@ -1154,11 +1188,11 @@ def test_terms_without_an_operator_or_with_a_bound_below_its_noise_are_not_joine
     agent = made(home, lm)
     with pytest.raises(AgentError, match="no key of its operator"):
         agent.join(TERMS.model_copy(update={"operator": ""}), SERVER)
-    bound = release_limits(agent._site_in(_federation(TERMS, "")).config, agent.schema)[0]
+    bound = release_limits(agent.device.context_in(Membership.of(TERMS)).config, agent.schema)[0]
     with pytest.raises(AgentError, match="refuses releases longer than"):
         agent.join(TERMS.model_copy(update={"largest_norm_l2": bound / 2}), SERVER)
     agent.join(TERMS.model_copy(update={"largest_norm_l2": 2 * bound}), SERVER)
-    assert agent.federation and agent.federation.operator == public_half(OPERATOR)
+    assert agent.device.membership and agent.device.membership.operator == public_half(OPERATOR)
 
 
 def test_a_server_cannot_ask_for_more(joined: tuple[Agent, torch.Tensor]) -> None:
@@ -1175,12 +1209,12 @@ def test_a_release_is_noise_on_what_was_learned(
 ) -> None:
     """The payload less its replay without noise, over the noise's scale: a standard normal."""
     agent = made(home, lm)
-    privacy = agent.config.device.privacy.model_copy(update={"mode": mode})
-    device = agent.config.device.model_copy(update={"privacy": privacy})
-    agent.config = agent.config.model_copy(update={"device": device})
+    privacy = agent.device.config.device.privacy.model_copy(update={"mode": mode})
+    device = agent.device.config.device.model_copy(update={"privacy": privacy})
+    agent.device.config = agent.device.config.model_copy(update={"device": device})
     agent.join(TERMS, SERVER)
     talked(agent)
-    row, original = agent.context.shared_layout.start(0), PrivateRow.__init__
+    row, original = agent.device.context.shared_layout.start(0), PrivateRow.__init__
     learn = noisy_steps if mode == "example-local" else clipped_change
 
     def silent(self: PrivateRow, *args: Any, **settings: Any) -> None:
@@ -1191,13 +1225,13 @@ def test_a_release_is_noise_on_what_was_learned(
             patch.setattr(coins, "fresh_secret", lambda: secret)  # else drawn by the system, anew each time
             if quiet:
                 patch.setattr(PrivateRow, "__init__", silent)
-            found = learn([agent._state()], row, RoundPlan(number, 0), agent.context)
-            return found[agent.config.name].numpy()
+            found = learn([agent.device.state()], row, RoundPlan(number, 0), agent.device.context)
+            return found[agent.device.config.name].numpy()
 
     with monkeypatch.context() as patch:
         patch.setattr(coins, "fresh_secret", lambda: 7)
         _, arrays = asked(agent, 1, row)
-    scale = release_noise(agent.context.config, 1, 0).on_device
+    scale = release_noise(agent.device.context.config, 1, 0).on_device
     payload = np.concatenate([arrays[name].ravel() for name, _ in agent.schema.shapes])
     quiet = {k: replayed(k, 1, quiet=True) for k in (7, *range(5))}
     rest = [(payload - quiet[7]) / scale]
@@ -1221,7 +1255,7 @@ def door(home: DeviceFolder, lm: LanguageModel) -> Iterator[SimpleNamespace]:
 
 
 def test_the_socket_is_its_owners(door: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert door.agent.home.socket.stat().st_mode & 0o077 == 0
+    assert door.agent.device.folder.socket.stat().st_mode & 0o077 == 0
     *grown, last = door.remote.stream("chat", prompt="Do you like music?", conversation="c")
     assert grown and last["done"]["said"] == grown[-1]["text"].strip()
     assert door.remote.write("rate", id=last["done"]["id"], liked=True, wanted="")["liked"] == 1
@@ -1244,14 +1278,14 @@ def test_the_command_lists_the_replies_that_may_hold_what_is_erased_and_asks(
 ) -> None:
     agent, (first, *_) = door.agent, talked(door.agent, SAID[:2])
     agent.learn()
-    quoting = [agent.vault.add("Which ones?", f"Green ones, {k}.", "", after=1).id for k in "ab"]
-    asked = ["erase", first, "--home", str(agent.home.folder)]
+    quoting = [agent.device.vault.add("Which ones?", f"Green ones, {k}.", "", after=1).id for k in "ab"]
+    asked = ["erase", first, "--home", str(agent.device.folder.path)]
     done = CliRunner().invoke(device_app, asked, input=f"{answer}\n")
     assert done.exit_code == 0 and "Erase these 2 replies of the model too?" in done.output, done.output
     assert all(f"{i} Green ones, {k}." in done.output for i, k in zip(quoting, "ab", strict=True))
-    assert [agent.vault.turn(i).said for i in quoting] == left
+    assert [agent.device.vault.turn(i).said for i in quoting] == left
     with pytest.raises(KeyError):
-        agent.vault.turn(first)
+        agent.device.vault.turn(first)
 
 
 @pytest.mark.parametrize(
@@ -1303,7 +1337,7 @@ def test_the_page_is_for_its_owner_alone(door: SimpleNamespace) -> None:
     ):  # fmt: skip
         assert page.post("/api/consent", json=no, headers={**own, **foreign}).status_code == 403
         assert page.get("/", headers=foreign).status_code == 403
-    assert door.agent.consents["learn"]
+    assert door.agent.device.consents["learn"]
 
 
 def test_every_answer_has_the_headers_that_keep_other_pages_out(door: SimpleNamespace) -> None:
@@ -1340,7 +1374,7 @@ def test_idle_connections_do_not_shut_the_owner_out(door: SimpleNamespace, monke
     assert refused == 100  # at once: the first 128 are still there
     assert door.remote.read("status")["dialogues"] == 0
     door.remote.write("consent", item="federate", given=False)
-    assert not door.agent.consents["federate"]
+    assert not door.agent.device.consents["federate"]
     assert all(until_closed(connection) == b"" for connection in silent)  # and those in time
     assert httpx.get(door.url + "/").status_code == 200
     for connection in silent:
@@ -1394,7 +1428,7 @@ def test_what_could_not_be_written_again_is_refused_before(door: SimpleNamespace
     reply = door.client.post(f"http://agent/api/{path}", content=body)
     last = json.loads(reply.text.splitlines()[-1])
     assert reply.status_code in (200, 400) and "error" in last and "done" not in last
-    assert door.remote.read("profile") == {"interests": [], "interactions": 0} and door.agent.vault.count() == 0
+    assert door.remote.read("profile") == {"interests": [], "interactions": 0} and door.agent.device.vault.count() == 0
     assert door.remote.export()
 
 
@@ -1402,7 +1436,7 @@ def test_half_a_character_is_cleaned_wherever_a_text_comes_in(door: SimpleNamesp
     door.agent.consent("learn", True)
     said = door.client.post("http://agent/api/chat", content=b'{"prompt": "\\ud83d tea?"}').text.splitlines()
     turn = json.loads(said[-1])["done"]
-    assert turn["prompt"] == "? tea?" == door.agent.vault.turn(turn["id"]).prompt
+    assert turn["prompt"] == "? tea?" == door.agent.device.vault.turn(turn["id"]).prompt
     assert door.agent.chat("\udcff tea?").prompt == "? tea?"  # as a terminal that is not UTF-8 gives it
     assert door.agent.rate(turn["id"], False, "green \ud83d").wanted == "green ?"
     door.client.post("http://agent/api/profile", content=b'{"interests": [{"text": "\\ud800 x"}], "interactions": 0}')
@@ -1412,9 +1446,9 @@ def test_half_a_character_is_cleaned_wherever_a_text_comes_in(door: SimpleNamesp
 
 def test_a_vault_with_half_a_surrogate_is_repaired(home: DeviceFolder, lm: LanguageModel) -> None:
     agent = made(home, lm)
-    agent.vault.set_fact("profile", '{"interests": [{"text": "\ud800 apples"}], "interactions": 3}')
+    agent.device.vault.set_fact("profile", '{"interests": [{"text": "\ud800 apples"}], "interactions": 3}')
     assert [i.text for i in agent.profile.interests] == ["? apples"] and agent.profile.interactions == 3
-    agent.vault.set_fact("profile", '{"interests": [{"text": "apples"}], "interactions": -3}')
+    agent.device.vault.set_fact("profile", '{"interests": [{"text": "apples"}], "interactions": -3}')
     assert not agent.profile.interests
     agent.edit_profile('{"interests": [{"text": "pears"}], "interactions": 3}')
     assert [i.text for i in reopened(agent).profile.interests] == ["pears"]
@@ -1437,7 +1471,7 @@ def test_consents_do_not_wait_for_talk(door: SimpleNamespace) -> None:
     time.sleep(1)
     no = {"item": "learn", "given": False}
     assert httpx.post(f"{door.url}/api/consent", json=no, headers=own, timeout=20).status_code == 200
-    assert not door.agent.consents["learn"] and all(one.is_alive() for one in talks)
+    assert not door.agent.device.consents["learn"] and all(one.is_alive() for one in talks)
     over.set()
     for one in talks:
         one.join()
@@ -1503,7 +1537,7 @@ def test_the_commands_reach_an_agent_that_runs(home: DeviceFolder) -> None:
     again = told(home, "init")
     assert again.returncode == 2 and "holds a device already" in again.stderr
     for _ in range(2):
-        command = [sys.executable, "-m", "florilegium", "device", "serve", "--home", str(home.folder), "--port", "0"]
+        command = [sys.executable, "-m", "florilegium", "device", "serve", "--home", str(home.path), "--port", "0"]
         serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert serving.stdout and "http://127.0.0.1:" in serving.stdout.readline()
         assert told(home, "chat", "Hello").returncode == 0
@@ -1513,6 +1547,6 @@ def test_the_commands_reach_an_agent_that_runs(home: DeviceFolder) -> None:
         serving.wait()
     status = told(home, "status")  # an agent for this command alone
     assert status.returncode == 0 and "│ dialogues" in status.stdout
-    file = home.folder.parent / "mine.zip"
+    file = home.path.parent / "mine.zip"
     assert told(home, "export", str(file)).returncode == 0 and zipfile.is_zipfile(file)
     assert told(home, "erase", "--yes").returncode == 0 and not home.exists

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,7 @@ def test_a_notebook_and_the_command_get_the_same_bits(result: florilegium.Result
     assert done.returncode == 0, done.stderr
     other = load_run(tmp_path / "run")
     for kind in ("evaluation", "result", "comparison"):
-        ours, theirs = ([{**e, "time": 0} for e in r.events(kind)] for r in (result, other))
+        ours, theirs = ([replace(e, time=0.0) for e in r.events(kind)] for r in (result, other))
         assert ours and ours == theirs
     kept = sorted(p.relative_to(result.folder) for p in (result.folder / "adapters").rglob("adapter_model.safetensors"))
     assert len(kept) >= 3
@@ -152,6 +153,7 @@ def test_a_result_is_frames_summary_report_and_adapters(result: florilegium.Resu
     mean = of_devices[of_devices.arm == "base"].nll.mean()
     assert final.mean_per_user == pytest.approx(mean) and final.ci95_low <= mean <= final.ci95_high
     assert "seconds_annotate" in result.frame("round").columns
+    assert result.summary.nll["base"].mean_per_user == final.mean_per_user and 0 < result.summary.epsilon <= 8
     assert result.config.rounds == 1
     assert "<h1" in result._repr_html_() or "&lt;h1" in result._repr_html_()
     told = json.loads((result.adapter("personal", "device-00000") / "adapter_config.json").read_text(encoding="utf-8"))

@@ -33,9 +33,10 @@ from florilegium.simulation.evaluation.evaluator import Evaluator
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.personalization.config import MethodsConfig
 from florilegium.simulation.personalization.run import play
+from florilegium.simulation.runs.events import Evaluation
 from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.studies.config import load_study
-from florilegium.simulation.studies.selection_cell import run_study
+from florilegium.simulation.studies.runner import run_study
 from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser
 
 MARK = "quagga"
@@ -183,7 +184,7 @@ class Run:
     arms: Arms
 
     def events(self, kind: str) -> list[Any]:
-        return [e for e in self.folder.events() if e["event"] == kind]
+        return [e for e in self.folder.events() if e.kind == kind]
 
     def row(self, arm: str, part: int) -> torch.Tensor:
         return self.arms.arms[arm][part].rows
@@ -219,7 +220,7 @@ def test_no_arm_of_a_run_has_seen_what_is_held_out(lm: LanguageModel, run: Run) 
     """Shared, personal, local, pooled, and those of newcomers."""
     assert {how for how, _ in run.heard.learned} == {"dp_gradients", "finetune"}
     assert_unseen(lm, run.heard)
-    assert {e["arm"] for e in run.events("newcomers")} == {"base", "shared", "personal"}
+    assert {e.arm for e in run.events("newcomers")} == {"base", "shared", "personal"}
 
 
 def test_the_arms_of_a_run_are_made_of_what_they_are_named_after(run: Run) -> None:
@@ -262,8 +263,8 @@ def alone(listening: Heard, tmp_path_factory: pytest.TempPathFactory) -> RunFold
 
 def test_a_curve_is_of_every_round_or_of_the_last(run: Run, alone: RunFolder) -> None:
     def rounds(folder: RunFolder) -> list[int]:
-        found = [e for e in folder.events() if e["event"] == "evaluation"]
-        return [e["round"] for e in found if (e["arm"], e["metric"]) == ("personal", "nll")]
+        found = list(folder.events_of(Evaluation))
+        return [e.round for e in found if (e.arm, e.metric) == ("personal", "nll")]
 
     assert rounds(run.folder) == [ROUNDS] and rounds(alone) == [1, 2]
 
@@ -317,11 +318,11 @@ def test_newcomers_learn_from_their_own_streams_on_the_shared_adapter(lm: Langua
 
 def test_a_gain_is_what_the_base_lost_more_than_the_personal_adapter(run: Run) -> None:
     """By class of device, in the report's own units: the mean over devices of NLL with neither minus with both."""
-    nll = {(e["device"], e["arm"]): e["nll"] for e in run.events("result")}
+    nll = {(e.device, e.arm): e.nll for e in run.events("result")}
     gains = [nll[d, "base"] - nll[d, "personal"] for d in run.arms.names]
     (told,) = run.events("fairness")
-    assert told["classes"]["always there"]["utility"]["mean"] == pytest.approx(float(np.mean(gains)))
-    assert told["fairness"]["worst_decile_utility"] == pytest.approx(min(gains)) and np.mean(gains) != 0
+    assert told.classes["always there"].utility.mean == pytest.approx(float(np.mean(gains)))
+    assert told.fairness.worst_decile_utility == pytest.approx(min(gains)) and np.mean(gains) != 0
 
 
 # -- studies ------------------------------------------------------------------------------------------------------

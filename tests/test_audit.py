@@ -48,7 +48,8 @@ from florilegium.simulation.cli.main import main
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import DataConfig, load_population
 from florilegium.simulation.engines.in_memory import federate_in_memory
-from florilegium.simulation.runs.folder import RunError, RunFolder, create
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.settings import ConfigError
 
 CONFIG = ExperimentConfig.model_validate({

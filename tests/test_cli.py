@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from rich.console import Console
 from florilegium.client.terminal import Figures, telling
 from florilegium.simulation.benchmarks import scale
 from florilegium.simulation.cli import main
+from florilegium.simulation.cli.bench import BENCHMARKS
 from florilegium.simulation.config import load_config
 from florilegium.simulation.runs.progress import progress_line
 from florilegium.simulation.settings import config_folder
@@ -162,6 +165,19 @@ def test_what_only_looks_loads_no_model_library() -> None:
     ]  # fmt: skip
     for arguments, (code, loaded, told) in zip(wanted, asked(wanted), strict=True):
         assert not code and not loaded, (arguments, code, loaded, told)
+
+
+# -- benchmarks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_is_asked_what_its_options_give(name: str) -> None:
+    benchmark = BENCHMARKS[name]
+    module = import_module(f"florilegium.simulation.benchmarks.{benchmark.module}")
+    here = {"models": "nano"} if name == "board" else {}  # the others' default comes with the package
+    inspect.signature(module.measure).bind(*benchmark.options(**here), print)
+    for told in (module.as_json, module.as_table):
+        inspect.signature(told).bind("what was measured")
 
 
 # -- help ---------------------------------------------------------------------------------------------------------

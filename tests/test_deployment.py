@@ -22,7 +22,9 @@ from typer.testing import CliRunner
 
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import new_config
-from florilegium.client.agent.folder import DeviceError, DeviceFolder
+from florilegium.client.agent.device import Device
+from florilegium.client.agent.errors import DeviceError
+from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.agent.supernode import PUBLIC_KEY, REASONS, connected, prepare
 from florilegium.client.agent.terms import Terms, read_terms, write_terms
 from florilegium.client.lm.config import ModelConfig
@@ -81,11 +83,11 @@ def new_device(home: DeviceFolder, lm: LanguageModel, **privacy: float) -> Agent
     config = new_config(ModelConfig(name="nano"))
     limits = config.device.privacy.model_copy(update=privacy)
     config = config.model_copy(update={"device": config.device.model_copy(update={"privacy": limits})})
-    agent = Agent(home, config, lm, home.make(config))
+    agent = Agent(Device(home, config, lm, home.make(config)))
     agent.consent("learn", True)
     agent.consent("federate", True)
     for prompt, wanted in SAID:
-        agent.rate(agent.vault.add(prompt, "hm", "").id, False, wanted)
+        agent.rate(agent.device.vault.add(prompt, "hm", "").id, False, wanted)
     return agent
 
 
@@ -104,7 +106,7 @@ class Serving:
             "device",
             "serve",
             "--home",
-            str(self.home.folder),
+            str(self.home.path),
             "--port",
             "0",
         ]
@@ -216,12 +218,12 @@ def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: Language
     told("device", "join", folder / "terms.toml", "--server", f"127.0.0.1:{port}", "--certificates", folder / CA,
          "--yes", "--home", homes[0].folder)  # fmt: skip
     for agent in (spent, silent):
-        prepare(agent.home.courier, folder / CA)
+        prepare(agent.device.folder.supernode, folder / CA)
         agent.join(read_terms(folder / "terms.toml"), f"127.0.0.1:{port}")
     silent.consent("federate", False)
     for home in homes:
-        told("server", "admit", folder, home.folder.name, home.courier / PUBLIC_KEY)
-    assert steady.federation == silent.federation and steady.federation
+        told("server", "admit", folder, home.path.name, home.supernode / PUBLIC_KEY)
+    assert steady.device.membership == silent.device.membership and steady.device.membership
     agents = [Serving(home) for home in homes]
     command = [sys.executable, "-m", "florilegium", "server", "start", str(folder), "--port", str(port)]
     server = subprocess.Popen(
@@ -244,8 +246,8 @@ def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: Language
             os.killpg(server.pid, signal.SIGKILL)
     last = run.last_shared()
     assert last and last.round == 3
-    opened = [Agent(h, h.config(), lm, h.read_key(h.config())) for h in homes]
-    sent = [[s.round for s in agent.releases] for agent in opened]
+    opened = [Agent(Device(h, h.config(), lm, h.read_key(h.config()))) for h in homes]
+    sent = [[s.round for s in agent.device.vault.releases()] for agent in opened]
     assert 1 in sent[0] and 3 in sent[0] and sent[1] == [1] and sent[2] == []
     start, first, after = (run.shared(n).shared for n in (0, 1, 3))
     facts = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -272,7 +274,7 @@ def test_who_does_not_know_the_other_stays_apart(
         home = DeviceFolder(tmp_path / name)
         agents[name] = new_device(home, lm)
         authority = make_certificates(tmp_path / "another", ["127.0.0.1"]) if name == "misled" else folder / CA
-        public = prepare(home.courier, authority)
+        public = prepare(home.supernode, authority)
         if name != "stranger":
             admit(folder, name, str(public))
         agents[name].join(read_terms(folder / "terms.toml"), address)
@@ -285,7 +287,7 @@ def test_who_does_not_know_the_other_stays_apart(
         while not all(text in caplog.text for text in REASONS.values()) or set(link.online()) != {"known"}:
             assert time.monotonic() < until, caplog.text
             time.sleep(1)
-        admit(folder, "late", str(agents["stranger"].home.courier / PUBLIC_KEY))  # while the server runs
+        admit(folder, "late", str(agents["stranger"].device.folder.supernode / PUBLIC_KEY))  # while the server runs
         while set(link.online()) != {"known", "late"}:
             assert time.monotonic() < until, caplog.text
             time.sleep(1)

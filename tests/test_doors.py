@@ -31,7 +31,7 @@ from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from florilegium.client.agent.connection_limits import Rate, by_address
-from florilegium.client.agent.folder import DeviceError
+from florilegium.client.agent.errors import DeviceError
 from florilegium.client.agent.http_server import Bounds, HttpServer, KindOf
 from florilegium.client.agent.invitation import JOIN, accept, read_invitation, write_invitation
 from florilegium.client.agent.terms import Terms, write_terms

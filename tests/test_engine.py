@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from florilegium.client.lm import layers
-from florilegium.client.lm.adapter import AdapterLayout, Adapters, layout, narrow, widen
+from florilegium.client.lm.adapter import AdapterLayout, Adapters, layout
 from florilegium.client.lm.attention import _Attention, _by_sdpa
 from florilegium.client.lm.batching import schedule, schedule_steps
 from florilegium.client.lm.config import ModelConfig
@@ -148,20 +148,6 @@ def test_gradients_of_other_devices_are_exactly_zero(engine: Engine) -> None:
     (gradient,) = torch.autograd.grad(losses[1], rows)
     assert gradient[1].abs().max() > 1e-3
     assert not gradient[0].any() and not gradient[2].any()
-
-
-def test_devices_of_different_ranks_share_a_stack(engine: Engine) -> None:
-    small, large = layout_of(engine, 2), layout_of(engine, 6)
-    work = [training_set(k, 4, 2) for k in range(2)]
-    rates = rates_of(work)
-    own = small.start(7)
-    stack = torch.stack([large.start(8), widen(own, small, large)])
-    together = engine.finetune(Adapters(large, stack), [], work, rates).adapters.rows
-    alone = engine.finetune(Adapters(small, own[None]), [], [work[1]], [rates[1]]).adapters.rows[0]
-    torch.testing.assert_close(narrow(together[1], large, small), alone, atol=1e-5, rtol=0)
-    assert torch.equal(widen(narrow(together[1], large, small), small, large), together[1])  # the rest stayed zero
-    with pytest.raises(ValueError, match="alpha / rank"):
-        widen(own, layout(small.layers, 2, 16.0), large)
 
 
 def test_a_shared_adapter_beneath_is_the_same_for_all_and_stays(engine: Engine) -> None:

@@ -37,7 +37,9 @@ from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.describe import describe
 from florilegium.simulation.data.population import DataConfig, load_population
 from florilegium.simulation.devices.simulated import devices_of_worker
-from florilegium.simulation.runs.folder import RunError, RunFolder, check_sources, create, sources_sha256
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.folder import RunFolder, create
+from florilegium.simulation.runs.provenance import check_sources, sources_sha256
 from florilegium.simulation.settings import ConfigError
 from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import load_study
@@ -127,10 +129,10 @@ class Watch(Callback):
         self.told, self.broken = [], False
 
     def on_run_begin(self, facts):
-        self.told.append(("begin", facts.round, [e["event"] for e in facts.events]))
+        self.told.append(("begin", facts.round, [e.kind for e in facts.events]))
 
     def on_round_end(self, facts):
-        self.told.append(("round", facts.round, [e["event"] for e in facts.events]))
+        self.told.append(("round", facts.round, [e.kind for e in facts.events]))
         if self.broken:
             raise RuntimeError("no room for a chart")
 
@@ -488,7 +490,7 @@ def test_a_run_with_extensions_ends_with_what_is_wrong_and_goes_on(lab: Any, tmp
     assert [told[:2] for told in lab.WATCH.told] == [("begin", 1), ("round", 2), ("end", 2)]
     assert "round" in lab.WATCH.told[0][2] and lab.WATCH.told[-1] == ("end", 2, False)
     assert (result.config.server.rule, result.config.engine.name) == (ME + "median", ME + "engine")
-    assert load_run(run).summary["rounds"] == 2
+    assert load_run(run).summary.rounds == 2
     assert ME + "LONGEST" in result.report.read_text(encoding="utf-8")
 
 
@@ -497,11 +499,11 @@ def test_the_source_of_an_extension_is_in_the_hash_of_a_run(folder: Path, tmp_pa
     module.write_text("from florilegium.server.aggregation import RULES\nMINE = RULES['krum']\n", encoding="utf-8")
     config = load_config("quickstart", ["server.rule=hashed_lab:MINE"])
     run = create(tmp_path / "run", config)
-    check_sources(run)
+    check_sources(run.path, config.extensions())
     assert sources_sha256(config.extensions()) != sources_sha256()
     (run.path / "sources.sha256").write_text(sources_sha256() + "\n")
     with pytest.raises(RunError, match="or of hashed_lab:MINE is not the code that started"):
-        check_sources(run)
+        check_sources(run.path, config.extensions())
     assert import_folders(own().extensions()) == [str(folder)]
 
 
@@ -533,4 +535,4 @@ def test_cells_of_a_study_may_differ_in_extensions(folder: Path, tmp_path: Path)
 def test_rays_processes_find_what_the_driver_found(lab: Any, tmp_path: Path) -> None:
     lab.WATCH.told.clear()
     result = Experiment(own("rounds=1", "engine=cohort", "ray.actors=1"), tmp_path / "run").run(quiet=True)
-    assert result.summary["rounds"] == 1 and lab.WATCH.told[-1] == ("end", 1, False)
+    assert result.summary.rounds == 1 and lab.WATCH.told[-1] == ("end", 1, False)

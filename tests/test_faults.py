@@ -35,10 +35,11 @@ from florilegium.simulation.engines.faults import (
 )
 from florilegium.simulation.evaluation import evaluator
 from florilegium.simulation.experiment import run_experiment
+from florilegium.simulation.runs.events import DeviceFailure
 from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.settings import ConfigError, find_config
 from florilegium.simulation.studies.config import load_study
-from florilegium.simulation.studies.selection_cell import run_study
+from florilegium.simulation.studies.runner import run_study
 
 FOUR = ["a", "b", "c", "d"]
 QUICK = (*SMALL, "data.users=4", "rounds=1", "evaluation.pooled_epochs=0", "synthesis.sampling.max_new_tokens=2")
@@ -179,7 +180,7 @@ def test_a_phase_that_raises_ends_the_run_and_says_where(
     assert not (tmp_path / "run" / "summary.json").exists()
     if only and phase == "learn_personal":  # after the mend it goes on
         summary = run_experiment(config(), tmp_path / "run", resuming=True)
-        assert summary["tokens_trained"] > 0 and not summary["failures"] and not summary["refused"]
+        assert summary.tokens_trained > 0 and not summary.failures and not summary.refused
 
 
 def test_an_evaluation_that_raises_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,20 +216,20 @@ def test_counted_faults_are_in_table_summary_and_report(
     """Each on a device of its own; the fourth is sound."""
     from rich.console import Console
 
-    from florilegium.simulation.runs.summary import render_summary
+    from florilegium.simulation.reports.terminal import render_summary
 
     devices = {name: f"device-0000{k}" for k, (name, _) in enumerate(faults)}
     for name, device in devices.items():
         broken(client_round if name in PHASES else of_evaluation(name), name, DeviceFaultError, device, monkeypatch)
     summary = run_experiment(config(*COUNTED), tmp_path / "run")
     counted = Counter(what for _, what in faults)
-    assert summary["failures"] == counted
-    events = [e for e in RunFolder(tmp_path / "run").events() if e["event"] == "failure"]
-    assert sorted((e["device"], e["what"], e["round"]) for e in events) == sorted(
+    assert summary.failures == counted
+    events = list(RunFolder(tmp_path / "run").events_of(DeviceFailure))
+    assert sorted((e.device, e.what, e.round) for e in events) == sorted(
         (devices[name], what, 1) for name, what in faults
     )
     for event in events:
-        assert next(name for name, device in devices.items() if device == event["device"]) in event["error"]
+        assert next(name for name, device in devices.items() if device == event.device) in event.error
     with Console(width=120).capture() as _, Console(width=120, record=True) as console:
         console.print(render_summary(summary))
     table, page = console.export_text(), (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ from florilegium.simulation.engines.scheduler import pack
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.runs.callbacks import Callbacks
 from florilegium.simulation.runs.device_store import Shards
-from florilegium.simulation.runs.folder import Event, RunFolder, create
+from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.runs.progress import RunProgress, Speed
 from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 from florilegium.simulation.settings import ConfigError, config_folder
@@ -43,8 +43,8 @@ def config(*overrides: str) -> ExperimentConfig:
     return load_config(config_folder() / "quickstart.toml", [*LEAN, "name=run", *overrides])
 
 
-def events(folder: Path, kind: str) -> list[Event]:
-    return [e for e in RunFolder(folder).events() if e["event"] == kind]
+def events(folder: Path, kind: str) -> list[Any]:
+    return [e for e in RunFolder(folder).events() if e.kind == kind]
 
 
 def shared_of(folder: Path) -> dict[str, np.ndarray]:
@@ -63,14 +63,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_without_a_server_devices_learn_alone_and_nothing_leaves(plain: Path, tmp_path: Path) -> None:
     run_experiment(config("server.rule=none", "evaluation.newcomers=2"), tmp_path / "run")
-    (told,) = [e for e in events(tmp_path / "run", "evaluation") if (e["arm"], e["metric"]) == ("personal", "nll")]
-    (control,) = [e for e in events(plain, "evaluation") if (e["arm"], e["metric"]) == ("local", "nll")]
-    assert told["mean_per_user"] == pytest.approx(control["mean_per_user"], abs=1e-4)
-    assert {e["arm"] for e in events(tmp_path / "run", "evaluation")} == {"base", "personal", "shuffled"}
-    assert {e["arm"] for e in events(tmp_path / "run", "newcomers")} == {"base", "personal"}
+    (told,) = [e for e in events(tmp_path / "run", "evaluation") if (e.arm, e.metric) == ("personal", "nll")]
+    (control,) = [e for e in events(plain, "evaluation") if (e.arm, e.metric) == ("local", "nll")]
+    assert told.mean_per_user == pytest.approx(control.mean_per_user, abs=1e-4)
+    assert {e.arm for e in events(tmp_path / "run", "evaluation")} == {"base", "personal", "shuffled"}
+    assert {e.arm for e in events(tmp_path / "run", "newcomers")} == {"base", "personal"}
     asked = events(tmp_path / "run", "device_round")
-    assert len(asked) == 12 and not any(e["upload_bytes"] or e["epsilon"] for e in asked)
-    assert sum(e["releases"] for e in events(tmp_path / "run", "round")) == 0
+    assert len(asked) == 12 and not any(e.upload_bytes or e.epsilon for e in asked)
+    assert sum(e.releases for e in events(tmp_path / "run", "round")) == 0
     (ledger,) = (tmp_path / "run").rglob("ledger.db")
     with closing(sqlite3.connect(ledger)) as connection:
         assert connection.execute("SELECT count(*) FROM entry").fetchone() == (0,)  # nobody paid
@@ -95,7 +95,7 @@ def test_a_server_with_another_rule_and_optimizer_ends_elsewhere(
     run_experiment(config(*overrides), tmp_path / "run")
     ours, theirs = shared_of(plain), shared_of(tmp_path / "run")
     assert any(not np.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
-    assert [e["releases"] for e in events(tmp_path / "run", "round")] == [6, 6]
+    assert [e.releases for e in events(tmp_path / "run", "round")] == [6, 6]
 
 
 @pytest.mark.parametrize(("encoding", "size", "off"), [("bf16", 1 / 2, 2**-8), ("int8", 1 / 4, 1 / 100)])
@@ -104,7 +104,7 @@ def test_fewer_bits_travel_and_the_adapter_is_nearly_the_same(
 ) -> None:
     summary = run_experiment(config(f"shared.upload={encoding}"), tmp_path / "run")
     full = json.loads((plain / "summary.json").read_text())["upload_bytes_per_release"]
-    assert size * full <= summary["upload_bytes_per_release"] <= size * full + 4 * 4  # layers, bytes of a scale
+    assert size * full <= summary.upload_bytes_per_release <= size * full + 4 * 4  # layers, bytes of a scale
     for name, ours in shared_of(plain).items():
         assert 0 < np.abs(ours - shared_of(tmp_path / "run")[name]).max() <= 2 * off * np.abs(ours).max()
 
@@ -123,7 +123,7 @@ def test_exact_products_are_sent_as_changes_of_weights(tmp_path: Path) -> None:
     assert np.abs(anew).max() == 0 and np.abs(means).max() > 0
     np.testing.assert_allclose(means + residual[f"{layer}.weight"], stack[f"{layer}.weight"], atol=1e-5)
     (round_event,) = events(tmp_path / "average", "round")
-    assert 0 < round_event["averaging_error"] < 1
+    assert 0 < round_event.averaging_error < 1
     nll = {k: json.loads((tmp_path / k / "summary.json").read_text())["nll"]["shared"] for k in kinds}
     assert nll["residual"]["mean_per_user"] == pytest.approx(nll["stack"]["mean_per_user"], abs=1e-3)
     assert nll["residual"]["mean_per_user"] != pytest.approx(nll["average"]["mean_per_user"], abs=1e-3)
@@ -158,12 +158,12 @@ def test_no_honest_release_is_too_large(tmp_path: Path, mode: str, encoding: str
     chosen = config(f"privacy.mode={mode}", f"shared.upload={encoding}", "rounds=1", "data.users=3")
     run_experiment(chosen, tmp_path / "run")
     (event,) = events(tmp_path / "run", "round")
-    assert event["refused"] == {} and event["releases"] == 3
+    assert event.refused == {} and event.releases == 3
     largest, clip = release_limits(chosen, load_devices(RunFolder(tmp_path / "run")).schema)
     if mode == "user-central":
         assert clip == chosen.privacy.clip_norm_l2 < largest < 1.2 * clip
     else:
-        assert event["change_norm_l2"] < largest < 100 * event["change_norm_l2"] and clip == np.inf
+        assert event.change_norm_l2 < largest < 100 * event.change_norm_l2 and clip == np.inf
 
 
 def test_where_the_server_adds_the_noise_no_release_is_worth_more_than_the_noise_was_made_for() -> None:
@@ -188,25 +188,25 @@ def test_a_world_decides_who_answers_and_what_it_costs(tmp_path: Path) -> None:
     run_experiment(config(*WORLD, "server.sampled_share=0.5", "world.over_sampling=2"), tmp_path / "run")
     played = events(tmp_path / "run", "world")
     for world, of_round in zip(played, events(tmp_path / "run", "round"), strict=True):
-        outcomes = [f["outcome"] for f in world["fates"]]
-        assert len(outcomes) == 6 and of_round["releases"] == outcomes.count("answers") <= 3
-        assert of_round["silent"] == 6 - of_round["releases"]
-        idle = [f for f in world["fates"] if f["outcome"] == "unavailable"]
-        assert all(f["energy_joules"] == 0 for f in idle)
-    assert played[1]["starts_s"] == played[0]["starts_s"] + played[0]["duration_s"] + 60
+        outcomes = [f.outcome for f in world.fates]
+        assert len(outcomes) == 6 and of_round.releases == outcomes.count("answers") <= 3
+        assert of_round.silent == 6 - of_round.releases
+        idle = [f for f in world.fates if f.outcome == "unavailable"]
+        assert all(f.energy_joules == 0 for f in idle)
+    assert played[1].starts_s == played[0].starts_s + played[0].duration_s + 60
     (fairness,) = events(tmp_path / "run", "fairness")
-    assert sum(c["asked"] for c in fairness["classes"].values()) == 18
-    assert fairness["wall_s"] > 0 and 0 < fairness["fairness"]["jain_participation"] <= 1
+    assert sum(c.asked for c in fairness.classes.values()) == 18
+    assert fairness.wall_s > 0 and 0 < fairness.fairness.jain_participation <= 1
 
 
 def test_buffered_releases_begin_from_older_versions(tmp_path: Path) -> None:
     run_experiment(config(*WORLD, "server.buffer=2", "server.concurrency=4"), tmp_path / "run")
     rounds = events(tmp_path / "run", "round")
-    assert all(1 <= e["releases"] <= 2 and e["refused"] == {} for e in rounds)  # one device may come twice
-    played = [[f["outcome"] for f in e["fates"]] for e in events(tmp_path / "run", "world")]
+    assert all(1 <= e.releases <= 2 and e.refused == {} for e in rounds)  # one device may come twice
+    played = [[f.outcome for f in e.fates] for e in events(tmp_path / "run", "world")]
     assert all(outcomes.count("answers") == 2 for outcomes in played)
     devices = events(tmp_path / "run", "device_round")
-    assert len(devices) == sum(e["releases"] for e in rounds) and all(e["upload_bytes"] > 0 for e in devices)
+    assert len(devices) == sum(e.releases for e in rounds) and all(e.upload_bytes > 0 for e in devices)
 
 
 def test_a_device_with_room_for_a_part_of_the_rank_sends_that_part(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_device_with_room_for_a_part_of_the_rank_sends_that_part(tmp_path: Pat
     run_experiment(config(f"world.classes={tmp_path / 'classes.toml'}", "rounds=1"), tmp_path / "run")
     (event,) = events(tmp_path / "run", "round")
     sent = events(tmp_path / "run", "device_round")
-    assert event["releases"] == 6 and {e["upload_bytes"] for e in sent} == {12_288 // 4}
+    assert event.releases == 6 and {e.upload_bytes for e in sent} == {12_288 // 4}
     for array in shared_of(tmp_path / "run").values():
         assert np.abs(array[:, :1]).min() > 0 and np.abs(array[:, 1:]).max() == 0
     mode = config(f"world.classes={tmp_path / 'classes.toml'}", "privacy.mode=user-local")
@@ -245,11 +245,11 @@ source = "assumed"
 
 def test_newcomers_are_evaluated_and_never_asked(tmp_path: Path) -> None:
     run_experiment(config("evaluation.newcomers=2", "evaluation.users=3"), tmp_path / "run")
-    arms = {e["arm"]: e for e in events(tmp_path / "run", "newcomers")}
-    assert set(arms) == {"base", "shared", "personal"} and all(e["users"] == 2 for e in arms.values())
-    assert len({e["mean_per_user"] for e in arms.values()}) == 3
-    assert {e["device"] for e in events(tmp_path / "run", "device_round")} == {f"device-0000{k}" for k in range(6)}
-    assert len({e["device"] for e in events(tmp_path / "run", "result")}) == 3
+    arms = {e.arm: e for e in events(tmp_path / "run", "newcomers")}
+    assert set(arms) == {"base", "shared", "personal"} and all(e.users == 2 for e in arms.values())
+    assert len({e.mean_per_user for e in arms.values()}) == 3
+    assert {e.device for e in events(tmp_path / "run", "device_round")} == {f"device-0000{k}" for k in range(6)}
+    assert len({e.device for e in events(tmp_path / "run", "result")}) == 3
 
 
 def test_more_devices_than_people_are_resampled_from_them() -> None:

@@ -27,7 +27,7 @@ from florilegium.client.agent.connection_limits import (
     network_of,
     user_of,
 )
-from florilegium.client.agent.http_server import REMEMBERED, Bounds, HttpServer, open_server, visit_of
+from florilegium.client.agent.http_server import REMEMBERED, Bounds, HttpServer, connection_of, open_server
 from florilegium.client.agent.supernode_process import OwnersAlone, close_to_others
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel that tells is Linux'")
@@ -73,7 +73,7 @@ for number in range(100_000):
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     """Says yes to everybody; who has a key is no guest."""
     if (b"key", b"mine") in scope["headers"]:
-        visit_of(scope).shown()
+        connection_of(scope).authenticate()
     await told(scope, receive, send)
 
 

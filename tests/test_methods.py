@@ -23,8 +23,9 @@ from florilegium.simulation.settings import ConfigError
 from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import Cell, Study, StudyConfig, TableConfig, load_study
 from florilegium.simulation.studies.interactive_cell import HELD_OUT, InteractiveCell
-from florilegium.simulation.studies.personalization_report import STRANGER, render_study, tables
-from florilegium.simulation.studies.selection_cell import run_study
+from florilegium.simulation.studies.personalization_report import STRANGER, tables
+from florilegium.simulation.studies.runner import run_study
+from florilegium.simulation.studies.study_report import read_report
 from florilegium.simulation.tasks.config import load_task
 from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser
 
@@ -88,7 +89,7 @@ def test_methods_are_compared_on_the_same_people(methods: tuple[Study, Path]) ->
     assert phone and phone == pytest.approx(own.costs["tokens trained"] * 2_557_632 / 135e6 / TOKENS_PER_S, rel=0.02)
     assert base.measured() == base.measured(arm="shuffled") and own.measured() != own.measured(arm="shuffled")
     assert shown.against(own) and shown.against(own, than=STRANGER) and not shown.against(base, than=STRANGER)
-    page = render_study(study, folder).read_text("utf-8")
+    page = read_report(study, folder).write(folder).read_text("utf-8")
     assert "oppu" in page and "</html>" in page
     told = json.loads((folder / "summary.json").read_text())["tables"]["t"]
     assert len(told["cells"]) == 3 and {c["than"] for c in told["contrasts"]} == {"base", STRANGER}
@@ -118,7 +119,7 @@ def test_lives_are_studied(tmp_path: Path) -> None:
     assert new.costs["adaptations"] and new.costs["milliseconds an interaction"] and new.costs["bytes of the profile"]
     full, none = shift.outcomes
     assert full.costs["forgotten, nats"] != 0 == none.costs["forgotten, nats"]
-    assert render_study(study, tmp_path).exists()
+    assert read_report(study, tmp_path).write(tmp_path).exists()
 
 
 def test_a_dialogue_of_the_second_half_is_measured_before_it_is_learned_from(lm: LanguageModel, tmp_path: Path) -> None:

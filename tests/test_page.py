@@ -15,6 +15,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import new_config
 from florilegium.client.agent.daemon import showing
+from florilegium.client.agent.device import Device
 from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.agent.signature import new_key, public_half
 from florilegium.client.agent.terms import Terms
@@ -33,15 +34,15 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this ma
 def shown(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Iterator[tuple[Agent, str]]:
     """An agent with a few dialogues and a release behind it, and its page's address."""
     home, config = DeviceFolder(tmp_path_factory.mktemp("page") / "device"), new_config(ModelConfig(name="nano"))
-    agent = Agent(home, config, lm, home.make(config))
+    agent = Agent(Device(home, config, lm, home.make(config)))
     agent.consent("learn", True)
     agent.consent("federate", True)
     for prompt, wanted in (("Do you like apples?", "Only green ones."), ("What shall we cook?", "Soup with ginger.")):
-        agent.rate(agent.vault.add(prompt, "hm", "").id, False, wanted)
-    agent.vault.add("<b>Is this bold?</b><script>alert(1)</script>", "no", "")
+        agent.rate(agent.device.vault.add(prompt, "hm", "").id, False, wanted)
+    agent.device.vault.add("<b>Is this bold?</b><script>alert(1)</script>", "no", "")
     agent.learn()
     agent.join(Terms(name="orchard", base=base_hash("nano"), operator=public_half(new_key())), "127.0.0.1:9092")
-    agent.contribute([config.name], agent.context.shared_layout.start(0), RoundPlan(1, 0))
+    agent.contribute([config.name], agent.device.context.shared_layout.start(0), RoundPlan(1, 0))
     with showing(agent, 0):
         yield agent, agent.page_address
 
@@ -56,14 +57,14 @@ def page(shown: tuple[Agent, str]) -> Iterator[Page]:
         opened.on("pageerror", lambda error: problems.append(str(error)))
         opened.on("request", lambda request: problems.append(request.url) if "127.0.0.1" not in request.url else None)
         opened.goto(shown[1])
-        expect(opened.locator("#about")).to_contain_text(shown[0].config.name)
+        expect(opened.locator("#about")).to_contain_text(shown[0].device.config.name)
         yield opened
         assert not problems
         browser.close()
 
 
 def test_a_talk_is_streamed_judged_and_learned_from(page: Page, shown: tuple[Agent, str]) -> None:
-    agent, before = shown[0], shown[0].vault.count()
+    agent, before = shown[0], shown[0].device.vault.count()
     page.get_by_label("You say").fill("Do you like music?")
     page.keyboard.press("Enter")
     turn = page.locator(".turn").last
@@ -76,7 +77,7 @@ def test_a_talk_is_streamed_judged_and_learned_from(page: Page, shown: tuple[Age
     page.get_by_role("button", name="Learn now").click()
     expect(page.locator("#progress")).to_contain_text("learned from", timeout=60_000)
     expect(page.locator("#items")).to_contain_text("Only loud music.")
-    assert agent.vault.count() == before + 1 and agent.vault.turns()[-1].wanted == "Only loud music."
+    assert agent.device.vault.count() == before + 1 and agent.device.vault.turns()[-1].wanted == "Only loud music."
 
 
 def test_what_is_kept_is_text_with_its_scores_and_can_be_erased(page: Page, shown: tuple[Agent, str]) -> None:
@@ -99,7 +100,7 @@ def test_the_profile_is_edited_and_settings_are_kept(page: Page, shown: tuple[Ag
     page.wait_for_function("document.querySelector('input[value=night]').checked")
     page.reload()
     expect(page.get_by_label("at night")).to_be_checked()
-    assert agent.profile.interests[0].text == "green apples" and agent.learns == "night"
+    assert agent.profile.interests[0].text == "green apples" and agent.device.learns == "night"
 
 
 def test_what_has_left_is_shown_and_a_federation_is_left(page: Page, shown: tuple[Agent, str]) -> None:
@@ -110,7 +111,7 @@ def test_what_has_left_is_shown_and_a_federation_is_left(page: Page, shown: tupl
     expect(page.locator("#federation")).to_contain_text("1 × a question that its operator did not sign")
     page.get_by_role("button", name="Leave the federation").click()
     expect(page.locator("#federation")).to_contain_text("in no federation")
-    assert shown[0].federation is None
+    assert shown[0].device.membership is None
 
 
 def test_it_works_by_keyboard_and_fits_a_phone(page: Page) -> None:
@@ -147,8 +148,10 @@ def test_another_page_cannot_speak_for_its_owner(page: Page, shown: tuple[Agent,
 
 
 def test_replies_that_may_hold_what_is_erased_are_listed_and_asked_about(page: Page, shown: tuple[Agent, str]) -> None:
-    agent, (cooking,) = shown[0], shown[0].vault.turns("WHERE prompt = 'What shall we cook?'")
-    quoting = [agent.vault.add(f"And then, {k}?", f"Soup with <b>ginger</b>, {k}.", "", after=1).id for k in "ab"]
+    agent, (cooking,) = shown[0], shown[0].device.vault.turns("WHERE prompt = 'What shall we cook?'")
+    quoting = [
+        agent.device.vault.add(f"And then, {k}?", f"Soup with <b>ginger</b>, {k}.", "", after=1).id for k in "ab"
+    ]
     count = len(agent.said_under([cooking.id]))
     assert count >= 2
     page.reload()
@@ -161,13 +164,13 @@ def test_replies_that_may_hold_what_is_erased_are_listed_and_asked_about(page: P
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
-    assert agent.vault.turn(cooking.id) and agent.vault.turn(quoting[0]).said
+    assert agent.device.vault.turn(cooking.id) and agent.device.vault.turn(quoting[0]).said
     button.click()
     dialog.get_by_role("button", name="Erase these replies too").click()
     expect(page.locator("#progress")).to_contain_text(f"erased, with {count} replies", timeout=60_000)
-    assert [agent.vault.turn(i).said for i in quoting] == ["", ""]
+    assert [agent.device.vault.turn(i).said for i in quoting] == ["", ""]
     with pytest.raises(KeyError):
-        agent.vault.turn(cooking.id)
+        agent.device.vault.turn(cooking.id)
 
 
 class Neighbour(BaseHTTPRequestHandler):
@@ -194,7 +197,7 @@ def test_another_port_of_this_machine_learns_nothing(page: Page, shown: tuple[Ag
     agent, address = shown
     assert "token" not in page.url and agent.page_token not in page.content()
     page.reload()
-    expect(page.locator("#about")).to_contain_text(agent.config.name)
+    expect(page.locator("#about")).to_contain_text(agent.device.config.name)
     Neighbour.told, Neighbour.target = [], address.partition("#")[0]
     with ThreadingHTTPServer(("127.0.0.1", 0), Neighbour) as server:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -209,4 +212,4 @@ def test_another_port_of_this_machine_learns_nothing(page: Page, shown: tuple[Ag
         assert not page.frames[1].locator("#about").count()  # the page is not shown in a frame
         server.shutdown()
     assert Neighbour.told and not any(agent.page_token in line for line in Neighbour.told)
-    assert agent.consents["learn"]
+    assert agent.device.consents["learn"]

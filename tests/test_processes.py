@@ -15,6 +15,7 @@ import pytest
 
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import new_config
+from florilegium.client.agent.device import Device
 from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.agent.signature import new_key, public_half
 from florilegium.client.agent.supernode import prepare
@@ -157,14 +158,16 @@ def test_a_server_ends_as_a_whole(tmp_path: Path, number: signal.Signals) -> Non
 def test_a_device_ends_with_its_supernode(tmp_path: Path, lm: LanguageModel, number: signal.Signals) -> None:
     """Whose server is not there: it tries to reach it for ever."""
     home, config = DeviceFolder(tmp_path / "device"), new_config(ModelConfig(name="nano"))
-    agent = Agent(home, config, lm, home.make(config))
+    agent = Agent(Device(home, config, lm, home.make(config)))
     for item in ("learn", "federate"):
         agent.consent(item, True)  # type: ignore[arg-type]
-    prepare(home.courier, make_certificates(tmp_path / "server", ["127.0.0.1"]))
-    terms = make_folder(tmp_path / "server", Terms(name="orchard", base=agent.vault.fact("base")), ServerConfig(), 1.0)
+    prepare(home.supernode, make_certificates(tmp_path / "server", ["127.0.0.1"]))
+    terms = make_folder(
+        tmp_path / "server", Terms(name="orchard", base=agent.device.vault.fact("base", "")), ServerConfig(), 1.0
+    )
     agent.join(terms, f"127.0.0.1:{free_port()}")
     assert (tmp_path / "server" / CA).exists()
-    command = [*FLORILEGIUM, "device", "serve", "--home", str(home.folder), "--port", "0"]
+    command = [*FLORILEGIUM, "device", "serve", "--home", str(home.path), "--port", "0"]
     serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert serving.stdout and "http://127.0.0.1" in serving.stdout.readline()
     process = psutil.Process(serving.pid)

@@ -43,7 +43,7 @@ from florilegium.simulation.evaluation.metrics import measure_nll, score_users
 from florilegium.simulation.settings import ConfigError, config_folder
 from florilegium.simulation.studies import baselines_report
 from florilegium.simulation.studies.config import load_study
-from florilegium.simulation.studies.selection_cell import run_study
+from florilegium.simulation.studies.runner import run_study
 
 RATE, STEPS, DEVICES = 1e-2, 4, 3
 CPU = torch.device("cpu")
@@ -466,7 +466,7 @@ def test_a_study_of_rivals_compares_them_on_the_same_people(tmp_path: Path) -> N
     ]  # fmt: skip
     study = load_study(config_folder() / "rivals.toml", least)
     run_study(study, tmp_path, lambda phase: None)
-    assert baselines_report.render_study(study, tmp_path).exists()
+    assert baselines_report.report(study, tmp_path).write(tmp_path).exists()
     (shown,) = baselines_report.tables(study, tmp_path)
     assert [o.rival for o in shown.outcomes] == ["local", "ours", "feddpa"]
     assert len({o.measured("base") for o in shown.outcomes}) == 1 and len(shown.outcomes[0].by_seed()) == 2
@@ -475,7 +475,7 @@ def test_a_study_of_rivals_compares_them_on_the_same_people(tmp_path: Path) -> N
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert [c["upload_bytes"] > 0 for c in summary["tables"]["few"]["cells"]] == [False, True, True]
     told = Console(record=True, width=200, file=io.StringIO())
-    told.print(baselines_report.as_text(study, tmp_path))
+    told.print(baselines_report.report(study, tmp_path).text)
     assert "feddpa" in told.export_text()
     before = (tmp_path / "cells" / next(iter(study.cells)) / "seed0.json").stat().st_mtime_ns
     run_study(study, tmp_path, lambda phase: None)

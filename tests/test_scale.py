@@ -53,7 +53,9 @@ from florilegium.simulation.engines.scheduler import Scheduler
 from florilegium.simulation.engines.workers import Cohort, LocalWorkers, RayWorkers, Workers, open_workers
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.recorder import federate_run
-from florilegium.simulation.runs.folder import RunError, RunFolder, create
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.events import RoundEnd, RunEnd
+from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.settings import config_folder
 
 USERS = 5
@@ -108,8 +110,9 @@ def charged(run: Path) -> dict[str, list[int]]:
 
 def told(run: Path, *kinds: str) -> list[str]:
     """The events of these kinds, without what a clock on the wall says."""
-    events = [e for e in RunFolder(run).events() if e["event"] in kinds]
-    return sorted(json.dumps({k: v for k, v in e.items() if k not in ("time", "seconds")}) for e in events)
+    events = (json.loads(line) for line in RunFolder(run).metrics.read_text().splitlines())
+    rest = ({k: v for k, v in e.items() if k not in ("time", "seconds")} for e in events if e["event"] in kinds)
+    return sorted(json.dumps(e) for e in rest)
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -384,7 +387,7 @@ def test_a_round_that_everybody_drops_out_of_changes_nothing(tmp_path: Path) -> 
     config = quick(*world, "rounds=5", "server.optimizer=fedadam", "seed=1")
     summary = run_experiment(config, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
-    releases = {e["round"]: e["releases"] for e in run.events() if e["event"] == "round"}
+    releases = {e.round: e.releases for e in run.events_of(RoundEnd)}
     assert sorted(releases) == [1, 2, 3, 4, 5] and 0 in releases.values() and any(releases.values()), releases
     for number, count in releases.items():
         before, after = run.shared(number - 1), run.shared(number)
@@ -392,7 +395,7 @@ def test_a_round_that_everybody_drops_out_of_changes_nothing(tmp_path: Path) -> 
         assert moved == bool(count)
         if not count:
             assert all(np.array_equal(before.moments[k], after.moments[k]) for k in after.moments)
-    assert summary["rounds"] == 5 and summary["epsilon"] <= 8  # who dropped out has paid
+    assert summary.rounds == 5 and summary.epsilon <= 8  # who dropped out has paid
 
 
 def test_a_run_that_nobody_ever_answers_ends_where_it_began(tmp_path: Path) -> None:
@@ -400,7 +403,7 @@ def test_a_run_that_nobody_ever_answers_ends_where_it_began(tmp_path: Path) -> N
     central = "privacy.mode=user-central", "evaluation.every_round=true"  # no noise on a sum of nothing
     summary = run_experiment(quick(f"world.classes={nobody}", *central, "data.users=2"), tmp_path / "run")
     run = RunFolder(tmp_path / "run")
-    assert (summary["epsilon"], summary["upload_bytes_per_release"], ledgers(run.path)) == (0.0, 0, [])
+    assert (summary.epsilon, summary.upload_bytes_per_release, ledgers(run.path)) == (0.0, 0, [])
     first, last = run.shared(0).shared, run.shared(2).shared
     assert all(np.array_equal(first[k], last[k]) for k in first)
 
@@ -420,10 +423,10 @@ def test_what_is_kept_grows_with_the_devices_and_not_with_the_rounds(tmp_path: P
     sizes = {}
     for rounds in (3, 6):
         run_experiment(quick(f"rounds={rounds}", "data.users=2"), tmp_path / str(rounds))
-        (end,) = [e for e in RunFolder(tmp_path / str(rounds)).events() if e["event"] == "end"]
-        sizes[rounds] = end["devices_bytes"]
+        (end,) = RunFolder(tmp_path / str(rounds)).events_of(RunEnd)
+        sizes[rounds] = end.devices_bytes
         files = (p for p in (tmp_path / str(rounds) / "devices").rglob("*") if p.is_file())
-        assert end["devices_bytes"] == sum(p.stat().st_size for p in files) > 0
+        assert end.devices_bytes == sum(p.stat().st_size for p in files) > 0
     assert sizes[6] <= 1.3 * sizes[3]
 
 

@@ -24,6 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from florilegium.client import calibration
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import AgentConfig
+from florilegium.client.agent.device import Device as OpenDevice
 from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.calibration import release_noise
 from florilegium.client.context import CohortContext
@@ -706,10 +707,10 @@ OF_LIVES: dict[str, Row] = {
 
 def chatting(c: AgentConfig, tools: Tools) -> Any:
     """What a device hands to its model, and when it would learn by itself."""
-    asked, agent = list[Any](), Agent(tools.home, c, tools.lm, tools.key)
+    asked, agent = list[Any](), Agent(OpenDevice(tools.home, c, tools.lm, tools.key))
     agent.consent("learn", True)
 
-    conversation = f"c{agent.vault.count()}"  # a new one
+    conversation = f"c{agent.device.vault.count()}"  # a new one
 
     def reply(prompt: str, adapters: Any, sampling: Any, *_: Any) -> str:
         asked.append((prompt, sampling))

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from florilegium.simulation.runs.inputs import differing, hashes, people_sha256
+from florilegium.simulation.runs.owners import who, write_who
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
@@ -34,14 +36,15 @@ from florilegium.simulation.config import ExperimentConfig, load_config, with_ab
 from florilegium.simulation.data import population
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import Bootstrapped, DataConfig, load_population
-from florilegium.simulation.devices.inputs import differing, hashes, people_sha256
-from florilegium.simulation.devices.owners import who, write_who
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.runs.changes import check
-from florilegium.simulation.runs.folder import RunError, RunFolder, check_sources, create, find_run, resume
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.events import Change, DeviceRound, Evaluation, RoundEnd
+from florilegium.simulation.runs.folder import RunFolder, create, find_run, resume
 from florilegium.simulation.runs.progress import RunProgress
+from florilegium.simulation.runs.provenance import check_sources
 from florilegium.simulation.settings import ConfigError, dump_config, find_config
 
 ARMS = {"base", "shared", "local", "personal", "shuffled", "pooled"}
@@ -81,12 +84,14 @@ def test_the_table_at_the_end_is_whole(finished: Path) -> None:
     """No figure is cut, however narrow the terminal; and what an encoding lacks is written in other characters."""
     summary = json.loads((finished / "summary.json").read_text())
     probe = (
-        "import json, sys\nfrom rich.console import Console\nfrom florilegium.client.terminal import speak_plainly\n"
-        "from florilegium.simulation.runs.summary import render_summary\nspeak_plainly()\n"
-        "summary = json.load(open(sys.argv[1]))\n"
+        "import sys\nfrom pathlib import Path\nfrom rich.console import Console\n"
+        "from florilegium.client.terminal import speak_plainly\n"
+        "from florilegium.simulation.runs.summary import read_summary\n"
+        "from florilegium.simulation.reports.terminal import render_summary\nspeak_plainly()\n"
+        "summary = read_summary(Path(sys.argv[1]))\n"
         "for width in sys.argv[2:]:\n    Console(width=int(width)).print(render_summary(summary))\n    print('=====')"
     )
-    command = [sys.executable, "-c", probe, str(finished / "summary.json"), *map(str, WIDTHS)]
+    command = [sys.executable, "-c", probe, str(finished), *map(str, WIDTHS)]
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *tables, _ = done.stdout.split("=====\n")
@@ -206,8 +211,8 @@ def test_an_aggregate_is_stored_before_any_device_has_it(
     monkeypatch.undo()
     monkeypatch.setattr(SimulatedDevices, "contribute", _only_later_rounds(SimulatedDevices.contribute))
     run_experiment(central, tmp_path / "run", resuming=True)
-    (first,) = [e for e in run.events() if e["event"] == "round" and e["round"] == 1]
-    assert first["releases"] == 3
+    (first,) = [e for e in run.events_of(RoundEnd) if e.round == 1]
+    assert first.releases == 3
     last = run.last_shared()
     assert last and last.round == 2 and last.heads == {n: load_devices(run).state(n).head for n in last.heads}
 
@@ -447,20 +452,21 @@ def test_a_runs_folder_is_enough_to_go_on(of_chats: Path, tmp_path: Path) -> Non
 def test_a_finished_run_is_given_more_rounds(of_chats: Path, tmp_path: Path) -> None:
     """What is done stays what it was, the budget too; the curve has one point more."""
     run = copied(of_chats, tmp_path)
-    before = [e for e in run.events() if e["event"] in ("round", "device_round")]
-    curve = {e["arm"]: e["mean_per_user"] for e in run.events() if e["event"] == "evaluation" and e["final"]}
+    before = [e for e in run.events() if isinstance(e, RoundEnd | DeviceRound)]
+    curve = {e.arm: e.mean_per_user for e in run.events_of(Evaluation) if e.final}
     more = load_config(run.path / "config.toml", ["rounds=2", "privacy.releases=1"])
     summary = run_experiment(more, run.path, resuming=True)
     events = list(run.events())
-    assert [e for e in events if e["event"] in ("round", "device_round") and e["round"] == 1] == before
-    points = [(e["round"], e["final"], e["arm"]) for e in events if e["event"] == "evaluation"]
+    assert [e for e in events if isinstance(e, RoundEnd | DeviceRound) and e.round == 1] == before
+    evaluations = [e for e in events if isinstance(e, Evaluation)]
+    points = [(e.round, e.final, e.arm) for e in evaluations]
     arms = ("base", "shared", "local", "personal", "shuffled")
     assert points == [(0, False, "base"), *((1, False, a) for a in arms), *((2, True, a) for a in (*arms, "pooled"))]
-    assert {e["arm"]: e["mean_per_user"] for e in events if e.get("round") == 1 and "arm" in e}.items() <= curve.items()
-    assert summary["rounds"] == 2 and summary["epsilon"] <= 8
-    assert summary["changed"] == [{"after_round": 1, "settings": "privacy.releases: 0 → 1, rounds: 1 → 2"}]
-    last = [e for e in events if e["event"] == "device_round" and e["round"] == 2]
-    assert {(e["arrived"], e["refusal"]) for e in last} == {(0, "budget-spent")}  # nothing is left to meet or to spend
+    assert {e.arm: e.mean_per_user for e in evaluations if e.round == 1}.items() <= curve.items()
+    assert summary.rounds == 2 and summary.epsilon <= 8
+    assert summary.changed == (Change(after_round=1, settings="privacy.releases: 0 → 1, rounds: 1 → 2"),)
+    last = [e for e in events if isinstance(e, DeviceRound) and e.round == 2]
+    assert {(e.arrived, e.refusal) for e in last} == {(0, "budget-spent")}  # nothing is left to meet or to spend
 
 
 @pytest.mark.parametrize(
@@ -530,10 +536,10 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
     settings = [*SMALL, "data.users=4", "model.name=smollm2-135m", "data.max_pairs=40", "personal.learning_rate=5e-4"]
     tiny = ["selection.bins=4", "shared.pool_capacity=8", "evaluation.pooled_epochs=0", "name=smollm2"]
     summary = run_experiment(load_config(find_config("quickstart"), [*settings, *tiny]), tmp_path / "run")
-    assert summary["model"] == "smollm2-135m" and summary["devices"] == 4
-    assert summary["synthetic_kept"] + summary["synthetic_rejected"] > 0
-    assert summary["nll"]["personal"]["mean_per_user"] != summary["nll"]["base"]["mean_per_user"]
-    assert summary["upload_bytes_per_release"] == 4 * 30 * 4 * 192  # float32, layers, rank, key-value outputs
+    assert summary.model == "smollm2-135m" and summary.devices == 4
+    assert summary.synthetic_kept + summary.synthetic_rejected > 0
+    assert summary.nll["personal"].mean_per_user != summary.nll["base"].mean_per_user
+    assert summary.upload_bytes_per_release == 4 * 30 * 4 * 192  # float32, layers, rank, key-value outputs
 
 
 def test_whose_a_device_is_is_told_to_who_asks_and_stands_nowhere(
@@ -759,10 +765,10 @@ def test_a_replacement_that_cannot_begin_leaves_the_old_run(
 
 def test_a_worker_with_other_code_is_refused(small: ExperimentConfig, tmp_path: Path) -> None:
     run = create(tmp_path / "run", small)
-    check_sources(run)
+    check_sources(run.path)
     (run.path / "sources.sha256").write_text("0" * 64)
     with pytest.raises(RunError, match="is not the code that started"):
-        check_sources(run)
+        check_sources(run.path)
 
 
 @pytest.mark.parametrize(

@@ -29,18 +29,18 @@ from florilegium.simulation.config import load_config
 from florilegium.simulation.data.population import DataConfig
 from florilegium.simulation.evaluation.caching_model import CachingModel
 from florilegium.simulation.evaluation.metrics import Comparison
-from florilegium.simulation.runs.folder import RunError
+from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.settings import ConfigError, config_folder, find_config
-from florilegium.simulation.studies import privacy_utility, privacy_utility_report
 from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import Study, load_study
 from florilegium.simulation.studies.figures import _within
 from florilegium.simulation.studies.preflight import ready
 from florilegium.simulation.studies.privacy_utility import outcomes, reaches
 from florilegium.simulation.studies.published import PUBLISHED
-from florilegium.simulation.studies.selection_cell import SelectionCell, run_study
-from florilegium.simulation.studies.selection_report import render_study
+from florilegium.simulation.studies.runner import run_study
+from florilegium.simulation.studies.selection_cell import SelectionCell
 from florilegium.simulation.studies.statistics import Contrast, contrasts, corrected, entries
+from florilegium.simulation.studies.study_report import read_report
 
 SMALL = """
 rounds = 2
@@ -353,7 +353,7 @@ def test_the_papers_figures_stand_where_they_belong(tmp_path: Path) -> None:
 
 def test_the_report_says_what_was_shown_and_what_was_not_equal(finished: tuple[Study, Path]) -> None:
     study, folder = finished
-    page = render_study(study, folder).read_text(encoding="utf-8")
+    page = read_report(study, folder).write(folder).read_text(encoding="utf-8")
     assert "Policies" in page and "http-equiv" in page and "oasis" in page
     assert "Not equal in all cells" in page
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -405,7 +405,7 @@ def test_every_bundled_study_runs_on_its_data(path: Path, tmp_path: Path) -> Non
         least.append('study.tables.buffer.fixed={"data.users" = 1}')  # without its 900 dialogues
     study = load_study(path, least)
     run_study(study, tmp_path, lambda phase: None)
-    assert render_study(study, tmp_path).exists()
+    assert read_report(study, tmp_path).write(tmp_path).exists()
     for cell in study.cells.values():  # what the full study asks for is there too
         SharedResources(frozenset()).people(cell.config.data, load_study(path).config.seeds, cell.config.seed)
 
@@ -425,7 +425,7 @@ def test_the_bundled_study_of_privacy_runs(tmp_path: Path) -> None:
     least = ["study.seeds=1", "data.users=4", "rounds=2", "shared.pool_capacity=6", "selection.bins=4"]
     study = load_study(paths[-1], least)
     run_study(study, tmp_path, lambda phase: None)
-    assert privacy_utility_report.render_study(study, tmp_path).exists()
+    assert read_report(study, tmp_path).write(tmp_path).exists()
 
 
 # -- studies of federations ---------------------------------------------------------------------------------------
@@ -510,7 +510,7 @@ def test_a_federated_study_goes_on_with_the_seed_that_it_was_in(federated: tuple
 
 def test_the_page_of_a_federated_study(federated: tuple[Study, Path]) -> None:
     study, folder = federated
-    page = privacy_utility_report.render_study(study, folder).read_text()
+    page = read_report(study, folder).write(folder).read_text()
     for drawn in ("plot-pareto", "plot-signal", "plot-attacks"):
         assert f'id="{drawn}"' in page
     assert "one dialogue (a prompt and its reply)" in page and "no privacy: for simulation only" in page
@@ -519,7 +519,7 @@ def test_the_page_of_a_federated_study(federated: tuple[Study, Path]) -> None:
     assert cell["label"] == {"privacy.epsilon": 8} and len(cell["gain_shared_by_seed"]) == 2
     assert cell["attacks"]["gradient, releases"]["auc_ceiling"] < 1
     told = Console(record=True, width=200, file=io.StringIO())
-    told.print(privacy_utility.as_text(study, folder))
+    told.print(read_report(study, folder).text)
     text = told.export_text()
     assert "epsilon 8" in text and "∞" in text
 

@@ -11,7 +11,8 @@ from threading import Event, Thread
 
 import pytest
 
-from florilegium.client.agent.vault import Together, Vault, VaultError
+from florilegium.client.agent.errors import VaultError
+from florilegium.client.agent.vault import GroupCommit, Vault
 from florilegium.privacy.common.database import connected
 from florilegium.simulation.benchmarks.agent import measure
 
@@ -28,7 +29,7 @@ def test_writes_that_come_while_one_is_under_way_are_one_transaction_after_it(tm
             yield connection
 
     ids = [vault.add(f"prompt {k}", "hm", "").id for k in range(6)]
-    together, told = Together(opened), dict[str, int]()
+    together, told = GroupCommit(opened), dict[str, int]()
 
     def write(identity: str, k: int) -> None:
         told[identity] = together.write(
@@ -60,7 +61,7 @@ def test_what_cannot_be_written_is_told_to_all_and_the_next_is_written(tmp_path:
         with vault.open() as connection:
             yield connection
 
-    together = Together(opened)
+    together = GroupCommit(opened)
     with pytest.raises(VaultError, match="no room"):
         together.write(lambda connection: 1)
     broken[0] = False

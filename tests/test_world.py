@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,7 +36,8 @@ from florilegium.simulation.heterogeneity.classes import (
     zone_h,
 )
 from florilegium.simulation.heterogeneity.clock import BufferedClock
-from florilegium.simulation.runs.folder import RunError
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.events import MeanGain
 from florilegium.simulation.settings import ConfigError
 
 SLOW = DeviceClass(
@@ -224,17 +224,16 @@ def test_the_summary_is_of_classes_and_of_fairness() -> None:
     rounds = [simulate_round(there, n, 100 * n, {d: WORK for d in NAMES}, wanted=20) for n in range(3)]
     utility = {d: float(i) for i, d in enumerate(NAMES)}
     told = summarize(rounds, there, NAMES, utility, {d: 10 * u for d, u in utility.items()})
-    assert json.loads(json.dumps(told)) == told
-    slow, fast = told["classes"]["slow"], told["classes"]["fast"]
-    assert slow["devices"] + fast["devices"] == 40 and slow["asked"] + fast["asked"] == 120
-    assert slow["share_of_answers"] + fast["share_of_answers"] == pytest.approx(1)
-    assert slow["answered"] + fast["answered"] == sum(len(r.answers) for r in rounds) == 60
-    assert fast["share_of_answers"] > fast["devices"] / 40  # over-sampling prefers who is fast
-    assert sum(fast["outcomes"].values()) == fast["asked"]
-    assert told["wall_s"] == 200 + rounds[2].duration_s
-    quarters = told["fairness"]["utility_by_data_quartile"]
-    assert [q["utility"]["mean"] for q in quarters] == [4.5, 14.5, 24.5, 34.5] and quarters[0]["most_data"] == 90
-    assert told["fairness"]["worst_decile_utility"] == 1.5  # 0, 1, 2, 3
+    slow, fast = told.classes["slow"], told.classes["fast"]
+    assert slow.devices + fast.devices == 40 and slow.asked + fast.asked == 120
+    assert slow.share_of_answers + fast.share_of_answers == pytest.approx(1)
+    assert slow.answered + fast.answered == sum(len(r.answers) for r in rounds) == 60
+    assert fast.share_of_answers > fast.devices / 40  # over-sampling prefers who is fast
+    assert sum(fast.outcomes.values()) == fast.asked
+    assert told.wall_s == 200 + rounds[2].duration_s
+    quarters = told.fairness.utility_by_data_quartile
+    assert [q.utility.mean for q in quarters] == [4.5, 14.5, 24.5, 34.5] and quarters[0].most_data == 90
+    assert told.fairness.worst_decile_utility == 1.5  # 0, 1, 2, 3
 
 
 def test_who_is_not_evaluated_takes_part_all_the_same() -> None:
@@ -242,16 +241,16 @@ def test_who_is_not_evaluated_takes_part_all_the_same() -> None:
     told = summarize(
         [simulate_round(world(SLOW), 1, 0, {"d0": WORK}, 1)], world(SLOW), NAMES[:4], {"d0": 0.5}, {"d0": 9}
     )
-    assert told["fairness"]["jain_participation"] == 0.25
-    assert (told["classes"]["slow"]["asked"], told["classes"]["slow"]["devices"]) == (1, 1)
+    assert told.fairness.jain_participation == 0.25
+    assert (told.classes["slow"].asked, told.classes["slow"].devices) == (1, 1)
 
 
 def test_a_summary_of_nothing() -> None:
     told = summarize([], world(SLOW), [], {}, {})
-    assert told["wall_s"] == 0 and told["fairness"]["jain_participation"] is None
-    assert told["classes"]["slow"]["utility"] == {"mean": None, "ci95": None}
+    assert told.wall_s == 0 and told.fairness.jain_participation is None
+    assert told.classes["slow"].utility == MeanGain(mean=None, ci95=None)
     few = summarize([], world(SLOW), ["a", "b"], {"a": 1.0, "b": 3.0}, {"a": 5, "b": 4})
-    assert [q["utility"]["mean"] for q in few["fairness"]["utility_by_data_quartile"]] == [3, 1]
+    assert [q.utility.mean for q in few.fairness.utility_by_data_quartile] == [3, 1]
 
 
 def test_fairness_by_hand() -> None:

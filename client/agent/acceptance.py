@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from florilegium.client.agent.folder import DeviceError
+from florilegium.client.agent.errors import RefusedTermsError
 from florilegium.client.calibration import planned_event, planned_steps
 from florilegium.client.config import DeviceConfig, SharedConfig
 from florilegium.privacy.accounting import Event, epsilon
@@ -37,10 +37,6 @@ MOST_BYTES = 2**30  # of the gradients of a pool that is drawn as a whole
 MOST_TARGETS, LONGEST_TARGET = 64, 128  # names of layers, and characters of each
 ANSWERING: tuple[Mode, ...] = ("example-local", "user-local")  # modes of devices that answer a server at all
 LEAST_NOISE = 0.3  # in clipping norms: below, coins that nobody may guess are all that is left
-
-
-class RefusedTermsError(DeviceError):
-    """Terms that a device does not accept; the message says why."""
 
 
 def unprotected(privacy: PrivacyConfig) -> str:

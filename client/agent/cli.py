@@ -9,9 +9,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
@@ -19,8 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from florilegium.client.agent.folder import USUAL, DeviceError, DeviceFolder, write_private
+from florilegium.client.agent.errors import DeviceError
+from florilegium.client.agent.folder import USUAL, DeviceFolder, write_private
 from florilegium.client.terminal import Figures
+
+if TYPE_CHECKING:
+    from florilegium.client.agent.owner_client import Json, OwnerClient
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(soft_wrap=True, markup=False)
@@ -59,9 +64,9 @@ def init(
     chosen = fitting(memory)
     if model:
         chosen = thrifty(model, memory) if limit else ModelConfig(name=model)
-    place = DeviceFolder(home)
+    folder = DeviceFolder(home)
     with plain_errors():
-        place.check_empty()
+        folder.check_empty()
         check_model(chosen.name)
         check_limit(limit)
         given = {"learn": learn, "federate": federate}
@@ -72,20 +77,18 @@ def init(
         config = new_config(chosen, "keyring" if key == "keyring" else "file", limit)
         limit_memory(limit)
 
-        from florilegium.client.agent.agent import (  # and with it torch, now that nothing is left to refuse
-            Agent,
-            loaded,
-        )
+        from florilegium.client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
+        from florilegium.client.agent.device import Device, loaded
 
         lm = loaded(config.device.model)
-        secret = place.make(config)
-        with place.locked():
-            agent = Agent(place, config, lm, secret)
+        secret = folder.make(config)
+        with folder.locked():
+            agent = Agent(Device(folder, config, lm, secret))
             for item, agreed in consents.items():
                 agent.consent(item, bool(agreed))
             agent.status()
-            agent.vault.copy_to(place.good_copy)
-    console.print(f"{config.name} with {lm.name} is in {place.folder}. Next: {place.command('serve')}")
+            agent.device.vault.copy_to(folder.good_copy)
+    console.print(f"{config.name} with {lm.name} is in {folder.path}. Next: {folder.command('serve')}")
 
 
 def _bytes_of(text: str) -> int:
@@ -113,10 +116,10 @@ def serve(
     with plain_errors(), opened(DeviceFolder(home)) as agent:
         from florilegium.client.agent.supernode import connected  # and with it flwr
 
-        wanted = agent.config.port if port is None else port
+        wanted = agent.device.config.port if port is None else port
         with learning(agent), connected(agent), showing(agent, wanted) as address:
             seen = agent.page_address if sys.stdout.isatty() else f"{address} (florilegium device page opens it)"
-            print(f"{agent.config.name}: {seen}", flush=True)  # a log may be read by others
+            print(f"{agent.device.config.name}: {seen}", flush=True)  # a log may be read by others
             over.wait()
     logging.shutdown()
     os._exit(0)  # a thread may still be at work in the model; what was written is whole
@@ -137,7 +140,7 @@ def chat(
     with _remote(home) as agent:
         conversation = os.urandom(8).hex()
         while prompt := text or _asked():
-            turn: dict[str, Any] = {}
+            turn: dict[str, Json] = {}
             shown = ""
             for told in agent.stream("chat", prompt=prompt, conversation=conversation):
                 grown = told.get("text", told.get("done", {}).get("said", ""))
@@ -184,7 +187,7 @@ def learn(
             agent.write("learns", when=when)
             console.print("learns when it is asked" if when == "asked" else f"learns by itself: {when}")
             return
-        page: dict[str, Any] = {}
+        page: dict[str, Json] = {}
         for told in agent.stream("learn"):
             if "phase" in told:
                 console.print(told["phase"])
@@ -283,19 +286,19 @@ def join(
     if not host or "/" in server or not port.isdigit():
         raise typer.BadParameter(f"--server {server}: host:port, as server.example:9092")
     with plain_errors():
-        place, asked = DeviceFolder(home), invitation.terms if invitation else read_terms(terms)
-        with place.locked():
-            place.check()
+        folder, asked = DeviceFolder(home), invitation.terms if invitation else read_terms(terms)
+        with folder.locked():
+            folder.check()
 
             from florilegium.client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
             from florilegium.client.agent.supernode import prepare
 
-            agent = Agent.open(place)
+            agent = Agent.open(folder)
             agent.check_terms(asked)
-            privacy, spent = agent.config.device.privacy, agent.epsilon()
+            privacy, spent = agent.device.config.device.privacy, agent.epsilon()
             console.print(
                 f"{asked.name} at {server}: {asked.rounds} rounds. Each answer is the change of a shared adapter of "
-                f"{agent.lm.name}, with noise for {privacy.promise.unit}: at most ε = {privacy.epsilon:g} at "
+                f"{agent.device.lm.name}, with noise for {privacy.promise.unit}: at most ε = {privacy.epsilon:g} at "
                 f"δ = {privacy.delta:g} over all rounds. Not covered: {privacy.promise.not_covered}."
             )
             if spent is None or spent > 0:
@@ -304,12 +307,12 @@ def join(
             if not yes and not typer.confirm("Join?", default=False):
                 raise typer.Exit(1)
             given = invitation.certificates.encode() if invitation else certificates or Path()
-            public = prepare(place.courier, given)
+            public = prepare(folder.supernode, given)
             if invitation:
                 accept(invitation, public.read_text(encoding="utf-8"))
             agent.join(asked, server)
         to_do = "" if invitation else f"give {public} to the server's operator, then: "
-        console.print(f"joined; {to_do}{place.command('serve')}")
+        console.print(f"joined; {to_do}{folder.command('serve')}")
 
 
 @app.command()
@@ -375,21 +378,21 @@ def erase(
                 console.print(told.get("phase") or _anew(told["done"]))
         return
     if not DeviceFolder(home).exists:
-        raise typer.BadParameter(f"there is no device in {DeviceFolder(home).folder}")
+        raise typer.BadParameter(f"there is no device in {DeviceFolder(home).path}")
     if not yes and not typer.confirm("Erase the whole device: dialogues, adapter, accounts, key?", default=False):
         raise typer.Exit(1)
     with plain_errors():
-        place = DeviceFolder(home)
-        with place.locked():
-            place.erase()
-        console.print(f"{place.folder} is empty")
+        folder = DeviceFolder(home)
+        with folder.locked():
+            folder.erase()
+        console.print(f"{folder.path} is empty")
 
 
-def _anew(done: dict[str, Any]) -> str:
+def _anew(done: dict[str, Json]) -> str:
     learned = "the adapter was trained anew" if done["retrained"] else "there was nothing to train on"
-    sent = f"; {done['cannot be recalled']} releases were sent before and cannot be recalled"
+    sent = f"; {done['sent']} releases were sent before and cannot be recalled"
     said = f"; {done['replies']} replies of the model were erased with them" if done.get("replies") else ""
-    return f"{done['dialogues']} dialogues are left; {learned}{said}{sent if done['cannot be recalled'] else ''}"
+    return f"{done['dialogues']} dialogues are left; {learned}{said}{sent if done['sent'] else ''}"
 
 
 @app.command()
@@ -398,13 +401,13 @@ def restore(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = Fa
     if not yes and not typer.confirm("Go back to the last good copy? What came after it is set aside.", default=False):
         raise typer.Exit(1)
     with plain_errors():
-        place = DeviceFolder(home)
-        with place.locked():
-            place.check_copy()
+        folder = DeviceFolder(home)
+        with folder.locked():
+            folder.check_copy()
 
-            from florilegium.client.agent.agent import restore as put_back
+            from florilegium.client.agent.device import restore as put_back
 
-            put_back(place)
+            put_back(folder)
         console.print(
             "restored, without consents and federation: give them again (florilegium device consent, join). "
             "Where the copy lacks a payment, this device releases nothing any more"
@@ -417,17 +420,17 @@ def rebase(home: HomeOption = HOME) -> None:
     from florilegium.client.lm.places import check_model
 
     with plain_errors():
-        place = DeviceFolder(home)
-        with place.locked():
-            check_model(place.check().device.model.name)
+        folder = DeviceFolder(home)
+        with folder.locked():
+            check_model(folder.check().device.model.name)
 
             from florilegium.client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
 
-            console.print(_anew(Agent.open(place, rebasing=True).rebase(console.print)))
+            console.print(_anew(asdict(Agent.open(folder, rebasing=True).rebase(console.print))))
 
 
 @contextmanager
-def _remote(home: Path) -> Iterator[Any]:
+def _remote(home: Path) -> Iterator[OwnerClient]:
     from florilegium.client.agent.owner_client import reached
 
     with plain_errors(), reached(DeviceFolder(home)) as agent:

@@ -1,4 +1,4 @@
-"""Who is a guest at a door: connections that have not shown yet that they may ask, counted with others of their kind.
+"""Who is a guest of a server: connections that have not shown yet that they may ask, counted with others of their kind.
 
 On Linux a process on the same machine is known by its user, whom the kernel tells for a connection of this machine's
 own. Not covered: other systems, where all users of the machine have one address and nobody is a guest.
@@ -50,12 +50,12 @@ class Rate:
         return True
 
     def give(self, amount: float) -> None:
-        """Back, of what was taken."""
+        """Gives back some of what was taken."""
         self.left = min(self.at_once, self.left + amount)
 
 
 def nobody(address: str, connection: socket.socket) -> str:
-    """At a door that others cannot reach."""
+    """No guests, of a server that others cannot reach."""
     return ""
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from florilegium.client.agent.connection_limits import by_user
-from florilegium.client.agent.folder import DeviceFolder, HomeError
+from florilegium.client.agent.errors import HomeError
+from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.agent.http_server import Bounds, open_server
 from florilegium.client.agent.memory_limits import limit_memory
 from florilegium.client.lm.places import check_model
@@ -32,10 +33,10 @@ OWNERS = Bounds(connections=256, of_an_address=256)  # of the owner's own comman
 
 @contextmanager
 def listening(agent: Agent) -> Iterator[None]:
-    """The agent's socket is open while this lasts; the caller holds the lock of its home."""
+    """The agent's socket is open while this lasts; the caller holds the lock of its folder."""
     from florilegium.client.agent.http_api import application
 
-    path = agent.home.socket
+    path = agent.device.folder.socket
     path.unlink(missing_ok=True)  # of an agent that was killed
     before = os.umask(0o177)
     try:
@@ -99,16 +100,16 @@ def plugged() -> bool | None:
 
 
 @contextmanager
-def opened(home: DeviceFolder) -> Iterator[Agent]:
-    """The agent of a home, alone with it, its socket open."""
-    with home.locked():
-        config = home.check()
+def opened(folder: DeviceFolder) -> Iterator[Agent]:
+    """The agent of a folder, alone with it, its socket open."""
+    with folder.locked():
+        config = folder.check()
         check_model(config.device.model.name)
         limit_memory(config.memory_limit)
         hide_memory()
 
         from florilegium.client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
 
-        agent = Agent.open(home)
+        agent = Agent.open(folder)
         with listening(agent):
             yield agent

@@ -11,13 +11,14 @@ from itertools import count
 from pathlib import Path
 from secrets import token_hex
 from shutil import rmtree
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import tomli_w
 from filelock import FileLock, Timeout
 
+from florilegium.client.agent.errors import HomeError
 from florilegium.privacy.common.database import KEY_HEX
-from florilegium.privacy.common.errors import UserError
 
 if TYPE_CHECKING:
     from florilegium.client.agent.config import AgentConfig
@@ -29,77 +30,71 @@ LOCK = "agent.lock"
 OWN = ("device.*", "key", "ledger.head*", "agent.sock")  # files that a device makes in its folder
 
 
-class DeviceError(UserError):
-    """Something that a device's owner can do something about; the message says what."""
-
-
-class HomeError(DeviceError):
-    """The folder of a device is not there, not whole, or not one's own; the message names the way out."""
-
-
 class DeviceFolder:
     """The files of one device, for its owner alone."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.expanduser().absolute()
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().absolute()
 
     def command(self, name: str) -> str:
-        """How its owner calls a command of this home."""
-        return f"florilegium device {name}" + ("" if self.folder == USUAL.expanduser() else f" --home {self.folder}")
+        """How its owner calls a command of this device."""
+        return f"florilegium device {name}" + ("" if self.path == USUAL.expanduser() else f" --home {self.path}")
 
     @property
     def vault(self) -> Path:
         """Everything that the device knows, encrypted."""
-        return self.folder / "device.db"
+        return self.path / "device.db"
 
     @property
     def good_copy(self) -> Path:
         """The vault as it was when it was last found whole."""
-        return self.folder / "device.good.db"
+        return self.path / "device.good.db"
 
     def set_aside(self) -> None:
         """Moves a vault that is damaged away, with what SQLite left beside it; never over an older one."""
-        number = next(n for n in count(1) if not (self.folder / f"device.damaged-{n}.db").exists())
-        aside = self.folder / f"device.damaged-{number}.db"
+        number = next(n for n in count(1) if not (self.path / f"device.damaged-{n}.db").exists())
+        aside = self.path / f"device.damaged-{number}.db"
         for old, new in ((with_journal(self.vault), with_journal(aside)), (self.vault, aside)):
             if old.exists():
                 old.replace(new)
-        sync_folder(self.folder)
+        sync_folder(self.path)
 
     def drop_copies(self) -> None:
         """Deletes the good copy and vaults that were set aside: they may hold what is being erased."""
-        for path in (self.good_copy, *self.folder.glob("device.damaged-*")):
+        for path in (self.good_copy, *self.path.glob("device.damaged-*")):
             path.unlink(missing_ok=True)
-        sync_folder(self.folder)
+        sync_folder(self.path)
 
     @property
     def spent(self) -> Path:
         """The ledger's newest head: what a vault from before lacks."""
-        return self.folder / "ledger.head"
+        return self.path / "ledger.head"
 
     @property
     def socket(self) -> Path:
         """Where the agent listens; raises `HomeError` for a path that is too long for one."""
-        path = self.folder / "agent.sock"
+        path = self.path / "agent.sock"
         if len(os.fsencode(path)) > LONGEST_SOCKET:
             raise HomeError(f"{path} is longer than the {LONGEST_SOCKET} bytes of a socket's path; take another --home")
         return path
 
     @property
-    def courier(self) -> Path:
-        """What the connection to a server needs."""
-        return self.folder / "courier"
+    def supernode(self) -> Path:
+        """Where the SuperNode keeps its key and certificates."""
+        return self.path / "courier"
 
     @property
     def settings(self) -> Path:
-        return self.folder / "device.toml"
+        """What its owner has set, in TOML."""
+        return self.path / "device.toml"
 
     @property
     def _key_file(self) -> Path:
-        return self.folder / "key"
+        return self.path / "key"
 
     @property
     def exists(self) -> bool:
+        """Whether there is a device."""
         return self.settings.exists()
 
     def check(self) -> AgentConfig:
@@ -119,7 +114,7 @@ class DeviceFolder:
         try:
             return AgentConfig.model_validate(tomllib.loads(self.settings.read_text(encoding="utf-8-sig")))
         except FileNotFoundError:
-            raise HomeError(f"there is no device in {self.folder}: {self.command('init')}") from None
+            raise HomeError(f"there is no device in {self.path}: {self.command('init')}") from None
         except ValueError as error:
             raise HomeError(f"{self.settings}: {error}") from None
 
@@ -138,20 +133,20 @@ class DeviceFolder:
     def check_empty(self) -> None:
         """Raises `HomeError` where there is a device already, or anything else."""
         if self.exists:
-            raise HomeError(f"{self.folder} holds a device already; take another --home, or erase it")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise HomeError(f"{self.folder} is not a folder; take another --home")
-        if self.folder.exists() and {path.name for path in self.folder.iterdir()} - {LOCK}:
-            raise HomeError(f"{self.folder} is not empty; take another --home")
+            raise HomeError(f"{self.path} holds a device already; take another --home, or erase it")
+        if self.path.exists() and not self.path.is_dir():
+            raise HomeError(f"{self.path} is not a folder; take another --home")
+        if self.path.exists() and {path.name for path in self.path.iterdir()} - {LOCK}:
+            raise HomeError(f"{self.path} is not empty; take another --home")
 
     def make(self, config: AgentConfig) -> str:
         """A new folder for its owner alone, with a new key, which is returned. Raises `HomeError` if there is one."""
         self.check_empty()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.folder.chmod(0o700)
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.path.chmod(0o700)
         except OSError as error:
-            raise HomeError(f"{self.folder} cannot be made: {error.strerror}; take another --home") from None
+            raise HomeError(f"{self.path} cannot be made: {error.strerror}; take another --home") from None
         key = token_hex(KEY_HEX // 2)
         if config.key == "keyring":
             with _keyring() as ring:
@@ -189,32 +184,32 @@ class DeviceFolder:
         elif (config := self.config()).key == "keyring":
             with _keyring() as ring:
                 ring.delete_password(KEYRING, config.name)
-        rmtree(self.courier, ignore_errors=True)
+        rmtree(self.supernode, ignore_errors=True)
         for pattern in OWN:
-            for path in self.folder.glob(pattern):
+            for path in self.path.glob(pattern):
                 path.unlink()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """For one agent at a time; raises `HomeError` while another has it."""
+        """The lock of one agent at a time; raises `HomeError` while another has it."""
         self._check_owner()
         try:
-            with FileLock(self.folder / LOCK, timeout=0):
+            with FileLock(self.path / LOCK, timeout=0):
                 yield
         except Timeout:
             raise HomeError(
-                f"an agent is running on {self.folder} already: stop `florilegium device serve` first"
+                f"an agent is running on {self.path} already: stop `florilegium device serve` first"
             ) from None
 
     def _check_owner(self) -> None:
         try:
-            found = self.folder.stat()
+            found = self.path.stat()
         except FileNotFoundError:
-            raise HomeError(f"there is no device in {self.folder}: {self.command('init')}") from None
+            raise HomeError(f"there is no device in {self.path}: {self.command('init')}") from None
         if found.st_uid != os.getuid():
-            raise HomeError(f"{self.folder} belongs to somebody else")
+            raise HomeError(f"{self.path} belongs to somebody else")
         if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise HomeError(f"others may look into {self.folder}: chmod 700 {self.folder}")
+            raise HomeError(f"others may look into {self.path}: chmod 700 {self.path}")
 
 
 def write_private(path: Path, content: bytes) -> None:
@@ -251,7 +246,7 @@ def with_journal(path: Path) -> Path:
 
 
 @contextmanager
-def _keyring() -> Iterator[Any]:
+def _keyring() -> Iterator[ModuleType]:
     """The system's keyring; raises `HomeError` where there is none, or where it fails."""
     try:
         import keyring
@@ -264,5 +259,5 @@ def _keyring() -> Iterator[Any]:
         raise HomeError(f"the system's keyring failed ({told}); unlock it, or take --key file") from None
 
 
-def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
+def _without_none(tree: dict[str, object]) -> dict[str, object]:
     return {k: _without_none(v) if isinstance(v, dict) else v for k, v in tree.items() if v is not None}

@@ -1,4 +1,4 @@
-"""The agent's door: a socket for its owner's own commands, a page on 127.0.0.1.
+"""The agent's HTTP API: a socket for its owner's own commands, a page on 127.0.0.1.
 
 The socket lies in a folder that is its owner's alone. The page's port can be reached by every user of the machine and,
 through a browser, by every page that is open in it. The page itself is no secret; what it asks of the agent wants the
@@ -22,7 +22,7 @@ from functools import partial
 from hmac import compare_digest
 from importlib import resources
 from threading import Thread
-from typing import Any
+from typing import cast
 
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
@@ -32,10 +32,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from florilegium.client.agent.agent import Agent, AgentError
-from florilegium.client.agent.config import CONSENTS
-from florilegium.client.agent.http_server import visit_of
-from florilegium.client.agent.vault import Turn, VaultError
+from florilegium.client.agent.agent import Agent
+from florilegium.client.agent.config import CONSENTS, Consent, When
+from florilegium.client.agent.errors import AgentError, VaultError
+from florilegium.client.agent.http_server import connection_of
+from florilegium.client.agent.vault import Turn
 from florilegium.client.lm.layers import UnsupportedModelError
 from florilegium.client.lm.places import ADAPTERS
 from florilegium.client.personalization.profile import ProfileError
@@ -56,7 +57,8 @@ CONVERSATION = re.compile(r"[A-Za-z0-9_-]{0,64}")
 URGENT = {"/api/consent", "/api/leave"}  # what an owner can always do, whatever else goes on
 THREADS = 32  # of which those that write wait for the disk together
 Handler = Callable[[Request], Awaitable[Response]]
-Told = Callable[[dict[str, Any]], None]
+Body = dict[str, object]  # an object of JSON
+Told = Callable[[Body], None]
 
 
 class TooLargeError(ValueError):
@@ -69,11 +71,11 @@ def application(agent: Agent) -> Starlette:
 
 
 def page_application(agent: Agent, port: int) -> ASGIApp:
-    """The same for the page on this port, behind its guard."""
-    return Guard(Starlette(routes=Service(agent).routes), agent.page_token, port)
+    """The same for the page on this port, behind its access control."""
+    return AccessControl(Starlette(routes=Service(agent).routes), agent.page_token, port)
 
 
-class Guard:
+class AccessControl:
     """Lets through what comes from the page of this agent, opened by its owner."""
 
     def __init__(self, app: ASGIApp, token: str, port: int) -> None:
@@ -94,7 +96,7 @@ class Guard:
             return _error(403, "asked by another page")
         shown = request.headers.get("authorization", "").removeprefix("Bearer ")
         if compare_digest(shown.encode(), self.token.encode()):
-            visit_of(request.scope).shown()
+            connection_of(request.scope).authenticate()
         elif request.url.path not in PAGE:
             return _error(401, "open the address that `florilegium device page` prints")
         return None
@@ -109,31 +111,29 @@ class Service:
 
     @property
     def routes(self) -> list[Route]:
-        reads: dict[str, Callable[[], Any]] = {
+        reads: dict[str, Callable[[], object]] = {
             "/api/status": self.agent.status,
             "/api/kept": self.agent.kept,
-            "/api/dialogues": lambda: [_told(t) for t in self.agent.vault.turns()],
+            "/api/dialogues": lambda: [_told(t) for t in self.agent.device.vault.turns()],
             "/api/profile": lambda: json.loads(self.agent.profile.to_json()),
-            "/api/sent": lambda: [asdict(s) for s in self.agent.vault.sent()],
+            "/api/sent": lambda: [asdict(s) for s in self.agent.device.vault.sent()],
             "/api/ledger": self._ledger,
             "/api/page": lambda: self.agent.page_address,
             "/api/consents": lambda: {item: {"text": CONSENTS[item], "given": given}
-                                      for item, given in self.agent.consents.items()},
+                                      for item, given in self.agent.device.consents.items()},
         }  # fmt: skip
-        writes: dict[str, Callable[[dict[str, Any]], Any]] = {
+        writes: dict[str, Callable[[Body], object]] = {
             "/api/rate": lambda b: _told(self.agent.rate(_text(b, "id"), _liked(b), _text(b, "wanted", ""))),
-            "/api/consent": lambda b: self.agent.consent(b.get("item"), _flag(b, "given")),  # type: ignore[arg-type]
-            "/api/learns": lambda b: self.agent.learn_when(b.get("when")),  # type: ignore[arg-type]
+            "/api/consent": lambda b: self.agent.consent(cast(Consent, b.get("item")), _flag(b, "given")),
+            "/api/learns": lambda b: self.agent.learn_when(cast(When, b.get("when"))),
             "/api/profile": lambda b: json.loads(self.agent.edit_profile(json.dumps(b)).to_json()),
             "/api/leave": lambda b: self.agent.leave(),
             "/api/said-under": lambda b: [_told(turn) for turn in self.agent.said_under(_names(b))],
         }
-        streams: dict[str, Callable[[dict[str, Any], Told], Any]] = {
+        streams: dict[str, Callable[[Body, Told], object]] = {
             "/api/chat": self._chat,
             "/api/learn": lambda b, told: self.agent.learn(lambda phase: told({"phase": phase})),
-            "/api/erase": lambda b, told: self.agent.erase(
-                _names(b), lambda phase: told({"phase": phase}), keep_replies=_flag(b, "keep_replies", False)
-            ),
+            "/api/erase": self._erase,
         }
         return [
             *(Route(path, self._page) for path in PAGE),
@@ -151,22 +151,22 @@ class Service:
         text = (resources.files("florilegium.client.agent") / "page" / name).read_text(encoding="utf-8")
         return Response(text, media_type=PAGE[request.url.path])
 
-    async def _read(self, request: Request, ask: Callable[[], Any]) -> Response:
+    async def _read(self, request: Request, ask: Callable[[], object]) -> Response:
         return await self._answered(lambda: self._at_once(ask))
 
-    def _at_once(self, ask: Callable[[], Any]) -> Any:
+    def _at_once(self, ask: Callable[[], object]) -> object:
         """With the vault to itself for all that it looks up there, not in turn with others for each."""
-        with self.agent.vault.open():
+        with self.agent.device.vault.open():
             return ask()
 
-    async def _write(self, request: Request, do: Callable[[dict[str, Any]], Any], urgent: bool) -> Response:
+    async def _write(self, request: Request, do: Callable[[Body], object], urgent: bool) -> Response:
         try:
             body = await _json(request)
         except ValueError as error:
             return _error(413 if isinstance(error, TooLargeError) else 400, str(error))
         return await self._answered(lambda: do(body), urgent)
 
-    async def _answered(self, work: Callable[[], Any], urgent: bool = False) -> Response:
+    async def _answered(self, work: Callable[[], object], urgent: bool = False) -> Response:
         """`urgent`: by threads that nothing else keeps busy."""
         if urgent not in self._threads:
             self._threads[urgent] = CapacityLimiter(THREADS)
@@ -176,16 +176,16 @@ class Service:
             status, text = _said(error)
             return _error(status, text)
 
-    async def _stream(self, request: Request, do: Callable[[dict[str, Any], Told], Any]) -> Response:
+    async def _stream(self, request: Request, do: Callable[[Body, Told], object]) -> Response:
         """A line of JSON for each thing to tell; the last is {"done": …} or {"error": …}."""
         try:
             body = await _json(request)
         except ValueError as error:
             return _error(413 if isinstance(error, TooLargeError) else 400, str(error))
-        lines, loop = asyncio.Queue[dict[str, Any] | None](), asyncio.get_running_loop()
+        lines, loop = asyncio.Queue[Body | None](), asyncio.get_running_loop()
 
-        def told(line: dict[str, Any] | None) -> None:
-            with suppress(RuntimeError):  # the door is closed
+        def told(line: Body | None) -> None:
+            with suppress(RuntimeError):  # the server is stopped
                 loop.call_soon_threadsafe(lines.put_nowait, line)
 
         def work() -> None:
@@ -200,15 +200,19 @@ class Service:
 
     # -- what they do -------------------------------------------------------------------------------------------------
 
-    def _chat(self, body: dict[str, Any], told: Told) -> dict[str, Any]:
+    def _chat(self, body: Body, told: Told) -> Body:
         turn = self.agent.chat(
             _text(body, "prompt"), _conversation(body), lambda text: told({"text": text})
         )  # fmt: skip
         return _told(turn)
 
-    def _ledger(self) -> dict[str, Any]:
+    def _erase(self, body: Body, told: Told) -> Body:
+        keep = _flag(body, "keep_replies", False)
+        return asdict(self.agent.erase(_names(body), lambda phase: told({"phase": phase}), keep_replies=keep))
+
+    def _ledger(self) -> Body:
         account = self.agent.account
-        budget = self.agent.config.device.privacy
+        budget = self.agent.device.config.device.privacy
         return {
             "unit": budget.promise.unit,
             "trust": budget.promise.trust,
@@ -235,22 +239,22 @@ class Service:
         """All that is the owner's, readable: dialogues, what is kept, profile, accounts, the adapters."""
         agent, packed = self.agent, io.BytesIO()
         lists = {
-            "dialogues": [_told(t) for t in agent.vault.turns()],
+            "dialogues": [_told(t) for t in agent.device.vault.turns()],
             "kept": agent.kept(),
-            "sent": [asdict(s) for s in agent.vault.sent()],
+            "sent": [asdict(s) for s in agent.device.vault.sent()],
         }
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, rows in lists.items():
                 archive.writestr(f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
             archive.writestr("profile.json", agent.profile.to_json())
             archive.writestr("ledger.json", json.dumps(self._ledger(), indent=1))
-            archive.write(agent.home.settings, "device.toml")
+            archive.write(agent.device.folder.settings, "device.toml")
             for name, content in agent.exported().items():
                 archive.writestr(f"{ADAPTERS}/{name}", content)
         return packed.getvalue()
 
 
-async def _lines(lines: asyncio.Queue[dict[str, Any] | None]) -> AsyncIterator[str]:
+async def _lines(lines: asyncio.Queue[Body | None]) -> AsyncIterator[str]:
     while (line := await lines.get()) is not None:
         yield json.dumps(line, ensure_ascii=False) + "\n"
 
@@ -283,7 +287,7 @@ async def _read_body(request: Request, most: int) -> bytes:
     return bytes(found)
 
 
-async def _json(request: Request) -> dict[str, Any]:
+async def _json(request: Request) -> Body:
     """Raises ValueError for what is not an object of JSON, and `TooLargeError`. Half a character becomes a "?"."""
     body = await _read_body(request, LARGEST)
     try:
@@ -297,36 +301,36 @@ async def _json(request: Request) -> dict[str, Any]:
     return found
 
 
-def _told(turn: Turn) -> dict[str, Any]:
+def _told(turn: Turn) -> Body:
     return asdict(turn)
 
 
-def _text(body: dict[str, Any], name: str, default: str | None = None) -> str:
+def _text(body: Body, name: str, default: str | None = None) -> str:
     found = body.get(name, default)
     if type(found) is not str:
         raise ValueError(f"{name} must be a text")
     return found
 
 
-def _conversation(body: dict[str, Any]) -> str:
+def _conversation(body: Body) -> str:
     found = _text(body, "conversation", "")
     if not CONVERSATION.fullmatch(found):
         raise ValueError("conversation must be at most 64 letters, digits, - and _")
     return found
 
 
-def _flag(body: dict[str, Any], name: str, default: bool | None = None) -> bool:
+def _flag(body: Body, name: str, default: bool | None = None) -> bool:
     found = body.get(name, default)
     if type(found) is not bool:
         raise ValueError(f"{name} must be true or false")
     return found
 
 
-def _liked(body: dict[str, Any]) -> bool | None:
+def _liked(body: Body) -> bool | None:
     return None if body.get("liked") is None else _flag(body, "liked")
 
 
-def _names(body: dict[str, Any]) -> list[str]:
+def _names(body: Body) -> list[str]:
     found = body.get("ids")
     if type(found) is not list or not all(type(name) is str for name in found):
         raise ValueError("ids must be a list of texts")

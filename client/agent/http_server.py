@@ -1,4 +1,4 @@
-"""An HTTP door that holds: so many connections, so long a head, so much time for each part of a request.
+"""An HTTP server with limits: so many connections, so long a head, so much time for each part of a request.
 
 uvicorn answers whoever is admitted here. It has no bound on connections that say nothing, on how slowly a head or a
 body comes, or on TLS handshakes; whoever is not heard of within the time is cut off, and above the most connections the
@@ -21,28 +21,28 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import h11
 import uvicorn
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from florilegium.client.agent.connection_limits import Rate, kernel_tells, network_of, nobody
-from florilegium.client.agent.folder import DeviceError
+from florilegium.client.agent.errors import DeviceError
 
 log = logging.getLogger(__name__)
 READY_S = 30.0
 RECORD_BYTES = 2**14
 REMEMBERED = 4096  # kinds of guests whose arrivals are counted
-VISIT = "visit"  # in the state of the requests of a connection
+CONNECTION = "connection"  # in the state of the requests of a connection
 KindOf = Callable[[str, socket.socket], str]  # an address, a connection → kind of guest
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one door bears."""
+    """The limits of one server."""
 
     connections: int = 64
     of_an_address: int = 64
@@ -53,7 +53,7 @@ class Bounds:
     head_s: float = 10.0  # for a request's head, from its first byte or the connection's beginning, and a handshake
     body_s: float = 30.0  # for the rest of a request
     idle_s: float = 75.0  # between two requests
-    stop_s: float = 3.0  # for requests that are being answered when the door is closed
+    stop_s: float = 3.0  # for requests that are being answered when the server stops
 
 
 @contextmanager
@@ -68,22 +68,22 @@ def open_server(
 ) -> Iterator[HttpServer]:
     """Serves while this lasts, in a thread; each answer has these headers. Raises `DeviceError`.
 
-    `kind_of` says of an arrival with which others it is counted until `Visit.shown`, or nothing.
+    `kind_of` says of an arrival with which others it is counted until `Connection.authenticate`, or nothing.
     """
     raise_descriptors()
     kernel_tells()  # found out while there are descriptors for it
-    door = HttpServer(app, bounds, secured, headers or {}, kind_of)
-    thread = threading.Thread(target=door.run, args=([listening],), daemon=True)
+    server = HttpServer(app, bounds, secured, headers or {}, kind_of)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     until = time.monotonic() + READY_S
-    while not door.started:
+    while not server.started:
         if not thread.is_alive() or time.monotonic() > until:
-            raise DeviceError("the door could not be opened")
+            raise DeviceError("the HTTP server did not start")
         time.sleep(0.01)
     try:
-        yield door
+        yield server
     finally:
-        door.should_exit = True
+        server.should_exit = True
         thread.join(2 * bounds.stop_s)
         listening.close()
 
@@ -98,14 +98,15 @@ def raise_descriptors() -> None:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, with the bounds of a door in front of it."""
+    """uvicorn, with limits of its own in front of it."""
 
     def __init__(
         self, app: ASGIApp, bounds: Bounds, secured: ssl.SSLContext | None, headers: Mapping[str, str], kind_of: KindOf
     ) -> None:
         config = uvicorn.Config(
-            Quiet(app), http=Bounded, ws="none", loop="asyncio", lifespan="off", log_config=None, log_level="critical",
-            access_log=False, server_header=False, proxy_headers=False, headers=list(headers.items()),
+            ErrorBoundary(app), http=Bounded, ws="none", loop="asyncio", lifespan="off", log_config=None,
+            log_level="critical", access_log=False, server_header=False, proxy_headers=False,
+            headers=list(headers.items()),
             h11_max_incomplete_event_size=bounds.head_bytes, timeout_keep_alive=int(bounds.idle_s),
             timeout_graceful_shutdown=int(bounds.stop_s),
         )  # fmt: skip
@@ -119,11 +120,11 @@ class HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         self.servers = [
-            await loop.create_server(lambda: Entrance(self), sock=s, backlog=self.config.backlog) for s in sockets or []
+            await loop.create_server(lambda: Acceptor(self), sock=s, backlog=self.config.backlog) for s in sockets or []
         ]
         self.started = True
 
-    def admit(self, address: str, connection: socket.socket) -> Visit | None:
+    def admit(self, address: str, connection: socket.socket) -> Connection | None:
         """Counts a connection in, if there is room for it."""
         if self.inside.total() >= self.bounds.connections or self.inside[address] >= self.bounds.of_an_address:
             return None
@@ -133,20 +134,20 @@ class HttpServer(uvicorn.Server):
         self.inside[address] += 1
         if kind:
             self.guests[kind] += 1
-        return Visit(self, address, kind)
+        return Connection(self, address, kind)
 
-    def shown(self, visit: Visit) -> None:
+    def authenticate(self, connection: Connection) -> None:
         """It may ask: it is no guest any more, and its arrival was none's."""
-        if visit.kind:
-            self._rate(visit.kind).give(1)
-            _take_from(self.guests, visit.kind)
-            visit.kind = ""
+        if connection.kind:
+            self._rate(connection.kind).give(1)
+            _take_from(self.guests, connection.kind)
+            connection.kind = ""
 
-    def leave(self, visit: Visit) -> None:
-        """It is over."""
-        if visit.kind:
-            _take_from(self.guests, visit.kind)
-        _take_from(self.inside, visit.address)
+    def leave(self, connection: Connection) -> None:
+        """Counts a connection out that is over."""
+        if connection.kind:
+            _take_from(self.guests, connection.kind)
+        _take_from(self.inside, connection.address)
 
     def _rate(self, guest: str) -> Rate:
         if guest not in self._rates:
@@ -157,16 +158,16 @@ class HttpServer(uvicorn.Server):
 
 
 @dataclass
-class Visit:
+class Connection:
     """A connection, from its arrival to its end."""
 
-    door: HttpServer
+    server: HttpServer
     address: str
     kind: str  # of guest: the others with which it is counted; empty once it is none
 
-    def shown(self) -> None:
-        """It may ask."""
-        self.door.shown(self)
+    def authenticate(self) -> None:
+        """It has shown that it may ask: no guest any more."""
+        self.server.authenticate(self)
 
 
 def _take_from(counted: Counter[str], name: str) -> None:
@@ -175,41 +176,41 @@ def _take_from(counted: Counter[str], name: str) -> None:
         del counted[name]
 
 
-def visit_of(scope: Scope) -> Visit:
+def connection_of(scope: Scope) -> Connection:
     """The connection that a request came over."""
-    found: Visit = scope["state"][VISIT]
+    found: Connection = scope["state"][CONNECTION]
     return found
 
 
-class Entrance(asyncio.Protocol):
+class Acceptor(asyncio.Protocol):
     """Where a connection arrives, before anything of it is read."""
 
-    def __init__(self, door: HttpServer) -> None:
-        self.door = door
+    def __init__(self, server: HttpServer) -> None:
+        self.server = server
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         peer = transport.get_extra_info("peername")
         address = network_of(str(peer[0])) if isinstance(peer, tuple) else ""
         try:
-            visit = self.door.admit(address, transport.get_extra_info("socket"))
+            connection = self.server.admit(address, transport.get_extra_info("socket"))
         except Exception as error:  # noqa: BLE001  # left to the loop, it would stay open without any bound
             log.error("an arrival could not be judged: %s", type(error).__name__)
-            visit = None
-        if visit is None:
+            connection = None
+        if connection is None:
             transport.abort()
             return
-        inside = Bounded(self.door.config, self.door.server_state, {VISIT: visit})
-        inside.bounds, inside.let_go = self.door.bounds, partial(self.door.leave, visit)
-        if self.door.secured is None:
+        inside = Bounded(self.server.config, self.server.server_state, {CONNECTION: connection})
+        inside.bounds, inside.let_go = self.server.bounds, partial(self.server.leave, connection)
+        if self.server.secured is None:
             transport.set_protocol(inside)
             inside.connection_made(transport)
         else:
             transport.pause_reading()
-            self._task = asyncio.get_running_loop().create_task(self._secured(transport, inside, self.door.secured))
+            self._task = asyncio.get_running_loop().create_task(self._secured(transport, inside, self.server.secured))
 
     async def _secured(self, transport: asyncio.Transport, inside: Bounded, context: ssl.SSLContext) -> None:
-        loop, seconds = asyncio.get_running_loop(), self.door.bounds.head_s
+        loop, seconds = asyncio.get_running_loop(), self.server.bounds.head_s
         try:
             upgraded = await loop.start_tls(
                 transport, inside, context, server_side=True, ssl_handshake_timeout=seconds
@@ -230,12 +231,12 @@ class Bounded(H11Protocol):
     bounds: Bounds
     let_go: Callable[[], None]
 
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
+    def __init__(self, config: uvicorn.Config, state: ServerState, app_state: dict[str, object]) -> None:
+        super().__init__(config, state, app_state)
         self._early = bytearray()  # what came with the end of a handshake, before the connection was made
         self._lost = False
         self._timer: asyncio.TimerHandle | None = None
-        self._awaited: Any = None  # the part of a request that the timer is for
+        self._awaited: object = None  # the part of a request that the timer is for
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if self._lost:
@@ -280,7 +281,7 @@ class Bounded(H11Protocol):
         self._timer = self._awaited = None
 
 
-class Quiet:
+class ErrorBoundary:
     """An error inside is a line with its kind, without what was asked; the connection is closed, as a guest's is."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -291,7 +292,7 @@ class Quiet:
 
         async def noting(message: Message) -> None:
             nonlocal begun
-            if not begun and visit_of(scope).kind:
+            if not begun and connection_of(scope).kind:
                 message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             begun = True
             await send(message)
@@ -300,7 +301,7 @@ class Quiet:
             await self.app(scope, receive, noting)
         except ClientDisconnect:
             return
-        except Exception as error:  # noqa: BLE001  # the door stays open to others
+        except Exception as error:  # noqa: BLE001  # the server goes on with others
             log.error("a request could not be answered: %s", type(error).__name__)
             if not begun:
                 closing = [(b"content-length", b"0"), (b"connection", b"close")]

@@ -14,7 +14,8 @@ import httpx
 import tomli_w
 from pydantic import Field
 
-from florilegium.client.agent.folder import DeviceError, write_private
+from florilegium.client.agent.errors import DeviceError
+from florilegium.client.agent.folder import write_private
 from florilegium.client.agent.terms import Terms
 from florilegium.privacy.common.base_config import Config
 

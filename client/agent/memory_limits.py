@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from florilegium.client.agent.folder import HomeError
+from florilegium.client.agent.errors import HomeError
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.places import cache_folder, has_weights
 

@@ -9,13 +9,11 @@ from typing import Any
 
 import httpx
 
-from florilegium.client.agent.folder import DeviceError, DeviceFolder
+from florilegium.client.agent.errors import RefusedError
+from florilegium.client.agent.folder import DeviceFolder
 
 PATIENCE_S = 3600.0
-
-
-class RefusedError(DeviceError):
-    """The agent says no; the message is its own."""
+Json = Any  # type: ignore[explicit-any]  # an answer, as httpx reads it
 
 
 class OwnerClient:
@@ -24,13 +22,15 @@ class OwnerClient:
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
 
-    def read(self, path: str) -> Any:
+    def read(self, path: str) -> Json:
+        """What the agent knows."""
         return _checked(self._client.get(f"http://agent/api/{path}")).json()
 
-    def write(self, path: str, **body: Any) -> Any:
+    def write(self, path: str, **body: object) -> Json:
+        """What came of something that was to be done at once."""
         return _checked(self._client.post(f"http://agent/api/{path}", json=body)).json()
 
-    def stream(self, path: str, **body: Any) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, **body: object) -> Iterator[dict[str, Json]]:
         """What the agent tells while it works; the last is what came of it, under "done"."""
         with self._client.stream("POST", f"http://agent/api/{path}", json=body) as response:
             if response.status_code != httpx.codes.OK:
@@ -43,19 +43,20 @@ class OwnerClient:
                 yield told
 
     def export(self) -> bytes:
+        """All that is the owner's, as a zip."""
         return _checked(self._client.get("http://agent/api/export")).content
 
 
 @contextmanager
-def reached(home: DeviceFolder) -> Iterator[OwnerClient]:
-    """The agent of a home: the one that runs, else one that is started here and ends with this."""
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(home.socket)), timeout=PATIENCE_S) as client:
+def reached(folder: DeviceFolder) -> Iterator[OwnerClient]:
+    """The agent of a folder: the one that runs, else one that is started here and ends with this."""
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(folder.socket)), timeout=PATIENCE_S) as client:
         try:
             client.get("http://agent/api/consents")
         except httpx.ConnectError:
             from florilegium.client.agent.daemon import opened  # with it the model's libraries
 
-            with opened(home):
+            with opened(folder):
                 yield OwnerClient(client)
             return
         yield OwnerClient(client)

@@ -8,9 +8,7 @@ device nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from hashlib import sha256
-from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -33,7 +31,7 @@ def new_key() -> bytes:
 
 
 def public_half(private: bytes) -> str:
-    """Of a private key in PEM: 64 hexadecimal digits. Raises ValueError for what is not one."""
+    """The public half of a private key in PEM: 64 hexadecimal digits. Raises ValueError for what is not one."""
     return _private(private).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
@@ -57,7 +55,7 @@ def is_sealed(message: Message, federation: str, public: str) -> bool:
 
 
 def hash_of(arrays: ArrayRecord) -> str:
-    """SHA-256 of their names, types, shapes and bytes."""
+    """SHA-256 of arrays: of their names, types, shapes and bytes."""
     found = sha256()
     for name, array in sorted(arrays.items()):
         head = [name, array.dtype, list(array.shape), array.stype, len(array.data)]
@@ -67,11 +65,10 @@ def hash_of(arrays: ArrayRecord) -> str:
 
 
 def _told(content: RecordDict, kind: str, federation: str, arrays_hash: str = "") -> bytes:
-    plan: Mapping[str, Any] = content.config_records["plan"]
     told = {
         "federation": federation,
         "kind": kind,
-        "plan": dict(plan),
+        "plan": dict(content.config_records["plan"]),
         "arrays": arrays_hash or hash_of(content.array_records["arrays"]),
     }
     return DOMAIN + json.dumps(told, sort_keys=True, default=repr).encode()

@@ -44,7 +44,8 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 import florilegium
 from florilegium.client.agent.agent import Agent
-from florilegium.client.agent.folder import DeviceError, write_private
+from florilegium.client.agent.errors import DeviceError
+from florilegium.client.agent.folder import write_private
 from florilegium.client.agent.pace import doubled
 from florilegium.client.agent.signature import is_sealed
 from florilegium.client.flower_arrays import on_a_wire
@@ -57,7 +58,7 @@ LOOK_S = 0.5  # between two looks for a task
 PATIENCE_S = 10.0  # with a SuperNode that is to end
 LOOPBACK = "127.0.0.1"
 AGAIN_S = 10.0  # before a SuperNode that ended is started again: its server holds a dead one's place for a minute
-CERTIFICATES, KEY, PUBLIC_KEY = "server-ca.pem", "node.key", "node.pub"  # in the courier's folder
+CERTIFICATES, KEY, PUBLIC_KEY = "server-ca.pem", "node.key", "node.pub"  # in the folder for them
 REASONS = {
     "Failed to activate": "the server does not know this device's key: its operator needs courier/node.pub of its home",
     "CERTIFICATE_VERIFY_FAILED": "the server is not the one whose certificate was given to join",
@@ -83,7 +84,7 @@ def answered(message: Message, agent: Agent, wait: Callable[[float], object] = t
             due = doubled(pace, time.monotonic() - began)
             wait(max(0.0, began + due - time.monotonic()))
         # Its owner may have ended it meanwhile.
-        return reply if agent.federating else refusal(NO_DEVICE).to(message)
+        return reply if agent.device.federating else refusal(NO_DEVICE).to(message)
     except Exception as error:  # noqa: BLE001  # its text would go to the server
         log.error("a server's message could not be answered: %s", type(error).__name__)
         return refusal(FAILED).to(message)
@@ -91,7 +92,7 @@ def answered(message: Message, agent: Agent, wait: Callable[[float], object] = t
 
 def _answered(message: Message, agent: Agent) -> Message:
     try:
-        found = answer([message], [agent.config.name], agent)[0] if agent.federating else None
+        found = answer([message], [agent.device.config.name], agent)[0] if agent.device.federating else None
     except Exception as error:  # noqa: BLE001  # its text would go to the server
         log.error("a server's message could not be answered: %s", type(error).__name__)
         return refusal(FAILED).to(message)
@@ -103,7 +104,7 @@ def _objection(message: Message, agent: Agent) -> str:
     arrays = [a for record in message.content.array_records.values() for a in record.values()]
     if sum(len(array.data) for array in arrays) > largest_question(agent):
         return "a server's message was too large"
-    federation = agent.federation
+    federation = agent.device.membership
     if federation is not None and not is_sealed(message, federation.name, federation.operator):
         agent.turn_away("a question that its operator did not sign")
         return f"a question was not signed by the operator of {federation.name}"
@@ -112,7 +113,7 @@ def _objection(message: Message, agent: Agent) -> str:
 
 def largest_question(agent: Agent) -> int:
     """Bytes of the most that can be meant: a shared adapter and changes of the weights beside it."""
-    context = agent.context
+    context = agent.device.context
     weights = sum(4 * layer.in_features * layer.out_features for layer in context.shared_layout.layers)
     return context.whole.size_bytes + weights + ROOM
 
@@ -130,18 +131,18 @@ def connected(agent: Agent) -> Iterator[None]:
         over.set()
         thread.join(PATIENCE_S)
         if thread.is_alive():  # a round is being worked on: it is not sent any more
-            _end_orphans(agent.home.courier)
+            _end_orphans(agent.device.folder.supernode)
 
 
 def _keep_in_touch(agent: Agent, over: threading.Event) -> None:
     while not over.wait(LOOK_S):
         try:
-            federation = agent.federation
-            if federation is None or not agent.federating:
+            federation = agent.device.membership
+            if federation is None or not agent.device.federating:
                 continue
-            with _supernode(federation.server, agent.home.courier) as node:
+            with _supernode(federation.server, agent.device.folder.supernode) as node:
                 _carry(node, agent, over)
-            if agent.federating and not over.is_set():  # it ended by itself
+            if agent.device.federating and not over.is_set():  # it ended by itself
                 log.warning("the SuperNode ended: %s; the next try is in %d s", node.reason, AGAIN_S)
                 over.wait(AGAIN_S)
         except Exception as error:  # noqa: BLE001  # the device goes on without its server, and tries again
@@ -246,7 +247,7 @@ def _carry(node: SuperNode, agent: Agent, over: threading.Event) -> None:
         RuntimeVersionHttpInterceptor(component_name="SuperExec"),
         SuperExecAuthHttpInterceptor(master_secret=node.secret, protected_methods=frozenset({_ACQUIRE})),
     )
-    while node.process.poll() is None and agent.federating and not over.is_set():
+    while node.process.poll() is None and agent.device.federating and not over.is_set():
         try:
             got = acquirer.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
         except Exception:  # noqa: BLE001  # it is starting, or ending

@@ -1,4 +1,4 @@
-"""Flower's SuperNode as a process of the courier's, whose port on this machine serves its owner's processes alone.
+"""Flower's SuperNode as a process of the agent's, whose port on this machine serves its owner's processes alone.
 
 Flower listens there for what takes its tasks, with a secret, and with uvicorn's own bounds, which are none for a head
 or for connections: another user of the machine could fill its memory. On Linux no byte of theirs is read.
@@ -38,7 +38,7 @@ def close_to_others() -> None:
     """
     set_up, begin = uvicorn.Config.__init__, uvicorn.Server.startup
 
-    def for_owners(self: uvicorn.Config, *args: Any, **named: Any) -> None:
+    def for_owners(self: uvicorn.Config, *args: Any, **named: Any) -> None:  # type: ignore[explicit-any]
         set_up(self, *args, **{**named, "http": OwnersAlone, "ws": "none"})
 
     async def closed(self: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import tomli_w
 from pydantic import Field
 
-from florilegium.client.agent.folder import DeviceError
-from florilegium.client.config import SharedConfig
+from florilegium.client.agent.errors import DeviceError
+from florilegium.client.config import DeviceConfig, SharedConfig
 from florilegium.client.lm.config import AdapterConfig
 from florilegium.privacy.common.base_config import Config, PlainName
 
@@ -30,6 +30,29 @@ class Terms(Config):
     min_devices: int = Field(1, ge=1, description="releases below which a round is not aggregated")
     largest_norm_l2: float = Field(0.0, ge=0, description="above which a release is refused; 0: none is")
     patience_s: float = Field(600.0, gt=0, description="for the answers of a round")
+
+
+class Membership(Config):
+    """A federation that a device has joined, and what its owner has agreed to there."""
+
+    name: PlainName
+    server: str = Field("", description="host:port")
+    rounds: int = Field(ge=1)
+    public_seed: int = Field(ge=0, description="of the shared adapter's start, the same on all its devices")
+    shared: SharedConfig = Field(description="in place of the device's own while it is in")
+    operator: str = Field("", description="as in `Terms`; without one no question is answered")
+
+    @classmethod
+    def of(cls, terms: Terms, server: str = "") -> Membership:
+        return cls(
+            name=terms.name, server=server, rounds=terms.rounds, public_seed=terms.seed, shared=terms.shared,
+            operator=terms.operator,
+        )  # fmt: skip
+
+    def settings(self, device: DeviceConfig) -> DeviceConfig:
+        """The device's own, where the federation's terms do not say otherwise. Raises ValueError."""
+        told = {"rounds": self.rounds, "shared": self.shared.model_dump(mode="json")}
+        return DeviceConfig.model_validate(device.model_dump(mode="json") | told)
 
 
 def read_terms(path: Path) -> Terms:

@@ -17,9 +17,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from secrets import token_hex
 from threading import Lock
-from typing import Any
+from typing import TypeVar, cast
 
-from florilegium.client.agent.folder import DeviceError, sync_folder, with_journal
+from florilegium.client.agent.errors import VaultError
+from florilegium.client.agent.folder import sync_folder, with_journal
 from florilegium.client.dialogue import Echo
 from florilegium.privacy.common.database import connected
 
@@ -38,12 +39,10 @@ CREATE TABLE IF NOT EXISTS sent (
     epsilon REAL
 );
 """
-Write = Callable[[sqlite3.Connection], Any]
+Fact = TypeVar("Fact")
+Written = TypeVar("Written")
+Write = Callable[[sqlite3.Connection], object]
 _COLUMNS = "number, id, time, conversation, prompt, said, liked, wanted, cycle"
-
-
-class VaultError(DeviceError):
-    """The vault cannot be read or written; the message names the way out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ class Sent:
     epsilon: float | None
 
 
-class Together:
+class GroupCommit:
     """Small writes of many threads: those that come while one is on its way to the disk are one transaction after it.
 
     What a disk takes to have written is what such a write costs; so many of them wait for it once.
@@ -95,16 +94,16 @@ class Together:
 
     def __init__(self, opened: Callable[[], AbstractContextManager[sqlite3.Connection]]) -> None:
         self._opened, self._turn = opened, Lock()
-        self._waiting = SimpleQueue[tuple[Write, Future[Any]]]()
+        self._waiting = SimpleQueue[tuple[Write, Future[object]]]()
 
-    def write(self, write: Write) -> Any:
+    def write(self, write: Callable[[sqlite3.Connection], Written]) -> Written:
         """What it returns, once it is on the disk. Raises what hinders any of those that are written with it."""
-        mine = Future[Any]()
+        mine = Future[object]()
         self._waiting.put((write, mine))
         with self._turn:
             if not mine.done():
                 self._write_all()
-        return mine.result()
+        return cast(Written, mine.result())
 
     def _write_all(self) -> None:
         all_of_them = [self._waiting.get() for _ in range(self._waiting.qsize())]
@@ -127,7 +126,7 @@ class Vault:
     def __init__(self, path: Path, key: str) -> None:
         """Raises `VaultError` for a file that is not one, or a key that does not fit."""
         self.path, self._key = path, key
-        self._together = Together(self.open)
+        self._commits = GroupCommit(self.open)
         with self.open() as connection:
             connection.executescript(_TABLES)
 
@@ -159,14 +158,15 @@ class Vault:
     def rate(self, identity: str, liked: bool | None, wanted: str) -> Turn:
         """What the owner thinks of a reply. Raises KeyError for a dialogue that is not there."""
 
-        def write(connection: sqlite3.Connection) -> list[Any]:
+        def write(connection: sqlite3.Connection) -> Turn | None:
             connection.execute("UPDATE dialogue SET liked = ?, wanted = ? WHERE id = ?", (liked, wanted, identity))
-            return connection.execute(f"SELECT {_COLUMNS} FROM dialogue WHERE id = ?", (identity,)).fetchall()
+            row = connection.execute(f"SELECT {_COLUMNS} FROM dialogue WHERE id = ?", (identity,)).fetchone()
+            return Turn(*row) if row else None
 
-        found = self._together.write(write)
-        if not found:
+        found = self._commits.write(write)
+        if found is None:
             raise KeyError(identity)
-        return Turn(*found[0])
+        return found
 
     def turn(self, identity: str) -> Turn:
         """Raises KeyError for a dialogue that is not there."""
@@ -176,7 +176,7 @@ class Vault:
         return found[0]
 
     def turns(self, where: str = "", values: Sequence[object] = ()) -> list[Turn]:
-        """In the order in which they were had."""
+        """Dialogues in the order in which they were had."""
         with self.open() as connection:
             rows = connection.execute(f"SELECT {_COLUMNS} FROM dialogue {where} ORDER BY number", values).fetchall()
         return [Turn(*row) for row in rows]
@@ -186,13 +186,13 @@ class Vault:
             return int(connection.execute("SELECT count(*) FROM dialogue").fetchone()[0])
 
     def take_up(self, cycle: int) -> list[Turn]:
-        """Those that are new, now of this cycle; asked again, the same ones."""
+        """The dialogues that are new, now of this cycle; asked again, the same ones."""
         with self.open() as connection:
             connection.execute("UPDATE dialogue SET cycle = ? WHERE cycle IS NULL", (cycle,))
         return self.turns("WHERE cycle = ?", (cycle,))
 
     def forget(self, identities: Sequence[str], also: Callable[[sqlite3.Connection], None] | None = None) -> None:
-        """All of them at once, overwritten, not only unlinked; `also` writes in the same transaction."""
+        """Erases dialogues, all at once, overwritten, not only unlinked; `also` writes in the same transaction."""
         with self.open() as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.executemany("DELETE FROM dialogue WHERE id = ?", [(i,) for i in identities])
@@ -220,19 +220,21 @@ class Vault:
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
-    def fact(self, name: str, default: Any = None) -> Any:
+    def fact(self, name: str, default: Fact) -> Fact:
+        """What was set under a name, of the kind of the default."""
         with self.open() as connection:
             row = connection.execute("SELECT value FROM fact WHERE name = ?", (name,)).fetchone()
-        return json.loads(row[0]) if row else default
+        found: Fact = json.loads(row[0]) if row else default
+        return found
 
-    def facts(self, names: Sequence[str]) -> dict[str, Any]:
-        """Those of them that are there."""
+    def facts(self, names: Sequence[str]) -> dict[str, object]:
+        """The facts of these names that are there."""
         places = ", ".join("?" * len(names))
         with self.open() as connection:
             rows = connection.execute(f"SELECT name, value FROM fact WHERE name IN ({places})", names).fetchall()
         return {name: json.loads(value) for name, value in rows}
 
-    def set_fact(self, name: str, value: Any, data: bytes = b"") -> None:
+    def set_fact(self, name: str, value: object, data: bytes = b"") -> None:
         with self.open() as connection:
             write_fact(connection, name, value, data)
 
@@ -250,6 +252,10 @@ class Vault:
             ).fetchall()
         return [Sent(*row) for row in found]
 
+    def releases(self) -> list[Sent]:
+        """What was sent of a shared adapter."""
+        return [s for s in self.sent() if s.kind == "release"]
+
     # -- wholeness ----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -262,7 +268,7 @@ class Vault:
                 raise sqlite3.DatabaseError("the file is empty")
 
     def copy_to(self, path: Path) -> None:
-        """A whole copy under the same key, in the place of an older one; or no other, whenever the power fails."""
+        """Makes a whole copy under the same key in place of an older one; or no other, whenever the power fails."""
         beside = path.with_name(f"{path.name}.new")
         try:
             beside.unlink(missing_ok=True)
@@ -276,7 +282,7 @@ class Vault:
 
 
 def write_sent(connection: sqlite3.Connection, sent: Sent) -> None:
-    """Within a transaction of its caller's."""
+    """Notes what has left, within a transaction of its caller's."""
     connection.execute(
         "INSERT INTO sent (time, federation, round, kind, bytes, epsilon) VALUES (?, ?, ?, ?, ?, ?)",
         (sent.time, sent.federation, sent.round, sent.kind, sent.bytes, sent.epsilon),
@@ -284,7 +290,7 @@ def write_sent(connection: sqlite3.Connection, sent: Sent) -> None:
 
 
 def write_learned(connection: sqlite3.Connection, dialogues: Iterable[str], cycle: int) -> None:
-    """That the adapter has learned from these since this cycle, within a transaction of its caller's."""
+    """Notes that the adapter has learned from these since this cycle, within a transaction of its caller's."""
     connection.executemany("INSERT OR IGNORE INTO learned VALUES (?, ?)", [(d, cycle) for d in dialogues])
 
 
@@ -298,13 +304,16 @@ def unsay(connection: sqlite3.Connection, replies: Iterable[str]) -> None:
 
 
 def forget_origins(connection: sqlite3.Connection, dialogues: Iterable[str]) -> None:
-    """Of what is erased, within a transaction of its caller's; what only grew old keeps them: others came from it."""
+    """Forgets how dialogues came about that are erased, within a transaction of its caller's.
+
+    What only grew old keeps that: others came from it.
+    """
     for table in ("origin", "learned"):
         connection.executemany(f"DELETE FROM {table} WHERE dialogue = ?", [(i,) for i in dialogues])
 
 
-def write_fact(connection: sqlite3.Connection, name: str, value: Any, data: bytes = b"") -> None:
-    """Within a transaction of its caller's."""
+def write_fact(connection: sqlite3.Connection, name: str, value: object, data: bytes = b"") -> None:
+    """Sets a fact, within a transaction of its caller's."""
     connection.execute("INSERT OR REPLACE INTO fact VALUES (?, ?, ?)", (name, json.dumps(value), data))
 
 

@@ -133,39 +133,6 @@ def weight_layout(layout: AdapterLayout) -> AdapterLayout:
     return AdapterLayout(layout.layers, rank, layout.scale * rank, "b", ones)
 
 
-def widen(row: torch.Tensor, small: AdapterLayout, large: AdapterLayout) -> torch.Tensor:
-    """A row (P,) of a lower rank as a row of a higher one, so that devices of different ranks share a stack.
-
-    The additional parts of A and B are zero, and so are then their gradients: training leaves them zero. Raises
-    `ValueError` unless the layouts have the same layers, factors and scale.
-    """
-    wide = torch.zeros(large.width, device=row.device)
-    for part, whole in _matching(row, small, wide, large):
-        whole.copy_(part)
-    return wide
-
-
-def narrow(row: torch.Tensor, large: AdapterLayout, small: AdapterLayout) -> torch.Tensor:
-    """The inverse of `widen`."""
-    thin = torch.zeros(small.width, device=row.device)
-    for part, whole in _matching(thin, small, row, large):
-        part.copy_(whole)
-    return thin
-
-
-def _matching(
-    thin: torch.Tensor, small: AdapterLayout, wide: torch.Tensor, large: AdapterLayout
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The factors of the thin row, each with its place in the wide one."""
-    if (small.layers, small.factors, small.scale) != (large.layers, large.factors, large.scale):
-        raise ValueError("adapters share a stack only with the same layers, factors and alpha / rank")
-    if small.frozen or small.gated or large.gated:
-        raise ValueError("adapters with a frozen factor or gates share a stack only with the same rank")
-    for (_, a, b), (_, wide_a, wide_b) in zip(small.split(thin[None]), large.split(wide[None]), strict=True):
-        yield a, wide_a[:, : small.rank]
-        yield b, wide_b[:, :, : small.rank]
-
-
 class Layout(Protocol):
     """What the numbers of a device's row are: LoRA's factors, or those of another kind of adapter."""
 

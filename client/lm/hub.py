@@ -17,7 +17,8 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from florilegium.client.lm.places import ModelError, check_weights, first_line, resolve
+from florilegium.client.lm.places import ModelError, check_weights, resolve
+from florilegium.privacy.common.errors import first_line
 
 TEMPLATES = {
     # User:\n…\nAssistant:\n…<eos>\n. Texts stand on lines of their own, so that they become the same tokens whether

@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from hashlib import sha256
 from importlib import metadata, resources
 from pathlib import Path
@@ -22,7 +21,8 @@ from urllib.request import url2pathname
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.common.errors import UserError, first_line
+from florilegium.privacy.common.suggestions import did_you_mean
 
 NAMES = ("nano", "smollm2-135m")
 PULL = "florilegium models pull smollm2-135m"
@@ -62,8 +62,8 @@ def resolve(name: str) -> Path:
         return hub_folder(name)
     if "/" in name or os.sep in name:
         raise ModelError(f"model {name!r} is not a folder, nor a hub id like owner/name")
-    near = get_close_matches(name.lower(), NAMES, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = did_you_mean(name.lower(), NAMES, 0.4)
+    hint = f"{near} " if near else ""
     raise ModelError(f"unknown model {name!r}; {hint}use {', '.join(NAMES)}, a folder, or a hub id like owner/name")
 
 
@@ -225,9 +225,3 @@ def check_weights(folder: Path, name: str) -> None:
     for part in parts:
         if Path(part).name != part or not part.endswith(".safetensors") or not (folder / part).is_file():
             raise ModelError(f"model {name!r}: its index names {part!r}, which is not a .safetensors file in {folder}")
-
-
-def first_line(error: Exception) -> str:
-    """What a library said, without the pages that may follow."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -40,3 +40,9 @@ class BrokenDeviceError(FlorilegiumError):
 
     def __str__(self) -> str:
         return f"{self.device}: {self.error}; {self.alike}"
+
+
+def first_line(error: Exception) -> str:
+    """What a library said, without the pages that may follow."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -16,12 +16,12 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import TypeVar, cast, get_args, get_origin
 
 from florilegium.privacy.common.errors import FlorilegiumError, UserError
+from florilegium.privacy.common.suggestions import did_you_mean
 
 Found = TypeVar("Found")
 _NAME = r"[^\W\d]\w*"
@@ -70,8 +70,8 @@ def check(name: str, names: Collection[str], kind: object = object) -> str:
 
 
 def _unknown(name: str, names: Collection[str]) -> str:
-    near = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = did_you_mean(name.lower(), names)
+    hint = f"{near} " if near else ""
     return f"{hint}must be one of {', '.join(names)}, {HOW}" if names else f"must be {HOW.removeprefix('or ')}"
 
 
@@ -92,8 +92,8 @@ def _imported(name: str) -> object:
     try:
         return getattr(module, attribute)
     except AttributeError:
-        near = get_close_matches(attribute, dir(module), n=1, cutoff=0.6)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = did_you_mean(attribute, dir(module))
+        hint = f"; {near}" if near else ""
         raise ExtensionError(f"{name}: module {place} has no {attribute!r}{hint}") from None
 
 

@@ -18,6 +18,7 @@ import torch
 from florilegium.client.calibration import planned_event
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.model import LanguageModel
+from florilegium.privacy.dpsgd import clipped
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.audit.canaries import Canary, Streams, plant
 from florilegium.simulation.audit.checks import named, one_round, with_privacy, without_clipping, without_noise
@@ -95,8 +96,8 @@ class DialogueCoins:
 
     def _pieces(self, clip: float) -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
         """Of each device: its canaries, the sum to be expected (P,), and what each coin changes in it (m, P)."""
-        canaries, pieces = _clipped(self._gradients[0], clip), []
-        reals = torch.split(_clipped(self._gradients[1], clip), [len(s) for s in self.streams])
+        canaries, pieces = clipped(self._gradients[0], clip), []
+        reals = torch.split(clipped(self._gradients[1], clip), [len(s) for s in self.streams])
         for device, real in enumerate(reals):
             places = [i for i, c in enumerate(self.known) if c.device == device]
             replaced = real[[_place(self.streams[device], self.known[i]) for i in places]]
@@ -187,12 +188,6 @@ def _played(
 
 def _deviation(settings: ExperimentConfig, mistake: Mistake) -> float:
     return mistake.added_noise or planned_event(settings).noise_multiplier * settings.privacy.clip_norm_l2
-
-
-def _clipped(gradients: torch.Tensor, clip: float) -> torch.Tensor:
-    factors = (clip / gradients.norm(dim=1, keepdim=True)).clamp(max=1.0)
-    clipped: torch.Tensor = gradients * factors
-    return clipped
 
 
 def _place(stream: Sequence[Dialogue], canary: Canary) -> int:

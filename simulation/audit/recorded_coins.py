@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from florilegium.client.coins import Coins, Seeded
 from florilegium.client.state import DeviceState
 from florilegium.privacy.plan import RoundPlan
-
-if TYPE_CHECKING:
-    pass
 
 Step = tuple[str, int, int]  # of a device, in a round
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from florilegium.client.lm.places import check_model
 from florilegium.simulation.data.population import load_population
 from florilegium.simulation.reports import html
-from florilegium.simulation.runs.folder import RunError, RunFolder
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from florilegium.simulation.audit.audit import Audit

@@ -16,6 +16,7 @@ from florilegium.client.calibration import release_noise
 from florilegium.client.lm.adapter import AdapterLayout, Adapters, Layout
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
+from florilegium.privacy.dpsgd import clipped
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.seeds import derive_key, derive_seed
 from florilegium.server.aggregation import Mean
@@ -78,9 +79,7 @@ def upload(changes: torch.Tensor, context: BaselineContext) -> torch.Tensor:
     """What devices send of their changes (K, S): where they are protected, each scaled to norm C at most."""
     if context.config.privacy.mode == "none":
         return changes
-    norms = changes.norm(dim=1, keepdim=True)  # (K, 1)
-    factors: torch.Tensor = (context.config.privacy.clip_norm_l2 / norms.clamp(min=1e-12)).clamp(max=1.0)
-    return changes * factors
+    return clipped(changes, context.config.privacy.clip_norm_l2)
 
 
 def aggregate(sent: torch.Tensor, context: BaselineContext, number: int) -> torch.Tensor:

@@ -72,15 +72,16 @@ def _serve(folder: str, there: Connection) -> None:
     from florilegium.client.agent.agent import Agent
     from florilegium.client.agent.config import new_config
     from florilegium.client.agent.daemon import showing
+    from florilegium.client.agent.device import Device
     from florilegium.client.agent.folder import DeviceFolder
     from florilegium.client.lm.config import ModelConfig
     from florilegium.client.lm.model import LanguageModel
 
     model, home = ModelConfig(name="nano"), DeviceFolder(Path(folder) / "device")
     config = new_config(model)
-    agent = Agent(home, config, LanguageModel.load(model), home.make(config))
+    agent = Agent(Device(home, config, LanguageModel.load(model), home.make(config)))
     agent.consent("learn", True)
-    dialogues = [agent.vault.add(f"What is the {k}th of all?", "Nobody knows.", "").id for k in range(DIALOGUES)]
+    dialogues = [agent.device.vault.add(f"What is the {k}th of all?", "Nobody knows.", "").id for k in range(DIALOGUES)]
     with home.locked(), showing(agent, 0) as address:
         there.send((int(address.rstrip("/").rpartition(":")[2]), agent.page_token, dialogues))
         while True:

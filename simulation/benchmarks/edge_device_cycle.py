@@ -24,26 +24,27 @@ def main(model: str, limit: str, threads: str, folder: str, group: str = "") -> 
     if group:
         (Path(group) / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
     os.environ["OMP_NUM_THREADS"] = threads
-    from florilegium.client.agent.agent import Agent, loaded
+    from florilegium.client.agent.agent import Agent
     from florilegium.client.agent.config import new_config
+    from florilegium.client.agent.device import Device, loaded
     from florilegium.client.agent.folder import DeviceFolder
     from florilegium.client.agent.memory_limits import limit_memory
     from florilegium.client.lm.config import ModelConfig
-    from florilegium.simulation.benchmarks.scale_flower import peak_bytes
+    from florilegium.privacy.common.machine import peak_rss_bytes
     from florilegium.simulation.data.population import DataConfig, load_population
 
     limit_memory(int(limit))
     home, config = DeviceFolder(Path(folder) / "device"), new_config(ModelConfig.model_validate_json(model))
     began = time.monotonic()
-    agent = Agent(home, config, loaded(config.device.model), home.make(config))
+    agent = Agent(Device(home, config, loaded(config.device.model), home.make(config)))
     loading_s = time.monotonic() - began
     agent.consent("learn", True)
     (person,) = load_population(DataConfig(users=1, split="development", max_pairs=40), seed=0)
     for had in person.stream[:DIALOGUES]:
-        agent.rate(agent.vault.add(had.prompt, "?", "").id, None, had.response)
+        agent.rate(agent.device.vault.add(had.prompt, "?", "").id, None, had.response)
     began = time.monotonic()
     reply = agent.chat(PROMPT).said
-    reply_s, tokens = time.monotonic() - began, agent.lm.format.length(reply)
+    reply_s, tokens = time.monotonic() - began, agent.device.lm.format.length(reply)
     began = time.monotonic()
     page = agent.learn()
     told = {
@@ -51,9 +52,9 @@ def main(model: str, limit: str, threads: str, folder: str, group: str = "") -> 
         "tokens_per_s": tokens / reply_s,
         "cycle_s": time.monotonic() - began,
         "examples": page["personal_examples"],
-        "peak_bytes": peak_bytes(),
-        "tokens_at_once": agent.lm.engine.token_budget.tokens,
-        "dtype": str(agent.lm.engine.dtype).removeprefix("torch."),
+        "peak_bytes": peak_rss_bytes(),
+        "tokens_at_once": agent.device.lm.engine.token_budget.tokens,
+        "dtype": str(agent.device.lm.engine.dtype).removeprefix("torch."),
     }
     print(json.dumps(told))
 

@@ -6,7 +6,6 @@ machine's limit, a large product of matrices, is measured in every repeat too.
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from rich.console import Group
 
 from florilegium.client.lm.hub import default_device
 from florilegium.client.terminal import Figures
+from florilegium.privacy.common.machine import cores
 from florilegium.simulation.benchmarks.arguments import KINDS
 from florilegium.simulation.benchmarks.engine_worker import AbsentError, Answer, Worker
 from florilegium.simulation.benchmarks.engine_workload import NODES, ModelSize, Workload
@@ -145,7 +145,7 @@ def limit_gflops(dtype: torch.dtype, device: str) -> float:
 def machine(device: str) -> dict[str, Any]:
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -25,9 +25,10 @@ from florilegium.client.phases import Observation
 from florilegium.client.pool import Pool
 from florilegium.client.private_training import release, reserve
 from florilegium.client.state import States
+from florilegium.privacy.common.machine import peak_rss_bytes
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release
-from florilegium.simulation.benchmarks.scale_flower import NUMBERS, ROUNDS, SAMPLED, peak_bytes
+from florilegium.simulation.benchmarks.scale_flower import NUMBERS, ROUNDS, SAMPLED
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import User
 from florilegium.simulation.runs.stopping import end_with_parent
@@ -110,6 +111,7 @@ def ours(devices: int, actors: int, folder: Path) -> list[float]:
     from florilegium.simulation.engines.scheduler import Scheduler
     from florilegium.simulation.engines.workers import open_workers
     from florilegium.simulation.recorder import federate_run
+    from florilegium.simulation.runs.events import RoundEnd
     from florilegium.simulation.runs.folder import create
 
     run = create(folder / "run", config_of(devices, actors))
@@ -117,7 +119,7 @@ def ours(devices: int, actors: int, folder: Path) -> list[float]:
     with open_workers(run, alone, idle_worker) as workers:
         scheduler = Scheduler(workers, alone)
         federate_run(run, CohortGrid(scheduler.map, alone.schema, list(UsersByDevice(Nobody(devices)))), scheduler)
-    return [event["time"] for event in run.events() if event["event"] == "round"]
+    return [event.time for event in run.events_of(RoundEnd)]
 
 
 def idle_worker(folder: Path) -> Any:
@@ -143,7 +145,7 @@ def main() -> None:
     end_with_parent()
     began = time.time()
     ended = ours(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    print("\n" + json.dumps({"began": began, "ended": ended, "peak_bytes": peak_bytes()}))
+    print("\n" + json.dumps({"began": began, "ended": ended, "peak_bytes": peak_rss_bytes()}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ No torch is loaded here: the memory is Flower's and Ray's.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -17,16 +16,12 @@ import numpy as np
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
+from florilegium.privacy.common.machine import peak_rss_bytes
 from florilegium.simulation.runs.stopping import end_with_parent
 
 ROUNDS = 4
 SAMPLED = 0.1
 NUMBERS = 768  # of an upload
-
-
-def peak_bytes() -> int:
-    """The largest resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def stock(devices: int) -> list[float]:
@@ -46,7 +41,7 @@ def main() -> None:
     end_with_parent()
     began = time.time()
     ended = stock(int(sys.argv[1]))
-    print("\n" + json.dumps({"began": began, "ended": ended, "peak_bytes": peak_bytes()}))
+    print("\n" + json.dumps({"began": began, "ended": ended, "peak_bytes": peak_rss_bytes()}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ covered: memory and core limits of a container, other machines of a cluster.
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib import metadata, util
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.text import Text
 
 from florilegium.client.lm.places import PULL, ModelError, cache_folder, nano_folder, resolve
 from florilegium.client.lm.processor import bfloat16_flags, cpu_flags, multiplies_bfloat16
+from florilegium.privacy.common.machine import cores
 from florilegium.simulation.cli.app import console
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import data_folder
@@ -100,7 +100,7 @@ def _machine(full: bool) -> dict[str, str]:
     memory = psutil.virtual_memory()
     wide = [flag for flag in WIDE if flag in cpu_flags()]
     found = {
-        "cores": f"{_cores()} usable",
+        "cores": f"{cores()} usable",
         "memory": f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} available",
         "cpu": ", ".join([platform.machine(), *wide]),
     }
@@ -131,11 +131,6 @@ def _gpus_of_the_system() -> dict[str, str]:
 
 def _has_gpu_driver() -> bool:
     return any(Path(place).exists() for place in GPU_PLACES)
-
-
-def _cores() -> int:
-    """Cores that this process may use, which can be fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bf16_on_cpu() -> str:

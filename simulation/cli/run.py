@@ -43,7 +43,7 @@ def run(
     from florilegium.simulation.experiment import (
         run_experiment,  # and with it torch, now that nothing is left to refuse
     )
-    from florilegium.simulation.runs.summary import render_summary
+    from florilegium.simulation.reports.terminal import render_summary
     from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
     with interruptible("stopped before anything was begun"), progress_line(settings, console) as progress:

@@ -33,22 +33,14 @@ def study(
     folder = studies / planned.name
     bench = ready(planned, folder)
 
-    from florilegium.simulation.studies.selection_cell import (
+    from florilegium.simulation.studies.runner import (
         run_study,  # and with it torch, now that nothing is left to refuse
     )
+    from florilegium.simulation.studies.study_report import read_report
 
-    if planned.config.kind == "federated":
-        from florilegium.simulation.studies.privacy_utility import as_text
-        from florilegium.simulation.studies.privacy_utility_report import render_study
-    elif planned.config.kind == "rivals":
-        from florilegium.simulation.studies.baselines_report import as_text, render_study
-    elif planned.config.kind in ("methods", "lives"):
-        from florilegium.simulation.studies.personalization_report import as_text, render_study
-    else:
-        from florilegium.simulation.studies.selection_report import render_study
-        from florilegium.simulation.studies.statistics import as_text
     stopped = f"stopped; what was finished is kept in {folder}: the same command goes on"
     with interruptible(stopped), telling(f"{planned.name}: loading") as tell:
         run_study(planned, folder, lambda phase: tell(f"{planned.name}: {phase}"), bench)
-    wide(console, 120).print(as_text(planned, folder))
-    console.print(f"report: {render_study(planned, folder)}")
+    report = read_report(planned, folder)
+    wide(console, 120).print(report.text)
+    console.print(f"report: {report.write(folder)}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from datetime import date
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from pydantic import Field
 
 from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.common.errors import first_line
+from florilegium.privacy.common.suggestions import did_you_mean
 from florilegium.simulation.data.conversations import Conversation, Turn
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import shown
@@ -74,14 +75,14 @@ def _load(dataset: str, fields: HubFields) -> Any:
         pass  # a copy in the cache can still be read
     except Exception as error:  # the HTTP library, and so the type, differs between versions of huggingface_hub
         raise DataError(
-            f"hub data set {dataset!r} cannot be reached ({_first_line(error)}); check its id and the network, "
+            f"hub data set {dataset!r} cannot be reached ({first_line(error)[:200]}); check its id and the network, "
             f"set HF_HUB_OFFLINE=1 to read a downloaded copy, or {INSTEAD}"
         ) from error
     try:
         return datasets.load_dataset(dataset, fields.subset or None, split=fields.part, revision=fields.revision)
     except Exception as error:  # any builder's failure, of any type
         raise DataError(
-            f"hub data set {dataset!r} cannot be loaded ({_first_line(error)}); check hub_fields.subset = "
+            f"hub data set {dataset!r} cannot be loaded ({first_line(error)[:200]}); check hub_fields.subset = "
             f"{fields.subset!r}, part = {fields.part!r} and revision = {fields.revision!r}, or {INSTEAD}"
         ) from error
 
@@ -90,8 +91,9 @@ def _check_columns(dataset: str, fields: HubFields, columns: list[str]) -> None:
     for role in ROLES:
         column = getattr(fields, role)
         if column and column not in columns:
-            near = columns_for(role, columns) or get_close_matches(column, columns, n=1, cutoff=0.75)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(columns)};"
+            likely = columns_for(role, columns)
+            near = f"did you mean {likely[0]!r}?" if likely else did_you_mean(column, columns, 0.75)
+            hint = near or f"it has {', '.join(columns)};"
             raise DataError(f"hub data set {dataset!r} has no column {column!r}; {hint} set hub_fields.{role}")
 
 
@@ -125,7 +127,3 @@ def _time(value: object, where: str) -> float:
         raise DataError(
             f"{where}: time = {shown(value)} must be seconds, a date or ISO 8601; or leave hub_fields.time empty"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar, Literal, Self, overload
@@ -21,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from florilegium.client.dialogue import Dialogue
 from florilegium.privacy.common.base_config import Config
 from florilegium.privacy.common.registry import check, is_extension
+from florilegium.privacy.common.suggestions import did_you_mean
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.data.conversations import READERS, Conversation, read
 from florilegium.simulation.data.errors import DataError
@@ -261,8 +261,8 @@ def _meant(name: str) -> str:
         return f"that is a folder; {ways}"
     if path.suffix or "/" in name:
         return f"there is no such file; {ways}"
-    near = get_close_matches(name.lower(), READERS, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}? Else {ways}" if near else f"known names: {', '.join(READERS)}; else {ways}"
+    near = did_you_mean(name.lower(), READERS)
+    return f"{near} Else {ways}" if near else f"known names: {', '.join(READERS)}; else {ways}"
 
 
 def _conversations(config: DataConfig) -> Iterator[Conversation]:

@@ -6,7 +6,8 @@ Likeness of letters alone misleads: `completion` is nearer to "prompt" than to "
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+
+from florilegium.privacy.common.suggestions import did_you_mean
 
 CALLED: dict[str, tuple[str, ...]] = {
     "user": (
@@ -51,8 +52,7 @@ def hint(key: str, keys: Iterable[str], row: Iterable[str]) -> str:
     for ours in (ours for ours in CALLED if ours in known):
         if lower == ours or lower in CALLED[ours]:
             return f"it is called {ours!r} here"
-    near = get_close_matches(lower, known, n=1, cutoff=0.75)
-    return f"did you mean {near[0]!r}?" if near else f"leave it out; known keys: {', '.join(known)}"
+    return did_you_mean(lower, known, 0.75) or f"leave it out; known keys: {', '.join(known)}"
 
 
 def most_telling(keys: Iterable[str]) -> str:

@@ -1,1 +1,1 @@
-"""A server for real devices: who may join, the door they come to, what is asked of them, what it becomes."""
+"""A server for real devices: who may join, how they connect, what is asked of them, what it becomes."""

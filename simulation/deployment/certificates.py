@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from florilegium.client.agent.folder import DeviceError, write_private
+from florilegium.client.agent.errors import DeviceError
+from florilegium.client.agent.folder import write_private
 
 TERMS, OPERATOR_KEY, SETTINGS = "terms.toml", "operator.key", "server.toml"
 CA, CERTIFICATE, KEY = "ca.pem", "server.pem", "server.key"

@@ -1,4 +1,4 @@
-"""The server's door: TLS, the requests that a registered device makes, an invitation, and nothing else.
+"""The server for devices: TLS, the requests that a registered device makes, an invitation, and nothing else.
 
 Whoever's key was not admitted is turned away by the head of a request: no body of theirs is read. There is no page, no
 documentation, no way to start, list or stop a run, to register a key, or to take a task. Requests and bytes are
@@ -37,8 +37,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from florilegium.client.agent.connection_limits import Rate, by_address
-from florilegium.client.agent.folder import DeviceError
-from florilegium.client.agent.http_server import Bounds, HttpServer, KindOf, open_server, visit_of
+from florilegium.client.agent.errors import DeviceError
+from florilegium.client.agent.http_server import Bounds, HttpServer, KindOf, connection_of, open_server
 from florilegium.client.agent.invitation import JOIN
 from florilegium.simulation.deployment.link import Link
 
@@ -119,7 +119,7 @@ class DeviceServer:
         if not name and path != PREFIX + ACTIVATE:
             raise TurnedAwayError(401, "this key is not admitted")
         if name:
-            visit_of(request.scope).shown()
+            connection_of(request.scope).authenticate()
         body = await self._body(request, name)
         return await run_in_threadpool(self._handled, path, handler, body, name, key)
 
@@ -227,8 +227,8 @@ def device_server(
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
     app, listens = DeviceServer(link, allowed, welcome), _listening(host, port)
-    with open_server(app, listens, bounds, secured=context, kind_of=kind_of) as door:
-        yield door
+    with open_server(app, listens, bounds, secured=context, kind_of=kind_of) as server:
+        yield server
 
 
 def _listening(host: str, port: int) -> socket.socket:

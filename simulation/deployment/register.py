@@ -14,7 +14,7 @@ from secrets import token_hex
 
 from pydantic import ValidationError
 
-from florilegium.client.agent.folder import DeviceError
+from florilegium.client.agent.errors import DeviceError
 from florilegium.client.agent.invitation import Invitation
 from florilegium.client.agent.terms import read_terms
 from florilegium.privacy.reply_gate import NAME

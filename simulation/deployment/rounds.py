@@ -17,11 +17,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from florilegium.client.agent.acceptance import check_for_everyone
-from florilegium.client.agent.agent import Membership
 from florilegium.client.agent.config import new_config
-from florilegium.client.agent.folder import DeviceError, write_private
+from florilegium.client.agent.errors import DeviceError
+from florilegium.client.agent.folder import write_private
 from florilegium.client.agent.signature import hash_of, new_key, public_half, sealed
-from florilegium.client.agent.terms import Terms, read_terms, write_terms
+from florilegium.client.agent.terms import Membership, Terms, read_terms, write_terms
 from florilegium.client.calibration import release_limits
 from florilegium.client.context import release_schema
 from florilegium.client.lm.adapter import AdapterLayout
@@ -48,6 +48,7 @@ from florilegium.simulation.deployment.register import NODES, admitted, welcome
 from florilegium.simulation.deployment.settings import check_rule, read_settings, write_settings
 from florilegium.simulation.engines.strategy import commit, go_on
 from florilegium.simulation.rounds import Recorder, federate
+from florilegium.simulation.runs.events import RoundEnd
 from florilegium.simulation.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -84,8 +85,7 @@ def largest_norm(terms: Terms, layout: AdapterLayout, epsilon: float) -> float:
     """No honest release of a device with this ε or more, and else the settings of a new one, is longer."""
     device = new_config(ModelConfig(name=terms.model)).device
     privacy = device.privacy.model_copy(update={"epsilon": epsilon})
-    asked = Membership(terms.name, "", terms.rounds, terms.seed, terms.shared.model_dump(mode="json"))
-    settings = asked.settings(device.model_copy(update={"privacy": privacy}))
+    settings = Membership.of(terms).settings(device.model_copy(update={"privacy": privacy}))
     return release_limits(settings, release_schema(layout, terms.shared.upload))[0]
 
 
@@ -201,7 +201,7 @@ class ServerRecorder(Recorder):
         self.run.save_shared(number, to_numpy(arrays), strategy.ledger_heads, strategy.moments.arrays())
         if number:
             facts = strategy.facts[number]
-            self.run.record("round", round=number, **asdict(facts))
+            self.run.record(RoundEnd(round=number, **asdict(facts)))
             strategy.tell(f"round {number}: {came_to(facts, strategy.least_releases)}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tomli_w
 
-from florilegium.client.agent.folder import DeviceError
+from florilegium.client.agent.errors import DeviceError
 from florilegium.client.agent.terms import Terms
 from florilegium.server.config import ServerConfig
 from florilegium.simulation.deployment.certificates import SETTINGS

@@ -17,7 +17,8 @@ from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import Bootstrapped, User
 from florilegium.simulation.heterogeneity.classes import load_classes
-from florilegium.simulation.runs.folder import RunError, RunFolder
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.folder import RunFolder
 
 NOTED = "inputs.json"
 READ_FROM = {

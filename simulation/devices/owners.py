@@ -9,7 +9,8 @@ from pathlib import Path
 from florilegium.client.agent.folder import write_private
 from florilegium.simulation.devices.people import UsersByDevice
 from florilegium.simulation.devices.preflight import everybody
-from florilegium.simulation.runs.folder import RunError, RunFolder
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.folder import RunFolder
 
 
 def who(run: RunFolder, devices: Sequence[str] = ()) -> dict[str, str]:

@@ -16,7 +16,8 @@ from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
 from florilegium.simulation.data.population import Bootstrapped, User, load_population
 from florilegium.simulation.heterogeneity.classes import DevicePopulation, load_classes
 from florilegium.simulation.runs.callbacks import named_callbacks
-from florilegium.simulation.runs.folder import RunError, check_new, check_resumable
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.folder import check_new, check_resumable
 from florilegium.simulation.settings import ConfigError
 
 

@@ -25,7 +25,8 @@ from florilegium.simulation.devices.preflight import everybody, world_of
 from florilegium.simulation.devices.workload import TokenWorkload, planned_tokens
 from florilegium.simulation.heterogeneity.classes import DevicePopulation, class_of
 from florilegium.simulation.runs.device_store import ShardedStore
-from florilegium.simulation.runs.folder import RunFolder, check_sources
+from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.runs.provenance import check_sources
 
 CONTRIBUTED = "a-contributed"
 
@@ -182,5 +183,5 @@ def rank_in(world: DevicePopulation, device: str) -> int:
 def devices_of_worker(folder: Path) -> SimulatedDevices:
     """The devices of a run in a worker process, loaded once; refuses to run other code than the driver's."""
     run = RunFolder(folder)
-    check_sources(run)
+    check_sources(folder, run.config.extensions())
     return load_devices(run)

@@ -24,7 +24,8 @@ from florilegium.server.optimizers import Moments
 from florilegium.server.release_collector import Limits, RoundFacts, to_arrays, to_numpy
 from florilegium.server.strategy import Aggregate, ReleaseStrategy, ServerState
 from florilegium.simulation.heterogeneity.clock import BufferedClock, Clock
-from florilegium.simulation.runs.folder import Checkpoint, RunFolder
+from florilegium.simulation.runs.checkpoint import Checkpoint
+from florilegium.simulation.runs.folder import RunFolder
 
 Opened = tuple[ReleaseStrategy, ArrayRecord]  # a strategy, and what it sends devices next
 
@@ -81,7 +82,7 @@ def commit(run: RunFolder, made: Aggregate) -> None:
 def committed(run: RunFolder, round_number: int) -> Aggregate | None:
     """What a round came to, if it came so far."""
     stored = run.aggregate(round_number)
-    return Aggregate(**vars(_state(stored)), facts=RoundFacts(**stored.facts)) if stored else None
+    return Aggregate(**vars(_state(stored)), facts=RoundFacts(**(stored.facts or {}))) if stored else None
 
 
 def _state(stored: Checkpoint) -> ServerState:

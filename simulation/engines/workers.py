@@ -20,7 +20,8 @@ from typing import Any, Protocol
 from florilegium.privacy.common.errors import BrokenDeviceError
 from florilegium.simulation.devices.simulated import SimulatedDevices, devices_of_worker
 from florilegium.simulation.engines.ray_cluster import Wish, open_cluster
-from florilegium.simulation.runs.folder import RunError, RunFolder
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
 Job = Callable[..., Any]  # (devices, names, shared); of a module: another process finds it by its name

@@ -18,19 +18,16 @@ from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.engines.scheduler import Scheduler
 from florilegium.simulation.evaluation.arms import Arms, Asked, Rows, joined_late, personal_rows, replied, scored
 from florilegium.simulation.evaluation.metrics import Measured, Reply, compare, derangement, measure_nll, measure_rouge
-from florilegium.simulation.runs.folder import RunFolder
-
-COMPARISONS = (
-    ("nll", "personal", "base"),
-    ("nll", "personal", "shuffled"),
-    ("nll", "personal", "local"),
-    ("nll", "personal", "shared"),
-    ("nll", "shared", "base"),
-    ("nll", "pooled", "base"),
-    ("rouge1", "personal", "base"),
-    ("rouge1", "personal", "shuffled"),
-    ("rouge1", "shared", "base"),
+from florilegium.simulation.runs.arms import COMPARISONS
+from florilegium.simulation.runs.events import (
+    ArmComparison,
+    DeviceResult,
+    Evaluation,
+    NewcomersComparison,
+    NewcomersEvaluation,
+    ShownReply,
 )
+from florilegium.simulation.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Evaluator:
             table = nll if metric == "nll" else rouge
             if len(table.names) > 1 and better in table.arms and than in table.arms:  # one user has no interval
                 found = asdict(compare(table.arms[better], table.arms[than], lower_is_better=metric == "nll"))
-                self.run.record("comparison", metric=metric, better=better, than=than, **found)
+                self.run.record(ArmComparison(metric=metric, better=better, than=than, **found))
         self._newcomers(shared)
         base, own = nll.arms["base"].by_user, nll.arms["personal"].by_user
         return {n: b - p for n, b, p in zip(nll.names, base, own, strict=True)}
@@ -94,7 +91,7 @@ class Evaluator:
                 facts = {}
                 if (at := replied.get(device)) is not None:
                     facts = {"rouge1": rouge.arms[arm].by_user[at], "mean_length_tokens": lengths[arm][at]}
-                self.run.record("result", device=device, arm=arm, nll=measured.by_user[k], queries=queries, **facts)
+                self.run.record(DeviceResult(device=device, arm=arm, nll=measured.by_user[k], queries=queries, **facts))
 
     def _arms(self, round_number: int, shared_row: torch.Tensor) -> Arms:
         if round_number == 0:
@@ -138,9 +135,19 @@ class Evaluator:
         return Table(names, measured)
 
     def _evaluation_event(self, round_number: int, arm: str, metric: str, measured: Measured) -> None:
-        counts = {"users": len(measured.by_user), "queries": len(measured.by_query)}
-        facts = {"round": round_number, "final": round_number == self.config.rounds, **counts}
-        self.run.record("evaluation", arm=arm, metric=metric, **measured.summary(), **facts)
+        self.run.record(
+            Evaluation(
+                arm=arm,
+                metric=metric,
+                mean_per_user=measured.mean_per_user,
+                mean_per_query=measured.mean_per_query,
+                ci95=measured.ci95,
+                round=round_number,
+                final=round_number == self.config.rounds,
+                users=len(measured.by_user),
+                queries=len(measured.by_query),
+            )
+        )
 
     def _replies(self, arms: Arms) -> tuple[Table, dict[str, list[float]]]:
         """ROUGE-1 and mean lengths in tokens, by arm; and a few replies before and after, for reading."""
@@ -167,8 +174,10 @@ class Evaluator:
         ]
         shown = self.config.evaluation.replies_shown
         for name, b, a in pairs[:: max(1, len(pairs) // max(1, shown))][:shown]:
-            texts = {"recorded": b.query.response, "before": b.text, "after": a.text}
-            self.run.record("replies", device=name, prompt=b.query.prompt, **texts)
+            recorded = b.query.response
+            self.run.record(
+                ShownReply(device=name, prompt=b.query.prompt, recorded=recorded, before=b.text, after=a.text)
+            )
 
     def _newcomers(self, shared: torch.Tensor) -> None:
         """What the shared adapter is worth to people who never took part."""
@@ -181,12 +190,21 @@ class Evaluator:
         names = _of_all(found, names)
         measured = {arm: measure_nll([of[n] for n in names]) for arm, of in found.items()}
         for arm, figures in measured.items():
-            self.run.record("newcomers", arm=arm, metric="nll", users=len(names), **figures.summary())
+            self.run.record(
+                NewcomersEvaluation(
+                    arm=arm,
+                    metric="nll",
+                    users=len(names),
+                    mean_per_user=figures.mean_per_user,
+                    mean_per_query=figures.mean_per_query,
+                    ci95=figures.ci95,
+                )
+            )
         for better, than in (("shared", "base"), ("personal", "base"), ("personal", "shared")):
             if len(names) < 2 or not {better, than} <= measured.keys():
                 continue
             difference = asdict(compare(measured[better], measured[than], lower_is_better=True))
-            self.run.record("newcomers_comparison", metric="nll", better=better, than=than, **difference)
+            self.run.record(NewcomersComparison(metric="nll", better=better, than=than, **difference))
 
 
 def _of_all(found: Mapping[str, Mapping[str, object]], names: Sequence[str]) -> list[str]:

@@ -14,12 +14,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Literal
 
 from florilegium.simulation.config import WorldConfig
 from florilegium.simulation.heterogeneity.classes import DeviceClass, DevicePopulation, class_of, local_hour, uniform
-
-OutcomeKind = Literal["answers", "late", "dropped-out", "unavailable", "too-small"]
+from florilegium.simulation.runs.events import Outcome, OutcomeKind
 
 
 @dataclass(frozen=True)
@@ -30,20 +28,6 @@ class Work:
     tokens_after: float
     down_bytes: int
     up_bytes: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a device in a round. Who is unavailable or too small spends nothing."""
-
-    device: str
-    device_class: str
-    outcome: OutcomeKind
-    arrives_s: float | None = None  # after the round's start; None: never
-    busy_s: float = 0.0
-    energy_joules: float = 0.0
-    down_bytes: int = 0
-    up_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
-from florilegium.simulation.heterogeneity.availability import Arrival, Outcome, Round, Work, arrivals, simulate_round
+from florilegium.simulation.heterogeneity.availability import Arrival, Round, Work, arrivals, simulate_round
 from florilegium.simulation.heterogeneity.classes import DevicePopulation, class_of
-from florilegium.simulation.runs.folder import Event, RunError
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.events import WorldRound
 
 WAITED_FOR = ("answers", "late", "dropped-out")  # they have computed, whatever came of it
 
@@ -36,10 +36,9 @@ class Clock:
         last = self.rounds.get(number - 1)
         return last.starts_s + last.duration_s + self.world.settings.idle_s if last else 0.0
 
-    def recall(self, event: Event) -> None:
+    def recall(self, event: WorldRound) -> None:
         """Takes a round back from the event that was recorded of it."""
-        fates = tuple(Outcome(**fate) for fate in event["fates"])
-        self.rounds[event["round"]] = Round(event["round"], event["starts_s"], event["duration_s"], fates)
+        self.rounds[event.round] = Round(event.round, event.starts_s, event.duration_s, event.fates)
 
 
 @dataclass
@@ -92,11 +91,6 @@ class BufferedClock(Clock):
         return self.rounds[number]
 
 
-def as_event(played: Round) -> dict[str, Any]:
+def as_event(played: Round) -> WorldRound:
     """A round as it is recorded; the inverse of `Clock.recall`."""
-    return {
-        "round": played.number,
-        "starts_s": played.starts_s,
-        "duration_s": played.duration_s,
-        "fates": [asdict(fate) for fate in played.fates],
-    }
+    return WorldRound(round=played.number, starts_s=played.starts_s, duration_s=played.duration_s, fates=played.fates)

@@ -8,27 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any, TypeGuard
 
 import plotly.graph_objects as go
 
-Event = Mapping[str, Any]
+from florilegium.simulation.runs.arms import ARMS, arm_of
+from florilegium.simulation.runs.events import ArmComparison, DeviceResult, DeviceRound, Evaluation, RoundEnd
+from florilegium.simulation.runs.summary import SUMMED
+
 MINUS = "\N{MINUS SIGN}"
-_SUMMED = ("upload_bytes", "arrived", "accepted", "synthetic_kept", "synthetic_rejected", "truncated", "tokens_trained")
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """How one way of answering is named and drawn, in every table and figure alike."""
-
-    subject: str
-    meaning: str
-    colour: str
-    symbol: str
-    dash: str = "solid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +40,6 @@ class DeviceTotal:
     odometer: tuple[tuple[int, float | None, str], ...]  # round, ε spent until then, why nothing was released
 
 
-# At least 3:1 against a white and a dark page, and told apart in all three kinds of colour blindness;
-# the symbol repeats what the colour says.
-ARMS = {
-    "base": Arm("the base model", "the model as it came, no adapter", "#7d8288", "circle-open", "dot"),
-    "shared": Arm("the shared adapter", "aggregated from what the devices released", "#1987ba", "square"),
-    "local": Arm("the local adapter", "learned on the device alone, nothing shared", "#7d5f16", "triangle-up", "dash"),
-    "personal": Arm("the personal adapter", "the shared adapter and the user's own, added", "#d25440", "circle"),
-    "shuffled": Arm("a stranger's adapter", "control: another user's personal adapter", "#e347bd", "x", "dashdot"),
-    "pooled": Arm("the pooled adapter", "reference: all data in one place, no privacy", "#0b994b", "diamond", "dash"),
-}
-
-
-def arm_of(name: str) -> Arm:
-    """The look of an arm; an arm that the table does not know is drawn grey under its own name."""
-    return ARMS.get(name, Arm(f"the arm {name}", "", "#7d8288", "hexagon"))
-
-
 def is_number(value: object) -> TypeGuard[float]:
     """True for finite numbers only: a record may hold null, NaN or infinity."""
     return isinstance(value, int | float) and math.isfinite(value)
@@ -82,33 +56,34 @@ def ratio_in_words(ratio: object, floor: object) -> str:
     return f"not measurable, < {floor:.2f}" if is_number(floor) and ratio < floor else f"{ratio:.2f}"
 
 
-def gains_by_arm(results: Sequence[Event]) -> dict[str, list[float]]:
+def gains_by_arm(results: Sequence[DeviceResult]) -> dict[str, list[float]]:
     """NLL of the base minus NLL of each arm, nats per token, one value a user; positive is a gain.
 
-    >>> gains_by_arm([{"device": "u1", "arm": "base", "nll": 4.0}, {"device": "u1", "arm": "personal", "nll": 3.5}])
+    >>> nll = {"base": 4.0, "personal": 3.5}
+    >>> gains_by_arm([DeviceResult(device="u1", arm=arm, nll=value, queries=8) for arm, value in nll.items()])
     {'personal': [0.5]}
     """
-    base = {r["device"]: r["nll"] for r in results if r["arm"] == "base" and is_number(r["nll"])}
+    base = {r.device: r.nll for r in results if r.arm == "base" and is_number(r.nll)}
     gains: dict[str, list[float]] = {name: [] for name in ARMS}
     for r in results:
-        if r["arm"] != "base" and r["device"] in base and is_number(r["nll"]):
-            gains.setdefault(r["arm"], []).append(round(base[r["device"]] - r["nll"], 5))
+        if r.arm != "base" and r.device in base and is_number(r.nll):
+            gains.setdefault(r.arm, []).append(round(base[r.device] - r.nll, 5))
     return {arm: values for arm, values in gains.items() if values}
 
 
-def device_totals(device_rounds: Sequence[Event]) -> list[DeviceTotal]:
+def device_totals(device_rounds: Sequence[DeviceRound]) -> list[DeviceTotal]:
     """Sums over rounds by device, the highest epsilon first. Annotations and epsilon are recorded cumulatively."""
-    by_device: dict[str, list[Event]] = {}
+    by_device: dict[str, list[DeviceRound]] = {}
     for e in device_rounds:
-        by_device.setdefault(e["device"], []).append(e)
+        by_device.setdefault(e.device, []).append(e)
     totals = [
         DeviceTotal(
             device=device,
-            releases=sum(bool(e.get("upload_bytes")) for e in events),
-            epsilon=max((e["epsilon"] for e in events if e.get("epsilon") is not None), default=math.nan),
-            annotations=max(e.get("annotations", 0) for e in events),
-            odometer=tuple((e["round"], e.get("epsilon"), e.get("refusal", "")) for e in events),
-            **{key: sum(e.get(key, 0) for e in events) for key in _SUMMED},
+            releases=sum(e.upload_bytes > 0 for e in events),
+            epsilon=max((e.epsilon for e in events if e.epsilon is not None), default=math.nan),
+            annotations=max(e.annotations for e in events),
+            odometer=tuple((e.round, e.epsilon, e.refusal or "") for e in events),
+            **{key: sum(getattr(e, key) or 0 for e in events) for key in (*SUMMED, "upload_bytes", "tokens_trained")},
         )
         for device, events in by_device.items()
     ]
@@ -121,12 +96,12 @@ def spread(totals: Sequence[DeviceTotal], key: str) -> tuple[float, float, float
     return (min(values), median(values), max(values), sum(values)) if values else None
 
 
-def mean_lengths(results: Sequence[Event]) -> dict[str, float]:
+def mean_lengths(results: Sequence[DeviceResult]) -> dict[str, float]:
     """Mean length of an arm's replies over users, tokens."""
     lengths: dict[str, list[float]] = defaultdict(list)
     for r in results:
-        if is_number(r.get("mean_length_tokens")):
-            lengths[r["arm"]].append(r["mean_length_tokens"])
+        if is_number(r.mean_length_tokens):
+            lengths[r.arm].append(r.mean_length_tokens)
     return {arm: mean(values) for arm, values in lengths.items()}
 
 
@@ -152,52 +127,47 @@ def zero_line() -> dict[str, Any]:
     return {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"width": 1.5}}
 
 
-def learning_curves(evaluations: Sequence[Event]) -> go.Figure | None:
+def learning_curves(evaluations: Sequence[Evaluation]) -> go.Figure | None:
     """Mean NLL over users by round. An arm that was evaluated once is a single mark."""
-    points: dict[str, list[Event]] = {name: [] for name in ARMS}
+    points: dict[str, list[Evaluation]] = {name: [] for name in ARMS}
     for e in evaluations:
-        if e["metric"] == "nll" and is_number(e["mean_per_user"]):
-            points.setdefault(e["arm"], []).append(e)
-    traces = [_curve(arm, sorted(events, key=_round)) for arm, events in points.items() if events]
-    last = max((e["round"] for e in evaluations), default=0)
+        if e.metric == "nll" and is_number(e.mean_per_user):
+            points.setdefault(e.arm, []).append(e)
+    traces = [_curve(arm, sorted(events, key=lambda e: e.round)) for arm, events in points.items() if events]
+    last = max((e.round for e in evaluations), default=0)
     x_axis = {"dtick": 1 if last <= 12 else None, "range": [-0.03 * max(last, 1), 1.04 * max(last, 1)]}
     return figure(traces, 360, "round", showlegend=True, xaxis=x_axis) if traces else None
 
 
-def _round(event: Event) -> int:
-    return int(event["round"])
-
-
-def _curve(name: str, events: list[Event]) -> Any:
+def _curve(name: str, events: list[Evaluation]) -> Any:
     arm = arm_of(name)
     hover = f"<b>{name}</b>, round %{{x}}<br>%{{y:.3f}} nats per token<extra></extra>"
     return go.Scatter(
-        x=[e["round"] for e in events], y=[round(e["mean_per_user"], 5) for e in events], name=name,
+        x=[e.round for e in events], y=[round(e.mean_per_user, 5) for e in events], name=name,
         mode="lines+markers" if len(events) > 1 else "markers", hovertemplate=hover, cliponaxis=False,
         line={"color": arm.colour, "width": 2, "dash": arm.dash},
         marker={"color": arm.colour, "size": 8, "symbol": arm.symbol},
     )  # fmt: skip
 
 
-def differences(comparisons: Sequence[Event]) -> go.Figure | None:
+def differences(comparisons: Sequence[ArmComparison]) -> go.Figure | None:
     """Paired differences of NLL with their 95% intervals, one row a comparison; left of zero is better."""
-    rows = [c for c in comparisons if c["metric"] == "nll" and is_number(c["mean_difference"])]
+    rows = [c for c in comparisons if c.metric == "nll" and is_number(c.mean_difference)]
     traces = []
     for c in rows:
-        middle, arm = c["mean_difference"], arm_of(c["better"])
-        low, high = c.get("ci95") or (middle, middle)
-        hover = f"<b>{c['better']} {MINUS} {c['than']}</b><br>%{{x:+.3f}} nats per token<extra></extra>"
+        middle, arm, (low, high) = c.mean_difference, arm_of(c.better), c.ci95
+        hover = f"<b>{c.better} {MINUS} {c.than}</b><br>%{{x:+.3f}} nats per token<extra></extra>"
         error = {"type": "data", "array": [high - middle], "arrayminus": [middle - low], "thickness": 2.5, "width": 6}
         marker = {"color": arm.colour, "size": 11, "symbol": arm.symbol}
         traces.append(
-            go.Scatter(x=[middle], y=[f"{c['better']} {MINUS} {c['than']} "], mode="markers", marker=marker,
+            go.Scatter(x=[middle], y=[f"{c.better} {MINUS} {c.than} "], mode="markers", marker=marker,
                        error_x=error | {"color": arm.colour}, hovertemplate=hover)
         )  # fmt: skip
     layout: dict[str, Any] = {"shapes": [zero_line()], "yaxis": {"autorange": "reversed"}}
     return figure(traces, 70 + 38 * len(rows), "difference of NLL, nats per token", **layout) if rows else None
 
 
-def gain_distribution(results: Sequence[Event]) -> go.Figure | None:
+def gain_distribution(results: Sequence[DeviceResult]) -> go.Figure | None:
     """One box an arm: the gains of all users over the base model; each user is a dot while they are few."""
     gains = gains_by_arm(results)
     traces = []
@@ -214,12 +184,12 @@ def gain_distribution(results: Sequence[Event]) -> go.Figure | None:
     return figure(traces, 80 + 62 * len(gains), "gain over base, nats per token", **layout) if gains else None
 
 
-def epsilon_spent(device_rounds: Sequence[Event], budget: float | None) -> go.Figure | None:
+def epsilon_spent(device_rounds: Sequence[DeviceRound], budget: float | None) -> go.Figure | None:
     """Epsilon that the devices have spent by each round: the median, the range and the budget."""
     spent: dict[int, list[float]] = defaultdict(list)
     for e in device_rounds:
-        if is_number(e.get("epsilon")):
-            spent[e["round"]].append(e["epsilon"])
+        if is_number(e.epsilon):
+            spent[e.round].append(e.epsilon)
     if not spent:
         return None
     rounds = sorted(spent)
@@ -243,16 +213,16 @@ def epsilon_spent(device_rounds: Sequence[Event], budget: float | None) -> go.Fi
     return made
 
 
-def seconds_by_phase(rounds: Sequence[Event]) -> dict[str, float]:
+def seconds_by_phase(rounds: Sequence[RoundEnd]) -> dict[str, float]:
     """Seconds that each phase took over all recorded rounds, in the order in which the phases run."""
     total: dict[str, float] = defaultdict(float)
     for r in rounds:
-        for phase, seconds in r.get("seconds", {}).items():
+        for phase, seconds in (r.seconds or {}).items():
             total[phase] += seconds
     return dict(total)
 
 
-def timing(rounds: Sequence[Event]) -> go.Figure | None:
+def timing(rounds: Sequence[RoundEnd]) -> go.Figure | None:
     """Total seconds by phase, as bars with their share."""
     total = seconds_by_phase(rounds)
     whole = sum(total.values())

@@ -12,7 +12,8 @@ import plotly.offline
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from florilegium.simulation.reports.figures import ARMS, MINUS, is_number
+from florilegium.simulation.reports.figures import MINUS, is_number
+from florilegium.simulation.runs.arms import ARMS
 
 _MISSING = "\N{EN DASH}"
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from florilegium.privacy.common.registry import ExtensionError, calling, resolve
 from florilegium.simulation.config import ExperimentConfig
-from florilegium.simulation.runs.folder import Event, RunFolder
+from florilegium.simulation.runs.events import Event
+from florilegium.simulation.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class RunFacts:
     folder: Path
     config: ExperimentConfig
     round: int  # the last one that is over; 0 before the first
-    events: tuple[Event, ...]  # as in metrics.jsonl, those that were written since the callback was told last
+    events: tuple[Event, ...]  # of metrics.jsonl, those that were written since the callback was told last
     interrupted: bool = False  # of the end: the run has not come to its own
 
 

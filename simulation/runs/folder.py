@@ -2,55 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from hashlib import sha256
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
-
-import florilegium
-from florilegium.privacy.common.errors import UserError
-from florilegium.privacy.common.registry import source_files
 from florilegium.privacy.release import Array
 from florilegium.privacy.seeds import fresh_secret
 from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.runs.changes import SPEED, changes, check, told
+from florilegium.simulation.runs.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from florilegium.simulation.runs.device_store import Shards
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.events import Evaluation, Event, Facts, RunStart, append, read, rewind
+from florilegium.simulation.runs.provenance import sources_sha256, write_sources
 from florilegium.simulation.settings import ConfigError, dump_config, find_config, validate
 
-Event = dict[str, Any]
-MOMENTS = "optimizer."  # begins the names of what a server's optimizer remembers
+Kind = TypeVar("Kind", bound=Event)
 AGGREGATE = "-aggregate"  # ends the names of checkpoints of rounds that are not over
 SHARDS_OF_AN_ACTOR = 4  # so that a run can be resumed with more actors, and that a lost one's are shared out
 OTHER_CODE = "another version of the code"
-PACKAGES = ("privacy", "client", "server", "simulation")
-
-
-class RunError(UserError):
-    """A run's folder exists, is missing or does not fit what is asked of it."""
-
-
-HEADS = ("heads.names", "heads.values")  # of a checkpoint
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What the server had at the end of a round, or after its releases."""
-
-    round: int
-    shared: dict[str, Array]
-    heads: dict[str, str]  # device → head of its ledger with its last release
-    moments: dict[str, Any]  # of the server's optimizer
-    facts: Event  # of the round, where it is not over
 
 
 @dataclass(frozen=True)
@@ -79,26 +53,21 @@ class RunFolder:
         text = (self.path / "config.toml").read_text(encoding="utf-8")
         return validate(ExperimentConfig, tomllib.loads(text), str(self.path / "config.toml"))
 
-    def record(self, event: str, **facts: Any) -> None:
-        """Appends one event."""
-        self.record_all(event, [facts])
+    def record(self, event: Event) -> None:
+        """Appends one event to the log."""
+        append(self.metrics, [event])
 
-    def record_all(self, event: str, of_each: Iterable[Event]) -> None:
-        """Appends events of one kind."""
-        told = {"event": event, "time": round(time.time(), 3)}
-        with self.metrics.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(told | facts, allow_nan=True) + "\n" for facts in of_each)
+    def record_all(self, events: Iterable[Event]) -> None:
+        """Appends events to the log, with one time."""
+        append(self.metrics, events)
 
     def events(self) -> Iterator[Event]:
-        """All whole lines; a torn last one, from a process that was killed, is passed over."""
-        if not self.metrics.exists():
-            return
-        with self.metrics.open(encoding="utf-8") as stream:
-            for line in stream:
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
-                    continue
+        """The run's log; raises `RunError` for a line that is no event, but for a torn last one."""
+        return read(self.metrics) if self.metrics.exists() else iter(())
+
+    def events_of(self, kind: type[Kind]) -> Iterator[Kind]:
+        """The events of one kind."""
+        return (event for event in self.events() if isinstance(event, kind))
 
     def save_shared(
         self,
@@ -106,28 +75,23 @@ class RunFolder:
         arrays: Mapping[str, Array],
         heads: Mapping[str, str],
         moments: Mapping[str, Any],
-        facts: Event | None = None,
+        facts: Facts | None = None,
     ) -> None:
         """The server's checkpoint, with the heads of the devices' ledgers: with it a round is done.
 
         With `facts` it is what the releases came to, and the round is not: the devices do not have it yet.
         """
         path = self.path / "server" / f"{round_number:05d}{'' if facts is None else AGGREGATE}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        stored = dict(arrays) | {f"{MOMENTS}{name}": moment for name, moment in moments.items()} | _packed(heads)
-        metadata = {"facts": json.dumps(facts)}
-        save_file({k: np.ascontiguousarray(v) for k, v in stored.items()}, fresh, metadata)
-        fresh.replace(path)
+        write_checkpoint(path, Checkpoint(round_number, arrays, heads, moments, facts))
 
     def shared(self, round_number: int) -> Checkpoint:
         """The checkpoint of a round that is done."""
-        return _read_checkpoint(self.path / "server" / f"{round_number:05d}.safetensors")
+        return read_checkpoint(self.path / "server" / f"{round_number:05d}.safetensors")
 
     def last_shared(self) -> Checkpoint | None:
         """The newest checkpoint of a round that is done."""
         found = self._checkpoints()
-        return _read_checkpoint(found[-1]) if found else None
+        return read_checkpoint(found[-1]) if found else None
 
     @property
     def has_rounds(self) -> bool:
@@ -146,7 +110,7 @@ class RunFolder:
     def aggregate(self, round_number: int) -> Checkpoint | None:
         """What a round's releases came to, if it came so far."""
         path = self.path / "server" / f"{round_number:05d}{AGGREGATE}.safetensors"
-        return _read_checkpoint(path) if path.exists() else None
+        return read_checkpoint(path) if path.exists() else None
 
     def server_secret(self) -> int:
         """Of the server's noise: drawn once from the operating system, and kept beside the checkpoints."""
@@ -160,62 +124,46 @@ class RunFolder:
         return int(path.read_text(encoding="ascii"), 16)
 
     def rewind(self, round_number: int) -> None:
-        """Drops the events of what comes after a round, so that it can be done again; says how settings changed."""
-        fresh, more = self.metrics.with_suffix(".new"), False
-        with fresh.open("w", encoding="utf-8") as stream:
-            for event in self.events():
-                if event["event"] == "run":
-                    more = event["rounds"] < self.config.rounds
-                    stream.write(json.dumps(_changed(event, self.config, round_number)) + "\n")
-                elif _belongs(event, round_number):
-                    stream.write(json.dumps(event) + "\n")
-                elif more and self.config.evaluation.every_round and _is_of_a_curve(event):
-                    stream.write(json.dumps(event | {"final": False}) + "\n")
-        fresh.replace(self.metrics)
+        """Drops the events of what comes after a round, so that it can be done again; says how settings changed.
 
+        Raises `RunError` for a log with a line that is no event, and leaves it as it is.
+        """
+        more = False
 
-def _read_checkpoint(path: Path) -> Checkpoint:
-    with safe_open(path, "np") as stored:
-        told = stored.metadata()
-        arrays = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
-        heads = _unpacked(arrays)
-        shared = {k: a for k, a in arrays.items() if not k.startswith(MOMENTS)}
-        moments = {k.removeprefix(MOMENTS): a for k, a in arrays.items() if k.startswith(MOMENTS)}
-        return Checkpoint(int(path.stem[:5]), shared, heads, moments, json.loads(told["facts"]))
+        def changed(event: Event, facts: Facts) -> Facts | None:
+            nonlocal more
+            if isinstance(event, RunStart):
+                more = event.rounds < self.config.rounds
+                return _brought_up_to_date(facts, self.config, round_number)
+            if _belongs(event, round_number):
+                return facts
+            return facts | {"final": False} if more and curves and _is_of_a_curve(event) else None
 
-
-def _packed(heads: Mapping[str, str]) -> dict[str, Array]:
-    """Heads of ledgers by device as arrays: there may be millions, and a file's header has 100 MB."""
-    names, values = "\n".join(heads).encode(), bytes.fromhex("".join(heads.values()))
-    return {key: np.frombuffer(data, np.uint8) for key, data in zip(HEADS, (names, values), strict=True)}
-
-
-def _unpacked(arrays: dict[str, Any]) -> dict[str, str]:
-    """The inverse of `_packed`; takes them out of the arrays."""
-    names, values = (arrays.pop(key).tobytes() for key in HEADS)
-    return {name: values[32 * i : 32 * i + 32].hex() for i, name in enumerate(names.decode().split("\n")) if name}
+        curves = self.config.evaluation.every_round
+        rewind(self.metrics, changed)
 
 
 def _belongs(event: Event, round_number: int) -> bool:
     """Whether an event was written in the rounds up to this one; the verdict after the last belongs to none."""
-    before = "round" in event and event["round"] <= round_number and not event.get("final")
+    number = getattr(event, "round", None)
+    before = number is not None and number <= round_number and not getattr(event, "final", False)
     return before and round_number > 0  # what is before round 1 is evaluated anew
 
 
 def _is_of_a_curve(event: Event) -> bool:
     """Whether it is a figure of the last round that those of rounds before the last have too."""
-    return bool(event["event"] == "evaluation" and event["metric"] == "nll" and event["arm"] != "pooled")
+    return isinstance(event, Evaluation) and event.metric == "nll" and event.arm != "pooled"
 
 
-def _changed(event: Event, config: ExperimentConfig, round_number: int) -> Event:
+def _brought_up_to_date(facts: Facts, config: ExperimentConfig, round_number: int) -> Facts:
     """The event that a run began with, for one that goes on with these settings."""
-    found = changes(ExperimentConfig.model_validate(event["config"]), config)
+    found = changes(ExperimentConfig.model_validate(facts["config"]), config)
     slow = {key: values for key, values in found.items() if not key.startswith(SPEED)}
     code = {"sources": sources_sha256(config.extensions())}
-    now = event | {"rounds": config.rounds, "config": config.model_dump(mode="json"), **code}
-    news = [*([told(slow)] if slow else []), *([OTHER_CODE] if event["sources"] != code["sources"] else [])]
+    now = facts | {"rounds": config.rounds, "config": config.model_dump(mode="json"), **code}
+    news = [*([told(slow)] if slow else []), *([OTHER_CODE] if facts.get("sources") != code["sources"] else [])]
     if news:
-        now["changed"] = [*event.get("changed", []), {"after_round": round_number, "settings": ", ".join(news)}]
+        now["changed"] = [*facts.get("changed", []), {"after_round": round_number, "settings": ", ".join(news)}]
     return now
 
 
@@ -231,7 +179,7 @@ def create(path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> 
     fresh.parent.mkdir(parents=True, exist_ok=True)
     fresh.mkdir(mode=0o700)  # it will hold what people said
     _write_config(fresh, config)
-    _write_sources(fresh, config)
+    write_sources(fresh, config.extensions())
     Shards.create(fresh / "devices", config.ray.shards or max(1, SHARDS_OF_AN_ACTOR * config.ray.actors))
     if path.exists() and any(path.iterdir()):
         shutil.rmtree(_aside(path), ignore_errors=True)
@@ -284,7 +232,7 @@ def resume(path: Path, config: ExperimentConfig) -> RunFolder:
     """The run in a folder; raises `ConfigError` for settings that it cannot go on with."""
     check_resumable(path, config)
     _write_config(path, config)
-    _write_sources(path, config)  # which may have been mended; that is told in the run's event
+    write_sources(path, config.extensions())  # which may have been mended; that is told in the run's event
     shutil.rmtree(RunFolder(path).faults, ignore_errors=True)  # of before
     shutil.rmtree(_aside(path), ignore_errors=True)  # of an --overwrite that was killed
     return RunFolder(path)
@@ -302,33 +250,3 @@ def _write_config(path: Path, config: ExperimentConfig) -> None:
     fresh = path / "config.new"
     fresh.write_text(dump_config(config), encoding="utf-8")
     fresh.replace(path / "config.toml")
-
-
-def _write_sources(path: Path, config: ExperimentConfig) -> None:
-    (path / "sources.sha256").write_text(sources_sha256(config.extensions()) + "\n", encoding="utf-8")
-
-
-def sources_sha256(extensions: Iterable[str] = ()) -> str:
-    """A hash of the sources of the four packages, and of the modules of these names: driver and workers must agree."""
-    return _sources_sha256(tuple(sorted(set(extensions))))
-
-
-@lru_cache(maxsize=8)  # what was imported does not change with the file
-def _sources_sha256(extensions: tuple[str, ...]) -> str:
-    digest = sha256()
-    root = Path(florilegium.__file__).parent
-    for package in PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    for module, path in source_files(extensions).items():
-        digest.update(module.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def check_sources(run: RunFolder) -> None:
-    """Raises `RunError` when this process runs other code than the one that made the run's folder."""
-    stored = (run.path / "sources.sha256").read_text(encoding="utf-8").strip()
-    extensions = run.config.extensions()
-    if stored != sources_sha256(extensions):
-        own = f" or of {', '.join(extensions)}" if extensions else ""
-        raise RunError(f"the code in {Path(florilegium.__file__).parent}{own} is not the code that started {run.path}")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Event = Mapping[str, Any]  # as `metrics.jsonl` has them
+from florilegium.simulation.runs.events import RoundEnd, RunStart
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,27 @@ class Bystander:
         )
 
 
-def bystander(run: Event, rounds: Sequence[Event]) -> Bystander | None:
+def bystander(run: RunStart, rounds: Sequence[RoundEnd]) -> Bystander | None:
     """Of the event that a run begins with and those of its rounds; None where nothing is claimed.
 
     A unit is taken to be in the rounds with the fewest releases, in as many as its budget is for.
     """
-    privacy, config = run.get("privacy", {}), run.get("config", {})
-    planned = min(run.get("rounds", 0), config.get("privacy", {}).get("releases", 0) or run.get("rounds", 0))
-    counts = sorted(e["releases"] for e in rounds if e.get("releases"))[:planned]
-    if not counts or not _plain_means(config) or privacy.get("steps_per_round") != 1:
+    privacy, config = run.privacy, run.config
+    planned = min(run.rounds, config.get("privacy", {}).get("releases", 0) or run.rounds)
+    counts = sorted(e.releases for e in rounds if e.releases)[:planned]
+    if not counts or not _plain_means(config) or privacy.steps_per_round != 1:
         return None
-    if privacy["mode"] not in ("example-local", "user-local"):
+    if privacy.mode not in ("example-local", "user-local"):
         return None  # of a trusted server the mean is all that is promised anything about
 
     from florilegium.privacy import accounting  # not before there is something to account for
 
-    sigma, rate = privacy["noise_multiplier"], privacy["sampling_rate"]
+    sigma, rate = privacy.noise_multiplier, privacy.sampling_rate
     spent = [accounting.Event(sigma * math.sqrt(n), rate, 1) for n in counts]
-    return Bystander(accounting.epsilon(spent, privacy["delta"], privacy["adjacency"]), counts[0])
+    return Bystander(accounting.epsilon(spent, privacy.delta, privacy.adjacency), counts[0])
 
 
-def _plain_means(config: Event) -> bool:
+def _plain_means(config: Mapping[str, Any]) -> bool:
     """Whether what a server makes of a round follows from the sum of what devices have noised, and nothing else."""
     server, shared = config.get("server", {}), config.get("shared", {})
     plain = (server.get("rule"), server.get("products"), server.get("buffer")) == ("mean", "average", 0)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from florilegium.simulation.runs.callbacks import Callback, RunFacts
-from florilegium.simulation.runs.folder import Event, RunError
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.events import Evaluation, Event, RoundEnd
 
 OF_A_ROUND = ("releases", "silent", "signal_to_noise", "change_norm_l2", "shared_norm_l2", "averaging_error")
 
@@ -36,15 +37,16 @@ class TensorBoardWriter(Callback):
 
     def _write(self, facts: RunFacts) -> None:
         for event in facts.events:
-            for name, value in _scalars(event).items():
-                self.writer.add_scalar(name, value, event["round"])
+            self._add(event)
         self.writer.flush()
 
-
-def _scalars(event: Event) -> dict[str, float]:
-    if event["event"] == "round":
-        scalars = {name: event[name] for name in OF_A_ROUND if event.get(name) is not None}
-        return scalars | {f"seconds/{phase}": spent for phase, spent in event["seconds"].items()}
-    if event["event"] == "evaluation":
-        return {f"{event['metric']}/{event['arm']}": event["mean_per_user"]}
-    return {}
+    def _add(self, event: Event) -> None:
+        if isinstance(event, RoundEnd):
+            scalars = {name: value for name in OF_A_ROUND if (value := getattr(event, name)) is not None}
+            scalars |= {f"seconds/{phase}": spent for phase, spent in (event.seconds or {}).items()}
+        elif isinstance(event, Evaluation):
+            scalars = {f"{event.metric}/{event.arm}": event.mean_per_user}
+        else:
+            return
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, event.round)

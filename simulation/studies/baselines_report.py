@@ -13,25 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 
 from florilegium.client.terminal import Figures
 from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.evaluation.metrics import Measured
-from florilegium.simulation.reports import html
-from florilegium.simulation.reports.run_report import flattened
-from florilegium.simulation.studies import figures
 from florilegium.simulation.studies.cell import Result, read_result
 from florilegium.simulation.studies.config import Label, Study, TableConfig
-from florilegium.simulation.studies.statistics import (
-    METRICS,
-    Contrast,
-    contrast,
-    corrected,
-    named,
-    spread,
-    write_summary,
-)
+from florilegium.simulation.studies.statistics import METRICS, Contrast, contrast, corrected, named, spread
+from florilegium.simulation.studies.study_report import Shown, StudyReport, difference, listed, verdict
 
 REFERENCES = ("ours", "local")
 
@@ -83,25 +73,19 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A table of the study with its figures."""
-
-    key: str
-    table: TableConfig
-    outcomes: list[Outcome]
-    contrasts: list[Contrast]
+class Rivals(Shown[Outcome]):
+    """A table of rivals beside the references."""
 
     def against(self, o: Outcome, than: str) -> Contrast | None:
         """Of the NLL."""
-        found = (c for c in self.contrasts if (c.name, c.than, c.metric) == (o.name, than, "nll"))
-        return next(found, None)
+        return self.contrast(o.name, than)
 
 
-def tables(study: Study, folder: Path) -> Iterator[Shown]:
+def tables(study: Study, folder: Path) -> Iterator[Rivals]:
     """The study's; raises `RunError` where a cell has not been run."""
     for key, table in study.config.tables.items():
         found = list(_outcomes(study, folder, table))
-        yield Shown(key, table, found, contrasts(found))
+        yield Rivals(key, table, found, contrasts(found))
 
 
 def _outcomes(study: Study, folder: Path, table: TableConfig) -> Iterator[Outcome]:
@@ -131,35 +115,37 @@ def _contrast(o: Outcome, than: Outcome, metric: str) -> Contrast | None:
     return contrast(o.name, than.rival, metric, (one, two), o.seeds, equal_cost=equal)
 
 
-def verdict(shown: Sequence[Shown]) -> list[str]:
-    """What the corrected tests of the NLL show, a sentence for each table and reference."""
-    sentences = []
+def report(study: Study, folder: Path) -> StudyReport[Outcome]:
+    """What a study of rivals shows; raises `RunError` where a cell has not been run."""
+    shown = list(tables(study, folder))
+    results = [o.result for t in shown for o in t.outcomes]
+    return StudyReport(
+        study,
+        shown,
+        template="baselines_study.html.j2",
+        lead="Schemes of personalisation on the same people, at the same number of steps.",
+        unit="A unit is a device: it has the same stream, the same batches and the same held-out replies in every "
+        "cell, and no device is in two seeds. Better or worse is said only where a paired t-test over units, "
+        "corrected by Holm within the table and metric, is below 5 %.",
+        units="Devices",
+        facts={
+            "Seeds": str(study.config.seeds),
+            "Devices in a cell": listed(len(r["devices"]) for r in results),
+            "Held-out replies in a cell": listed(r["queries"] for r in results),
+        },
+        sentences=list(_sentences(shown)),
+        note="Mean over devices",
+        tables=[_drawn(study, t) for t in shown],
+        cell=_cell,
+    )
+
+
+def _sentences(shown: Sequence[Rivals]) -> Iterator[str]:
+    """Of the NLL, for each table and reference."""
     for t in shown:
         for reference in REFERENCES:
             family = [c for c in t.contrasts if c.than == reference and c.metric == "nll"]
-            told = [f"{c.name} was {c.verdict}" for c in family if c.shown]
-            unclear = [c.name for c in family if not c.shown]
-            said = [*told, *([f"no difference shown: {', '.join(unclear)}"] if unclear else [])]
-            if said:
-                sentences.append(f"{t.table.title or t.key}, against {reference}: {'; '.join(said)}.")
-    return sentences
-
-
-def render_study(study: Study, folder: Path) -> Path:
-    """Writes `summary.json`, `tables.txt` and `report.html`; raises `RunError` where a cell has not been run."""
-    shown = list(tables(study, folder))
-    results = [o.result for t in shown for o in t.outcomes]
-    write_summary(folder, study, {t.key: ([_cell(o) for o in t.outcomes], t.contrasts) for t in shown})
-    with (folder / "tables.txt").open("w", encoding="utf-8") as stream:
-        Console(file=stream, width=200).print(as_text(study, folder))
-    plots = {f"{t.key}-differences-{m}": figures.differences(t.contrasts, m) for t in shown for m in METRICS}
-    return html.write(
-        folder / "report.html", "baselines_study.html.j2", filters={"spread": spread}, study=study, shown=shown,
-        plots={name: drawn for name, drawn in plots.items() if drawn is not None}, metrics=METRICS,
-        sentences=verdict(shown), units=sorted({len(r["devices"]) for r in results}), references=REFERENCES,
-        queries=sorted({r["queries"] for r in results}), hardware=sorted({r["hardware"] for r in results}),
-        versions_of_code=len({r["sources"] for r in results}), config=list(flattened(dict(study.tree))),
-    )  # fmt: skip
+            yield from verdict(f"{t.title}, against {reference}", family)
 
 
 def _cell(o: Outcome) -> dict[str, Any]:
@@ -176,13 +162,8 @@ def _cell(o: Outcome) -> dict[str, Any]:
     }
 
 
-def as_text(study: Study, folder: Path) -> RenderableType:
-    """The tables for a terminal."""
-    return Group(*(_drawn(study, t) for t in tables(study, folder)))
-
-
-def _drawn(study: Study, t: Shown) -> RenderableType:
-    title = f"{t.table.title or t.key}: {study.config.seeds} seeds, {len(t.outcomes[0].result['devices'])} devices"
+def _drawn(study: Study, t: Rivals) -> RenderableType:
+    title = f"{t.title}: {study.config.seeds} seeds, {len(t.outcomes[0].result['devices'])} devices"
     drawn = Figures(title=title, title_style="")
     against = tuple(f"− {reference}" for reference in REFERENCES)
     headings = ("rival", "NLL", "by query", *against, "stranger's", "ROUGE-1", "ε", "kB up", "down", "tokens")
@@ -195,16 +176,9 @@ def _drawn(study: Study, t: Shown) -> RenderableType:
         own, other, rouge = o.measured(), o.measured("shuffled"), o.measured(metric="rouge1")
         assert own is not None
         drawn.add_row(
-            o.name, spread(own), f"{own.mean_per_query:.3f}", *(_told(t.against(o, r)) for r in REFERENCES),
+            o.name, spread(own), f"{own.mean_per_query:.3f}", *(difference(t.against(o, r)) for r in REFERENCES),
             f"{other.mean_per_user:.3f}" if other else "–", spread(rouge) if rouge else "–",
             "∞" if o.epsilon is None else f"{o.epsilon:.2f}", f"{o.mean('upload_bytes') / 1000:.0f}",
             f"{o.mean('download_bytes') / 1000:.0f}", f"{o.mean('tokens'):.0f}",
         )  # fmt: skip
     return Group(drawn, "±: 95 % over devices, paired where it is a difference; *: shown by Holm's test at 5 %")
-
-
-def _told(c: Contrast | None) -> str:
-    if c is None:
-        return ""
-    low, high = c.found.ci95
-    return f"{c.found.mean_difference:+.3f} ± {(high - low) / 2:.3f}{'*' if c.shown else ''}"

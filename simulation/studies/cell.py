@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -13,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from florilegium.client.lm.config import ModelConfig
+from florilegium.privacy.common.machine import cores
 from florilegium.simulation.data.population import DataConfig, User, load_population
-from florilegium.simulation.runs.folder import RunError, sources_sha256
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.provenance import sources_sha256
 from florilegium.simulation.studies.config import Cell
 from florilegium.simulation.tasks.config import TaskConfig, load_task
 from florilegium.simulation.tasks.task import Task, TaskUser
@@ -76,7 +77,7 @@ class SharedResources:
 
     def hardware(self, config: ModelConfig) -> str:
         engine = self.model(config).engine
-        return f"{len(os.sched_getaffinity(0))} cores, {engine.device}, {engine.dtype}"
+        return f"{cores()} cores, {engine.device}, {engine.dtype}"
 
 
 @dataclass

@@ -29,7 +29,7 @@ from florilegium.simulation.personalization.interactive import (
     reptile,
     simulate_user,
 )
-from florilegium.simulation.runs.folder import RunError
+from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.studies.cell import Result, SeededCell
 
 HELD_OUT = 8  # of each half, where the stream shifts

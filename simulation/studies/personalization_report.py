@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.hub import load
@@ -25,12 +25,10 @@ from florilegium.simulation.evaluation.metrics import Measured
 from florilegium.simulation.heterogeneity.availability import trained_tokens
 from florilegium.simulation.heterogeneity.classes import load_classes
 from florilegium.simulation.personalization.config import InteractiveConfig, MethodsConfig
-from florilegium.simulation.reports import html
-from florilegium.simulation.reports.run_report import flattened
-from florilegium.simulation.studies import figures
 from florilegium.simulation.studies.cell import Result, read_result
-from florilegium.simulation.studies.config import Label, Study, TableConfig
-from florilegium.simulation.studies.statistics import Contrast, contrast, corrected, named, spread, write_summary
+from florilegium.simulation.studies.config import Label, Study
+from florilegium.simulation.studies.statistics import Contrast, contrast, corrected, named, spread
+from florilegium.simulation.studies.study_report import Shown, StudyReport, difference, listed, verdict
 
 STRANGER = "with another's"
 PHONE = "mid-phone"
@@ -135,13 +133,8 @@ def _parameters(model: str) -> int:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A table of the study with its figures."""
-
-    key: str
-    table: TableConfig
-    outcomes: list[Outcome]
-    contrasts: list[Contrast]
+class Methods(Shown[Outcome]):
+    """A table of methods, each beside the first one on the same people."""
 
     @property
     def metrics(self) -> dict[str, str]:
@@ -149,14 +142,17 @@ class Shown:
         common = [m for m in self.outcomes[0].metrics if all(m in o.metrics for o in self.outcomes)]
         return {m: NAMES.get(m, m) for m in common}
 
+    @property
+    def compared(self) -> list[Contrast]:
+        return [c for c in self.contrasts if c.than != STRANGER]
+
     def against(self, o: Outcome, metric: str = "nll", than: str = "") -> Contrast | None:
         """With the first cell of the same people, or with what another person has."""
         first = next(x for x in self.outcomes if x.people == o.people)
-        wanted = (o.name, than or first.name, metric)
-        return next((c for c in self.contrasts if (c.name, c.than, c.metric) == wanted), None)
+        return self.contrast(o.name, than or first.name, metric)
 
 
-def tables(study: Study, folder: Path) -> Iterator[Shown]:
+def tables(study: Study, folder: Path) -> Iterator[Methods]:
     """The study's; raises `RunError` where a cell has not been run."""
     for key, table in study.config.tables.items():
         found = []
@@ -166,7 +162,7 @@ def tables(study: Study, folder: Path) -> Iterator[Shown]:
             found.append(Outcome(label, cell.config, read_result(folder / "cells" / cell.key)))
         count = Counter(o.method for o in found)
         found = [replace(o, alone=count[o.method] == 1) for o in found]
-        yield Shown(key, table, found, comparisons(found))
+        yield Methods(key, table, found, comparisons(found))
 
 
 def comparisons(found: Sequence[Outcome]) -> list[Contrast]:
@@ -194,40 +190,37 @@ def _with_anothers(o: Outcome, metric: str) -> Contrast | None:
     return contrast(o.name, STRANGER, metric, (mine, theirs), o.seeds)
 
 
-def verdict(shown: Sequence[Shown]) -> list[str]:
-    """What the corrected tests of the NLL and of the task's first metric show."""
-    sentences = []
-    for t in shown:
-        for metric in list(t.metrics)[:2]:
-            family = [c for c in t.contrasts if c.metric == metric and c.than != STRANGER]
-            told = [f"{c.name} was {c.verdict}" for c in family if c.shown]
-            unclear = [c.name for c in family if not c.shown]
-            said = [*told, *([f"no difference shown: {', '.join(unclear)}"] if unclear else [])]
-            if said:
-                than = t.outcomes[0].name
-                sentences.append(f"{t.table.title or t.key}, {t.metrics[metric]}, against {than}: {'; '.join(said)}.")
-    return sentences
-
-
-def render_study(study: Study, folder: Path) -> Path:
-    """Writes `summary.json`, `tables.txt` and `report.html`; raises `RunError` where a cell has not been run."""
+def report(study: Study, folder: Path) -> StudyReport[Outcome]:
+    """What a study of methods shows; raises `RunError` where a cell has not been run."""
     shown = list(tables(study, folder))
     results = [o.result for t in shown for o in t.outcomes]
-    write_summary(folder, study, {t.key: ([_cell(o) for o in t.outcomes], t.contrasts) for t in shown})
-    with (folder / "tables.txt").open("w", encoding="utf-8") as stream:
-        Console(file=stream, width=200).print(as_text(study, folder))
-    plots = {
-        f"{t.key}-differences-{i}": figures.differences([c for c in t.contrasts if c.than != STRANGER], metric, name)
-        for t in shown
-        for i, (metric, name) in enumerate(t.metrics.items())
-    }
-    return html.write(
-        folder / "report.html", "personalization_study.html.j2", filters={"spread": spread}, study=study, shown=shown,
-        plots={name: drawn for name, drawn in plots.items() if drawn is not None}, stranger=STRANGER,
-        sentences=verdict(shown), units=sorted({len(r["devices"]) for r in results}),
-        queries=sorted({r["queries"] for r in results}), hardware=sorted({r["hardware"] for r in results}),
-        versions_of_code=len({r["sources"] for r in results}), config=list(flattened(dict(study.tree))),
-    )  # fmt: skip
+    return StudyReport(
+        study,
+        shown,
+        template="personalization_study.html.j2",
+        lead="Methods of personalisation on the same people.",
+        unit="A unit is a person, with the same history and the same questions in every cell; nobody is in two seeds. "
+        "Better or worse is said only where a paired t-test over units, corrected by Holm within the table and metric, "
+        "is below 5 %.",
+        units="People",
+        facts={
+            "Seeds": str(study.config.seeds),
+            "People in a cell": listed(len(r["devices"]) for r in results),
+            "Questions in a cell": listed(r["queries"] for r in results),
+        },
+        sentences=list(_sentences(shown)),
+        note="From the table's first cell: mean over people",
+        tables=[_drawn(study, t) for t in shown],
+        cell=_cell,
+    )
+
+
+def _sentences(shown: Sequence[Methods]) -> Iterator[str]:
+    """Of the NLL and of the task's first metric."""
+    for t in shown:
+        for metric in list(t.metrics)[:2]:
+            family = [c for c in t.compared if c.metric == metric]
+            yield from verdict(f"{t.title}, {t.metrics[metric]}, against {t.outcomes[0].name}", family)
 
 
 def _cell(o: Outcome) -> dict[str, Any]:
@@ -246,14 +239,9 @@ def _cell(o: Outcome) -> dict[str, Any]:
     }
 
 
-def as_text(study: Study, folder: Path) -> RenderableType:
-    """The tables for a terminal."""
-    return Group(*(_drawn(study, t) for t in tables(study, folder)))
-
-
-def _drawn(study: Study, t: Shown) -> RenderableType:
+def _drawn(study: Study, t: Methods) -> RenderableType:
     people = len(t.outcomes[0].result["devices"])
-    drawn = Figures(title=f"{t.table.title or t.key}: {study.config.seeds} seeds, {people} people", title_style="")
+    drawn = Figures(title=f"{t.title}: {study.config.seeds} seeds, {people} people", title_style="")
     of_task = list(t.metrics)[1:]
     costs = list(t.outcomes[0].costs)[:3]
     headings = ("cell", "NLL", "− first", STRANGER, *(t.metrics[m] for m in of_task), "reply", *costs)
@@ -264,14 +252,7 @@ def _drawn(study: Study, t: Shown) -> RenderableType:
         assert own
         measured = (spread(m) if (m := o.measured(metric)) else f"{o.pooled(metric):.3f}" for metric in of_task)
         drawn.add_row(
-            o.name, spread(own), _told(t.against(o)), f"{other.mean_per_user:.3f}" if other else "", *measured,
+            o.name, spread(own), difference(t.against(o)), f"{other.mean_per_user:.3f}" if other else "", *measured,
             f"{o.length_tokens:.1f}", *("–" if (v := o.costs[c]) is None else f"{v:.0f}" for c in costs),
         )  # fmt: skip
     return Group(drawn, "±: 95 % over people, paired where it is a difference; *: shown by Holm's test at 5 %")
-
-
-def _told(c: Contrast | None) -> str:
-    if c is None:
-        return ""
-    low, high = c.found.ci95
-    return f"{c.found.mean_difference:+.3f} ± {(high - low) / 2:.3f}{'*' if c.shown else ''}"

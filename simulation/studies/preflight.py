@@ -12,7 +12,7 @@ from florilegium.privacy.common.registry import is_extension
 from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.personalization.config import InteractiveConfig, MethodsConfig
-from florilegium.simulation.runs.folder import RunError
+from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import Cell, Study
 

@@ -7,22 +7,20 @@ table and metric are one family, corrected by Holm.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from rich.console import Group, RenderableType
 from scipy import stats
 
 from florilegium.client.calibration import planned_event, release_noise
-from florilegium.client.terminal import Figures
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.evaluation.metrics import Comparison, Measured, compare
 from florilegium.simulation.studies.cell import Result, read_result
 from florilegium.simulation.studies.config import Cell, Label, Study, TableConfig
-from florilegium.simulation.studies.statistics import METRICS, Contrast, corrected, named, spread
+from florilegium.simulation.studies.statistics import METRICS, Contrast, corrected, named
 
 COMPARED = (("shared", "base"), ("personal", "base"), ("personal", "local"), ("personal", "shuffled"))
 COHORTS = (10, 30, 100, 1_000, 10_000, 100_000, 1_000_000)  # devices in a round
@@ -189,43 +187,3 @@ def _ratio(o: Outcome, twin: Outcome, devices: int) -> float:
     by_rate = o.config.privacy.by_dialogue and o.config.shared.learning_rate / twin.config.shared.learning_rate
     noise = release_noise(o.config, 1, 0).of_mean(devices) / (by_rate or 1.0)
     return float(np.sqrt(np.mean(squares)) / (noise * math.sqrt(o.seeds[0]["width"])))
-
-
-# -- for a terminal -----------------------------------------------------------------------------------------------
-
-
-def as_text(study: Study, folder: Path) -> RenderableType:
-    """The tables for a terminal."""
-    return Group(*_shown(study, folder))
-
-
-def _shown(study: Study, folder: Path) -> Iterator[RenderableType]:
-    for key, table in study.config.tables.items():
-        shown = Figures(title=f"{table.title or key}: NLL, mean of {study.config.seeds} seeds", title_style="")
-        for heading in (
-            "cell",
-            "ε",
-            "base",
-            "shared",
-            "local",
-            "personal",
-            "stranger's",
-            "signal/noise",
-            "best attack",
-            "bytes up",
-        ):
-            shown.add_column(heading, justify="left" if heading == "cell" else "right")
-        for o in outcomes(study, folder, table):
-            measured = [o.measured(arm) for arm in ("base", "shared", "local", "personal", "shuffled")]
-            best = max((o.attack(name)[0] for name in o.attacks), default=math.nan)
-            epsilon = "∞" if math.isinf(o.epsilon) else f"{o.epsilon:.2f}"
-            cells = [spread(m) if m else "–" for m in measured]
-            shown.add_row(
-                o.name,
-                epsilon,
-                *cells,
-                f"{o.signal_to_noise:.2f}",
-                f"{best:.3f} of {o.ceiling():.3f}",
-                f"{o.seeds[0]['upload_bytes']:,}",
-            )
-        yield shown

@@ -1,59 +1,62 @@
-"""Writes the report of a study of federations: one page, made from the cells' results alone."""
+"""The report of a study of federations, made from the cells' results alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from florilegium.simulation.reports import html
-from florilegium.simulation.reports.run_report import flattened
-from florilegium.simulation.studies import figures, privacy_utility_figures
-from florilegium.simulation.studies.config import Study, TableConfig
+from rich.console import RenderableType
+
+from florilegium.client.terminal import Figures
+from florilegium.simulation.studies import privacy_utility_figures
+from florilegium.simulation.studies.config import Study
 from florilegium.simulation.studies.privacy_utility import Outcome, Reach, comparisons, outcomes, reaches
-from florilegium.simulation.studies.statistics import METRICS, Contrast, named, spread, write_summary
+from florilegium.simulation.studies.statistics import METRICS, spread
+from florilegium.simulation.studies.study_report import Shown, StudyReport, listed
+
+Modes = Shown[Outcome]
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A table of the study with its figures."""
-
-    key: str
-    table: TableConfig
-    outcomes: list[Outcome]
-    contrasts: list[Contrast]
-
-
-def render_study(study: Study, folder: Path) -> Path:
-    """Writes `summary.json` and `report.html`; raises `RunError` where a cell has not been run."""
+def report(study: Study, folder: Path) -> StudyReport[Outcome]:
+    """What a study of federations shows; raises `RunError` where a cell has not been run."""
     shown = []
     for key, table in study.config.tables.items():
         found = outcomes(study, folder, table)
-        shown.append(Shown(key, table, found, comparisons(found)))
+        shown.append(Modes(key, table, found, comparisons(found)))
     every = list({o.cell.key: o for t in shown for o in t.outcomes}.values())
     reach = reaches(every)
-    cells = {t.key: ([_cell(o) for o in t.outcomes], t.contrasts) for t in shown}
-    write_summary(folder, study, cells, signal_to_noise_by_devices=[asdict(r) for r in reach])
-    return html.write(
-        folder / "report.html", "privacy_utility_study.html.j2", 
-        filters={"spread": spread, "named": named, "budget": budget},
-        plots=_plots(shown, every, reach), study=study, shown=shown, metrics=METRICS, reach=reach,
-        sentences=verdict(shown), devices=sorted({o.devices for o in every}),
-        promises={o.config.privacy.mode: o.config.privacy.promise for o in every},
-        hardware=sorted({o.result["hardware"] for o in every}),
-        minutes=sum(s["seconds"] for o in every for s in o.seeds) / 60,
-        versions_of_code=len({o.result["sources"] for o in every}), config=list(flattened(dict(study.tree))),
-    )  # fmt: skip
+    devices = listed(o.devices for o in every)
+    return StudyReport(
+        study,
+        shown,
+        template="privacy_utility_study.html.j2",
+        lead="What privacy costs, what it buys, and what needs none.",
+        unit="A unit is a device: the mean over the seeds' dice, then a paired t-test over devices, corrected by Holm "
+        "within the table and metric. The people are the same in all cells and seeds.",
+        units="Devices",
+        facts={
+            "Devices in a federation": devices,
+            "Seeds": str(study.config.seeds),
+            "Time of all cells, added up": f"{sum(s['seconds'] for o in every for s in o.seeds) / 60:,.0f} min",
+        },
+        sentences=_sentences(shown),
+        note="Mean over devices",
+        tables=[_drawn(study, t) for t in shown],
+        cell=_cell,
+        figures=_figures(every, reach),
+        values={
+            "devices": devices,
+            "reach": reach,
+            "promises": {o.config.privacy.mode: o.config.privacy.promise for o in every},
+        },
+        summary={"signal_to_noise_by_devices": [asdict(r) for r in reach]},
+    )
 
 
-def budget(epsilon: float) -> str:
-    """As it stands in tables."""
-    return "∞" if math.isinf(epsilon) else f"{epsilon:.2f}"
-
-
-def verdict(shown: Sequence[Shown]) -> list[str]:
+def _sentences(shown: Sequence[Modes]) -> list[str]:
     """One sentence a table on what the corrected tests of the shared adapter's NLL show, and one on the personal's."""
     sentences = []
     for t in shown:
@@ -64,26 +67,20 @@ def verdict(shown: Sequence[Shown]) -> list[str]:
                 cells = [c.name.removesuffix(f": {arm}") for c in family if c.shown and c.verdict == word]
                 what = "the shared adapter" if arm == "shared" else "sharing, beneath the personal adapter,"
                 if cells:
-                    sentences.append(f"{t.table.title or t.key}: {what} {told} with {'; '.join(cells)}.")
+                    sentences.append(f"{t.title}: {what} {told} with {'; '.join(cells)}.")
             unclear = [c.name.removesuffix(f": {arm}") for c in family if not c.shown]
             if unclear:
-                sentences.append(
-                    f"{t.table.title or t.key}: no difference of {arm} − {than} was shown with {'; '.join(unclear)}."
-                )
+                sentences.append(f"{t.title}: no difference of {arm} − {than} was shown with {'; '.join(unclear)}.")
     return sentences
 
 
-def _plots(shown: Sequence[Shown], every: Sequence[Outcome], reach: Sequence[Reach]) -> dict[str, Any]:
+def _figures(every: Sequence[Outcome], reach: Sequence[Reach]) -> dict[str, Any]:
     plain = [o for o in every if o.config.shared.adapter == every[0].config.shared.adapter]  # one choice of factors
-    made: dict[str, Any] = {
+    return {
         "pareto": privacy_utility_figures.pareto(plain),
         "attacks": privacy_utility_figures.attack_success(plain),
         "signal": privacy_utility_figures.signal(reach),
     }
-    for t in shown:
-        for metric in METRICS:
-            made[f"{t.key}-differences-{metric}"] = figures.differences(t.contrasts, metric)
-    return {name: drawn for name, drawn in made.items() if drawn is not None}
 
 
 def _cell(o: Outcome) -> dict[str, Any]:
@@ -107,3 +104,19 @@ def _cell(o: Outcome) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _drawn(study: Study, t: Modes) -> RenderableType:
+    drawn = Figures(title=f"{t.title}: NLL, mean of {study.config.seeds} seeds", title_style="")
+    arms = ("base", "shared", "local", "personal", "shuffled")
+    headings = ("cell", "ε", *arms[:-1], "stranger's", "signal/noise", "best attack", "bytes up")
+    for heading in headings:
+        drawn.add_column(heading, justify="left" if heading == "cell" else "right")
+    for o in t.outcomes:
+        best = max((o.attack(name)[0] for name in o.attacks), default=math.nan)
+        drawn.add_row(
+            o.name, "∞" if math.isinf(o.epsilon) else f"{o.epsilon:.2f}",
+            *(spread(m) if (m := o.measured(arm)) else "–" for arm in arms), f"{o.signal_to_noise:.2f}",
+            f"{best:.3f} of {o.ceiling():.3f}", f"{o.seeds[0]['upload_bytes']:,}",
+        )  # fmt: skip
+    return drawn

@@ -1,7 +1,6 @@
-"""Runs the cells of a study: each is a cohort of devices without a server, all seeds in one pass.
+"""A cell of devices without a server, all seeds in one pass.
 
-A cell's folder holds a line for each round that was finished, the devices' states after it, and at the end
-`result.json`. A study that was killed goes on with the round that it was in; a cell with a result is not run again.
+Its folder holds a line for each round that was finished, the devices' states after it, and at the end `result.json`.
 Device k of a seed has the same stream, the same held-out replies, the same first adapter and the same dice in every
 cell, so that cells can be compared pair by pair.
 """
@@ -13,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +29,9 @@ from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import User, met_by
 from florilegium.simulation.engines.faults import tried
 from florilegium.simulation.evaluation.metrics import by_device, derangement, measure_rouge, reply_arms, score_arms
-from florilegium.simulation.runs.folder import sources_sha256
-from florilegium.simulation.studies.baselines_cell import BaselinesCell
+from florilegium.simulation.runs.provenance import sources_sha256
 from florilegium.simulation.studies.cell import Result, SharedResources, read_result, write_whole
-from florilegium.simulation.studies.config import Cell, Study
-from florilegium.simulation.studies.federated_cell import FederatedCell
-from florilegium.simulation.studies.interactive_cell import InteractiveCell
-from florilegium.simulation.studies.methods_cell import MethodsCell
-from florilegium.simulation.studies.preflight import ready
+from florilegium.simulation.studies.config import Cell
 
 Listener = Callable[[str], None]
 SUMMED = (
@@ -175,27 +169,6 @@ class SelectionCell:
             "hardware": self.bench.hardware(self.config.model),
             "finished": round(time.time()),
         }
-
-
-KINDS: dict[str, type[SelectionCell | FederatedCell | BaselinesCell | MethodsCell | InteractiveCell]] = {
-    "alone": SelectionCell,
-    "federated": FederatedCell,
-    "rivals": BaselinesCell,
-    "methods": MethodsCell,
-    "lives": InteractiveCell,
-}
-
-
-def run_study(study: Study, folder: Path, listener: Listener, bench: SharedResources | None = None) -> None:
-    """Runs what has no result yet, cell by cell, on a bench that is `ready`, or is made so now."""
-    bench = bench or ready(study, folder)
-    cells, kind = study.cells, KINDS[study.config.kind]
-    for number, (key, cell) in enumerate(cells.items(), start=1):
-        kind(cell, folder / "cells" / key, bench, partial(_tell, listener, f"cell {number} of {len(cells)}")).run()
-
-
-def _tell(listener: Listener, where: str, phase: str) -> None:
-    listener(f"{where}: {phase}")
 
 
 def _added_up(pages: list[Observation]) -> Result:

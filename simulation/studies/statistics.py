@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
 from scipy import stats
 
-from florilegium.client.terminal import Figures
 from florilegium.simulation.evaluation.metrics import Comparison, Measured, compare
 from florilegium.simulation.studies.cell import Result, read_result
 from florilegium.simulation.studies.config import Label, Study, TableConfig
@@ -178,35 +176,10 @@ def named(label: Label) -> str:
     return ", ".join(str(v) if s == "selection.policy" else f"{s.rpartition('.')[2]} {v}" for s, v in label)
 
 
-def as_text(study: Study, folder: Path) -> RenderableType:
-    """The tables for a terminal."""
-    return Group(*(_shown(study, folder, name, table) for name, table in study.config.tables.items()))
-
-
-def _shown(study: Study, folder: Path, name: str, table: TableConfig) -> RenderableType:
-    shown = Figures(title=f"{table.title or name}: mean over {study.config.seeds} seeds' devices", title_style="")
-    for heading in ("arm", "NLL", "under another's", "ROUGE-1", "paper's", "tokens", "asked", "synthetic", "steps"):
-        shown.add_column(heading, justify="left" if heading == "arm" else "right")
-    for e in (e for row in entries(study, folder, table) for e in row):
-        shown.add_row(
-            e.name, spread(e.nll), f"{e.shuffled.mean_per_user:.3f}", spread(e.rouge1) if e.rouge1 else "–",
-            f"{e.published:.3f}" if e.published else "", f"{e.length_tokens:.1f}" if e.length_tokens else "–",
-            f"{e.cost.annotations:.0f}", f"{e.cost.synthetic:.1f}", f"{e.cost.steps:.0f}",
-        )  # fmt: skip
-    tests = [f"{c.metric}: {c.name} − {c.than}: {_told(c)}" for c in contrasts(study, folder, table) if c.shown]
-    return Group(shown, "\n".join(tests or ["no difference shown by a corrected test at equal cost"]))
-
-
 def spread(measured: Measured) -> str:
     """Mean over units ± half the 95 % interval."""
     low, high = measured.ci95
     return f"{measured.mean_per_user:.3f} ± {(high - low) / 2:.3f}"
-
-
-def _told(c: Contrast) -> str:
-    low, high = c.found.ci95
-    p = f"p = {c.p:.2g}" + (f", Holm {c.p_holm:.2g}" if c.p_holm is not None else "")
-    return f"{c.found.mean_difference:+.4f} ({low:+.4f} … {high:+.4f}), {p}: {c.verdict}"
 
 
 def _measured(stored: dict[str, Any]) -> Measured:

@@ -40,7 +40,7 @@ from safetensors.numpy import load_file
 
 from florilegium.simulation.config import load_config
 from florilegium.simulation.experiment import run_experiment
-from florilegium.simulation.runs.folder import Event, RunFolder
+from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.runs.progress import RunProgress
 from florilegium.simulation.settings import find_config
 
@@ -107,7 +107,7 @@ def made(name: str, folder: Path) -> Record:
     run = RunFolder(folder / "run")
     arrays = _arrays(run)
     return {
-        "figures": _figures(list(run.events()), arrays),
+        "figures": _figures(_events(run), arrays),
         "events": _hashed(run),
         "arrays": {key: _hash([some[k].tobytes() for k in sorted(some)]) for key, some in arrays.items()},
     }
@@ -170,7 +170,12 @@ def _arrays(run: RunFolder) -> dict[str, dict[str, np.ndarray]]:
     return found | {"server/shared": dict(last.shared)} | ({"server/moments": moments} if moments else {})
 
 
-def _figures(events: Sequence[Event], arrays: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
+def _events(run: RunFolder) -> list[Record]:
+    """As they stand in the file."""
+    return [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def _figures(events: Sequence[Record], arrays: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
     told: dict[str, float] = {}
     for event in events:
         if event["event"] in ("evaluation", "newcomers"):
@@ -189,7 +194,7 @@ def _figures(events: Sequence[Event], arrays: Mapping[str, Mapping[str, np.ndarr
 def _hashed(run: RunFolder) -> dict[str, str]:
     """A hash of each field of each kind of event, over all events in their order, wherever the run's folder is."""
     columns: dict[str, list[bytes]] = {}
-    for event in run.events():
+    for event in _events(run):
         for field, value in event.items():
             if field in ELSEWHERE | {"event"} or (event["event"] == "run" and field not in OF_RUN):
                 continue

@@ -141,7 +141,7 @@ async function erase(ids) {
   if (!answer) return;
   const asked = { ids, keep_replies: answer === "keep" };
   const done = await follow("erase", asked, (told) => { at("progress").textContent = `erasing: ${told.phase}`; });
-  const sent = done["cannot be recalled"];
+  const sent = done.sent;
   const replies = done.replies ? `, with ${plural(done.replies, "reply", "replies")} of the model` : "";
   at("progress").textContent = `erased${replies}; ${done.dialogues} dialogues left${done.retrained ? ", the adapter is trained anew" : ""}${sent ? `; ${sent} releases were sent before and cannot be recalled` : ""}`;
   await refresh();

@@ -1,0 +1,77 @@
+"""Talking with a device: its replies, what its owner thinks of them, what stood before them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+
+from florilegium.client.agent.device import Device, Progress, silent
+from florilegium.client.agent.errors import AgentError
+from florilegium.client.agent.vault import Turn
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.phases import frozen_adapters
+from florilegium.privacy.seeds import fresh_secret
+
+
+def chat(device: Device, prompt: str, conversation: str = "", told: Progress = silent) -> Turn:
+    """A reply; `told` hears it grow. Kept only where its owner has consented to learning."""
+    prompt = mended(prompt)
+    check_length(device, prompt)
+    if not prompt.strip():
+        raise AgentError("there is nothing to reply to")
+    with device.busy:
+        state, context = device.state(), device.context
+        received, _ = device.used()
+        on = [*([] if received is None else frozen_adapters(received, [state.id], context)), device.personal(state)]
+        before = lines_before(device, conversation)
+        asked = Dialogue("", prompt, "", context="\n".join(line for _, line in before)).in_context.prompt
+        said = device.lm.reply(asked, on, device.config.chat, fresh_secret() >> 65, told)
+        if not device.consents["learn"]:
+            return Turn(0, "", time.time(), conversation, prompt, said, None, "", None)
+        causes = list(dict.fromkeys(i for i, _ in before))
+        return device.vault.add(prompt, said, conversation, device.cycle, causes)
+
+
+def rate(device: Device, identity: str, liked: bool | None, wanted: str = "") -> Turn:
+    """👍, 👎, and what the owner would have said. Raises KeyError for a dialogue that is not there."""
+    wanted = mended(wanted)
+    check_length(device, wanted)
+    if not device.consents["learn"]:
+        raise AgentError("what you say of it is kept to learn from, which is not consented to")
+    return device.vault.rate(identity, liked, wanted.strip())
+
+
+def check_length(device: Device, text: str) -> None:
+    """Raises `AgentError` for more than a prompt, a correction or a profile may have."""
+    longest = device.config.longest
+    if len(text) > longest:
+        raise AgentError(f"{len(text):,} characters are more than the {longest:,} of `longest`")
+
+
+def mended(text: str) -> str:
+    """A text with a "?" for half a character: a terminal can give one, earlier versions took them, none is written."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def as_dialogues(device: Device, turns: Iterable[Turn]) -> list[Dialogue]:
+    """Turns as the phases take them, each with what was said before it."""
+    return [
+        Dialogue(t.id, t.prompt, t.reply, t.time, context=said_before(device, t.conversation, t.number)) for t in turns
+    ]
+
+
+def said_before(device: Device, conversation: str, number: int | None = None) -> str:
+    """The last turns of a conversation before this one, a line each."""
+    return "\n".join(line for _, line in lines_before(device, conversation, number))
+
+
+def lines_before(device: Device, conversation: str, number: int | None = None) -> list[tuple[str, str]]:
+    """The lines of `said_before`, each with the dialogue that it is from."""
+    turns = device.config.context_turns
+    if not turns or not conversation:
+        return []
+    values: tuple[object, ...] = (conversation, number or math.inf)
+    past = device.vault.turns("WHERE conversation = ? AND number < ?", values)
+    lines = [(turn.id, line) for turn in past for line in (turn.prompt, turn.wanted or turn.said) if line]
+    return lines[-turns:]

@@ -1,0 +1,212 @@
+"""Being in a federation: terms are checked and agreed to, rounds are answered at a pace, adapters are taken.
+
+Whether a release may leave, and what it costs, is decided in `client.private_training` and by the ledger.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from dataclasses import replace
+
+import torch
+from pydantic import ValidationError
+
+from florilegium.client.agent.acceptance import check_promise, check_settings, check_work, unprotected
+from florilegium.client.agent.device import Device, forget_shared, write_adapter
+from florilegium.client.agent.errors import AgentError
+from florilegium.client.agent.folder import replace_file
+from florilegium.client.agent.learning import gathered, retire
+from florilegium.client.agent.pace import doubled, rehearsed
+from florilegium.client.agent.terms import Membership, Terms
+from florilegium.client.agent.vault import Sent, write_fact, write_sent
+from florilegium.client.calibration import release_limits
+from florilegium.client.context import CohortContext
+from florilegium.client.phases import Observation
+from florilegium.client.private_training import resend
+from florilegium.client.round import contribute
+from florilegium.client.state import DeviceState
+from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.plan import RoundPlan
+from florilegium.privacy.release import Release
+
+LOST = "lost"  # in place of a head that should be there
+
+
+# -- joining and leaving ----------------------------------------------------------------------------------------------
+
+
+def check_terms(device: Device, terms: Terms) -> None:
+    """Raises `AgentError` for terms that do not fit this device, or that its owner has not consented to."""
+    missing = [item for item, given in device.consents.items() if not given]
+    if missing:
+        raise AgentError(f"not consented to: {' and '.join(missing)}; florilegium device consent {missing[0]} yes")
+    if why := unprotected(device.config.device.privacy):
+        raise AgentError(why)
+    if terms.base != device.vault.fact("base", ""):
+        raise AgentError(
+            f"the federation is for the weights {terms.base[:12]!r} of {terms.model!r}; this device has "
+            f"{device.lm.name!r} with others: ask the server's operator, or florilegium device rebase"
+        )
+    if not terms.operator:
+        raise AgentError(f"the terms of {terms.name!r} name no key of its operator: whom would this device answer?")
+    there = device.membership
+    if there and there.name != terms.name:
+        raise AgentError(f"this device is in {there.name!r}; leave it first: florilegium device leave")
+    context = _affordable(device, terms)
+    longest = release_limits(context.config, context.schema)[0]
+    if terms.largest_norm_l2 and longest > terms.largest_norm_l2:
+        raise AgentError(
+            f"{terms.name!r} refuses releases longer than {terms.largest_norm_l2:.3g}; with its noise this "
+            f"device's are up to {longest:.3g}: ask the operator for terms with a smaller --least-epsilon"
+        )
+
+
+def _affordable(device: Device, terms: Terms) -> CohortContext:
+    """The context under these terms.
+
+    Raises `AgentError` for terms that cost more than a device gives, or leave too little of its promise.
+    """
+    try:
+        check_settings(terms.shared, terms.rounds)
+        context = device.context_in(Membership.of(terms))
+        check_work(context.shared_layout, context.config)
+        check_promise(context.config, terms.min_devices)
+    except (UserError, ValidationError) as error:
+        raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
+    except MemoryError:
+        raise AgentError(f"the terms of {terms.name!r} need more memory than this device has") from None
+    return context
+
+
+def join(device: Device, terms: Terms, server: str) -> None:
+    """Agrees to a federation's terms: from now on its server is answered. Raises as `check_terms`."""
+    check_terms(device, terms)
+    with device.busy:
+        _go_over(device, terms.shared.pool_capacity, Membership.of(terms, server))
+
+
+def leave(device: Device) -> None:
+    """Answers no server from now on, and learns anew without the shared adapter."""
+    device.vault.set_fact("federation", None)  # at once: a round that is being worked on is not sent
+    with device.busy:
+        _go_over(device, device.config.device.shared.pool_capacity, None)
+
+
+def _go_over(device: Device, capacity: int, membership: Membership | None) -> None:
+    """Goes over to another federation, or to none, with as many slots in the pool as it wants."""
+    state = device.state()
+
+    def also(connection: sqlite3.Connection) -> None:
+        write_fact(connection, "federation", membership and membership.model_dump(mode="json"))
+        forget_shared(connection)
+
+    pool = state.pool if state.pool.capacity == capacity else state.pool.resized(capacity, state.secret)
+    device.save(replace(state, pool=pool, sent=None, asked=""), also)
+
+
+# -- a round ----------------------------------------------------------------------------------------------------------
+
+
+def contribution(device: Device, received: torch.Tensor, plan: RoundPlan) -> Release | None:
+    """The release of a round, stored before it is handed out; None where consent, budget or order forbid one."""
+    with device.busy:
+        began = time.monotonic()
+        release = released(device, received, plan)
+        keep_pace(device, time.monotonic() - began)
+        return release
+
+
+def released(device: Device, received: torch.Tensor, plan: RoundPlan) -> Release | None:
+    """The release of a round, by one that has the device to itself."""
+    there = device.membership
+    if there is None or not device.federating or not 1 <= plan.round <= there.rounds:
+        return None
+    answered: dict[str, list[int]] = device.vault.fact("answered rounds", {})
+    state, context, rounds = device.state(), device.context_in(there), answered.get(there.name, [])
+    if plan.round in rounds:  # in any order: none of them ends another
+        return resend(state, received, plan, context) if plan.round == rounds[-1] else None
+    before = gathered(device, _with_spent_head(device, state), context)
+    (state,), (release,), (page,) = contribute([before], [[]], received, plan, context)
+    if release is None and not _has_paid(device, state, there.name, plan.round):
+        _note_unanswered(device, replace(state, sent=before.sent, asked=before.asked), plan, page)
+        return None
+    if state.head:
+        replace_file(device.folder.spent, state.head)
+    if not device.federating:  # any more
+        return None
+    told = _sent(there, plan, page, context.upload_bytes(state.id, plan) if release else 0)
+
+    def also(connection: sqlite3.Connection) -> None:
+        write_fact(connection, "answered rounds", {**answered, there.name: [*rounds, plan.round]})
+        write_sent(connection, told)
+
+    device.save(state, also)
+    retire(device, state)
+    return release
+
+
+def _sent(there: Membership, plan: RoundPlan, page: Observation, size: int) -> Sent:
+    """What has left in a round: a release of so many bytes, or a refusal."""
+    kind = "release" if size else page.get("refusal", "no-release")
+    return Sent(time.time(), there.name, plan.round, kind, size, page.get("epsilon"))
+
+
+def _has_paid(device: Device, state: DeviceState, federation: str, number: int) -> bool:
+    account = device.ledger.account(state.id, state.genesis)
+    return account is not None and any((e.experiment, e.round) == (federation, number) for e in account.entries)
+
+
+def _note_unanswered(device: Device, state: DeviceState, plan: RoundPlan, page: Observation) -> None:
+    """A question that the ledger refuses, by a wrong head say: noted once, and the round may be asked for again."""
+    there = device.membership
+    if there is None:
+        return
+    told = _sent(there, plan, page, 0)
+    known = {(s.federation, s.round, s.kind) for s in device.vault.sent()}
+
+    def also(connection: sqlite3.Connection) -> None:
+        if (told.federation, told.round, told.kind) not in known:
+            write_sent(connection, told)
+
+    device.save(state, also)
+
+
+def _with_spent_head(device: Device, state: DeviceState) -> DeviceState:
+    """A vault that was put back from a copy lacks the head that was written beside it: it pays for nothing."""
+    try:
+        return replace(state, head=device.folder.spent.read_text(encoding="utf-8").strip() or LOST)
+    except FileNotFoundError:
+        return replace(state, head=LOST) if state.head else state
+
+
+def adopt(device: Device, received: torch.Tensor, plan: RoundPlan) -> None:
+    """Keeps the aggregated adapter for the next learning, whatever its version: one too high would end others."""
+    with device.busy:
+        there = device.membership
+        if there is None or not device.federating or not 1 <= plan.version <= there.rounds:
+            return
+        with device.vault.open() as connection:
+            write_adapter(connection, "newest", received, plan.version)
+
+
+# -- the pace of its answers ------------------------------------------------------------------------------------------
+
+
+def pace_of(device: Device) -> float:
+    """Seconds after a question at which its answer leaves; 0 without a server. Rehearsed once for a federation."""
+    if not device.federating:
+        return 0.0
+    known = device.vault.fact("pace", 0.0)
+    if not known:
+        with device.busy:
+            known = rehearsed(device.context)
+            device.vault.set_fact("pace", known)
+    return known
+
+
+def keep_pace(device: Device, worked: float) -> None:
+    """Doubles the pace for good where the work alone, without waiting for the owner, took longer."""
+    known = device.vault.fact("pace", 0.0)
+    if known and doubled(known, worked) != known:
+        device.vault.set_fact("pace", doubled(known, worked))
