@@ -37,6 +37,8 @@ def release_noise(config: DeviceConfig, bands: int, secret: int) -> ReleaseNoise
     """What is added to each number of a release on the device, or of a round's sum on the server."""
     privacy, shared = config.privacy, config.shared
     std = planned_event(config).noise_multiplier * privacy.clip_norm_l2
+    if not std:
+        return ReleaseNoise()
     if privacy.mode == "user-central":
         return ReleaseNoise(on_sum=std, bands=bands, secret=secret)
     if privacy.mode == "user-local":

@@ -43,6 +43,7 @@ class CohortContext:
     experiment: str = "simulation"
     rank_of: Callable[[str], int] = full_rank
     coins: Coins = field(default_factory=Coins)
+    personal_start: torch.Tensor | None = None  # (P,) that every device begins with; none: each with one of its own
 
     @classmethod
     def of(
@@ -96,7 +97,9 @@ class CohortContext:
         return [self.lm.adapters(weight_layout(layout), sent)] if len(sent) else []
 
     def new_state(self, device: str) -> DeviceState:
-        personal = self.personal_layout.start(derive_seed(self.seed, device, "personal"))
+        personal = self.personal_start
+        if personal is None:
+            personal = self.personal_layout.start(derive_seed(self.seed, device, "personal"))
         return DeviceState.new(device, self.config, personal, self.coins.secret(device, self))
 
 

@@ -7,7 +7,7 @@ is asked: a device whose account does not allow it learns for itself alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -31,19 +31,26 @@ if TYPE_CHECKING:
     from florilegium.client.context import CohortContext
 
 Texts = list[tuple[Dialogue, ...]]  # of each dialogue, itself and what was made from it: one example
+# Trains devices on what was received (P,); their changes by name
+Learn = Callable[[Sequence[DeviceState], torch.Tensor, RoundPlan, "CohortContext"], dict[str, torch.Tensor]]
 
 
 def train_shared(
-    states: list[DeviceState], received: torch.Tensor, plan: RoundPlan, context: CohortContext
+    states: list[DeviceState],
+    received: torch.Tensor,
+    plan: RoundPlan,
+    context: CohortContext,
+    learn: Learn | None = None,
 ) -> tuple[list[DeviceState], list[torch.Tensor | None], list[dict[str, Any]]]:
     """Trains each device's copy of the received adapter (P,); what it costs is in the ledger before.
 
     Returns the change of each device, of what travels in this round, None for one whose account does not allow it.
+    `learn` gives the changes, already bounded as the mode demands, where something else is trained than our own.
     """
     answers = reserve(states, received, plan, context)
     after = [_charged(s, a, context) for s, a in zip(states, answers, strict=True)]
     able = [s for s, a in zip(after, answers, strict=True) if not a.refusal]
-    learn = noisy_steps if context.config.privacy.by_dialogue else clipped_change
+    learn = learn or (noisy_steps if context.config.privacy.by_dialogue else clipped_change)
     changes = learn(able, received, plan, context) if able else {}
     return after, [changes.get(s.id) for s in states], _pages(after, answers, context)
 

@@ -13,7 +13,7 @@ from florilegium.client.config import DeviceConfig
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.places import NAMES
 from florilegium.client.selection.lexicons import SOURCES
-from florilegium.privacy.common.base_config import Config, Names
+from florilegium.privacy.common.base_config import Config, Names, over
 from florilegium.privacy.common.registry import HOW, check
 from florilegium.server.config import ServerConfig, devices_to_ask
 from florilegium.simulation.data.conversations import READERS
@@ -90,6 +90,41 @@ class WorldConfig(Config):
         return self
 
 
+# of `simulation.baselines.registry`
+BASELINES = ("local", "fedavg", "fedprox", "ours", "ditto", "fedper", "fedrep", "feddpa", "fedalt")
+
+
+class BaselineConfig(Config):
+    """Another scheme of personalisation in the place of our own. FedProx's μ is `shared.proximal`."""
+
+    extensible: ClassVar = ("name",)
+
+    name: str = Field("", description=f"empty: our own method; else {', '.join(BASELINES)}, {HOW}")
+    learning_rate: float = Field(3e-3, gt=0, description="of AdamW, for whatever is trained")
+    steps: int = Field(8, ge=2, description="of a device in a round; who trains two adapters gives half to each")
+    batch_size: int = Field(8, ge=1)
+    ditto_lambda: float = Field(0.1, ge=0, description="Ditto's pull of each device's own model to the shared one")
+    personal_share: float = Field(
+        0.5, gt=0, lt=1, description="FedPer, FedRep: of the adapted layers, the last ones, that stay on the device"
+    )
+    mix: float = Field(
+        0.5, ge=0, le=1, description="FedDPA: the local adapter's weight in training, and its largest for a query"
+    )
+    compared: int = Field(5, ge=1, description="FedDPA in a study: own examples that a query is compared with")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return check(value, BASELINES) if value else value
+
+    @field_validator("steps")
+    @classmethod
+    def _has_halves(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError("must be even: who trains two adapters gives half of the steps to each")
+        return value
+
+
 class ExperimentConfig(DeviceConfig):
     """A federation to simulate: its devices, its server, its people."""
 
@@ -111,12 +146,34 @@ class ExperimentConfig(DeviceConfig):
     evaluation: EvaluationConfig = EvaluationConfig()
     ray: RayConfig = RayConfig()
     world: WorldConfig = WorldConfig()
+    baseline: BaselineConfig = BaselineConfig()
     callbacks: Names = Field((), description="package.module:NAME of each `Callback` that is told how the run goes on")
 
     @property
     def reading(self) -> str:
         """What the policy reads off the base's hidden states."""
         return self.selection.reading
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_a_baseline(cls, values: Any) -> Any:
+        """A baseline trains on what [selection] keeps and protects whole devices, where nothing else is said."""
+        given = values.get("baseline") if isinstance(values, dict) else None
+        if not isinstance(given, dict) or not given.get("name"):
+            return values
+        alone = given["name"] == "local"
+        return over(values, {
+            "shared": {"source": "buffer", "pool_capacity": 0, "adapter": {"alpha": 8.0, "factors": "both"}},
+            "privacy": {"mode": "none" if alone else "user-central", "clips": "change"},
+            **({"server": {"rule": "none"}} if alone else {}),
+            "evaluation": {"pooled_epochs": 0},
+        })  # fmt: skip
+
+    @model_validator(mode="after")
+    def _baseline_fits(self) -> Self:
+        if name := self.baseline.name:
+            refuse_unfit(self, name)
+        return self
 
     @model_validator(mode="after")
     def _delta_is_small(self) -> Self:
@@ -207,6 +264,39 @@ class ExperimentConfig(DeviceConfig):
         if not value or not all(c.isalnum() or c in "-_." for c in value) or value.startswith("."):
             raise ValueError("must be letters, digits, '-', '_' or '.': it names the run's folder")
         return value
+
+
+def refuse_unfit(config: ExperimentConfig, name: str) -> None:
+    """Raises `ValueError` for what a baseline does not have in a run."""
+    what, server = f"baseline.name = {name!r}", config.server
+    if name == "fedalt":
+        raise ValueError(
+            f"{what} sends each device another adapter, and a round has one for all; use florilegium study"
+        )
+    check_baseline(config, name)
+    if (name == "local") != server.absent:
+        raise ValueError(
+            f"{what} {'has no server: set' if name == 'local' else 'has a server: leave out'} server.rule = 'none'"
+        )
+    if config.shared.source != "buffer":
+        raise ValueError(f"{what} trains on what [selection] keeps; leave shared.source out")
+    if server.products != "average" or server.buffer or server.noise_bands > 1 or config.world.classes:
+        raise ValueError(f"{what} has no server.products, server.buffer, server.noise_bands and no [world]")
+    if config.evaluation.newcomers or config.evaluation.pooled_epochs:
+        raise ValueError(f"{what} has no newcomers and no pooled arm; leave evaluation.newcomers and pooled_epochs out")
+
+
+def check_baseline(config: ExperimentConfig, name: str) -> None:
+    """Raises `ValueError` for settings under which a baseline is not the scheme that it is called."""
+    mode, factors = config.privacy.mode, config.shared.adapter.factors
+    if factors != "both":
+        raise ValueError(f"shared.adapter.factors = {factors!r} must be 'both': baselines train all factors")
+    if mode not in ("none", "user-central"):
+        raise ValueError(f"privacy.mode = {mode!r} must be 'none' or 'user-central': baselines clip whole changes")
+    if mode != "none" and name == "fedalt":
+        raise ValueError("baseline.name = 'fedalt' uploads whole adapters, not changes, and has no noise; use 'none'")
+    if config.data.users < 2:
+        raise ValueError(f"data.users = {config.data.users} must be >= 2: baselines are federations")
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:

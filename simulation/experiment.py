@@ -18,11 +18,11 @@ from florilegium.privacy.common.environment import lend_imports, make_absolute, 
 from florilegium.privacy.common.errors import BrokenDeviceError
 from florilegium.privacy.common.registry import ExtensionError, calling, import_folders, resolve
 from florilegium.privacy.ledger import LedgerError
+from florilegium.simulation.baselines.devices import load_run_devices, run_devices_of_worker
 from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
 from florilegium.simulation.data.population import User
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.preflight import ready
-from florilegium.simulation.devices.simulated import load_devices
 from florilegium.simulation.engines.cohort_grid import CohortGrid
 from florilegium.simulation.engines.scheduler import Scheduler
 from florilegium.simulation.engines.workers import LocalWorkers, open_workers
@@ -148,9 +148,9 @@ def _way_on(run: RunFolder, begun: bool) -> str:
 def _on_cohorts(
     run: RunFolder, progress: RunProgress, callbacks: Sequence[Callback], people: Sequence[User] | None
 ) -> None:
-    devices = load_devices(run, progress.enter, people)
+    devices = load_run_devices(run, progress.enter, people)
     names = [device_name(k) for k in range(run.config.data.users)]
-    with open_workers(run, devices) as workers:
+    with open_workers(run, devices, run_devices_of_worker) as workers:
         scheduler, clock = Scheduler(workers, devices, progress), open_clock(devices, names)
         schema = devices.schema
         grid = WorldGrid(scheduler.ask, schema, names, clock) if clock else CohortGrid(scheduler.ask, schema, names)
@@ -165,7 +165,7 @@ def _on_flower(
     from florilegium.simulation.flower_app import RUN_VARIABLE, client_app
 
     os.environ[RUN_VARIABLE] = str(run.path)
-    devices = load_devices(run, progress.enter, people)
+    devices = load_run_devices(run, progress.enter, people)
     with stock_grid(client_app, run.config.data.users, run.path, progress.visit) as grid:
         federate_run(run, grid, Scheduler(LocalWorkers(devices), devices, progress), callbacks=callbacks)
 

@@ -18,9 +18,10 @@ from flwr.serverapp import Grid, ServerApp
 from florilegium.client.flower_arrays import on_a_wire
 from florilegium.client.flower_replies import answer, refusal
 from florilegium.privacy.reply_gate import FAILED, NO_DEVICE
+from florilegium.simulation.baselines.devices import load_run_devices, run_devices_of_worker
 from florilegium.simulation.config import load_config
 from florilegium.simulation.devices.people import device_name
-from florilegium.simulation.devices.simulated import SimulatedDevices, devices_of_worker, load_devices
+from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.engines.faults import attempt, leave
 from florilegium.simulation.engines.flower_ray import WatchedGrid
 from florilegium.simulation.engines.scheduler import Scheduler
@@ -50,7 +51,7 @@ def _answer(message: Message, context: Context) -> Message:
     run, name = RunFolder(run_path(context)), device_name(int(str(context.node_config["partition-id"])))
     what = "release" if message.metadata.message_type == MessageType.TRAIN else "adoption"
     try:
-        devices = devices_of_worker(run.path)
+        devices = run_devices_of_worker(run.path)
         if name not in devices.users:
             return refusal(NO_DEVICE).to(message)
         found = attempt(_replied, run.config.engine.on_device_error == "count", devices, [name], message)
@@ -89,7 +90,7 @@ def main(grid: Grid, context: Context) -> None:
         nodes = len(list(grid.get_node_ids()))
         create(path, load_config(find_config(str(context.run_config["config"])), [f"data.users={nodes}"]))
     run = RunFolder(path)
-    devices = load_devices(run)
+    devices = load_run_devices(run)
     federate_run(run, WatchedGrid(grid), Scheduler(LocalWorkers(devices), devices))
     write_summary(run)
     log.warning("for the report: florilegium report %s", path)  # its template is not part of a Flower bundle

@@ -114,7 +114,7 @@ class RunRecorder(Recorder):
         asked = self.strategy.sampled(round_number) if round_number else []
         seconds = self._device_events(round_number, asked) if round_number else {}
         began = time.perf_counter()
-        if round_number and not self.config.server.absent:
+        if round_number and not (self.config.server.absent or self.config.baseline.name):
             self.say("control")
             took_part = set(asked)
             self.scheduler.gather(learn_without_server, [n for n in self.names if n in took_part], round_number)
@@ -242,7 +242,8 @@ def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Ten
     if not run.config.server.absent:
         write_files(folder, shared_files(context.shared_layout, shared, base))
     for name, state in zip(names, devices.states(names, last), strict=True):
-        write_peft(folder / "personal" / name, context.personal_layout, state.personal, base)
+        if len(state.personal):
+            write_peft(folder / "personal" / name, context.personal_layout, state.personal, base)
 
 
 def describe(config: ExperimentConfig, devices: SimulatedDevices) -> RunStart:

@@ -360,7 +360,7 @@ def test_no_rival_has_seen_what_is_held_out(lm: LanguageModel, heard: Heard, tmp
     """
     shape = {"adapter": {"rank": 2, "alpha": 4, "targets": ["v_proj"], "factors": "both"}}
     names = [name for name in BASELINES if (name == "feddpa") == looking]
-    study_of(tmp_path, "rivals", {"rival.name": names}, rounds=1, rival={"steps": 2, "batch_size": 2},
+    study_of(tmp_path, "rivals", {"baseline.name": names}, rounds=1, baseline={"steps": 2, "batch_size": 2},
              shared={**shape, "pool_capacity": 0, "source": "buffer"}, personal=shape,
              privacy={"mode": "none", "clips": "change"},
              evaluation=EVALUATION | {"rouge_queries_per_user": 0})  # fmt: skip

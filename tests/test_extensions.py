@@ -31,9 +31,8 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.server.aggregation import Mean, new_rule
 from florilegium.server.config import ServerConfig
 from florilegium.server.optimizers import FedAvg, new_optimizer
-from florilegium.simulation.baselines.config import BaselineConfig
 from florilegium.simulation.baselines.registry import BASELINES, baseline
-from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.config import BaselineConfig, ExperimentConfig
 from florilegium.simulation.data.describe import describe
 from florilegium.simulation.data.population import DataConfig, load_population
 from florilegium.simulation.devices.simulated import devices_of_worker

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import new_ledger
@@ -32,14 +33,20 @@ from florilegium.client.phases import annotate, observe
 from florilegium.client.private_training import train_shared
 from florilegium.privacy.dpsgd import PrivateRow
 from florilegium.privacy.plan import RoundPlan
+from florilegium.simulation.audit.report import audit_run
 from florilegium.simulation.baselines import evaluation, feddpa, layerwise
-from florilegium.simulation.baselines.config import NAMES, BaselinesConfig
+from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.baselines.context import BaselineContext, Held, aggregate, halves, upload
+from florilegium.simulation.baselines.devices import load_run_devices
 from florilegium.simulation.baselines.fedalt import gated, rest_of_world
 from florilegium.simulation.baselines.registry import BASELINES
 from florilegium.simulation.baselines.run import play
+from florilegium.simulation.config import BASELINES as NAMES
+from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data.population import User
 from florilegium.simulation.evaluation.metrics import measure_nll, score_users
+from florilegium.simulation.experiment import run_experiment
+from florilegium.simulation.runs.folder import RunError, RunFolder, create
 from florilegium.simulation.settings import ConfigError, config_folder
 from florilegium.simulation.studies import baselines_report
 from florilegium.simulation.studies.config import load_study
@@ -59,7 +66,7 @@ def settings(name: str, **rival: Any) -> BaselinesConfig:
         "shared": {"adapter": ADAPTER, "source": "buffer", "pool_capacity": 0},
         "personal": {"adapter": ADAPTER},
         "privacy": {"mode": "none", "clips": "change"},
-        "rival": {"name": name, "learning_rate": RATE, "steps": STEPS, "batch_size": 2, **rival},
+        "baseline": {"name": name, "learning_rate": RATE, "steps": STEPS, "batch_size": 2, **rival},
     })  # fmt: skip
 
 
@@ -87,7 +94,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def turned(context: BaselineContext, sets: Sequence[TrainingSet], rounds: int = 1) -> tuple[Held, torch.Tensor]:
-    rival = BASELINES[context.config.rival.name]
+    rival = BASELINES[context.config.baseline.name]
     held, sent = rival.start(context, len(sets)), torch.zeros(0)
     for number in range(1, rounds + 1):
         held, sent = rival.turn(held, sets, context, number)
@@ -370,9 +377,9 @@ def test_feddpa_scores_each_query_under_its_own_mixture(lm: LanguageModel, peopl
     streams = {str(k): u.stream[:8] for k, u in enumerate(people)}
     played = play(lm, settings("feddpa"), streams, 3)
     queries = [u.held_out[:2] for u in people]
-    assert played.rival.by_query is not None
+    assert played.baseline.by_query is not None
     found = evaluation.nll(played, queries)
-    shared, own = played.rival.by_query(played.held, played.context, queries, played.sets)
+    shared, own = played.baseline.by_query(played.held, played.context, queries, played.sets)
     third = [Adapters(a.layout, a.rows[2:3]) for a in (shared, own)]
     alone = measure_nll(score_users(lm, [queries[1][:1]], {"x": third})["x"])
     assert found.by_query[2] == pytest.approx(alone.by_query[0], abs=1e-4) and len(found.by_user) == 2
@@ -410,10 +417,10 @@ def test_in_user_central_changes_are_clipped_and_the_sum_is_noised(lm: LanguageM
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"rival": {"name": "fedalt"}, "privacy": {"mode": "user-central"}}, "whole adapters"),
+        ({"baseline": {"name": "fedalt"}, "privacy": {"mode": "user-central"}}, "whole adapters"),
         ({"privacy": {"mode": "example-local"}, "shared": {"adapter": ADAPTER}}, "must be 'none' or 'user-central'"),
         ({"personal": {"adapter": {**ADAPTER, "rank": 3}}}, "must be equal"),
-        ({"rival": {"steps": 5}}, "must be even"),
+        ({"baseline": {"steps": 5}}, "must be even"),
         ({"data": {"users": 1}}, "must be >= 2"),
     ],
 )
@@ -454,15 +461,96 @@ def test_every_rival_plays_and_trains_on_the_same_tokens(
     assert len(set(scores.values())) == len(BASELINES) - 1  # μ is 0: FedProx is FedAvg
 
 
+# -- in a run -----------------------------------------------------------------------------------------------------
+
+
+def written(folder: Path) -> Path:
+    """Three people with ten replies each."""
+    path = folder / "people.jsonl"
+    said = [
+        {"user": f"u{u}", "prompt": f"what of {u * t}?", "response": f"{u} says {t} and {u + t}", "time": t}
+        for u in range(DEVICES)
+        for t in range(10)
+    ]
+    path.write_text("\n".join(map(json.dumps, said)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["local", "fedavg", "ditto", "fedrep", "feddpa"])
+def test_a_run_trains_the_same_adapters_as_a_study_on_the_same_people(tmp_path: Path, name: str) -> None:
+    """Behind Flower's messages, with states on the disk, and bit for bit: people, batches, training and the mean."""
+    people, folder = written(tmp_path), tmp_path / "run"
+    tree = settings(name).model_dump(mode="json")
+    tree |= {
+        "data": {"name": str(people), "users": DEVICES, "split": "all", "min_pairs": 4, "queries_per_user": 1},
+        "evaluation": {"every_round": False, "rouge_queries_per_user": 0, "pooled_epochs": 0},
+        "server": {"rule": "none" if name == "local" else "mean"},
+    }
+    config = ExperimentConfig.model_validate(tree)
+    summary = run_experiment(config, folder)
+    devices = load_run_devices(RunFolder(folder))
+    names = list(devices.users)
+    played = play(devices.context.lm, config, {n: devices.users[n].stream for n in names}, config.seed)
+    assert torch.equal(torch.stack([s.personal for s in devices.states(names)]), played.held.own)
+    assert summary["nll"]["personal"]["mean_per_user"] < summary["nll"]["base"]["mean_per_user"]
+    assert summary["tokens_trained"] == played.tokens * DEVICES and summary["baseline"] == name
+    if name != "local":
+        last = RunFolder(folder).last_shared()
+        assert last and torch.equal(torch.from_numpy(devices.schema.join(last.shared)), played.held.shared[0])
+        assert summary["upload_bytes_per_release"] == played.upload_bytes
+
+
+def test_in_a_run_each_device_clips_and_pays(tmp_path: Path) -> None:
+    """Changes are longer than the bound; the ledger lets a device send once, and after that it learns for itself."""
+    tree = settings("fedavg").model_dump(mode="json")
+    tree |= {"privacy": {"mode": "user-central", "clip_norm_l2": 0.01, "releases": 1}}
+    tree["data"] = {"name": str(written(tmp_path)), "users": DEVICES, "split": "all", "min_pairs": 4}
+    tree["evaluation"] = {"pooled_epochs": 0}
+    devices = load_run_devices(create(tmp_path / "run", ExperimentConfig.model_validate(tree)))
+    with pytest.raises(RunError, match="our own method"):
+        audit_run(devices.run, 2, 100, print)
+    names, start = list(devices.users), devices.context.shared_layout.start(0)
+    for number, sending in ((1, True), (2, False)):
+        releases = devices.contribute(names, start, RoundPlan(number, number - 1))
+        assert [r is not None for r in releases] == [sending] * DEVICES
+        for r in filter(None, releases):
+            assert 0.009 < np.linalg.norm(devices.schema.join(r.arrays)) < 0.01 * 1.001
+        devices.adopt(names, start, RoundPlan(number, number))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("baseline.name=fedalt",), "use florilegium study"),
+        (("baseline.name=ditto", "privacy.mode=user-local"), "must be 'none' or 'user-central'"),
+        (("baseline.name=ditto", "server.rule=none", "privacy.mode=none"), "has a server"),
+        (("baseline.name=local", "server.rule=mean"), "has no server"),
+        (("baseline.name=fedper", "world.classes=world/devices"), "no \\[world\\]"),
+        (("baseline.name=fedper", "server.products=stack", "privacy.mode=none"), "no server.products"),
+        (("baseline.name=fedavg", "evaluation.newcomers=1"), "no newcomers"),
+    ],
+)
+def test_what_a_baseline_does_not_have_is_refused(overrides: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_config(config_folder() / "quickstart.toml", overrides)
+
+
+def test_a_baseline_protects_devices_where_nothing_else_is_said() -> None:
+    for name in set(BASELINES) - {"fedalt"}:
+        config = load_config(config_folder() / "quickstart.toml", [f"baseline.name={name}"])
+        assert config.privacy.mode == ("none" if name == "local" else "user-central")
+        assert config.server.absent == (name == "local") and config.shared.adapter.factors == "both"
+
+
 # -- the study ----------------------------------------------------------------------------------------------------
 
 
 def test_a_study_of_rivals_compares_them_on_the_same_people(tmp_path: Path) -> None:
     least = [
-        "data.split=development", "data.users=2", "study.seeds=2", "rounds=1", "rival.steps=2", "rival.batch_size=2",
-        "data.queries_per_user=1", "selection.bins=2", "evaluation.sampling.max_new_tokens=2",
+        "data.split=development", "data.users=2", "study.seeds=2", "rounds=1", "baseline.steps=2",
+        "baseline.batch_size=2", "data.queries_per_user=1", "selection.bins=2", "evaluation.sampling.max_new_tokens=2",
         "model.limits={prompt_tokens=8, reply_tokens=8}",
-        'study.tables={few={rows={"rival.name"=["local", "ours", "feddpa"]}}}',
+        'study.tables={few={rows={"baseline.name"=["local", "ours", "feddpa"]}}}',
     ]  # fmt: skip
     study = load_study(config_folder() / "rivals.toml", least)
     run_study(study, tmp_path, lambda phase: None)

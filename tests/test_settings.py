@@ -52,7 +52,6 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.server.aggregation import RULES
 from florilegium.server.strategy import ReleaseStrategy
 from florilegium.simulation.baselines import feddpa, layerwise
-from florilegium.simulation.baselines import run as play_rival
 from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.baselines.context import BaselineContext
 from florilegium.simulation.baselines.registry import BASELINES
@@ -498,12 +497,12 @@ TALKS = [Dialogue(str(k), f"prompt {k}", f"reply {k}") for k in range(6)]
 
 
 def scheduled(c: BaselinesConfig, tools: Tools) -> Any:
-    return play_rival._lesson(tools.lm, c, "d", [(d.prompt, d.response) for d in TALKS], 1, c.seed).batches
+    return BaselineContext.of(tools.lm, c, c.seed).training_set(state_of(c, site_of(c, tools), REPLIES), 1).batches
 
 
 def turned(c: BaselinesConfig, tools: Tools) -> Any:
     """What a round of the rival hands to the engine."""
-    context, rival = BaselineContext.of(tools.lm, c, c.seed), BASELINES[c.rival.name]
+    context, rival = BaselineContext.of(tools.lm, c, c.seed), BASELINES[c.baseline.name]
     sets = [TrainingSet(tools.lm.format.dialogues(TALKS), [[0, 1], [2, 3]])] * 2
     return trainings(tools.lm.engine, lambda: rival.turn(rival.start(context, 2), sets, context, 1))
 
@@ -515,14 +514,16 @@ def asked_by_feddpa(c: BaselinesConfig, tools: Tools) -> Any:
 
 
 RIVALRY: dict[str, Row] = {
-    "rival.name": Seen("ditto", lambda c, tools: BASELINES[c.rival.name]),
-    "rival.learning_rate": Seen(1e-5, turned),
-    "rival.steps": Seen(4, scheduled),
-    "rival.batch_size": Seen(2, scheduled),
-    "rival.ditto_lambda": Seen(9.0, turned, {"rival.name": "ditto"}),
-    "rival.personal_share": Seen(0.75, lambda c, tools: layerwise.parts(BaselineContext.of(tools.lm, c, 0))[1].width),
-    "rival.mix": Seen(0.1, asked_by_feddpa),
-    "rival.compared": Seen(1, asked_by_feddpa),
+    "baseline.name": Seen("ditto", lambda c, tools: BASELINES[c.baseline.name]),
+    "baseline.learning_rate": Seen(1e-5, turned),
+    "baseline.steps": Seen(4, scheduled),
+    "baseline.batch_size": Seen(2, scheduled),
+    "baseline.ditto_lambda": Seen(9.0, turned, {"baseline.name": "ditto"}),
+    "baseline.personal_share": Seen(
+        0.75, lambda c, tools: layerwise.parts(BaselineContext.of(tools.lm, c, 0))[1].width
+    ),
+    "baseline.mix": Seen(0.1, asked_by_feddpa),
+    "baseline.compared": Seen(1, asked_by_feddpa),
 }
 
 
@@ -780,8 +781,8 @@ TREES: dict[str, tuple[type[Config], Mapping[str, Any], Mapping[str, Row]]] = {
     "classes": (DeviceClass, KIND, OF_CLASSES),
 }
 ELSEWHERE = {  # of a tree, what another one has the same of
-    "runs": (),
-    "rivals": tuple(k for k in ExperimentConfig.model_fields),
+    "runs": ("baseline",),
+    "rivals": tuple(k for k in ExperimentConfig.model_fields if k != "baseline"),
     "methods": ("name", "seed", "model"),
     "lives": ("name", "seed", "model", "data", "sampling"),
     "devices": ("device",),
@@ -867,16 +868,17 @@ def test_what_is_seen_elsewhere_is_seen_there() -> None:
 # Settings of a tree that do not reach what a study remembers, and why.
 OF_A_CELL = dict.fromkeys(UNSEEN, "changes nothing in a study")
 NAME = {"name": "it is a study's"}
+OUR_OWN = {"baseline": "no other scheme is studied there"}
 NO_BENCH: tuple[Any, ...] = (Path(), SharedResources(frozenset()), print)
 NOT_REACHING: dict[str, tuple[str, Callable[[Cell], Any], Mapping[str, str]]] = {
-    "the folder of a federated cell": ("runs", lambda cell: cell.key, OF_A_CELL),
+    "the folder of a federated cell": ("runs", lambda cell: cell.key, {**OF_A_CELL, **OUR_OWN}),
     "the folder of a cell of rivals": ("rivals", lambda cell: cell.key, OF_A_CELL),
     "the folder of a cell of methods": ("methods", lambda cell: cell.key, NAME),
     "the folder of a cell of lives": ("lives", lambda cell: cell.key, NAME),
     "the arms without a server": (
         "runs",
         lambda cell: FederatedCell(cell, *NO_BENCH)._learned_alone([], 0),
-        {**OF_A_CELL, **dict.fromkeys(("shared", "server", "privacy"), "by the buffers, which are in the key")},
+        {**OF_A_CELL, **OUR_OWN, **dict.fromkeys(("shared", "server", "privacy"), "by the buffers, that the key has")},
     ),
     "the base of rivals": (
         "rivals",
@@ -937,7 +939,7 @@ def test_a_remembered_result_is_used_only_if_every_setting_that_reaches_it_is_eq
 def _rows_of(tree: str) -> dict[str, Row]:
     """Of all settings of a tree, those too that another one has the same of."""
     kind, _, own = TREES[tree]
-    return {key: own.get(key) or RUNS.get(key) or OF_METHODS[key] for key in leaves(kind)}
+    return {key: own.get(key) or RUNS.get(key) or RIVALRY.get(key) or OF_METHODS[key] for key in leaves(kind)}
 
 
 def test_a_control_without_a_server_is_that_of_the_same_buffers(tools: Tools) -> None:

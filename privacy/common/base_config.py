@@ -66,7 +66,7 @@ class Config(BaseModel):
             if isinstance(value, int) and abs(value) >= LARGEST:
                 raise ValueError(f"{key} is a whole number of more than 64 bits")
         defaults = {k: cls.model_fields[k].default for k in values}
-        return {k: _over(v, d.model_dump()) if isinstance(d := defaults[k], Config) else v for k, v in values.items()}
+        return {k: over(v, d.model_dump()) if isinstance(d := defaults[k], Config) else v for k, v in values.items()}
 
     @classmethod
     def _meant(cls, key: str) -> str:
@@ -80,11 +80,11 @@ class Config(BaseModel):
         return hint if near or deeper else f"known keys: {', '.join(cls.model_fields)}"
 
 
-def _over(given: Any, default: Any) -> Any:
+def over(given: Any, default: Any) -> Any:
     """`given` where it says something, `default` elsewhere, section by section."""
     if not isinstance(given, dict) or not isinstance(default, dict):
         return given
-    return {**default, **{k: _over(v, default.get(k)) for k, v in given.items()}}
+    return {**default, **{k: over(v, default.get(k)) for k, v in given.items()}}
 
 
 def _places(kind: type[Config], at: str = "") -> Iterator[str]:

@@ -26,6 +26,8 @@ def audit_run(run: RunFolder, devices: int, canaries: int, listener: Callable[[s
     config = run.config
     if config.privacy.mode == "none":
         raise RunError(f"{run.path}: privacy.mode = 'none' claims nothing that could be audited")
+    if config.baseline.name:
+        raise RunError(f"{run.path} is of the baseline {config.baseline.name!r}; what is audited is our own method")
     people = config.data.model_copy(update={"users": min(devices, config.data.users)})
     check_model(config.model.name)
     users = load_population(people, config.seed)

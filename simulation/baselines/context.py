@@ -1,6 +1,6 @@
-"""What all rivals have in common: one layout, the same batches, one optimizer, and what a server makes of uploads.
+"""What all baselines have in common: one layout, the same batches, one optimizer, and what a server makes of uploads.
 
-A rival is pure functions over a cohort: what is held between rounds goes in, and comes out with what was sent. Where
+A baseline is pure functions over a cohort: what is held between rounds goes in, and comes out with what was sent. Where
 `privacy.mode` is `user-central` a device clips its whole change and the server adds noise to the sum; in `none`
 neither is done. Not covered: devices that miss rounds, weights by the number of examples (all weigh the same).
 """
@@ -13,14 +13,17 @@ from dataclasses import dataclass
 import torch
 
 from florilegium.client.calibration import release_noise
+from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import AdapterLayout, Adapters, Layout
+from florilegium.client.lm.batching import schedule_steps
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
+from florilegium.client.state import DeviceState
 from florilegium.privacy.dpsgd import clipped
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.seeds import derive_key, derive_seed
 from florilegium.server.aggregation import Mean
-from florilegium.simulation.baselines.config import BaselinesConfig
+from florilegium.simulation.config import ExperimentConfig
 
 Lessons = Sequence[TrainingSet]  # by device: the batches of one round
 
@@ -35,15 +38,15 @@ class Held:
 
 @dataclass(frozen=True)
 class BaselineContext:
-    """What a cohort of one rival works with."""
+    """What a cohort of one baseline works with."""
 
     lm: LanguageModel
-    config: BaselinesConfig
+    config: ExperimentConfig
     layout: AdapterLayout  # of every adapter
     seed: int
 
     @classmethod
-    def of(cls, lm: LanguageModel, config: BaselinesConfig, seed: int) -> BaselineContext:
+    def of(cls, lm: LanguageModel, config: ExperimentConfig, seed: int) -> BaselineContext:
         return cls(lm, config, lm.lora_layout(config.shared.adapter), seed)
 
     @property
@@ -61,12 +64,20 @@ class BaselineContext:
         anchor: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rows (K, P) after all batches of the lessons; `rows` are (K, P), or (1, P) where all begin with the same."""
-        rates = [[self.config.rival.learning_rate] * len(x.batches) for x in sets]
+        rates = [[self.config.baseline.learning_rate] * len(x.batches) for x in sets]
         start = self.lm.adapters(layout, rows.expand(len(sets), -1))
         near = None if anchor is None else anchor.to(start.rows.device)
         trained = self.lm.engine.finetune(start, frozen, sets, rates, proximal=proximal, anchor=near)
         after: torch.Tensor = trained.adapters.rows.cpu()
         return after
+
+    def training_set(self, state: DeviceState, number: int) -> TrainingSet:
+        """What a device trains on in a round: what it has kept, each with its user's reply."""
+        settings = self.config.baseline
+        dialogues = [Dialogue("", k.prompt, state.replies[k.id]) for k in state.annotated]
+        seed = derive_seed(self.seed, state.id, number, "order")
+        order = schedule_steps(len(dialogues), settings.batch_size, settings.steps, seed)
+        return TrainingSet(self.lm.format.dialogues(dialogues), order)
 
 
 def halves(sets: Lessons) -> tuple[list[TrainingSet], list[TrainingSet]]:

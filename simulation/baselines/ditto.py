@@ -17,10 +17,9 @@ from florilegium.simulation.baselines.context import BaselineContext, Held, Less
 from florilegium.simulation.baselines.fedavg import fedavg
 
 
-def ditto(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
+def ditto(held: Held, sets: Lessons, context: BaselineContext) -> tuple[torch.Tensor, torch.Tensor]:
     """Half of the steps on the shared model, half on the own one; `held.own` are v (K, P)."""
     to_share, to_keep = halves(sets)
-    pull = context.config.rival.ditto_lambda
+    pull = context.config.baseline.ditto_lambda
     own = context.train(context.layout, held.own, to_keep, proximal=pull, anchor=held.shared)
-    after, sent = fedavg(held, to_share, context, number)
-    return Held(after.shared, own), sent
+    return own, fedavg(held, to_share, context)[1]

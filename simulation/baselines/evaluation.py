@@ -1,4 +1,4 @@
-"""What a rival that was played is worth on the users' held-out later replies, by `simulation.evaluation.metrics`."""
+"""What a baseline that was played is worth on the users' held-out later replies, by `simulation.evaluation.metrics`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def nll(played: Played, queries: Queries) -> Measured:
     """Of the recorded replies, nats per token."""
     lm, (asked, arm) = played.context.lm, _asked(played, queries)
     found = iter(score_users(lm, asked, {"own": arm})["own"])
-    if played.rival.by_query is None:
+    if played.baseline.by_query is None:
         return measure_nll(list(found))
     grouped = _by_user(found, queries)
     return measure_nll([Scored(tuple(s.nll[0] for s in of), tuple(s.tokens[0] for s in of)) for of in grouped])
@@ -54,10 +54,11 @@ def rouge(played: Played, queries: Queries, sampling: SamplingConfig, seed: int)
 
 def _asked(played: Played, queries: Queries) -> tuple[Queries, Arm]:
     """Whose rows answer which queries: a device's all of its own, or each row one query."""
-    with calling(played.context.config.rival.name, "return adapters, as `Baseline.arm` and `Baseline.by_query` say"):
-        if played.rival.by_query is None:
-            return queries, played.rival.arm(played.held, played.context)
-        arm = played.rival.by_query(played.held, played.context, queries, played.sets)
+    name = played.context.config.baseline.name
+    with calling(name, "return adapters, as `Baseline.arm` and `Baseline.by_query` say"):
+        if played.baseline.by_query is None:
+            return queries, played.baseline.arm(played.held, played.context)
+        arm = played.baseline.by_query(played.held, played.context, queries, played.sets)
     return [[q] for of_user in queries for q in of_user], arm
 
 

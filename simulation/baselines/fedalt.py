@@ -32,12 +32,16 @@ def start(context: BaselineContext, devices: int) -> Held:
     return Held(first, torch.cat([first, gates], 1))
 
 
-def fedalt(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
+def fedalt(held: Held, sets: Lessons, context: BaselineContext) -> tuple[torch.Tensor, torch.Tensor]:
     """All steps on the own adapter and its gates; the adapter without the gates is sent."""
     world = context.lm.adapters(context.layout, held.shared)
     own = context.train(gated(context), held.own, sets, [world])
-    sent = own[:, : context.layout.width]
-    return Held(rest_of_world(sent), own), sent
+    return own, own[:, : context.layout.width]
+
+
+def shares(held: Held, sent: torch.Tensor, context: BaselineContext, number: int) -> torch.Tensor:
+    """What each device receives of what all have sent."""
+    return rest_of_world(sent)
 
 
 def arm(held: Held, context: BaselineContext) -> Arm:

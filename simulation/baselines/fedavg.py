@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from florilegium.simulation.baselines.context import BaselineContext, Held, Lessons, aggregate, halves, upload
+from florilegium.simulation.baselines.context import BaselineContext, Held, Lessons, halves
 from florilegium.simulation.evaluation.metrics import Arm
 
 
@@ -19,10 +19,10 @@ def start_local(context: BaselineContext, devices: int) -> Held:
     return Held(torch.zeros(1, 0), context.first.repeat(devices, 1))
 
 
-def local(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
+def local(held: Held, sets: Lessons, context: BaselineContext) -> tuple[torch.Tensor, torch.Tensor]:
     """All steps on the device's own adapter; nothing is sent."""
     own = context.train(context.layout, held.own, sets)
-    return Held(held.shared, own), torch.zeros(len(own), 0)
+    return own, torch.zeros(len(own), 0)
 
 
 def local_arm(held: Held, context: BaselineContext) -> Arm:
@@ -34,17 +34,16 @@ def start_global(context: BaselineContext, devices: int) -> Held:
 
 
 def fedavg(
-    held: Held, sets: Lessons, context: BaselineContext, number: int, proximal: float = 0.0
-) -> tuple[Held, torch.Tensor]:
-    """All steps on the shared adapter; the mean of the changes is added to it."""
+    held: Held, sets: Lessons, context: BaselineContext, proximal: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All steps on the shared adapter; its change is sent."""
     trained = context.train(context.layout, held.shared, sets, proximal=proximal)
-    sent = upload(trained - held.shared, context)
-    return Held(held.shared + aggregate(sent, context, number), held.own), sent
+    return held.own, trained - held.shared
 
 
-def fedprox(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
+def fedprox(held: Held, sets: Lessons, context: BaselineContext) -> tuple[torch.Tensor, torch.Tensor]:
     """As `fedavg`, near to what was received; with μ = 0 the same bit by bit."""
-    return fedavg(held, sets, context, number, proximal=context.config.shared.proximal)
+    return fedavg(held, sets, context, proximal=context.config.shared.proximal)
 
 
 def global_arm(held: Held, context: BaselineContext) -> Arm:
@@ -55,12 +54,15 @@ def start_ours(context: BaselineContext, devices: int) -> Held:
     return Held(context.first, context.first.repeat(devices, 1))
 
 
-def ours(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
-    """Half of the steps on the shared adapter, then half on the personal one on top of the new shared one."""
-    to_share, to_keep = halves(sets)
-    after, sent = fedprox(held, to_share, context, number)
-    beneath = context.lm.adapters(context.layout, after.shared)
-    return Held(after.shared, context.train(context.layout, held.own, to_keep, [beneath])), sent
+def ours(held: Held, sets: Lessons, context: BaselineContext) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half of the steps on the shared adapter."""
+    return fedprox(held, halves(sets)[0], context)
+
+
+def ours_after(held: Held, sets: Lessons, context: BaselineContext) -> torch.Tensor:
+    """Then half on the personal one, on top of the new shared one."""
+    beneath = context.lm.adapters(context.layout, held.shared)
+    return context.train(context.layout, held.own, halves(sets)[1], [beneath])
 
 
 def ours_arm(held: Held, context: BaselineContext) -> Arm:

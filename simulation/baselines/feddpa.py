@@ -4,7 +4,7 @@
     α = m · mean over own examples i of max(0, cos(h(query), h(i)))
 
 h is the last layer's state of a prompt's last token under the local adapter alone, as in the authors' code, m the
-largest weight (`rival.mix`) and i a few examples that the device was trained on (`rival.compared`, 5 in that code).
+largest weight (`baseline.mix`) and i a few examples that the device was trained on (`baseline.compared`, 5 there).
 That no cosine counts as less than 0 is ours, so that α is in 0 … m. In training α is m itself: the global adapter is
 learned alone and averaged, then the local one beside it, frozen (the iterative variant; the authors' code also trains
 the global one beside the local, which is not done here).
@@ -33,21 +33,27 @@ from florilegium.simulation.evaluation.metrics import Arm, Queries
 start = start_ours
 
 
-def feddpa(held: Held, sets: Lessons, context: BaselineContext, number: int) -> tuple[Held, torch.Tensor]:
-    """Half of the steps on the global adapter, then half on the local one beside it."""
-    to_share, to_keep = halves(sets)
-    after, sent = fedavg(held, to_share, context, number)
-    beside, local = arm(after, context)
-    return Held(after.shared, context.train(local.layout, held.own, to_keep, [beside])), sent
+def feddpa(held: Held, sets: Lessons, context: BaselineContext) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half of the steps on the global adapter."""
+    return fedavg(held, halves(sets)[0], context)
+
+
+def after(held: Held, sets: Lessons, context: BaselineContext) -> torch.Tensor:
+    """Then half on the local one beside it."""
+    beside, local = arm(held, context)
+    return context.train(local.layout, held.own, halves(sets)[1], [beside])
 
 
 def arm(held: Held, context: BaselineContext) -> Arm:
     """Both adapters with the weights of training."""
-    weight = context.config.rival.mix
-    return [
-        context.lm.adapters(_weighted(context.layout, 1 - weight), held.shared),
-        context.lm.adapters(_weighted(context.layout, weight), held.own),
-    ]
+    beside, local = layouts(context)
+    return [context.lm.adapters(beside, held.shared), context.lm.adapters(local, held.own)]
+
+
+def layouts(context: BaselineContext) -> tuple[AdapterLayout, AdapterLayout]:
+    """Of the global and of the local adapter, with the weights of training."""
+    weight = context.config.baseline.mix
+    return _weighted(context.layout, 1 - weight), _weighted(context.layout, weight)
 
 
 def by_query(held: Held, context: BaselineContext, queries: Queries, sets: Lessons) -> Arm:
@@ -60,7 +66,7 @@ def by_query(held: Held, context: BaselineContext, queries: Queries, sets: Lesso
 
 def mixed(held: Held, context: BaselineContext, queries: Queries, sets: Lessons) -> torch.Tensor:
     """α (Q,) of each query, in 0 … m; a device that has learned nothing has α = 0."""
-    settings = context.config.rival
+    settings = context.config.baseline
     known = [_few(x.examples, settings.compared, derive_seed(context.seed, k, "few")) for k, x in enumerate(sets)]
     prompts = context.lm.format.prompts([q.prompt for asked in queries for q in asked])
     examples = [*prompts, *(Example(e.prompt, (), e.words, e.truncated) for few in known for e in few)]

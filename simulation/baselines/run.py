@@ -1,7 +1,7 @@
-"""Plays a rival: devices meet their streams, keep what the policy keeps, and train on it, round after round.
+"""Plays a baseline: devices meet their streams, keep what the policy keeps, and train on it, round after round.
 
-All rivals get the same batches in the same order. Nothing is on the disk and no message is Flower's: a study compares
-what is learned and counts the bytes of the arrays that would travel.
+All baselines get the same batches in the same order. Nothing is on the disk and no message is Flower's: a study
+compares what is learned and counts the bytes of the arrays that would travel. `baselines.devices` has them in a run.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ import torch
 
 from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.lm.batching import schedule_steps
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.phases import annotate, observe
 from florilegium.client.state import States
 from florilegium.privacy.common.registry import UnexpectedError, calling
 from florilegium.privacy.plan import RoundPlan
-from florilegium.privacy.seeds import derive_seed
-from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.baselines.context import BaselineContext, Held, Lessons
 from florilegium.simulation.baselines.registry import Baseline, baseline
+from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import met_by
 
 FLOAT_BYTES = 4
@@ -33,9 +31,9 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Played:
-    """A rival after its last round."""
+    """A baseline after its last round."""
 
-    rival: Baseline
+    baseline: Baseline
     context: BaselineContext
     held: Held
     sets: Lessons  # of the last round
@@ -60,25 +58,24 @@ class Played:
 
 def play(
     lm: LanguageModel,
-    config: BaselinesConfig,
+    config: ExperimentConfig,
     streams: Mapping[str, Sequence[Dialogue]],
     seed: int,
     listener: Callable[[str], None] | None = None,
 ) -> Played:
-    """All rounds of `config.rival` on devices with these streams, by name."""
+    """All rounds of `config.baseline` on devices with these streams, by name."""
     replies = {name: {d.id: d.response for d in stream} for name, stream in streams.items()}
     cohort = CohortContext.of(lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener)
-    name, context = config.rival.name, BaselineContext.of(lm, config, seed)
+    name, context = config.baseline.name, BaselineContext.of(lm, config, seed)
     chosen, states = baseline(name), [cohort.new_state(device) for device in streams]
     with calling(name, "return what is Held, as `Baseline.start` says"):
         held = _of_kind(chosen.start(context, len(streams)), Held)
     sets, sent, tokens = list[TrainingSet](), list[torch.Tensor](), 0
     for number in range(1, config.rounds + 1):
         if listener:
-            listener(f"{config.rival.name}, round {number}")
+            listener(f"{config.baseline.name}, round {number}")
         states = _met(states, streams, number, cohort)
-        sets = [_lesson(lm, config, s.id, [(k.prompt, s.replies[k.id]) for k in s.annotated], number, seed)
-                   for s in states]  # fmt: skip
+        sets = [context.training_set(s, number) for s in states]
         with calling(name, f"return what is Held and a tensor ({len(streams)}, S), as `Baseline.turn` says"):
             held, left = chosen.turn(held, sets, context, number)
             _of_kind(held, Held)
@@ -102,11 +99,3 @@ def _met(states: States, streams: Mapping[str, Sequence[Dialogue]], number: int,
     arrived = [streams[s.id][s.arrived : met_by(len(streams[s.id]), number, rounds)] for s in states]
     states, _ = observe(states, arrived, RoundPlan(number, number - 1), context)
     return annotate(states, context)[0]
-
-
-def _lesson(
-    lm: LanguageModel, config: BaselinesConfig, device: str, pairs: Sequence[tuple[str, str]], number: int, seed: int
-) -> TrainingSet:
-    rival = config.rival
-    order = schedule_steps(len(pairs), rival.batch_size, rival.steps, derive_seed(seed, device, number, "order"))
-    return TrainingSet(lm.format.dialogues([Dialogue("", *pair) for pair in pairs]), order)

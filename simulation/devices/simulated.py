@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -29,6 +30,7 @@ from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.runs.provenance import check_sources
 
 CONTRIBUTED = "a-contributed"
+Own = Literal["beside", "alone", "none"]  # how what stays on a device is on: with the shared adapter, without it, never
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class RoundFunctions:
 
     contribute: Callable[..., tuple[States, list[Release | None], list[Observation]]] = contribute
     adopt: Callable[..., tuple[States, list[Observation]]] = adopt
+    own: Own = "beside"
 
 
 WITHOUT_SERVER = RoundFunctions(  # without a server
     contribute=lambda states, arrived, received, plan, context: stay(states, arrived, plan, context),
     adopt=lambda states, received, plan, context: adopt(states, None, plan, context),
+    own="alone",
 )
 
 

@@ -42,6 +42,8 @@ def open_strategy(
     config, schema, seed = run.config, context.schema, context.seed
     secret = run.server_secret() if config.privacy.secret == "os" else derive_key(seed, "server")
     noise, limits = _noise(config, config.server, secret), Limits(*release_limits(config, schema))
+    if config.baseline.name and config.privacy.mode == "none":
+        limits = Limits()  # a baseline without protection clips nothing
     strategy: ReleaseStrategy
     if isinstance(clock, BufferedClock):
         strategy = BufferedStrategy(

@@ -101,16 +101,18 @@ class Evaluator:
         personal, local = (torch.stack([rows[n][kind] for n in names]) for kind in ("personal", "local"))
         given = derangement(len(names), derive_seed(self.config.seed, "shuffled"))
         own, strangers = Rows("personal", personal), Rows("personal", personal[given])
+        kept, alone = self.devices.duties.own, {"personal": [own], "shuffled": [strangers]}
         if self.config.server.absent:
-            return Arms(names, {"base": [], "personal": [own], "shuffled": [strangers]})
+            return Arms(names, {"base": [], **alone})
         shared = Rows("shared", shared_row[None])
-        arms = {
-            "base": [],
-            "shared": [shared],
-            "local": [Rows("personal", local)],
-            "personal": [shared, own],
-            "shuffled": [shared, strangers],
-        }
+        if kept == "none":
+            return Arms(names, {"base": [], "shared": [shared], "personal": [shared]})
+        if kept == "alone":
+            return Arms(names, {"base": [], "shared": [shared], **alone})
+        together = {"personal": [shared, own], "shuffled": [shared, strangers]}
+        if self.config.baseline.name:  # what is shared may be a part of what a device needs
+            return Arms(names, {"base": [], **together})
+        arms = {"base": [], "shared": [shared], "local": [Rows("personal", local)], **together}
         return Arms(names, arms)
 
     def _pooled(self) -> Adapters:

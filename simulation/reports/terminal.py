@@ -23,7 +23,8 @@ def render_summary(summary: RunSummary) -> RenderableType:
 
 
 def _arms(summary: RunSummary) -> Figures:
-    table = Figures(title=f"{summary.name}: {summary.devices} devices, {summary.rounds} rounds", title_style="")
+    by = f", {summary.baseline}" if summary.baseline else ""
+    table = Figures(title=f"{summary.name}: {summary.devices} devices, {summary.rounds} rounds{by}", title_style="")
     for heading in ("arm", "NLL per user", "NLL per query", "ROUGE-1 per user", "ROUGE-1 per query", "tokens"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm in ARMS:

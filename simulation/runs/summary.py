@@ -57,6 +57,7 @@ class RunSummary:
     seed: int
     engine: str
     server: str  # its rule
+    baseline: str = ""  # in place of the devices' own method
     model: str
     hardware: str
     nll: dict[str, ArmFigures]  # by arm
@@ -169,6 +170,7 @@ def summarize(events: Iterable[Event]) -> RunSummary:
         seed=start.seed,
         engine=start.engine,
         server=start.config["server"]["rule"],
+        baseline=start.config.get("baseline", {}).get("name", ""),
         model=start.model.name,
         hardware=start.hardware,
         nll={e.arm: _figures(e) for e in final if e.metric == "nll"},

@@ -37,12 +37,12 @@ class Outcome:
 
     @property
     def rival(self) -> str:
-        return self.config.rival.name
+        return self.config.baseline.name
 
     @property
     def name(self) -> str:
         """The rival; where the table has it more than once, with all that the table varies."""
-        rest = tuple(pair for pair in self.label if pair[0] != "rival.name")
+        rest = tuple(pair for pair in self.label if pair[0] != "baseline.name")
         return self.rival if self.alone else ", ".join([self.rival, *([named(rest)] if rest else [])])
 
     @property
@@ -91,11 +91,11 @@ def tables(study: Study, folder: Path) -> Iterator[Rivals]:
 def _outcomes(study: Study, folder: Path, table: TableConfig) -> Iterator[Outcome]:
     labels = [label for row in table.labels() for label in row]
     cells = [study.cell(table, label) for label in labels]
-    rivals = Counter(cell.config.rival.name for cell in cells if isinstance(cell.config, BaselinesConfig))
+    rivals = Counter(cell.config.baseline.name for cell in cells if isinstance(cell.config, BaselinesConfig))
     for label, cell in zip(labels, cells, strict=True):
         assert isinstance(cell.config, BaselinesConfig)
         result = read_result(folder / "cells" / cell.key)
-        yield Outcome(label, cell.config, result, rivals[cell.config.rival.name] == 1)
+        yield Outcome(label, cell.config, result, rivals[cell.config.baseline.name] == 1)
 
 
 def contrasts(found: Sequence[Outcome]) -> list[Contrast]:

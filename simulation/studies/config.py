@@ -33,6 +33,11 @@ TREES: dict[str, type[ExperimentConfig] | type[MethodsConfig] | type[Interactive
 UNSEEN = ("engine", "cohort_size", "name", "ray", "world", "callbacks")  # without effect on a study's cells
 
 
+def unseen(kind: str) -> tuple[str, ...]:
+    """The settings without effect on the cells of a study of this kind."""
+    return UNSEEN if kind == "rivals" else (*UNSEEN, "baseline")
+
+
 class TableConfig(Config):
     """Rows by columns; each axis has one setting, or several that are crossed."""
 
@@ -103,7 +108,7 @@ class StudyConfig(Config):
 
     @model_validator(mode="after")
     def _matters(self) -> Self:
-        without = (*UNSEEN, *WITHOUT_SERVER) if self.kind == "alone" else UNSEEN
+        without = (*unseen(self.kind), *WITHOUT_SERVER) if self.kind == "alone" else unseen(self.kind)
         for setting in (s for table in self.tables.values() for s in table.settings):
             if setting.partition(".")[0] in without:
                 raise ValueError(f"{setting} cannot be varied: it changes nothing in a study of the kind {self.kind!r}")
@@ -124,7 +129,7 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """Names the cell's folder: the same settings are the same cell, in whichever table it stands."""
-        settings = self.config.model_dump_json(exclude=set(UNSEEN))
+        settings = self.config.model_dump_json(exclude=set(unseen(self.study.kind)))
         kind = {"alone": "", "federated": f"{self.study.hidden_share} "}.get(self.study.kind, f"{self.study.kind} ")
         return sha256(f"{kind}{self.seeds} {settings}".encode()).hexdigest()[:16]
 
@@ -153,6 +158,8 @@ class Study:
             raise ConfigError(
                 f"{self.where}: a federated study asks by rounds; server.buffer and server.rule = 'none' do not"
             )
+        if self.config.kind != "rivals" and isinstance(config, ExperimentConfig) and config.baseline.name:
+            raise ConfigError(f"{self.where}: baseline.name is for a study of the kind 'rivals'")
         return Cell(config, self.config)
 
     @cached_property

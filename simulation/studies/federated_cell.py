@@ -32,7 +32,7 @@ from florilegium.simulation.data.population import User
 from florilegium.simulation.engines.in_memory import Federated, federate_in_memory
 from florilegium.simulation.evaluation.metrics import Arm, by_device, derangement, measure_rouge, reply_arms, score_arms
 from florilegium.simulation.studies.cell import Result, SeededCell
-from florilegium.simulation.studies.config import UNSEEN
+from florilegium.simulation.studies.config import unseen
 
 
 class FederatedCell(SeededCell):
@@ -110,7 +110,7 @@ class FederatedCell(SeededCell):
         What is shared and the server have their part in it by what they leave in the buffers: who was asked when, and
         about what.
         """
-        settings = self.config.model_dump_json(exclude={"shared", "privacy", "server", *UNSEEN})
+        settings = self.config.model_dump_json(exclude={"shared", "privacy", "server", *unseen("federated")})
         learned = [
             (s.id, [(k.id, k.prompt, s.replies[k.id], s.synthetic.get(k.id, ())) for k in s.annotated]) for s in states
         ]

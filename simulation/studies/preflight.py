@@ -69,7 +69,7 @@ def _check_kinds(config: ExperimentConfig | MethodsConfig | InteractiveConfig) -
         from florilegium.client.personalization.registry import method_class
 
         method_class(config.method.name)
-    if isinstance(config, BaselinesConfig) and is_extension(config.rival.name):
+    if isinstance(config, BaselinesConfig) and is_extension(config.baseline.name):
         from florilegium.simulation.baselines.registry import baseline
 
-        baseline(config.rival.name)
+        baseline(config.baseline.name)
