@@ -6,8 +6,8 @@ round, 4 P bytes each, and say so in `held_bytes`. Robust rules are no sums: wha
 does not bound its part of their change, so noise on the sum belongs to `Mean` alone. Noise that
 devices add is what robust rules see too: releases then lie about √(2P)·σ apart, and a false one that is nearer than
 that is not seen. A rule of the user's own is a module's `NAME(width, settings)` that gives a `Rule`; it is made once a
-round, and with width 1 where the settings are read.
-Not covered: weights by norm (HetLoRA's), Bulyan, geometric medians, defences across rounds.
+round, and with width 1 where the settings are read. Not covered: weights by norm (HetLoRA's), Bulyan, geometric
+medians, defences across rounds.
 """
 
 from __future__ import annotations

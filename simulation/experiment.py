@@ -14,8 +14,9 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from florilegium.client.state_store import StoreError
-from florilegium.privacy.common.environment import make_absolute, prepare_process
+from florilegium.privacy.common.environment import lend_imports, make_absolute, prepare_process
 from florilegium.privacy.common.errors import BrokenDeviceError
+from florilegium.privacy.common.registry import ExtensionError, calling, import_folders, resolve
 from florilegium.privacy.ledger import LedgerError
 from florilegium.simulation.baselines.devices import load_run_devices, run_devices_of_worker
 from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
@@ -29,11 +30,11 @@ from florilegium.simulation.engines.world_grid import WorldGrid, open_clock
 from florilegium.simulation.recorder import federate_run
 from florilegium.simulation.reports.run_report import render_report
 from florilegium.simulation.results import Result, load_run
+from florilegium.simulation.runs.callbacks import Callback, named_callbacks
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.folder import RunFolder, create, resume, settle
 from florilegium.simulation.runs.progress import RunProgress, progress_line
 from florilegium.simulation.runs.summary import RunSummary, write_summary
-from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Experiment:
     folder: str | Path
 
     def run(
-        self, *, resume: bool = False, overwrite: bool = False, tensorboard: bool = False, quiet: bool = False
+        self, *, resume: bool = False, overwrite: bool = False, callbacks: Sequence[Callback] = (), quiet: bool = False
     ) -> Result:
         """Runs to the end, or with `resume` goes on, and returns what there is; a line says how far it is.
 
@@ -57,7 +58,7 @@ class Experiment:
         people = ready(self.config, folder, resuming=resume, overwrite=overwrite)
         with progress_line(self.config, Console(quiet=quiet)) as progress:
             run_experiment(
-                self.config, folder, resuming=resume, overwrite=overwrite, progress=progress, tensorboard=tensorboard,
+                self.config, folder, resuming=resume, overwrite=overwrite, progress=progress, callbacks=callbacks,
                 people=people,
             )  # fmt: skip
         return load_run(folder)
@@ -75,22 +76,25 @@ def run_experiment(
     resuming: bool = False,
     overwrite: bool = False,
     progress: RunProgress | None = None,
-    tensorboard: bool = False,
+    callbacks: Sequence[Callback] = (),
     people: Sequence[User] | None = None,
 ) -> RunSummary:
     """Runs to the end, or goes on, and returns the summary. Ctrl-C keeps what was finished, and its report.
 
-    `people` are those of `simulation.devices.preflight`, where they have been read already. Raises `RunError` also for
-    what the disk does not take. It and `KeyboardInterrupt` say how to go on.
+    `callbacks` are told how it goes on, beside those that the settings name; `people` are those of
+    `simulation.devices.preflight`, where they have been read already. Raises `RunError` also for what the disk does not
+    take. It and `KeyboardInterrupt` say how to go on.
     """
     if resuming and overwrite:
         raise RunError("--resume and --overwrite exclude each other")
     make_absolute()  # an engine may change the working directory
+    named_callbacks(config)
+    lend_imports(import_folders(config.extensions()))
     folder, config = folder.resolve(), with_absolute_paths(config)
     try:
         with FileLock(_lock_of(folder), timeout=0):
             run = resume(folder, config) if resuming else create(folder, config, overwrite=overwrite)
-            return _run(run, resuming, progress or RunProgress(), tensorboard, people)
+            return _run(run, resuming, progress or RunProgress(), callbacks, people)
     except Timeout:
         raise RunError(f"{folder} is in use by another process; wait for it, or choose name=…") from None
     except (OSError, SafetensorError) as error:
@@ -103,12 +107,18 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _run(
-    run: RunFolder, resuming: bool, progress: RunProgress, tensorboard: bool, people: Sequence[User] | None
+    run: RunFolder,
+    resuming: bool,
+    progress: RunProgress,
+    callbacks: Sequence[Callback],
+    people: Sequence[User] | None,
 ) -> RunSummary:
     begun = False
     try:
         try:
-            ENGINES[run.config.engine.name](run, progress, TensorBoardWriter(run) if tensorboard else None, people)
+            name = run.config.engine.name
+            with calling(name, "federate, as `Engine` says"):
+                resolve(name, ENGINES, Callable)(run, progress, callbacks, people)
         finally:
             begun = run.metrics.exists() if resuming else settle(run)
             if begun:
@@ -117,6 +127,8 @@ def _run(
         return write_summary(run)
     except (OSError, SafetensorError, StoreError, LedgerError) as error:
         raise RunError(f"{run.path}: {error}; {_way_on(run, begun)}") from error
+    except ExtensionError as error:
+        raise ExtensionError(f"{error}; {_way_on(run, begun)}") from error.__cause__
     except BrokenDeviceError as error:
         error.add_note(f"after the mend: {_way_on(run, begun)}")
         raise
@@ -134,7 +146,7 @@ def _way_on(run: RunFolder, begun: bool) -> str:
 
 
 def _on_cohorts(
-    run: RunFolder, progress: RunProgress, board: TensorBoardWriter | None, people: Sequence[User] | None
+    run: RunFolder, progress: RunProgress, callbacks: Sequence[Callback], people: Sequence[User] | None
 ) -> None:
     devices = load_run_devices(run, progress.enter, people)
     names = [device_name(k) for k in range(run.config.data.users)]
@@ -142,11 +154,11 @@ def _on_cohorts(
         scheduler, clock = Scheduler(workers, devices, progress), open_clock(devices, names)
         schema = devices.schema
         grid = WorldGrid(scheduler.ask, schema, names, clock) if clock else CohortGrid(scheduler.ask, schema, names)
-        federate_run(run, grid, scheduler, clock, board)
+        federate_run(run, grid, scheduler, clock, callbacks)
 
 
 def _on_flower(
-    run: RunFolder, progress: RunProgress, board: TensorBoardWriter | None, people: Sequence[User] | None
+    run: RunFolder, progress: RunProgress, callbacks: Sequence[Callback], people: Sequence[User] | None
 ) -> None:
     """Flower's stock simulation: a message per device, Ray actors."""
     from florilegium.simulation.engines.flower_ray import stock_grid
@@ -155,8 +167,9 @@ def _on_flower(
     os.environ[RUN_VARIABLE] = str(run.path)
     devices = load_run_devices(run, progress.enter, people)
     with stock_grid(client_app, run.config.data.users, run.path, progress.visit) as grid:
-        federate_run(run, grid, Scheduler(LocalWorkers(devices), devices, progress), board=board)
+        federate_run(run, grid, Scheduler(LocalWorkers(devices), devices, progress), callbacks=callbacks)
 
 
-Engine = Callable[[RunFolder, RunProgress, TensorBoardWriter | None, Sequence[User] | None], None]
+# Federates a run that is made, tells the callbacks, and takes the people where they have been read already.
+Engine = Callable[[RunFolder, RunProgress, Sequence[Callback], Sequence[User] | None], None]
 ENGINES: dict[str, Engine] = {"cohort": _on_cohorts, "flower": _on_flower}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import resource
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from flwr.serverapp import Grid
 from florilegium.client.calibration import planned_event
 from florilegium.client.lm.peft_format import shared_files, write_files, write_peft
 from florilegium.client.lm.places import ADAPTERS, base_of, copy_base
+from florilegium.privacy.common.machine import cores, peak_rss_bytes
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.release_collector import to_numpy
 from florilegium.server.strategy import ReleaseStrategy
@@ -33,6 +32,7 @@ from florilegium.simulation.evaluation.evaluator import Evaluator
 from florilegium.simulation.evaluation.fairness import summarize
 from florilegium.simulation.heterogeneity.clock import Clock, as_event
 from florilegium.simulation.rounds import Recorder, federate
+from florilegium.simulation.runs.callbacks import Callback, Callbacks
 from florilegium.simulation.runs.events import (
     DataFacts,
     DeviceFailure,
@@ -46,7 +46,6 @@ from florilegium.simulation.runs.events import (
 )
 from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.runs.provenance import sources_sha256
-from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
 
 @dataclass
@@ -58,7 +57,7 @@ class RunRecorder(Recorder):
     strategy: ReleaseStrategy
     scheduler: Scheduler
     clock: Clock | None = None
-    board: TensorBoardWriter | None = None
+    others: Sequence[Callback] = ()  # than those of the settings
     earlier_s: float = 0.0  # what the run took before it was stopped and resumed
     began: float = field(default_factory=time.perf_counter)
 
@@ -80,6 +79,10 @@ class RunRecorder(Recorder):
         without = {e.device for e in self.run.events_of(DeviceFailure) if e.what == "control"}
         return Evaluator(self.run, self.devices, self.scheduler, [n for n in self.names if n not in without])
 
+    @cached_property
+    def callbacks(self) -> Callbacks:
+        return Callbacks(self.run, self.others)
+
     def say(self, phase: str) -> None:
         self.scheduler.progress.enter(phase)
 
@@ -92,6 +95,7 @@ class RunRecorder(Recorder):
         if not self.run.has_rounds:
             self.run.metrics.unlink(missing_ok=True)
             self.run.record(describe(self.config, self.devices))
+            self.callbacks.begin(0)
             return
         ends = [e.wall_s for e in self.run.events_of(RunEnd)]
         self.earlier_s = ends[-1] if ends else 0.0
@@ -99,6 +103,7 @@ class RunRecorder(Recorder):
         if self.clock:
             for event in self.run.events_of(WorldRound):
                 self.clock.recall(event)
+        self.callbacks.begin(self.strategy.first_round - 1)
 
     def after_round(self, round_number: int, arrays: ArrayRecord) -> None:
         """Notes → events, controls, evaluation, and last the checkpoint: with it the round is done."""
@@ -123,8 +128,8 @@ class RunRecorder(Recorder):
         if round_number:
             self._round_event(round_number, asked, shared, seconds)
         self.run.save_shared(round_number, numbers, self.strategy.ledger_heads, self.strategy.moments.arrays())
-        if self.board:
-            self.board.update()
+        if round_number:
+            self.callbacks.end_round(round_number)
 
     def finish(self, shared: torch.Tensor) -> None:
         """The verdict on the last round, in a world to whom it was fair, and the adapters."""
@@ -138,8 +143,6 @@ class RunRecorder(Recorder):
         export_adapters(self.run, self.devices, shared, self.names)
 
     def close(self, *, interrupted: bool) -> None:
-        if self.board:
-            self.board.update()
         self.run.record(
             RunEnd(
                 wall_s=round(self.earlier_s + time.perf_counter() - self.began, 2),
@@ -149,6 +152,7 @@ class RunRecorder(Recorder):
                 interrupted=interrupted,
             )
         )
+        self.callbacks.end(interrupted=interrupted)
 
     def _failed(self, round_number: int) -> set[str]:
         """Writes down the faults that were counted since it was last asked; returns whose they are.
@@ -217,12 +221,13 @@ def federate_run(
     grid: Grid,
     scheduler: Scheduler,
     clock: Clock | None = None,
-    board: TensorBoardWriter | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> None:
     """All rounds of a run over a grid, from the last one that was finished, and the verdict."""
     devices = scheduler.devices
     strategy, start = open_strategy(run, devices.context, clock, scheduler.check)
-    federate(grid, strategy, RunRecorder(run, devices, strategy, scheduler, clock, board), start, run.config.rounds)
+    recorder = RunRecorder(run, devices, strategy, scheduler, clock, callbacks)
+    federate(grid, strategy, recorder, start, run.config.rounds)
 
 
 def export_adapters(run: RunFolder, devices: SimulatedDevices, shared: torch.Tensor, names: Sequence[str]) -> None:
@@ -256,7 +261,7 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> RunStart:
             dtype=str(lm.engine.dtype).removeprefix("torch."),
         ),
         data=people(config, devices.users),
-        hardware=f"{len(os.sched_getaffinity(0))} cores, {lm.engine.device}",
+        hardware=f"{cores()} cores, {lm.engine.device}",
         versions={name: version(name) for name in ("florilegium", "torch", "flwr", "opacus", "peft")},
         privacy=PrivacyFacts(
             mode=config.privacy.mode,
@@ -272,7 +277,7 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> RunStart:
             steps_per_round=event.steps,
             accountant="PLD",
         ),
-        sources=sources_sha256(),
+        sources=sources_sha256(config.extensions()),
         config=config.model_dump(mode="json"),
     )
 
@@ -288,8 +293,3 @@ def people(config: ExperimentConfig, users: UsersByDevice) -> DataFacts:
         held_out=sum(len(user.held_out) for user in persons),
         held_out_met=sum(met_before(user.stream, user.held_out) for user in persons),
     )
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -218,7 +218,7 @@ def test_a_clock_that_jumps_changes_no_order(
 def test_one_agent_at_a_time(home: DeviceFolder, lm: LanguageModel) -> None:
     made(home, lm)
     code = "import sys, pathlib, florilegium.client.agent.folder as h\n"
-    code += "with h.Home(pathlib.Path(sys.argv[1])).locked(): pass"
+    code += "with h.DeviceFolder(pathlib.Path(sys.argv[1])).locked(): pass"
     command = [sys.executable, "-c", code, str(home.path)]
     with home.locked():
         other = subprocess.run(command, capture_output=True, text=True)

@@ -22,7 +22,6 @@ from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.packing import Example
 from florilegium.client.lm.training_data import TrainingSet
-from florilegium.client.personalization.config import Name
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.baselines.registry import BASELINES
 from florilegium.simulation.config import ExperimentConfig
@@ -393,7 +392,7 @@ def task_user(name: str, word: str) -> TaskUser:
 
 
 @pytest.mark.parametrize("name", ["oppu", "pooled", "pplug", "per-pcs", "rpo"])
-def test_no_method_has_seen_the_answers(lm: LanguageModel, heard: Heard, name: Name) -> None:
+def test_no_method_has_seen_the_answers(lm: LanguageModel, heard: Heard, name: str) -> None:
     """Of those who are reported on; the pool's answers are what the task is learned from."""
     config = MethodsConfig.model_validate({
         "model": MODEL | {"name": "smollm2-135m"},

@@ -28,6 +28,7 @@ from florilegium.simulation.devices.simulated import load_devices
 from florilegium.simulation.devices.workload import planned_tokens
 from florilegium.simulation.engines.scheduler import pack
 from florilegium.simulation.experiment import run_experiment
+from florilegium.simulation.runs.callbacks import Callbacks
 from florilegium.simulation.runs.device_store import Shards
 from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.runs.progress import RunProgress, Speed
@@ -324,9 +325,10 @@ def test_tensorboard_reads_what_was_written(plain: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = TensorBoardWriter(RunFolder(plain))
-    board.update()
-    board.update()  # what was written is not written again
+    run = RunFolder(plain)
+    board = Callbacks(run, [TensorBoardWriter()])
+    board.begin(2)
+    board.end(interrupted=False)  # what was written is not written again
     read: Any = EventAccumulator(str(plain / "tensorboard"))
     read.Reload()
     (first, second) = read.Scalars("releases")

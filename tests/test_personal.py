@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.optimizer import Moments, adamw_
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization import kgt, per_pcs, rpo
-from florilegium.client.personalization.config import MethodConfig, Name, TrainingConfig
+from florilegium.client.personalization.config import NAMES, MethodConfig, TrainingConfig
 from florilegium.client.personalization.history import Asked, Past, Person, Wording
 from florilegium.client.personalization.kgt import KnowledgeGraph, Triple
 from florilegium.client.personalization.method import Method, MethodContext
@@ -83,10 +83,10 @@ def loss(lm: LanguageModel, made: Method, people: Sequence[Person]) -> float:
     return sum(s.nll for s in scores) / sum(s.tokens for s in scores)
 
 
-@pytest.mark.parametrize("name", get_args(Name))
-def test_every_method_learns_prepares_prompts_adapts_and_answers(lm: LanguageModel, name: Name) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_learns_prepares_prompts_adapts_and_answers(lm: LanguageModel, name: str) -> None:
     made = method(context(lm, name=name, retrieve=0 if name in ("pplug", "kgt") else 1))
-    assert type(made) is METHODS[name] and set(METHODS) == set(get_args(Name))
+    assert type(made) is METHODS[name] and set(METHODS) == set(NAMES)
     made.learn(PEOPLE[1:])
     made.prepare(PEOPLE)
     examples = made.examples()
@@ -98,8 +98,8 @@ def test_every_method_learns_prepares_prompts_adapts_and_answers(lm: LanguageMod
     assert math.isfinite(loss(lm, made, [Person("nobody", (), PEOPLE[0].questions)]))
 
 
-@pytest.mark.parametrize("name", get_args(Name))
-def test_every_method_works_on_top_of_what_the_base_is_for_the_task(lm: LanguageModel, noted: Note, name: Name) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_works_on_top_of_what_the_base_is_for_the_task(lm: LanguageModel, noted: Note, name: str) -> None:
     """All that is trained or scored lies on the task's adapter, and answers do; PER-PCS has it merged into the base."""
     task = beneath_of(lm)
     trained, scored, weighed = (noted(lm.engine, call) for call in ("finetune", "score", "gradient"))
@@ -281,8 +281,8 @@ def test_a_question_stays_whole_and_every_item_is_seen_from_its_beginning(lm: La
     assert made.prompt(longer, items) == longer.prompt  # no room but for scraps
 
 
-@pytest.mark.parametrize("name", [n for n in get_args(Name) if n != "pooled"])
-def test_a_person_gets_nothing_of_anybody_elses(lm: LanguageModel, name: Name) -> None:
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "pooled"])
+def test_a_person_gets_nothing_of_anybody_elses(lm: LanguageModel, name: str) -> None:
     """One person's history is another one: what all others are given and served stays bit by bit."""
 
     def prompts_and_losses(people: Sequence[Person]) -> list[tuple[str, list[float]]]:

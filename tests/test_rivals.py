@@ -492,12 +492,12 @@ def test_a_run_trains_the_same_adapters_as_a_study_on_the_same_people(tmp_path: 
     names = list(devices.users)
     played = play(devices.context.lm, config, {n: devices.users[n].stream for n in names}, config.seed)
     assert torch.equal(torch.stack([s.personal for s in devices.states(names)]), played.held.own)
-    assert summary["nll"]["personal"]["mean_per_user"] < summary["nll"]["base"]["mean_per_user"]
-    assert summary["tokens_trained"] == played.tokens * DEVICES and summary["baseline"] == name
+    assert summary.nll["personal"].mean_per_user < summary.nll["base"].mean_per_user
+    assert summary.tokens_trained == played.tokens * DEVICES and summary.baseline == name
     if name != "local":
         last = RunFolder(folder).last_shared()
         assert last and torch.equal(torch.from_numpy(devices.schema.join(last.shared)), played.held.shared[0])
-        assert summary["upload_bytes_per_release"] == played.upload_bytes
+        assert summary.upload_bytes_per_release == played.upload_bytes
 
 
 def test_in_a_run_each_device_clips_and_pays(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def _affordable(device: Device, terms: Terms) -> CohortContext:
         check_work(context.shared_layout, context.config)
         check_promise(context.config, terms.min_devices)
     except (UserError, ValidationError) as error:
-        raise AgentError(f"the terms of {terms.name!r} do not fit this device: {error}") from None
+        why = "; ".join(e["msg"] for e in error.errors()) if isinstance(error, ValidationError) else str(error)
+        raise AgentError(f"the terms of {terms.name!r} do not fit this device: {why}") from None
     except MemoryError:
         raise AgentError(f"the terms of {terms.name!r} need more memory than this device has") from None
     return context

@@ -27,6 +27,10 @@ METHODS: Mapping[str, type[Method]] = {
 def method(context: MethodContext) -> Method:
     """The one that the settings name. Raises `ExtensionError`."""
     name = context.config.name
-    kind = resolve(name, METHODS, type[Method])
     with calling(name, "be made of a MethodContext alone"):
-        return kind(context)
+        return method_class(name)(context)
+
+
+def method_class(name: str) -> type[Method]:
+    """The method of this name, or one of the user's own. Raises `ExtensionError`."""
+    return resolve(name, METHODS, type[Method])

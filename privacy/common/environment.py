@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 VARIABLES = (
@@ -39,3 +41,13 @@ def make_absolute() -> None:
     for name in VARIABLES:
         if named := os.environ.get(name):
             os.environ[name] = str(Path(named).expanduser().absolute())
+    if named := os.environ.get("PYTHONPATH"):
+        os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(p).absolute()) for p in named.split(os.pathsep) if p)
+
+
+def lend_imports(folders: Iterable[str]) -> None:
+    """Processes that this one starts import from these folders too: where a user's modules were found."""
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    more = [f for f in folders if f not in known and not f.startswith((sys.prefix, sys.base_prefix))]
+    if more:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, known), *more])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from florilegium.client.lm.adapter import AdapterLayout
+from florilegium.privacy.common.registry import resolve
 from florilegium.simulation.baselines import fedalt, fedavg, feddpa, layerwise
 from florilegium.simulation.baselines.context import BaselineContext, Held, Lessons, aggregate, upload
 from florilegium.simulation.baselines.ditto import ditto
@@ -70,3 +71,8 @@ BASELINES = {
     ),
     "fedalt": Baseline(fedalt.start, fedalt.fedalt, fedalt.arm, shares=fedalt.shares),
 }
+
+
+def baseline(name: str) -> Baseline:
+    """The baseline of this name, or one of the user's own. Raises `ExtensionError`."""
+    return resolve(name, BASELINES, Baseline)

@@ -18,10 +18,10 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.phases import annotate, observe
 from florilegium.client.state import States
-from florilegium.privacy.common.registry import UnexpectedError, calling, resolve
+from florilegium.privacy.common.registry import UnexpectedError, calling
 from florilegium.privacy.plan import RoundPlan
 from florilegium.simulation.baselines.context import BaselineContext, Held, Lessons
-from florilegium.simulation.baselines.registry import BASELINES, Baseline
+from florilegium.simulation.baselines.registry import Baseline, baseline
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import met_by
 
@@ -67,9 +67,9 @@ def play(
     replies = {name: {d.id: d.response for d in stream} for name, stream in streams.items()}
     cohort = CohortContext.of(lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener)
     name, context = config.baseline.name, BaselineContext.of(lm, config, seed)
-    baseline, states = resolve(name, BASELINES, Baseline), [cohort.new_state(device) for device in streams]
+    chosen, states = baseline(name), [cohort.new_state(device) for device in streams]
     with calling(name, "return what is Held, as `Baseline.start` says"):
-        held = _of_kind(baseline.start(context, len(streams)), Held)
+        held = _of_kind(chosen.start(context, len(streams)), Held)
     sets, sent, tokens = list[TrainingSet](), list[torch.Tensor](), 0
     for number in range(1, config.rounds + 1):
         if listener:
@@ -77,13 +77,13 @@ def play(
         states = _met(states, streams, number, cohort)
         sets = [context.training_set(s, number) for s in states]
         with calling(name, f"return what is Held and a tensor ({len(streams)}, S), as `Baseline.turn` says"):
-            held, left = baseline.turn(held, sets, context, number)
+            held, left = chosen.turn(held, sets, context, number)
             _of_kind(held, Held)
             if _of_kind(left, torch.Tensor).shape[:1] != (len(streams),) or left.ndim != 2:
                 raise UnexpectedError(f"returned a tensor {tuple(left.shape)}")
         sent.append(left)
         tokens += sum(x.examples[i].length for x in sets for batch in x.batches for i in batch)
-    return Played(baseline, context, held, sets, sent, tokens / len(streams))
+    return Played(chosen, context, held, sets, sent, tokens / len(streams))
 
 
 def _of_kind(found: Found, kind: type[Found]) -> Found:

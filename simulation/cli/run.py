@@ -44,6 +44,7 @@ def run(
         run_experiment,  # and with it torch, now that nothing is left to refuse
     )
     from florilegium.simulation.reports.terminal import render_summary
+    from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
     with interruptible("stopped before anything was begun"), progress_line(settings, console) as progress:
         summary = run_experiment(
@@ -52,7 +53,7 @@ def run(
             resuming=resume,
             overwrite=overwrite,
             progress=progress,
-            tensorboard=tensorboard,
+            callbacks=[TensorBoardWriter()] if tensorboard else [],
             people=people,
         )
     console.print(render_summary(summary))

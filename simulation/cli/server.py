@@ -35,7 +35,7 @@ def init(
     min_devices: Annotated[int, typer.Option(min=1, help="Releases below which a round is not aggregated.")] = 1,
     patience_s: Annotated[float, typer.Option(min=1, help="For the answers of a round.")] = 600.0,
     least_epsilon: Annotated[float, typer.Option(min=0.01, help="Of devices: it bounds the norm of a release.")] = 4.0,
-    rule: Annotated[str, typer.Option(help="mean, trimmed-mean or krum.")] = "mean",
+    rule: Annotated[str, typer.Option(help="mean, trimmed-mean, krum, or package.module:NAME.")] = "mean",
     trimmed_share: Annotated[float, typer.Option(help="Of the releases, left out at both ends by trimmed-mean.")] = 0.1,
     byzantine: Annotated[int, typer.Option(help="Releases of a round that may be false, for krum.")] = 0,
     krum_keep: Annotated[int, typer.Option(help="Releases that krum averages.")] = 1,

@@ -15,6 +15,7 @@ from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
 from florilegium.simulation.data.population import Bootstrapped, User, load_population
 from florilegium.simulation.heterogeneity.classes import DevicePopulation, load_classes
+from florilegium.simulation.runs.callbacks import named_callbacks
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.folder import check_new, check_resumable
 from florilegium.simulation.settings import ConfigError
@@ -29,6 +30,7 @@ def ready(config: ExperimentConfig, folder: Path, *, resuming: bool, overwrite: 
         check_resumable(folder, config)
     else:
         check_new(folder, overwrite=overwrite)
+    named_callbacks(config)
     load_lexicons(config.selection.lexicons)
     world_of(config)
     if not config.server.absent:

@@ -187,5 +187,5 @@ def rank_in(world: DevicePopulation, device: str) -> int:
 def devices_of_worker(folder: Path) -> SimulatedDevices:
     """The devices of a run in a worker process, loaded once; refuses to run other code than the driver's."""
     run = RunFolder(folder)
-    check_sources(folder)
+    check_sources(folder, run.config.extensions())
     return load_devices(run)

@@ -13,9 +13,7 @@ from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.settings import ConfigError
 
 Changes = dict[str, tuple[Any, Any]]
-SPEED = (  # what a run comes to is the same, but for rounding
-    "ray.", "cohort_size", "engine.on_device_error", "engine.failed_share", "callbacks",
-)  # fmt: skip
+SPEED = ("ray.", "cohort_size", "engine.on_device_error", "engine.failed_share", "callbacks")  # but for rounding
 
 
 def changes(before: ExperimentConfig, after: ExperimentConfig) -> Changes:

@@ -19,7 +19,7 @@ from florilegium.simulation.runs.device_store import Shards
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.events import Evaluation, Event, Facts, RunStart, append, read, rewind
 from florilegium.simulation.runs.provenance import sources_sha256, write_sources
-from florilegium.simulation.settings import ConfigError, dump_config, find_config
+from florilegium.simulation.settings import ConfigError, dump_config, find_config, validate
 
 Kind = TypeVar("Kind", bound=Event)
 AGGREGATE = "-aggregate"  # ends the names of checkpoints of rounds that are not over
@@ -51,7 +51,7 @@ class RunFolder:
     def config(self) -> ExperimentConfig:
         """The config that the run was started with."""
         text = (self.path / "config.toml").read_text(encoding="utf-8")
-        return ExperimentConfig.model_validate(tomllib.loads(text))
+        return validate(ExperimentConfig, tomllib.loads(text), str(self.path / "config.toml"))
 
     def record(self, event: Event) -> None:
         """Appends one event to the log."""
@@ -159,7 +159,7 @@ def _brought_up_to_date(facts: Facts, config: ExperimentConfig, round_number: in
     """The event that a run began with, for one that goes on with these settings."""
     found = changes(ExperimentConfig.model_validate(facts["config"]), config)
     slow = {key: values for key, values in found.items() if not key.startswith(SPEED)}
-    code = {"sources": sources_sha256()}
+    code = {"sources": sources_sha256(config.extensions())}
     now = facts | {"rounds": config.rounds, "config": config.model_dump(mode="json"), **code}
     news = [*([told(slow)] if slow else []), *([OTHER_CODE] if facts.get("sources") != code["sources"] else [])]
     if news:
@@ -179,7 +179,7 @@ def create(path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> 
     fresh.parent.mkdir(parents=True, exist_ok=True)
     fresh.mkdir(mode=0o700)  # it will hold what people said
     _write_config(fresh, config)
-    write_sources(fresh)
+    write_sources(fresh, config.extensions())
     Shards.create(fresh / "devices", config.ray.shards or max(1, SHARDS_OF_AN_ACTOR * config.ray.actors))
     if path.exists() and any(path.iterdir()):
         shutil.rmtree(_aside(path), ignore_errors=True)
@@ -232,7 +232,7 @@ def resume(path: Path, config: ExperimentConfig) -> RunFolder:
     """The run in a folder; raises `ConfigError` for settings that it cannot go on with."""
     check_resumable(path, config)
     _write_config(path, config)
-    write_sources(path)  # which may have been mended; that is told in the run's event
+    write_sources(path, config.extensions())  # which may have been mended; that is told in the run's event
     shutil.rmtree(RunFolder(path).faults, ignore_errors=True)  # of before
     shutil.rmtree(_aside(path), ignore_errors=True)  # of an --overwrite that was killed
     return RunFolder(path)

@@ -31,13 +31,15 @@ class SharedResources:
     """What cells share."""
 
     readings: frozenset[str]
+    extensions: frozenset[str] = frozenset()  # names of modules' objects that the settings ask for
     _models: dict[ModelConfig, CachingModel] = field(default_factory=dict)
     _people: dict[tuple[DataConfig, int], Sequence[User]] = field(default_factory=dict)
     _measured: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cells: Iterable[Cell]) -> SharedResources:
-        return cls(frozenset(c.config.reading for c in cells))
+        configs = [cell.config for cell in cells]
+        return cls(frozenset(c.reading for c in configs), frozenset(x for c in configs for x in c.extensions()))
 
     def model(self, config: ModelConfig) -> CachingModel:
         """The language model; one at a time is held."""
@@ -116,7 +118,7 @@ class Seeded(ABC):
             "devices": self.devices,
             "queries": self.queries,
             "seeds": [self._kept(number) for number in range(self.cell.seeds)],
-            "sources": sources_sha256(),
+            "sources": sources_sha256(self.bench.extensions),
             "hardware": self.bench.hardware(config.model),
             "finished": round(time.time()),
         }

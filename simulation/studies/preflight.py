@@ -8,8 +8,10 @@ from pathlib import Path
 
 from florilegium.client.lm.places import check_model
 from florilegium.client.selection.lexicons import load_lexicons
+from florilegium.privacy.common.registry import is_extension
+from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.config import ExperimentConfig
-from florilegium.simulation.personalization.config import MethodsConfig
+from florilegium.simulation.personalization.config import InteractiveConfig, MethodsConfig
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import Cell, Study
@@ -50,8 +52,24 @@ def _agree(folder: Path, people: dict[str, str]) -> None:
 def _invited(cell: Cell, bench: SharedResources) -> object:
     """The people of a cell; what is missing for it is told."""
     config = cell.config
+    _check_kinds(config)
     if isinstance(config, ExperimentConfig):
         load_lexicons(config.selection.lexicons)
     if isinstance(config, MethodsConfig):
         return bench.task(config.task, cell.seeds, config.seed)
     return bench.people(config.data, 1 if cell.study.kind == "federated" else cell.seeds, config.seed)
+
+
+def _check_kinds(config: ExperimentConfig | MethodsConfig | InteractiveConfig) -> None:
+    """Raises `ExtensionError` where a method or a baseline of the user's own is something else.
+
+    With the tables torch is loaded, which such a module loads itself.
+    """
+    if isinstance(config, MethodsConfig) and is_extension(config.method.name):
+        from florilegium.client.personalization.registry import method_class
+
+        method_class(config.method.name)
+    if isinstance(config, BaselinesConfig) and is_extension(config.baseline.name):
+        from florilegium.simulation.baselines.registry import baseline
+
+        baseline(config.baseline.name)

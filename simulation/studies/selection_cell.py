@@ -165,7 +165,7 @@ class SelectionCell:
             "nll": nll["own"],
             "nll_shuffled": nll["shuffled"],
             "rouge1": rouge,
-            "sources": sources_sha256(),
+            "sources": sources_sha256(self.bench.extensions),
             "hardware": self.bench.hardware(self.config.model),
             "finished": round(time.time()),
         }

@@ -1,0 +1,87 @@
+"""Who is told how a run goes on: charts, messages, files elsewhere. What the run computes is not changed by it.
+
+The callbacks of a run are told in its driver, one after the other. What one raises ends the run and names it. Not
+covered: rounds of a study, of an audit and of a server of real devices.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from florilegium.privacy.common.registry import ExtensionError, calling, resolve
+from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.runs.events import Event
+from florilegium.simulation.runs.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a callback is told. All of it may be kept; nothing that is done to it reaches the run."""
+
+    folder: Path
+    config: ExperimentConfig
+    round: int  # the last one that is over; 0 before the first
+    events: tuple[Event, ...]  # of metrics.jsonl, those that were written since the callback was told last
+    interrupted: bool = False  # of the end: the run has not come to its own
+
+
+class Callback:
+    """Side effects of a run; derive from it what is wanted, and name an instance of it in `callbacks`."""
+
+    def on_run_begin(self, facts: RunFacts) -> None:
+        """When the devices are there; of a run that goes on, with all events of the rounds that are done."""
+
+    def on_round_end(self, facts: RunFacts) -> None:
+        """When a round is over and stored."""
+
+    def on_run_end(self, facts: RunFacts) -> None:
+        """At the end, whatever it was."""
+
+
+def named_callbacks(config: ExperimentConfig) -> list[Callback]:
+    """Those that the settings name. Raises `ExtensionError` for what is none."""
+    return [resolve(name, {}, Callback) for name in config.callbacks]
+
+
+class Callbacks:
+    """All callbacks of a run: those that its settings name and others."""
+
+    def __init__(self, run: RunFolder, others: Sequence[Callback] = ()) -> None:
+        self.run = run
+        self.all = [*zip(run.config.callbacks, named_callbacks(run.config), strict=True)]
+        self.all += [(f"{type(c).__module__}:{type(c).__name__}", c) for c in others]
+        self.round = self._told = 0
+
+    def begin(self, done: int) -> None:
+        """Of the rounds, so many are done."""
+        self.round = done
+        self._tell("on_run_begin")
+
+    def end_round(self, number: int) -> None:
+        self.round = number
+        self._tell("on_round_end")
+
+    def end(self, *, interrupted: bool) -> None:
+        """Raises only where the run has come to its own end: else that is what has to be told."""
+        try:
+            self._tell("on_run_end", interrupted=interrupted)
+        except ExtensionError as error:
+            if not interrupted:
+                raise
+            log.warning("%s", error)
+
+    def _tell(self, what: str, *, interrupted: bool = False) -> None:
+        if not self.all:
+            return
+        events = tuple(islice(self.run.events(), self._told, None))
+        self._told += len(events)
+        facts = RunFacts(self.run.path, self.run.config, self.round, events, interrupted)
+        for name, callback in self.all:
+            with calling(name, f"take {what}({RunFacts.__name__})"):
+                getattr(callback, what)(facts)

@@ -1,0 +1,537 @@
+"""What a user's own module adds, named as `package.module:NAME`: it is used, and told by its name where it is wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from florilegium import Experiment, load_config, load_run
+from florilegium.client.agent.invitation import Invitation
+from florilegium.client.agent.terms import Terms
+from florilegium.client.context import CohortContext
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.model import LanguageModel
+from florilegium.client.personalization.config import MethodConfig
+from florilegium.client.personalization.method import MethodContext
+from florilegium.client.personalization.registry import method
+from florilegium.client.phases import observe
+from florilegium.client.selection.buffer import Buffer, BufferEntry
+from florilegium.client.selection.config import SelectionConfig
+from florilegium.client.selection.policies import POLICIES, READINGS, Policy
+from florilegium.privacy.common.base_config import Config
+from florilegium.privacy.common.registry import ExtensionError, import_folders, is_extension, resolve
+from florilegium.privacy.plan import RoundPlan
+from florilegium.server.aggregation import Mean, new_rule
+from florilegium.server.config import ServerConfig
+from florilegium.server.optimizers import FedAvg, new_optimizer
+from florilegium.simulation.baselines.registry import BASELINES, baseline
+from florilegium.simulation.config import BaselineConfig, ExperimentConfig
+from florilegium.simulation.data.describe import describe
+from florilegium.simulation.data.population import DataConfig, load_population
+from florilegium.simulation.devices.simulated import devices_of_worker
+from florilegium.simulation.runs.errors import RunError
+from florilegium.simulation.runs.folder import RunFolder, create
+from florilegium.simulation.runs.provenance import check_sources, sources_sha256
+from florilegium.simulation.settings import ConfigError
+from florilegium.simulation.studies.cell import SharedResources
+from florilegium.simulation.studies.config import load_study
+from florilegium.simulation.studies.preflight import ready
+from florilegium.simulation.tasks.config import TaskConfig
+
+SOURCE = '''
+"""Methods of a laboratory's own."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from florilegium.client.personalization import Method
+from florilegium.client.selection import Policy
+from florilegium.server import KeptRows
+from florilegium.server.optimizers import FedAvg, Moments
+from florilegium.simulation.baselines.registry import BASELINES
+from florilegium.simulation.data.conversations import Conversation, Turn
+from florilegium.simulation.runs.callbacks import Callback
+from florilegium.simulation.tasks.stand_ins import STAND_INS
+
+
+def longest(bins, newcomer, memory, rng):
+    shortest = min(range(len(bins)), key=lambda i: len(bins[i].prompt))
+    return shortest if len(bins[shortest].prompt) < len(newcomer.prompt) else None
+
+
+def deciding(what):
+    return Policy(lambda bins, newcomer, memory, rng: what)
+
+
+LONGEST = Policy(longest)
+RAISES = Policy(lambda bins, newcomer, memory, rng: 1 // 0)
+FORGETS = Policy(longest, meet=lambda newcomer, memory: memory)
+REMEMBERS_TEXT = Policy(longest, meet=lambda newcomer, memory: (newcomer, {"last": newcomer.prompt}))
+COUNTS = Policy(longest, meet=lambda newcomer, memory: (newcomer, {"n": np.int64(memory.get("n", 0) + 1)}))
+
+
+class Median(KeptRows):
+    """The coordinate-wise median of a round's releases."""
+
+    def chosen(self):
+        return np.median(np.stack(self.by_name()), axis=0).astype(np.float32)
+
+
+class Five(Median):
+    least_releases = 5
+
+
+def median(width, settings):
+    return Median(width)
+
+
+def ruling(what):
+    def rule(width, settings):
+        made = Median(width)
+        made.chosen = lambda: what(width)
+        return made
+
+    return rule
+
+
+class Picky(Median):
+    def add(self, device, row, places=None, weight=1.0):
+        raise KeyError(device)
+
+
+class Slower(FedAvg):
+    def step(self, shared, change, state):
+        return super().step(shared, change / 2, state)
+
+
+def slow(settings):
+    return Slower(settings.learning_rate)
+
+
+class Longer(FedAvg):
+    def step(self, shared, change, state):
+        return np.zeros(len(shared) + 1, np.float32), state
+
+
+class Watch(Callback):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.told, self.broken = [], False
+
+    def on_run_begin(self, facts):
+        self.told.append(("begin", facts.round, [e.kind for e in facts.events]))
+
+    def on_round_end(self, facts):
+        self.told.append(("round", facts.round, [e.kind for e in facts.events]))
+        if self.broken:
+            raise RuntimeError("no room for a chart")
+
+    def on_run_end(self, facts):
+        self.told.append(("end", facts.round, facts.interrupted))
+
+
+WATCH = Watch()
+
+
+def read():
+    """Six people who talk of the sea."""
+    for user in range(6):
+        for n in range(12):
+            turns = Turn("", f"what of wave {n}?"), Turn(f"u{user}", f"{user} saw {n}", n + 1)
+            yield Conversation(f"{user}-{n}", turns)
+
+
+def read_numbers():
+    yield 7
+
+
+class Shouting(Method):
+    def prompt(self, device, asked, before=None):
+        return asked.prompt.upper()
+
+
+class Needy(Method):
+    def __init__(self, context, more):
+        pass
+
+
+QUIZ = replace(STAND_INS["chat-reply"], source="my_lab.methods:read")
+DITTO = BASELINES["ditto"]
+
+
+def engine(run, progress, callbacks, people):
+    from florilegium.simulation.experiment import ENGINES
+
+    ENGINES["cohort"](run, progress, callbacks, people)
+'''
+TINY = [
+    "data.users=2", "data.max_pairs=8", "data.min_pairs=8", "synthesis.per_dialogue=0", "selection.bins=2",
+    "personal.epochs=1", "evaluation.users=2", "evaluation.sampling.max_new_tokens=2", "shared.pool_capacity=6",
+    "evaluation.every_round=false",
+]  # fmt: skip
+ALL = [
+    "selection.policy=my_lab.methods:LONGEST", "server.rule=my_lab.methods:median",
+    "server.optimizer=my_lab.methods:slow", "engine=my_lab.methods:engine", "data.name=my_lab.methods:read",
+    'callbacks=["my_lab.methods:WATCH"]',
+]  # fmt: skip
+ME = "my_lab.methods:"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What holds the package `my_lab`, on the path of modules."""
+    root = tmp_path_factory.mktemp("lab")
+    (root / "my_lab").mkdir()
+    (root / "my_lab" / "__init__.py").touch()
+    (root / "my_lab" / "methods.py").write_text(SOURCE, encoding="utf-8")
+    (root / "broken_lab.py").write_text("import a_package_that_is_not_there", encoding="utf-8")
+    (root / "failing_lab.py").write_text("raise KeyError('at once')", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root)
+        yield root
+    for name in [n for n in sys.modules if n.partition(".")[0] == "my_lab"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def lab(folder: Path) -> ModuleType:
+    """The module `my_lab.methods`."""
+    __import__("my_lab.methods")
+    return sys.modules["my_lab.methods"]
+
+
+# -- names --------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_is_that_of_the_table_or_of_a_module(lab: Any) -> None:
+    assert resolve("fifo", POLICIES, Policy) is POLICIES["fifo"]
+    assert resolve(ME + "LONGEST", POLICIES, Policy) is lab.LONGEST
+    assert SelectionConfig(policy=ME + "LONGEST").chosen is lab.LONGEST
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("fifp", r"did you mean 'fifo'\? must be one of quality, .*, or package\.module:NAME"),
+        ("no_lab.methods:X", r"no_lab\.methods:X: there is no module 'no_lab'; install it, or put .* on PYTHONPATH"),
+        ("my_lab.methodes:X", r"there is no module 'my_lab\.methodes'"),
+        (ME + "LONGST", r"module my_lab\.methods has no 'LONGST'; did you mean 'LONGEST'\?"),
+        (ME + "longest", r"my_lab\.methods:longest is a function; it must be a Policy"),
+        ("broken_lab:X", r"broken_lab cannot be imported: No module named 'a_package_that_is_not_there'"),
+        ("failing_lab:X", r"failing_lab cannot be imported: KeyError: 'at once' \(failing_lab\.py, line 1\)"),
+        ("__main__:X", r"write it into a module"),
+        ("my_lab.methods:", r"must be one of"),
+        ("../my_lab:X", r"must be one of"),
+    ],
+)
+def test_what_is_not_there_is_told_in_a_line(name: str, told: str, folder: Path) -> None:
+    with pytest.raises(ExtensionError, match=told) as raised:
+        resolve(name, POLICIES, Policy)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ConfigError, match=rf"selection\.policy = '{name}': .*{told}"):
+        load_config("quickstart", [f"selection.policy={name}"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("server.rule=my_lab.methods:WATCH", "my_lab.methods:WATCH is a Watch; it must be something to call"),
+        ("server.rule=my_lab.methods:read", "my_lab.methods:read raised TypeError: .*it must give a Rule"),
+        ("server.rule=my_lab.methods:deciding", "deciding"),
+        ("server.optimizer=my_lab.methods:deciding", "gave Policy, which is none; it must give a ServerOptimizer"),
+        ("engine=my_lab.methods:LONGEST", "it must be something to call"),
+        ("data.name=my_lab.methods:LONGEST", "it must be something to call"),
+        ('callbacks=["fifo"]', "must be package.module:NAME"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_with_the_settings(setting: str, told: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_config("quickstart", [setting])
+
+
+def test_a_policy_reads_what_there_is() -> None:
+    from florilegium.client.lm.features import FEATURES
+
+    assert set(READINGS) == set(FEATURES)
+    with pytest.raises(ValueError, match="reading = 'colour' must be one of mean"):
+        Policy(lambda *_: None, reading="colour")
+
+
+# -- a policy -----------------------------------------------------------------------------------------------------
+
+
+def entry(text: str) -> BufferEntry:
+    return BufferEntry(text, text, "", np.ones(2, np.float16))
+
+
+def offered(policy: str, *texts: str) -> Buffer:
+    buffer = Buffer(SelectionConfig(policy=policy, bins=2))
+    for text in texts:
+        buffer, _ = buffer.offer(entry(text), np.random.default_rng(0))
+    return buffer
+
+
+def test_a_policy_of_ones_own_decides(lab: Any) -> None:
+    assert [k.id for k in offered(ME + "LONGEST", "bb", "a", "ccc", "dd", "e").bins] == ["bb", "ccc"]
+    assert offered(ME + "COUNTS", "a", "b", "c").memory == {"n": 3}
+
+
+@pytest.mark.parametrize(
+    ("decision", "told"),
+    [
+        (99, "returned 99, of 2 bins; it must return the index of one of the bins, or None"),
+        (-1, "returned -1, of 2 bins"),
+        (1.5, "returned 1.5;"),
+        (True, "returned bool;"),
+        ("a word", "returned str;"),
+        (np.float64(1.0), "returned 1.0;"),
+    ],
+)
+def test_a_decision_that_is_none_is_told(decision: object, told: str, lab: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(lab, "DECIDES", lab.deciding(decision), raising=False)
+    with pytest.raises(ExtensionError, match=rf"my_lab\.methods:DECIDES {told}"):
+        offered(ME + "DECIDES", "a", "b", "c")
+
+
+def test_an_integer_of_numpys_is_a_decision(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "DECIDES", lab.deciding(np.int64(1)), raising=False)
+    assert [k.id for k in offered(ME + "DECIDES", "a", "b", "c").bins] == ["a", "c"]
+
+
+@pytest.mark.parametrize("name", ["FORGETS", "REMEMBERS_TEXT"])
+def test_a_memory_that_cannot_be_kept_is_told(name: str, folder: Path) -> None:
+    with pytest.raises(ExtensionError, match=rf"{name} returned something else, of type \w+; it must return the newc"):
+        offered(ME + name, "a")
+
+
+def test_a_policy_that_raises_is_told_with_the_device(lm: LanguageModel, folder: Path) -> None:
+    config = load_config("quickstart", ["selection.policy=my_lab.methods:RAISES", "selection.bins=1"])
+    context = CohortContext.of(lm, config, 0, lambda device, dialogue: "a reply")
+    states = [context.new_state(name) for name in ("d0", "d1")]
+    arrived = [[Dialogue("a", "bread", "")], [Dialogue("b", "rain", ""), Dialogue("c", "sun", "")]]
+    told = (
+        r"^d1: my_lab\.methods:RAISES raised ZeroDivisionError: .* \(methods\.py, line \d+\); it must return the index"
+    )
+    with pytest.raises(ExtensionError, match=told):
+        observe(states, arrived, RoundPlan(1, 0), context)
+
+
+# -- what a server makes of releases ------------------------------------------------------------------------------
+
+
+def given(name: str, *rows: list[float]) -> Any:
+    rule = new_rule(name, len(rows[0]), ServerConfig())
+    for k, row in enumerate(rows):
+        rule.add(f"d{k}", np.array(row, np.float32))
+    return rule
+
+
+def test_a_rule_of_ones_own_makes_the_change(folder: Path) -> None:
+    assert given(ME + "median", [1, 5], [2, 9], [90, 7]).change().tolist() == [2, 7]
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (lambda width: np.zeros(width + 1, np.float32), r"returned float32 \(3,\)"),
+        (lambda width: np.zeros(width), r"returned float64 \(2,\)"),
+        (lambda width: np.full(width, np.nan, np.float32), r"returned a number that is not finite"),
+        (lambda width: [0.0] * width, r"returned list"),
+        (lambda width: {}[width], r"raised KeyError: 2 \(.*, line \d+\)"),
+    ],
+)
+def test_a_change_that_is_none_is_told(made: Callable[[int], object], told: str, lab: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(lab, "BAD", lab.ruling(made), raising=False)
+    with pytest.raises(ExtensionError, match=rf"my_lab\.methods:BAD {told}; it must return float32 \(2,\), all finite"):
+        given(ME + "BAD", [1, 2]).change()
+
+
+def test_a_rule_that_breaks_on_a_release_is_told_with_the_device(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "PICKY", lambda width, settings: lab.Picky(width), raising=False)
+    with pytest.raises(
+        ExtensionError, match=r"^d0: my_lab\.methods:PICKY raised KeyError: 'd0' .*; it must take float32"
+    ):
+        given(ME + "PICKY", [1, 2])
+
+
+def test_a_rule_says_what_it_is_a_sum_of_and_how_many_it_needs(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "FIVE", lambda width, settings: lab.Five(width), raising=False)
+    monkeypatch.setattr(lab, "SUM", lambda width, settings: Mean(width), raising=False)
+    assert [ServerConfig(rule=r).sums for r in ("mean", "krum", "none", ME + "median", ME + "SUM")] == [
+        True, False, False, False, True,
+    ]  # fmt: skip
+    assert (ServerConfig(rule=ME + "FIVE").least_releases, ServerConfig(rule="krum", byzantine=2).least_releases) == (
+        5,
+        7,
+    )
+    with pytest.raises(ConfigError, match=r"needs 5 releases in a round of 4 devices"):
+        load_config("quickstart", ["server.rule=my_lab.methods:FIVE", "data.users=4"])
+    with pytest.raises(
+        ConfigError, match=r"adds noise to a round's sum; server\.rule = 'my_lab\.methods:median' makes no"
+    ):
+        load_config("quickstart", ["server.rule=my_lab.methods:median", "privacy.mode=user-central"])
+    assert load_config("quickstart", ["server.rule=my_lab.methods:SUM", "privacy.mode=user-central"]).server.sums
+
+
+def test_an_optimizer_of_ones_own_steps_and_is_looked_after(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "SLOW", lambda settings: lab.Slower(settings.learning_rate), raising=False)
+    monkeypatch.setattr(lab, "LONGER", lambda settings: lab.Longer(), raising=False)
+    shared, change = np.zeros(2, np.float32), np.array([2, 4], np.float32)
+    slow, longer = (new_optimizer(ME + name, ServerConfig()) for name in ("SLOW", "LONGER"))
+    assert slow.step(shared, change, slow.start(2))[0].tolist() == [1, 2]
+    with pytest.raises(
+        ExtensionError, match=r"LONGER returned float32 \(3,\); it must return float32 \(2,\) and Moments"
+    ):
+        longer.step(shared, change, FedAvg().start(2))
+
+
+# -- the rest -----------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_of_ones_own_is_read(folder: Path) -> None:
+    config = DataConfig(name=ME + "read", users=2, min_pairs=8, max_pairs=8, split="all")
+    users = load_population(config, 0)
+    assert len(users) == 2 and users[0].stream[0].prompt == "what of wave 0?"
+    assert describe(config, 0).about == "Six people who talk of the sea."
+    with pytest.raises(ExtensionError, match="read_numbers yielded int; it must take nothing and yield Conversations"):
+        load_population(config.model_copy(update={"name": ME + "read_numbers"}), 0)
+
+
+def test_a_task_of_ones_own_is_asked(folder: Path) -> None:
+    assert TaskConfig(name=ME + "QUIZ").extensions() == [ME + "QUIZ"]
+    with pytest.raises(ValidationError, match="it must be a StandIn"):
+        TaskConfig(name=ME + "LONGEST")
+    with pytest.raises(ValidationError, match="did you mean 'chat-reply'"):
+        TaskConfig(name="chat-replay")
+
+
+def test_a_method_of_ones_own_is_made(lm: LanguageModel, lab: Any) -> None:
+    made = method(MethodContext(lm, MethodConfig(name=ME + "Shouting")))
+    assert type(made) is lab.Shouting
+    with pytest.raises(ExtensionError, match=r"Needy raised TypeError: .* it must be made of a MethodContext alone"):
+        method(MethodContext(lm, MethodConfig(name=ME + "Needy")))
+    with pytest.raises(ExtensionError, match=r"Median is an ABCMeta; it must be a class derived from Method"):
+        method(MethodContext(lm, MethodConfig(name=ME + "Median")))
+
+
+def test_a_baseline_of_ones_own_is_found(folder: Path) -> None:
+    assert baseline(BaselineConfig(name=ME + "DITTO").name) is BASELINES["ditto"]
+    with pytest.raises(ExtensionError, match="is a function; it must be a Baseline"):
+        baseline(ME + "read")
+
+
+# -- where it is never taken --------------------------------------------------------------------------------------
+
+
+def kinds(kind: type[Config]) -> Iterator[type[Config]]:
+    yield kind
+    for field in kind.model_fields.values():
+        inner = field.default if isinstance(field.default, Config) else field.annotation
+        inner = inner if isinstance(inner, type) else type(inner)
+        if issubclass(inner, Config):
+            yield from kinds(inner)
+
+
+def test_what_a_server_says_names_no_module(folder: Path, tmp_path: Path) -> None:
+    """No setting of terms is resolved, whatever is written there: the module that it names is not imported."""
+    assert not any(kind.extensible for start in (Terms, Invitation) for kind in kinds(start))
+    assert {k.__name__ for k in kinds(Invitation)} >= {"Terms", "SharedConfig", "AdapterConfig"}
+    trap = "trap_lab:NAME"
+    (folder / "trap_lab.py").write_text("NAME = print", encoding="utf-8")
+    shared = (
+        {"adapter": {"kind": trap}},
+        {"adapter": {"factors": trap}},
+        {"source": trap},
+        {"upload": trap},
+        {"policy": trap},
+    )
+    for wanted in ({"shared": s} for s in (*shared, {"sampling": trap})):
+        with pytest.raises(ValidationError):
+            Terms.model_validate({"name": "f", **wanted})
+    for more in ("rule", "optimizer", "selection", "callbacks"):
+        with pytest.raises(ValidationError, match="unknown key"):
+            Terms.model_validate({"name": "f", more: trap})
+    Terms(name="f", model=trap, shared={"adapter": {"targets": [trap]}})  # type: ignore[arg-type]
+    assert is_extension(trap) and "trap_lab" not in sys.modules
+    assert set(RoundPlan.__slots__) == {"round", "version", "heads"}
+
+
+# -- runs ---------------------------------------------------------------------------------------------------------
+
+
+def own(*more: str) -> ExperimentConfig:
+    return load_config("quickstart", [*TINY, *ALL, *more])
+
+
+def test_a_run_with_extensions_ends_with_what_is_wrong_and_goes_on(lab: Any, tmp_path: Path) -> None:
+    """Policy, rule, optimizer, reader, engine and callbacks of one's own; a callback raises after round 1 of 2."""
+    run = tmp_path / "run"
+    lab.WATCH.broken = True
+    with pytest.raises(
+        ExtensionError, match=r"WATCH raised RuntimeError: no room.*; what was finished is kept in .*resume"
+    ):
+        Experiment(own("rounds=2"), run).run(quiet=True)
+    assert RunFolder(run).done == 1
+    begun, one, end = lab.WATCH.told
+    assert begun == ("begin", 0, ["run"]) and one[:2] == ("round", 1) and "round" in one[2] and end == ("end", 1, True)
+    lab.WATCH.broken = False
+    lab.WATCH.told.clear()
+    result = Experiment(own("rounds=2"), run).run(resume=True, quiet=True)
+    assert [told[:2] for told in lab.WATCH.told] == [("begin", 1), ("round", 2), ("end", 2)]
+    assert "round" in lab.WATCH.told[0][2] and lab.WATCH.told[-1] == ("end", 2, False)
+    assert (result.config.server.rule, result.config.engine.name) == (ME + "median", ME + "engine")
+    assert load_run(run).summary.rounds == 2
+    assert ME + "LONGEST" in result.report.read_text(encoding="utf-8")
+
+
+def test_the_source_of_an_extension_is_in_the_hash_of_a_run(folder: Path, tmp_path: Path) -> None:
+    module = folder / "hashed_lab.py"
+    module.write_text("from florilegium.server.aggregation import RULES\nMINE = RULES['krum']\n", encoding="utf-8")
+    config = load_config("quickstart", ["server.rule=hashed_lab:MINE"])
+    run = create(tmp_path / "run", config)
+    check_sources(run.path, config.extensions())
+    assert sources_sha256(config.extensions()) != sources_sha256()
+    (run.path / "sources.sha256").write_text(sources_sha256() + "\n")
+    with pytest.raises(RunError, match="or of hashed_lab:MINE is not the code that started"):
+        check_sources(run.path, config.extensions())
+    assert import_folders(own().extensions()) == [str(folder)]
+
+
+def test_a_module_that_a_process_lacks_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is in a process of another machine."""
+    (folder / "here_lab.py").write_text("from florilegium.client.selection import POLICIES\nMINE = POLICIES['fifo']\n")
+    run = create(tmp_path / "run", load_config("quickstart", ["selection.policy=here_lab:MINE"]))
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(folder)])
+    monkeypatch.delitem(sys.modules, "here_lab")
+    with pytest.raises(ConfigError, match=r"config\.toml: selection\.policy = 'here_lab:MINE': .*no module 'here_lab'"):
+        devices_of_worker(run.path)
+
+
+def test_cells_of_a_study_may_differ_in_extensions(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        'data = { users = 2 }\n[study.tables.one]\nrows = { "selection.policy" = ["fifo", "my_lab.methods:LONGEST"] }\n'
+    )
+    study = load_study(tmp_path / "s.toml")
+    assert [c.config.extensions() for c in study.cells.values()] == [[], [ME + "LONGEST"]]
+    assert SharedResources.of(study.cells.values()).extensions == {ME + "LONGEST"}
+    (tmp_path / "m.toml").write_text(
+        'method = { name = "my_lab.methods:Median" }\n[study]\nkind = "methods"\ntables = { one = {} }\n'
+    )
+    with pytest.raises(ExtensionError, match=r"Median is an ABCMeta; it must be a class derived from Method"):
+        ready(load_study(tmp_path / "m.toml"), tmp_path / "study")
+
+
+@pytest.mark.slow
+def test_rays_processes_find_what_the_driver_found(lab: Any, tmp_path: Path) -> None:
+    lab.WATCH.told.clear()
+    result = Experiment(own("rounds=1", "engine=cohort", "ray.actors=1"), tmp_path / "run").run(quiet=True)
+    assert result.summary.rounds == 1 and lab.WATCH.told[-1] == ("end", 1, False)
