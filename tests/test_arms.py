@@ -120,7 +120,7 @@ def listening() -> Iterator[Heard]:
         self: Engine, trained: Any, frozen: Any, sets: list[TrainingSet], rates: Any, *more: Any, **named: Any
     ) -> Any:
         heard.learned.append(("finetune", [e for x in sets for e in x.examples]))
-        heard.finetuned.append({"start": trained.rows.clone(), "frozen": list(frozen), "lessons": sets, "rates": rates})
+        heard.finetuned.append({"start": trained.rows.clone(), "frozen": list(frozen), "sets": sets, "rates": rates})
         return finetune(self, trained, frozen, sets, rates, *more, **named)
 
     def differentiating(self: Engine, trained: Any, frozen: Any, batches: Any) -> Any:
@@ -280,25 +280,25 @@ def test_without_a_server_nothing_shared_is_beneath(alone: RunFolder) -> None:
 
 
 def same_lessons(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return [(x.examples, x.batches) for x in one["lessons"]] == [(x.examples, x.batches) for x in other["lessons"]]
+    return [(x.examples, x.batches) for x in one["sets"]] == [(x.examples, x.batches) for x in other["sets"]]
 
 
 def test_local_differs_from_personal_in_nothing_but_what_is_beneath(run: Run) -> None:
     """In each round the same examples in the same batches at the same rates; in the first from the same start."""
-    rounds = [call for call in run.heard.finetuned if len(call["lessons"]) == 3]
+    rounds = [call for call in run.heard.finetuned if len(call["sets"]) == 3]
     assert len(rounds) == 2 * ROUNDS
     for personal, local in zip(rounds[::2], rounds[1::2], strict=True):
         assert len(personal["frozen"]) == 1 and local["frozen"] == []
         assert same_lessons(personal, local) and personal["rates"] == local["rates"]
-        assert any(x.examples for x in personal["lessons"])
+        assert any(x.examples for x in personal["sets"])
     assert torch.equal(rounds[0]["start"], rounds[1]["start"])
     assert torch.equal(rounds[2]["frozen"][0].rows, run.shared[None])
 
 
 def test_pooled_is_one_adapter_on_all_that_the_evaluated_met(lm: LanguageModel, run: Run) -> None:
     """36 replies in batches of 12, twice, at a rate that falls to zero; from a start of its own, on the bare model."""
-    (call,) = [c for c in run.heard.finetuned if len(c["lessons"]) == 1 and len(c["lessons"][0].examples) == 36]
-    (training_set,), (rates,) = call["lessons"], call["rates"]
+    (call,) = [c for c in run.heard.finetuned if len(c["sets"]) == 1 and len(c["sets"][0].examples) == 36]
+    (training_set,), (rates,) = call["sets"], call["rates"]
     assert call["frozen"] == [] and [len(b) for b in training_set.batches] == [12] * 6
     assert sorted(i for b in training_set.batches[:3] for i in b) == list(range(36))
     assert rates == pytest.approx([1e-3 * (1 - s / 6) for s in range(6)])
@@ -308,9 +308,9 @@ def test_pooled_is_one_adapter_on_all_that_the_evaluated_met(lm: LanguageModel, 
 
 def test_newcomers_learn_from_their_own_streams_on_the_shared_adapter(lm: LanguageModel, run: Run) -> None:
     last = run.heard.finetuned[-1]
-    assert len(last["lessons"]) == 2 and torch.equal(last["frozen"][0].rows, run.shared[None])
+    assert len(last["sets"]) == 2 and torch.equal(last["frozen"][0].rows, run.shared[None])
     users = load_devices(run.folder).users
-    for training_set, name in zip(last["lessons"], ("device-00003", "device-00004"), strict=True):
+    for training_set, name in zip(last["sets"], ("device-00003", "device-00004"), strict=True):
         person = users[name].id.removeprefix("u")
         originals = [t for t in in_words(lm, list(training_set.examples)) if f"of {person}," in t]
         assert originals and all(f"|>{person} as" in t for t in originals)
@@ -348,7 +348,7 @@ def test_no_cell_of_a_study_without_a_server_learns_what_is_held_out(
 def test_no_arm_of_a_federated_study_has_seen_what_is_held_out(lm: LanguageModel, heard: Heard, tmp_path: Path) -> None:
     study_of(tmp_path, "federated", {"selection.policy": ["fifo"]}, rounds=1)
     assert_unseen(lm, heard)
-    personal, local = [c for c in heard.finetuned if len(c["lessons"]) == 2]
+    personal, local = [c for c in heard.finetuned if len(c["sets"]) == 2]
     assert len(personal["frozen"]) == 1 and local["frozen"] == [] and same_lessons(personal, local)
     assert torch.equal(personal["start"], local["start"])
 

@@ -43,7 +43,14 @@ from florilegium.simulation.studies.runner import run_study
 
 FOUR = ["a", "b", "c", "d"]
 QUICK = (*SMALL, "data.users=4", "rounds=1", "evaluation.pooled_epochs=0", "synthesis.sampling.max_new_tokens=2")
-PHASES = ("observe", "annotate", "learn_shared", "release", "synthesize", "learn_personal")  # as `client.round` calls
+PHASES = (
+    "observe",
+    "annotate",
+    "learn_shared",
+    "release",
+    "synthesize",
+    "learn_personal",
+)  # as records name what `client.round` calls
 JOBS = ("learn_without_server", "personal_rows", "scored", "replied", "joined_late")  # of an evaluation
 
 
@@ -150,7 +157,8 @@ def config(*more: str) -> ExperimentConfig:
 
 def broken(module: Any, name: str, fault: type[Exception], only: str, patch: pytest.MonkeyPatch) -> None:
     """Has a phase or a job raise for the device `only`, or for all devices."""
-    whole = getattr(module, name)
+    function = "train_shared" if name == "learn_shared" else name
+    whole = getattr(module, function)
 
     def phase(*args: Any, **named: Any) -> Any:
         devices = [x for part in args if isinstance(part, list) for x in part if isinstance(x, str | DeviceState)]
@@ -159,7 +167,7 @@ def broken(module: Any, name: str, fault: type[Exception], only: str, patch: pyt
         return whole(*args, **named)
 
     phase.__name__ = name
-    patch.setattr(module, name, phase)
+    patch.setattr(module, function, phase)
 
 
 @pytest.mark.parametrize("only", ["", "device-00002"])

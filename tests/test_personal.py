@@ -140,9 +140,9 @@ def test_the_rate_of_a_method_falls_to_zero_over_its_batches(lm: LanguageModel, 
     at.train(at.config.adapter, at.config.training, own, ["a", "c"])
     (call,) = calls
     assert call["rates"] == [[4e-3, 2e-3], [4e-3, 2e-3]]
-    assert [x.examples for x in call["lessons"]] == [lm.format.dialogues(examples) for examples in own]
+    assert [x.examples for x in call["sets"]] == [lm.format.dialogues(examples) for examples in own]
     orders = [schedule(len(o), 2, 1, derive_seed(0, n, "personal")) for o, n in zip(own, "ac", strict=True)]
-    assert [x.batches for x in call["lessons"]] == orders
+    assert [x.batches for x in call["sets"]] == orders
     assert torch.equal(*call["trained"].rows) and call["trained"].rows.any()
 
 
@@ -157,7 +157,7 @@ def test_each_method_trains_on_whose_examples_it_says(lm: LanguageModel, noted: 
     sharing = Assembled(at)
     sharing.learn(people)
     learn_task(at, Prompting(at), people, at.config.adapter, at.config.training)
-    sets = [[[e.reply for e in x.examples] for x in call["lessons"]] for call in calls]
+    sets = [[[e.reply for e in x.examples] for x in call["sets"]] for call in calls]
     replies = [
         [e.reply for e in lm.format.dialogues([Dialogue("", "", r) for _, r in TEXTS[i : i + 2]])] for i in (0, 2)
     ]
@@ -166,8 +166,8 @@ def test_each_method_trains_on_whose_examples_it_says(lm: LanguageModel, noted: 
     prompting = Prompting(at)
     prompting.prepare(people)
     asked = [prompting.prompt(k, p.questions[0][0]) for k, p in enumerate(people)]
-    assert [e.prompt for e in calls[3]["lessons"][0].examples] == [e.prompt for e in lm.format.prompts(asked)]
-    assert [e.prompt for x in calls[0]["lessons"] for e in x.examples] == [
+    assert [e.prompt for e in calls[3]["sets"][0].examples] == [e.prompt for e in lm.format.prompts(asked)]
+    assert [e.prompt for x in calls[0]["sets"] for e in x.examples] == [
         e.prompt for own in prompting.examples() for e in lm.format.dialogues(own)
     ]
     assert TEXTS[0][1] in prompting.examples()[0][1].prompt  # each item behind the one before it

@@ -93,7 +93,7 @@ def test_the_personal_adapter_learns_on_top_of_the_shared_one(lm: LanguageModel,
     assert not torch.equal(on_top.personal, bare.personal)
     start = lm.adapters(context.personal_layout, context.new_state("d0").personal)
     shared = lm.adapters(context.shared_layout, received)
-    by_hand = lm.engine.finetune(start, [shared], calls[0]["lessons"], [[RATE, RATE / 2]], 0.25)
+    by_hand = lm.engine.finetune(start, [shared], calls[0]["sets"], [[RATE, RATE / 2]], 0.25)
     assert torch.equal(on_top.personal, by_hand.adapters.rows[0])
 
 
@@ -108,7 +108,7 @@ def test_what_was_made_is_learned_from_with_its_original(lm: LanguageModel, note
         replies={**state.replies, "pooled": "nobody"},
     )
     _, (page,) = learn_personal([state], None, PLAN, context)
-    (training_set,) = calls[0]["lessons"]
+    (training_set,) = calls[0]["sets"]
     assert training_set.examples == lm.format.dialogues([Dialogue("x", *pair) for pair in (ORIGINAL, *MADE)])
     assert sorted(i for batch in training_set.batches for i in batch) == [0, 1, 2] and page["personal_examples"] == 3
     assert page["personal_tokens"] == sum(e.length for e in training_set.examples)
@@ -123,10 +123,10 @@ def test_the_rate_of_the_personal_adapter_falls_to_zero_and_its_order_is_another
     assert calls[0]["rates"] == [pytest.approx([RATE, 0.75 * RATE, 0.5 * RATE, 0.25 * RATE])]
     assert calls[0]["weight_decay"] == 0.25
     orders = [schedule_steps(3, 1, 4, derive_seed(7, "d0", number, "personal-order")) for number in (1, 2)]
-    assert [call["lessons"][0].batches for call in calls] == orders and orders[0] != orders[1]
+    assert [call["sets"][0].batches for call in calls] == orders and orders[0] != orders[1]
     by_epochs = site_of(lm, personal={"epochs": 2})
     learn_personal([device(by_epochs)], None, PLAN, by_epochs)
-    assert calls[2]["lessons"][0].batches == schedule(3, 2, 2, derive_seed(7, "d0", 1, "personal-order"))
+    assert calls[2]["sets"][0].batches == schedule(3, 2, 2, derive_seed(7, "d0", 1, "personal-order"))
     assert calls[2]["rates"] == [pytest.approx([RATE, 0.75 * RATE, 0.5 * RATE, 0.25 * RATE])]
 
 
@@ -145,7 +145,7 @@ def test_each_device_of_a_cohort_has_its_own_lesson_rates_and_row(lm: LanguageMo
     context, calls = site_of(lm), noted(lm.engine, "finetune")
     states = [device(context), replace(device(context, "d1", "what is for dinner", "soup"), synthetic={})]
     after, pages = learn_personal(states, None, PLAN, context)
-    assert [[e.reply for e in x.examples] for x in calls[0]["lessons"]] == [
+    assert [[e.reply for e in x.examples] for x in calls[0]["sets"]] == [
         [e.reply for e in lm.format.dialogues([Dialogue("", "", reply)] * count)]
         for reply, count in ((ORIGINAL[1], 3), ("soup", 1))
     ]
@@ -214,7 +214,7 @@ def test_a_whole_change_is_of_the_pools_own_words_at_one_rate(lm: LanguageModel,
     )
     changes = clipped_change([state], received, PLAN, context)
     (call,) = calls
-    (training_set,) = call["lessons"]
+    (training_set,) = call["sets"]
     assert training_set.examples == lm.format.dialogues([Dialogue("x", *pair) for pair in (ORIGINAL, MADE[0])])
     assert training_set.batches == schedule_steps(2, 2, 3, derive_seed(7, "d0", 1, "shared-order"))
     assert call["rates"] == [[2e-3] * 3] and call["proximal"] == 0.5 and call["frozen"] == []
@@ -222,7 +222,7 @@ def test_a_whole_change_is_of_the_pools_own_words_at_one_rate(lm: LanguageModel,
     assert 0 < changes["d0"].norm() <= context.config.privacy.clip_norm_l2 * 1.001
     from_buffer = site_of(lm, shared={**sections, "source": "buffer"}, privacy={"clips": "change"})
     clipped_change([state], received, PLAN, from_buffer)
-    assert calls[1]["lessons"][0].examples == lm.format.dialogues([Dialogue("x", *ORIGINAL)])
+    assert calls[1]["sets"][0].examples == lm.format.dialogues([Dialogue("x", *ORIGINAL)])
 
 
 def test_coins_of_a_sample_are_new_in_each_step_and_round_and_of_each_device(lm: LanguageModel) -> None:
@@ -385,5 +385,5 @@ def test_a_limit_asks_for_others_than_the_pools(lm: LanguageModel) -> None:
 def test_a_lesson_of_nothing_trains_nothing(lm: LanguageModel, noted: Note) -> None:
     context, calls = site_of(lm), noted(lm.engine, "finetune")
     (state,), (page,) = learn_personal([context.new_state("d0")], None, PLAN, context)
-    assert calls[0]["lessons"] == [TrainingSet([], [])] and page["personal_loss_first"] is None
+    assert calls[0]["sets"] == [TrainingSet([], [])] and page["personal_loss_first"] is None
     assert torch.equal(state.personal, context.new_state("d0").personal)

@@ -415,7 +415,7 @@ def test_only_what_was_finished_is_said_to_be_kept(
         raise stop
 
     with monkeypatch.context() as patched, pytest.raises(kind, match=r"nothing was begun: .*run is as it was before"):
-        patched.setattr(experiment, "open_devices", stopped)
+        patched.setattr(experiment, "load_run_devices", stopped)
         run_experiment(run.config, run.path, overwrite=True)
     assert before.read_bytes() == text
 
