@@ -16,7 +16,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from florilegium.client.dialogue import Dialogue, Echo
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.batching import schedule, schedule_steps
 from florilegium.client.lm.training_data import TrainingSet
+from florilegium.client.observation import Observation
 from florilegium.client.selection.buffer import candidate
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.client.state import DeviceState, StateError, States
@@ -34,8 +34,6 @@ from florilegium.client.synthesize import synthesize as write_similar
 from florilegium.privacy.common.registry import naming
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.seeds import derive_seed
-
-Observation = dict[str, Any]  # what a simulation notes about a device; never sent
 
 
 def observe(
@@ -62,13 +60,14 @@ def observe(
             pool = pool.offer(dialogue.id, dialogue.prompt, state.secret)
             accepted, truncated = accepted + taken, truncated + feature.truncated
         after.append(replace(state, buffer=buffer, pool=pool, arrived=state.arrived + len(dialogues)))
-        notes.append({
-            "arrived": len(dialogues),
-            "accepted": accepted,
-            "buffered": len(buffer),
-            "buffer_bytes": buffer.size_bytes,
-            "truncated": truncated,
-        })  # fmt: skip
+        seen = Observation(
+            arrived=len(dialogues),
+            accepted=accepted,
+            buffered=len(buffer),
+            buffer_bytes=buffer.size_bytes,
+            truncated=truncated,
+        )
+        notes.append(seen)
     return after, notes
 
 
@@ -91,7 +90,7 @@ def annotate(states: States, context: CohortContext) -> tuple[States, list[Obser
         echoes = frozenset(i for i, reply in replies.items() if isinstance(reply, Echo) or i in before)
         asked = state.annotations + sum(i not in state.replies for i in replies)
         after.append(replace(state, replies=replies, echoes=echoes, annotations=asked))
-        notes.append({"annotations": asked})
+        notes.append(Observation(annotations=asked))
     return after, notes
 
 
@@ -117,7 +116,7 @@ def synthesize_pool(states: States, context: CohortContext) -> tuple[States, lis
         )
         for s in states
     ]
-    return after, [{"descendants": sum(map(len, s.pool_synthetic.values()))} for s in after]
+    return after, [Observation(descendants=sum(map(len, s.pool_synthetic.values()))) for s in after]
 
 
 def synthesize(states: States, plan: RoundPlan, context: CohortContext) -> tuple[States, list[Observation]]:
@@ -138,11 +137,12 @@ def synthesize(states: States, plan: RoundPlan, context: CohortContext) -> tuple
         synthetic = {k.id: own[k.id].kept if k.id in own else state.synthetic[k.id] for k in state.annotated}
         rejected = sum((w.rejected for w in own.values()), Counter[str]())
         after.append(replace(state, synthetic=synthetic))
-        notes.append({
-            "synthetic_kept": sum(len(w.kept) for w in own.values()),
-            "synthetic_rejected": rejected.total(),
-            "synthetic_reasons": dict(rejected),
-        })  # fmt: skip
+        seen = Observation(
+            synthetic_kept=sum(len(w.kept) for w in own.values()),
+            synthetic_rejected=rejected.total(),
+            synthetic_reasons=dict(rejected),
+        )
+        notes.append(seen)
     return after, notes
 
 
@@ -164,14 +164,14 @@ def learn_personal(
     rows = trained.adapters.rows.cpu()
     after = [replace(s, personal=row.clone()) for s, row in zip(states, rows, strict=True)]
     return after, [
-        {
-            "personal_loss_first": x[0] if x else None,
-            "personal_loss_last": x[-1] if x else None,
-            "personal_examples": len(training_set.examples),
-            "personal_steps": len(training_set.batches),
-            "personal_tokens": _tokens(training_set),
-            **({"personal_failed": trained.failed[k]} if k in trained.failed else {}),
-        }
+        Observation(
+            personal_loss_first=x[0] if x else None,
+            personal_loss_last=x[-1] if x else None,
+            personal_examples=len(training_set.examples),
+            personal_steps=len(training_set.batches),
+            personal_tokens=_tokens(training_set),
+            personal_failed=trained.failed.get(k),
+        )
         for k, (x, training_set) in enumerate(zip(trained.losses, sets, strict=True))
     ]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +20,7 @@ from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.batching import schedule_steps
 from florilegium.client.lm.packing import Example
 from florilegium.client.lm.training_data import TrainingSet
+from florilegium.client.observation import Observation
 from florilegium.client.state import DeviceState
 from florilegium.privacy.dpsgd import PrivateRow
 from florilegium.privacy.ledger import Answer, Request
@@ -41,7 +42,7 @@ def train_shared(
     plan: RoundPlan,
     context: CohortContext,
     learn: Learn | None = None,
-) -> tuple[list[DeviceState], list[torch.Tensor | None], list[dict[str, Any]]]:
+) -> tuple[list[DeviceState], list[torch.Tensor | None], list[Observation]]:
     """Trains each device's copy of the received adapter (P,); what it costs is in the ledger before.
 
     Returns the change of each device, of what travels in this round, None for one whose account does not allow it.
@@ -52,7 +53,7 @@ def train_shared(
     able = [s for s, a in zip(after, answers, strict=True) if not a.refusal]
     learn = learn or (noisy_steps if context.config.privacy.by_dialogue else clipped_change)
     changes = learn(able, received, plan, context) if able else {}
-    return after, [changes.get(s.id) for s in states], _pages(after, answers, context)
+    return after, [changes.get(s.id) for s in states], _observed(after, answers, context)
 
 
 def release(
@@ -121,11 +122,11 @@ def _charged(state: DeviceState, answer: Answer, context: CohortContext) -> Devi
     return replace(state, head=answer.head, pool=state.pool.only(answer.dialogues) if retiring else state.pool)
 
 
-def _pages(states: Sequence[DeviceState], answers: Sequence[Answer], context: CohortContext) -> list[dict[str, Any]]:
+def _observed(states: Sequence[DeviceState], answers: Sequence[Answer], context: CohortContext) -> list[Observation]:
     accounts = context.accounts.accounts([(s.id, s.genesis) for s in states])
     budget = context.config.privacy.budget
     return [
-        {"epsilon": account.spent(budget) if account else None, **({"refusal": a.refusal} if a.refusal else {})}
+        Observation(epsilon=account.spent(budget) if account else None, refusal=a.refusal or None)
         for account, a in zip(accounts, answers, strict=True)
     ]
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.phases import Observation, annotate, learn_personal, observe, synthesize, synthesize_pool
+from florilegium.client.observation import Observation, PhaseRecorder
+from florilegium.client.phases import annotate, learn_personal, observe, synthesize, synthesize_pool
 from florilegium.client.private_training import release, train_shared
 from florilegium.client.state import States
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release
+
+NOTHING_SENT = Observation(upload_bytes=0, epsilon=0.0)
 
 
 def contribute(
@@ -39,8 +40,8 @@ def contribute(
     with recorder.phase("release") as sent:
         states, releases = release(changes, states, received, plan, context)
         sizes = [context.upload_bytes(s.id, plan) if r else 0 for s, r in zip(states, releases, strict=True)]
-        sent[:] = [{"upload_bytes": size} for size in sizes]
-    return states, releases, recorder.pages
+        sent[:] = [Observation(upload_bytes=size) for size in sizes]
+    return states, releases, recorder.observations
 
 
 def adopt(
@@ -49,7 +50,7 @@ def adopt(
     """Takes the aggregated shared adapter (P,), if any, synthesizes, and trains the personal adapter on top of it."""
     recorder = PhaseRecorder(len(states), plan.round, context.listener)
     over = [replace(s, sent=None, asked="") for s in states]
-    return _personalize(over, received, plan, context, recorder), recorder.pages
+    return _personalize(over, received, plan, context, recorder), recorder.observations
 
 
 def stay(
@@ -58,7 +59,7 @@ def stay(
     """As `contribute`, of devices that have no server: nothing is trained for one, nothing leaves."""
     recorder = PhaseRecorder(len(states), plan.round, context.listener)
     states = _gather(states, arrived, plan, context, recorder)
-    return states, [None] * len(states), [{**page, "upload_bytes": 0, "epsilon": 0.0} for page in recorder.pages]
+    return states, [None] * len(states), [seen.joined(NOTHING_SENT) for seen in recorder.observations]
 
 
 def live(
@@ -71,7 +72,7 @@ def live(
     """A round in which nothing is released, with a shared adapter (P,) beneath the personal one, or without."""
     recorder = PhaseRecorder(len(states), plan.round, context.listener)
     states = _gather(states, arrived, plan, context, recorder)
-    return _personalize(states, received, plan, context, recorder), recorder.pages
+    return _personalize(states, received, plan, context, recorder), recorder.observations
 
 
 def _gather(
@@ -96,27 +97,3 @@ def _personalize(
     with recorder.phase("learn_personal") as learned:
         states, learned[:] = learn_personal(states, received, plan, context)
     return states
-
-
-class PhaseRecorder:
-    """What a simulation notes of each device of a cohort, with the cohort's seconds shared out evenly."""
-
-    def __init__(self, devices: int, number: int, listener: Callable[[str], None] | None) -> None:
-        self.pages: list[Observation] = [{"seconds": {}} for _ in range(devices)]
-        self.number, self.listener = number, listener
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[list[Observation]]:
-        """Yields a list to fill with one observation a device; an error within it is noted to be of this phase."""
-        if self.listener:
-            self.listener(name)
-        began, observations = time.perf_counter(), list[Observation]()
-        try:
-            yield observations
-        except Exception as error:
-            error.add_note(f"in the phase {name} of round {self.number}")
-            raise
-        seconds = (time.perf_counter() - began) / len(self.pages)
-        for page, observation in zip(self.pages, observations, strict=True):
-            page.update(observation)
-            page["seconds"][name] = seconds

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from florilegium.client.observation import Observation
 from florilegium.client.pool import Pool
 from florilegium.client.selection.buffer import Buffer
 from florilegium.client.selection.config import SelectionConfig
@@ -30,9 +31,6 @@ MEMORY = "memory."  # begins the names of the arrays that a policy remembers
 
 
 OF_A_BIN = ("id", "prompt", "domain", "eoe", "dss", "idd", "value")
-
-
-Page = dict[str, Any]  # what a simulation notes of a device in one stage
 
 
 LAST = "~"  # sorts after every stage
@@ -85,18 +83,18 @@ class DeviceStore:
         self,
         states: Sequence[DeviceState],
         stage: str,
-        pages: Sequence[Page] | None = None,
+        observations: Sequence[Observation] | None = None,
         also: Callable[[sqlite3.Connection], None] = lambda connection: None,
     ) -> list[str]:
-        """Keeps the states, each with the page that was noted of it, and of earlier stages only the newest.
+        """Keeps the states, each with what was observed of it, and of earlier stages only the newest.
 
         A device that has finished the stage keeps what it has: another process may have sent it. Returns these devices.
         What `also` writes to the same file is there with the states, or not at all.
         """
-        notes = pages or [{} for _ in states]
+        notes = observations or [Observation()] * len(states)
         rows = [
-            (s.id, stage, json.dumps(p), json.dumps(_facts(s)), save_arrays(_arrays(s)))
-            for s, p in zip(states, notes, strict=True)
+            (s.id, stage, json.dumps(seen.seen()), json.dumps(_facts(s)), save_arrays(_arrays(s)))
+            for s, seen in zip(states, notes, strict=True)
         ]
         with self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -125,11 +123,11 @@ class DeviceStore:
             rows = [connection.execute(_STAGE, (device,)).fetchone() for device in devices]
         return {device: row[0] or "" for device, row in zip(devices, rows, strict=True)}
 
-    def pages(self, devices: Sequence[str], since: str, until: str) -> dict[str, list[Page]]:
-        """What was noted of each device in the stages from `since` to `until`."""
+    def observations(self, devices: Sequence[str], since: str, until: str) -> dict[str, list[Observation]]:
+        """What was observed of each device in the stages from `since` to `until`."""
         with self._connected() as connection:
             found = {d: connection.execute(_PAGES, (d, since, until)).fetchall() for d in devices}
-        return {device: [json.loads(page) for (page,) in rows] for device, rows in found.items()}
+        return {device: [Observation.of(json.loads(seen)) for (seen,) in rows] for device, rows in found.items()}
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord
@@ -17,6 +18,7 @@ from flwr.serverapp import Grid
 from florilegium.client.calibration import planned_event
 from florilegium.client.lm.peft_format import shared_files, write_files, write_peft
 from florilegium.client.lm.places import ADAPTERS, base_of, copy_base
+from florilegium.client.observation import Observation
 from florilegium.privacy.common.machine import cores, peak_rss_bytes
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.release_collector import to_numpy
@@ -27,7 +29,7 @@ from florilegium.simulation.devices.people import UsersByDevice, device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.engines.scheduler import Scheduler
 from florilegium.simulation.engines.strategy import open_strategy
-from florilegium.simulation.evaluation.arms import learn_without_server, noted
+from florilegium.simulation.evaluation.arms import learn_without_server, observed
 from florilegium.simulation.evaluation.evaluator import Evaluator
 from florilegium.simulation.evaluation.fairness import summarize
 from florilegium.simulation.heterogeneity.clock import Clock, as_event
@@ -171,15 +173,13 @@ class RunRecorder(Recorder):
     def _device_events(self, round_number: int, asked: Sequence[str]) -> dict[str, float]:
         """One event a device; the seconds of each phase, summed over devices."""
         seconds: dict[str, float] = {}
-        notes = self.scheduler.gather(noted, asked, round_number)
         events = []
-        for device, page in sorted(notes.items()):
-            if not page:
+        for device, seen in sorted(self.scheduler.gather(observed, asked, round_number).items()):
+            if seen == Observation():
                 continue  # the device failed, or was not there: the strategy counts it
-            for phase, spent in page.pop("seconds").items():
+            for phase, spent in seen.seconds.items():
                 seconds[phase] = seconds.get(phase, 0.0) + spent
-            tokens = page.pop("shared_tokens", 0) + page.pop("personal_tokens", 0)
-            events.append(DeviceRound(round=round_number, device=device, tokens_trained=tokens, **page))
+            events.append(_device_round(round_number, device, seen))
         self.run.record_all(events)
         self.scheduler.progress.end_round(round_number, sum(e.tokens_trained for e in events))
         return seconds
@@ -293,3 +293,10 @@ def people(config: ExperimentConfig, users: UsersByDevice) -> DataFacts:
         held_out=sum(len(user.held_out) for user in persons),
         held_out_met=sum(met_before(user.stream, user.held_out) for user in persons),
     )
+
+
+def _device_round(number: int, device: str, seen: Observation) -> DeviceRound:
+    tokens = (seen.shared_tokens or 0) + (seen.personal_tokens or 0)
+    apart = ("seconds", "shared_tokens", "personal_tokens")
+    facts: dict[str, Any] = {"epsilon": None, **{k: v for k, v in seen.seen().items() if k not in apart}}
+    return DeviceRound(round=number, device=device, tokens_trained=tokens, **facts)

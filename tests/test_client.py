@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from florilegium.client.config import DeviceConfig
 from florilegium.client.context import CohortContext
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.model import LanguageModel
+from florilegium.client.observation import Observation
 from florilegium.client.phases import annotate, observe, synthesize
 from florilegium.client.pii import personal_data
 from florilegium.client.pool import Pool, poisson_sample
@@ -577,7 +579,7 @@ def test_a_user_is_asked_once_for_each_dialogue_that_is_kept(lm: LanguageModel, 
     twice, again = annotate(once, context)
     wanted = {k.id for k in once[0].buffer.bins} | {i for i, _ in once[0].pool.slots}
     assert set(once[0].replies) == wanted
-    assert notes == again == [{"annotations": len(wanted)}]
+    assert notes == again == [Observation(annotations=len(wanted))]
     assert twice == once
 
 
@@ -628,11 +630,11 @@ def test_a_limit_makes_every_policy_ask_equally_often(policy: str, lm: LanguageM
     states = [context.new_state("d0")]
     for number, part in ((1, people[0].stream[:15]), (2, people[0].stream[15:40])):
         states, notes = live(states, [part], None, RoundPlan(number, 0), context)
-        assert notes[0]["annotations"] == 2 * number
+        assert notes[0].annotations == 2 * number
         assert len(states[0].annotated) <= 2 * number and len(states[0].buffer) == 4
         assert set(states[0].synthetic) == {k.id for k in states[0].annotated}
         made = sum(map(len, states[0].synthetic.values()))
-        assert notes[0]["personal_examples"] == len(states[0].annotated) + made
+        assert notes[0].personal_examples == len(states[0].annotated) + made
 
 
 def test_an_empty_stream_is_no_error(lm: LanguageModel, people: list[User]) -> None:
@@ -640,5 +642,15 @@ def test_an_empty_stream_is_no_error(lm: LanguageModel, people: list[User]) -> N
     states, notes = observe([context.new_state("d0")], [[]], plan, context)
     states, _ = annotate(states, context)
     states, written = synthesize(states, plan, context)
-    assert len(states[0].buffer) == 0 and notes[0]["arrived"] == 0
-    assert written == [{"synthetic_kept": 0, "synthetic_rejected": 0, "synthetic_reasons": {}}]
+    assert len(states[0].buffer) == 0 and notes[0].arrived == 0
+    assert written == [Observation(synthetic_kept=0, synthetic_rejected=0, synthetic_reasons={})]
+
+
+def test_an_observation_is_kept_as_json_and_joined_with_what_comes_later() -> None:
+    early = Observation(arrived=3, epsilon=0.0, seconds={"observe": 1.0})
+    late = Observation(epsilon=2.0, personal_loss_first=None, seconds={"learn_personal": 2.0})
+    both = early.joined(late)
+    assert both == Observation(arrived=3, epsilon=2.0, seconds={"observe": 1.0, "learn_personal": 2.0})
+    assert Observation.of(json.loads(json.dumps(both.seen()))) == both
+    assert Observation.of({"arrived": 3, "of_a_later_version": 1}) == Observation(arrived=3)
+    assert early.seen() == {"arrived": 3, "epsilon": 0.0, "seconds": {"observe": 1.0}}

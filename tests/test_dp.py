@@ -360,7 +360,7 @@ def test_the_last_release_that_the_budget_allows_succeeds_and_the_next_is_refuse
     for number in (1, 2):
         states, changes, notes = train_shared(states, received, RoundPlan(number, number - 1), context)
         assert changes[0] is not None and changes[0].abs().max() > 0
-    assert 1.9 < notes[0]["epsilon"] <= 2.0
+    assert 1.9 < notes[0].epsilon <= 2.0
     before = states[0]
     states, changes, notes = train_shared(states, received, RoundPlan(3, 2), context)
     assert changes == [None]

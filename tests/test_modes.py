@@ -73,9 +73,9 @@ def test_a_device_whose_budget_is_spent_sends_nothing_and_the_server_copes(
     assert seen.cohort.changes[0].any() and not seen.cohort.changes[1].any()
     assert seen.facts[2].releases == 0 and seen.facts[2].refused == {"no-release": DEVICES}
     assert torch.equal(seen.shared, seen.cohort.received[1])  # not even noise was added to it
-    pages = seen.cohort.pages[1].values()
-    assert all(7.9 < p["epsilon"] <= 8.0 and p["refusal"] == "budget-spent" for p in pages)
-    assert all(p["upload_bytes"] == 0 for p in pages)
+    observed = seen.cohort.observations[1].values()
+    assert all(7.9 < (o.epsilon or 0) <= 8.0 and o.refusal == "budget-spent" for o in observed)
+    assert all(o.upload_bytes == 0 for o in observed)
 
 
 def test_what_clips_by_dialogue_and_by_change_differ_without_noise_too(lm: LanguageModel, people: list[User]) -> None:
@@ -106,7 +106,7 @@ def test_correlated_noise_costs_each_device_one_release_in_so_many_rounds(
     took_part = torch.stack([c.any(1) for c in seen.cohort.changes])  # (rounds, K)
     assert (took_part.sum(0) == 2).all() and not (took_part[0] & took_part[1]).any()
     assert torch.equal(took_part[0], took_part[2]) and torch.equal(took_part[1], took_part[3])
-    assert max(p["epsilon"] for page in seen.cohort.pages for p in page.values()) <= 8.0
+    assert max(o.epsilon or 0 for of_round in seen.cohort.observations for o in of_round.values()) <= 8.0
 
 
 def test_what_is_told_of_a_federation_is_of_all_of_its_rounds(lm: LanguageModel, people: list[User]) -> None:
@@ -123,7 +123,7 @@ def test_what_is_told_of_a_federation_is_of_all_of_its_rounds(lm: LanguageModel,
     })  # fmt: skip
     streams = {f"d{k}": people[k % 2].stream[3 * (k // 2) : 3 * (k // 2) + 3] for k in range(4)}
     seen = federate_in_memory(lm, config, config.server, streams, 0)
-    asked = [sorted(page) for page in seen.cohort.pages]
+    asked = [sorted(of_round) for of_round in seen.cohort.observations]
     assert asked == [["d1", "d3"], ["d1", "d3"], ["d0", "d2"]]
     event, privacy = planned_event(config), config.privacy
     once, twice = (epsilon([event] * times, privacy.delta, privacy.promise.adjacency) for times in (1, 2))

@@ -110,8 +110,8 @@ def test_what_was_made_is_learned_from_with_its_original(lm: LanguageModel, note
     _, (page,) = learn_personal([state], None, PLAN, context)
     (training_set,) = calls[0]["sets"]
     assert training_set.examples == lm.format.dialogues([Dialogue("x", *pair) for pair in (ORIGINAL, *MADE)])
-    assert sorted(i for batch in training_set.batches for i in batch) == [0, 1, 2] and page["personal_examples"] == 3
-    assert page["personal_tokens"] == sum(e.length for e in training_set.examples)
+    assert sorted(i for batch in training_set.batches for i in batch) == [0, 1, 2] and page.personal_examples == 3
+    assert page.personal_tokens == sum(e.length for e in training_set.examples)
 
 
 def test_the_rate_of_the_personal_adapter_falls_to_zero_and_its_order_is_another_in_each_round(
@@ -149,7 +149,7 @@ def test_each_device_of_a_cohort_has_its_own_lesson_rates_and_row(lm: LanguageMo
         [e.reply for e in lm.format.dialogues([Dialogue("", "", reply)] * count)]
         for reply, count in ((ORIGINAL[1], 3), ("soup", 1))
     ]
-    assert [len(rates) for rates in calls[0]["rates"]] == [p["personal_steps"] for p in pages] == [2, 1]
+    assert [len(rates) for rates in calls[0]["rates"]] == [p.personal_steps for p in pages] == [2, 1]
     for state, began in zip(after, states, strict=True):
         (alone,), _ = learn_personal([began], None, PLAN, context)
         torch.testing.assert_close(state.personal, alone.personal, atol=1e-5, rtol=0)
@@ -276,7 +276,7 @@ def test_a_dialogue_is_read_with_what_was_said_before_it_and_pooled_without(lm: 
         context.config.selection.reading
     ]
     np.testing.assert_allclose(two.buffer.bins[0].embedding, alone.vector.numpy(), atol=1e-2)
-    assert [n["arrived"] for n in notes] == [2, 1] and (one.arrived, two.arrived) == (2, 1)
+    assert [n.arrived for n in notes] == [2, 1] and (one.arrived, two.arrived) == (2, 1)
 
 
 def test_a_policy_by_chance_draws_anew_in_each_round(
@@ -333,7 +333,7 @@ def test_what_a_device_remembers_goes_over_rounds(lm: LanguageModel, noted: Note
     for number, arrived in enumerate((LATER[:2], LATER[2:3], [])):
         states, (page,) = live(states, [arrived], None, RoundPlan(number + 1, 0), context)
         held.append(states[0])
-        pages.append((page["arrived"], page["buffered"], page["annotations"]))
+        pages.append((page.arrived, page.buffered, page.annotations))
     assert [s.arrived for s in held] == [2, 3, 3] and pages == [(2, 2, 2), (1, 2, 3), (0, 2, 3)]
     assert [set(s.replies) for s in held] == [{"0", "1"}, {"1", "2"}, {"1", "2"}]
     assert [set(s.synthetic) for s in held] == [{"0", "1"}, {"1", "2"}, {"1", "2"}]
@@ -377,7 +377,7 @@ def test_a_limit_asks_for_others_than_the_pools(lm: LanguageModel) -> None:
     once, notes = annotate(states, context)
     for state, note in zip(once, notes, strict=True):
         pool = {i for i, _ in state.pool.slots}
-        assert len(pool) == 2 and pool < set(state.replies) and len(state.replies) == note["annotations"] == 3
+        assert len(pool) == 2 and pool < set(state.replies) and len(state.replies) == note.annotations == 3
     twice, _ = annotate(once, context)
     assert all(set(state.replies) == {d.id for d in LATER[:4]} for state in twice)
 
@@ -385,5 +385,5 @@ def test_a_limit_asks_for_others_than_the_pools(lm: LanguageModel) -> None:
 def test_a_lesson_of_nothing_trains_nothing(lm: LanguageModel, noted: Note) -> None:
     context, calls = site_of(lm), noted(lm.engine, "finetune")
     (state,), (page,) = learn_personal([context.new_state("d0")], None, PLAN, context)
-    assert calls[0]["sets"] == [TrainingSet([], [])] and page["personal_loss_first"] is None
+    assert calls[0]["sets"] == [TrainingSet([], [])] and page.personal_loss_first is None
     assert torch.equal(state.personal, context.new_state("d0").personal)

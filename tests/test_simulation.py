@@ -235,7 +235,7 @@ def test_an_old_copy_of_the_ledger_ends_a_devices_releases(small: ExperimentConf
         path.unlink()
     again = load_devices(RunFolder(devices.run.path))
     assert again.contribute(names, zero, RoundPlan(2, 1)) == [None] * 3
-    assert again.notes(names[:1], 2)[names[0]]["refusal"] == "ledger-missing"
+    assert again.observations(names[:1], 2)[names[0]].refusal == "ledger-missing"
     heads = {n: r.head for n, r in zip(names, sent, strict=True) if r}
     fresh = load_devices(create(tmp_path / "other", small))  # the device's own memory is gone too: the server's is left
     assert fresh.contribute(names, zero, RoundPlan(1, 0, heads)) == [None] * 3

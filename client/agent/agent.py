@@ -28,7 +28,6 @@ from florilegium.client.agent.vault import Turn
 from florilegium.client.lm.peft_format import peft_files, shared_files
 from florilegium.client.lm.places import BASE_FOLDER, base_of
 from florilegium.client.personalization.profile import Profile
-from florilegium.client.phases import Observation
 from florilegium.privacy.ledger import Account
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release, Schema
@@ -72,7 +71,7 @@ class Agent:
         """What the owner thinks of a reply; see `conversation.rate`."""
         return conversation.rate(self.device, identity, liked, wanted)
 
-    def learn(self, progress: Progress = silent) -> Observation:
+    def learn(self, progress: Progress = silent) -> dict[str, object]:
         """Learns from what is new; see `learning.learn`."""
         return learning.learn(self.device, progress)
 

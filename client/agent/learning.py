@@ -18,14 +18,17 @@ from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Echo
 from florilegium.client.personalization.config import ProfileConfig
 from florilegium.client.personalization.profile import Profile, ProfileError
-from florilegium.client.phases import Observation, annotate, observe
+from florilegium.client.phases import annotate, observe
 from florilegium.client.round import live
 from florilegium.client.state import DeviceState
 from florilegium.privacy.plan import RoundPlan
 
 
-def learn(device: Device, progress: Progress = silent) -> Observation:
-    """Takes up what is new, selects, synthesizes, and trains the personal adapter. Returns what came of it."""
+def learn(device: Device, progress: Progress = silent) -> dict[str, object]:
+    """Takes up what is new, selects, synthesizes, and trains the personal adapter.
+
+    Returns what was observed, as JSON has it.
+    """
     if not device.consents["learn"]:
         raise AgentError("learning is not consented to: florilegium device consent learn yes")
     with device.working(progress):
@@ -34,14 +37,14 @@ def learn(device: Device, progress: Progress = silent) -> Observation:
         state, context = refreshed(device, device.state()), device.context
         received, version = device.newest()
         began, plan = time.monotonic(), RoundPlan(cycle, version)
-        (state,), (page,) = live([state], [as_dialogues(device, turns)], received, plan, context)
+        (state,), (seen,) = live([state], [as_dialogues(device, turns)], received, plan, context)
         profile = profile_after(device, profile_of(device), turns)
-        page["seconds of all"] = time.monotonic() - began
+        facts = {**seen.seen(), "seconds of all": time.monotonic() - began}
 
         def also(connection: sqlite3.Connection) -> None:
             write_fact(connection, "cycle", cycle)
             write_fact(connection, "profile", profile.to_json())
-            write_fact(connection, "learned", {"at": time.time(), "page": page})
+            write_fact(connection, "learned", {"at": time.time(), "page": facts})
             write_adapter(connection, "used", received, version)
             write_learned(connection, (k.id for k in state.annotated), cycle)
 
@@ -49,7 +52,7 @@ def learn(device: Device, progress: Progress = silent) -> Observation:
         retire(device, state)
         device.vault.check()
         device.vault.copy_to(device.folder.good_copy)
-        return page
+        return facts
 
 
 def due(device: Device, now: time.struct_time, plugged: bool | None) -> bool:

@@ -22,7 +22,7 @@ from florilegium.client.agent.terms import Membership, Terms
 from florilegium.client.agent.vault import Sent, write_fact, write_sent
 from florilegium.client.calibration import release_limits
 from florilegium.client.context import CohortContext
-from florilegium.client.phases import Observation
+from florilegium.client.observation import Observation
 from florilegium.client.private_training import resend
 from florilegium.client.round import contribute
 from florilegium.client.state import DeviceState
@@ -128,15 +128,15 @@ def released(device: Device, received: torch.Tensor, plan: RoundPlan) -> Release
     if plan.round in rounds:  # in any order: none of them ends another
         return resend(state, received, plan, context) if plan.round == rounds[-1] else None
     before = gathered(device, _with_spent_head(device, state), context)
-    (state,), (release,), (page,) = contribute([before], [[]], received, plan, context)
+    (state,), (release,), (seen,) = contribute([before], [[]], received, plan, context)
     if release is None and not _has_paid(device, state, there.name, plan.round):
-        _note_unanswered(device, replace(state, sent=before.sent, asked=before.asked), plan, page)
+        _note_unanswered(device, replace(state, sent=before.sent, asked=before.asked), plan, seen)
         return None
     if state.head:
         replace_file(device.folder.spent, state.head)
     if not device.federating:  # any more
         return None
-    told = _sent(there, plan, page, context.upload_bytes(state.id, plan) if release else 0)
+    told = _sent(there, plan, seen, context.upload_bytes(state.id, plan) if release else 0)
 
     def also(connection: sqlite3.Connection) -> None:
         write_fact(connection, "answered rounds", {**answered, there.name: [*rounds, plan.round]})
@@ -147,10 +147,10 @@ def released(device: Device, received: torch.Tensor, plan: RoundPlan) -> Release
     return release
 
 
-def _sent(there: Membership, plan: RoundPlan, page: Observation, size: int) -> Sent:
+def _sent(there: Membership, plan: RoundPlan, seen: Observation, size: int) -> Sent:
     """What has left in a round: a release of so many bytes, or a refusal."""
-    kind = "release" if size else page.get("refusal", "no-release")
-    return Sent(time.time(), there.name, plan.round, kind, size, page.get("epsilon"))
+    kind = "release" if size else seen.refusal or "no-release"
+    return Sent(time.time(), there.name, plan.round, kind, size, seen.epsilon)
 
 
 def _has_paid(device: Device, state: DeviceState, federation: str, number: int) -> bool:
@@ -158,12 +158,12 @@ def _has_paid(device: Device, state: DeviceState, federation: str, number: int) 
     return account is not None and any((e.experiment, e.round) == (federation, number) for e in account.entries)
 
 
-def _note_unanswered(device: Device, state: DeviceState, plan: RoundPlan, page: Observation) -> None:
+def _note_unanswered(device: Device, state: DeviceState, plan: RoundPlan, seen: Observation) -> None:
     """A question that the ledger refuses, by a wrong head say: noted once, and the round may be asked for again."""
     there = device.membership
     if there is None:
         return
-    told = _sent(there, plan, page, 0)
+    told = _sent(there, plan, seen, 0)
     known = {(s.federation, s.round, s.kind) for s in device.vault.sent()}
 
     def also(connection: sqlite3.Connection) -> None:

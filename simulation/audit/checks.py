@@ -187,7 +187,7 @@ def _central(config: ExperimentConfig, seen: Federated) -> list[np.ndarray]:
     announced = release_noise(config, bands, 0).on_sum
     for number, (aggregated, changes) in enumerate(zip(seen.aggregated, seen.cohort.changes, strict=True), start=1):
         if changes.any():
-            asked = len(seen.cohort.pages[number - 1])
+            asked = len(seen.cohort.observations[number - 1])
             total = aggregated.double() * asked / config.server.learning_rate - changes.double().sum(0)
             std = announced * float(np.linalg.norm(inverse_column(bands, number)))
             drawn.append((total / std).numpy())

@@ -16,9 +16,9 @@ import torch
 
 from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.phases import Observation
+from florilegium.client.observation import Observation, PhaseRecorder
 from florilegium.client.private_training import release, train_shared
-from florilegium.client.round import PhaseRecorder, stay
+from florilegium.client.round import stay
 from florilegium.client.state import DeviceState, States
 from florilegium.privacy.common.registry import UnexpectedError, calling, resolve
 from florilegium.privacy.plan import RoundPlan
@@ -63,23 +63,23 @@ class BaselineRounds:
             own.update({s.id: row.clone() for s, row in zip(able, kept, strict=True)})
             return {s.id: row for s, row in zip(able, upload(changes, self.context), strict=True)}
 
-        states, releases, pages = stay(states, arrived, plan, context)
+        states, releases, seen = stay(states, arrived, plan, context)
         recorder = PhaseRecorder(len(states), plan.round, context.listener)
         with recorder.phase("learn_shared") as spent:
             if self.context.config.server.absent:
                 learn(states, received, plan, context)
-                spent[:] = [{} for _ in states]
+                spent[:] = [Observation()] * len(states)
             else:
                 states, changes, spent[:] = train_shared(states, received, plan, context, learn)
-            for page, state in zip(spent, states, strict=True):
-                page["shared_tokens"] = self._tokens(state, plan) if state.id in own else 0
+            tokens = [self._tokens(s, plan) if s.id in own else 0 for s in states]
+            spent[:] = [replace(o, shared_tokens=n) for o, n in zip(spent, tokens, strict=True)]
         states = [replace(s, personal=own.get(s.id, s.personal)) for s in states]
         if not self.context.config.server.absent:
             with recorder.phase("release") as sent:
                 states, releases = release(changes, states, received, plan, context)
                 sizes = [context.upload_bytes(s.id, plan) if r else 0 for s, r in zip(states, releases, strict=True)]
-                sent[:] = [{"upload_bytes": size} for size in sizes]
-        return states, releases, [_joined(*both) for both in zip(pages, recorder.pages, strict=True)]
+                sent[:] = [Observation(upload_bytes=size) for size in sizes]
+        return states, releases, [a.joined(b) for a, b in zip(seen, recorder.observations, strict=True)]
 
     def adopt(
         self, states: States, received: torch.Tensor, plan: RoundPlan, context: CohortContext
@@ -95,8 +95,8 @@ class BaselineRounds:
                     rows = self.baseline.adopt(self._held(over, received), sets, self.context)
                     self._check(rows, over)
                 over = [replace(s, personal=row.clone()) for s, row in zip(over, rows, strict=True)]
-            learned[:] = [{"personal_tokens": self._tokens(s, plan) if learns else 0} for s in over]
-        return over, recorder.pages
+            learned[:] = [Observation(personal_tokens=self._tokens(s, plan) if learns else 0) for s in over]
+        return over, recorder.observations
 
     @property
     def _name(self) -> str:
@@ -150,7 +150,3 @@ def under(devices: SimulatedDevices, baseline: Baseline) -> SimulatedDevices:
         ),
         duties=RoundFunctions(rounds.contribute, rounds.adopt, baseline.own),
     )
-
-
-def _joined(before: Observation, after: Observation) -> Observation:
-    return {**before, **after, "seconds": {**before["seconds"], **after["seconds"]}}

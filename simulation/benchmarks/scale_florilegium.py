@@ -21,7 +21,7 @@ import torch
 
 from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
-from florilegium.client.phases import Observation
+from florilegium.client.observation import Observation
 from florilegium.client.pool import Pool
 from florilegium.client.private_training import release, reserve
 from florilegium.client.state import States
@@ -69,21 +69,22 @@ def idle_contribute(
     change = torch.full((NUMBERS,), 1e-3)
     changes = [None if a.refusal else change for a in answers]
     states, releases = release(changes, paid, received, plan, context)
-    return states, releases, [_page(context.upload_bytes(s.id, plan)) for s in states]
+    return states, releases, [_seen(context.upload_bytes(s.id, plan)) for s in states]
 
 
 def idle_adopt(
     states: States, received: torch.Tensor, plan: RoundPlan, context: CohortContext
 ) -> tuple[States, list[Observation]]:
     """Keeps the personal adapter that there is."""
-    return [replace(s, sent=None, asked="") for s in states], [_page(0) for _ in states]
+    return [replace(s, sent=None, asked="") for s in states], [_seen(None) for _ in states]
 
 
-def _page(upload_bytes: int) -> Observation:
+def _seen(upload_bytes: int | None) -> Observation:
     """What a device with little to tell notes, in the form that summaries read."""
-    counts = {"arrived": 0, "accepted": 0, "truncated": 0, "annotations": 0, "synthetic_kept": 0}
-    page = {"seconds": {}, "epsilon": 1.0, "synthetic_rejected": 0, "synthetic_reasons": {}, **counts}
-    return page | ({"upload_bytes": upload_bytes} if upload_bytes else {})
+    return Observation(
+        arrived=0, accepted=0, buffered=0, truncated=0, annotations=0, synthetic_kept=0, synthetic_rejected=0,
+        synthetic_reasons={}, epsilon=1.0, upload_bytes=upload_bytes,
+    )  # fmt: skip
 
 
 def config_of(devices: int, actors: int) -> ExperimentConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ import torch
 
 from florilegium.client.context import CohortContext
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import Observation
+from florilegium.client.observation import Observation
 from florilegium.client.private_training import resend
 from florilegium.client.round import adopt, contribute, stay
 from florilegium.client.state import DeviceState, States, stage
@@ -87,8 +87,8 @@ class SimulatedDevices:
         if again != planned and stage(plan.round) not in stages.values():
             states = self._before(planned, plan, again)
             arrived = [self.users[s.id].stream[s.arrived : self._until(s.id, plan.round)] for s in states]
-            states, sent, pages = self.duties.contribute(states, arrived, received, plan, self.context)
-            again = again + self._keep(states, finished, pages, but=again)
+            states, sent, seen = self.duties.contribute(states, arrived, received, plan, self.context)
+            again = again + self._keep(states, finished, seen, but=again)
             releases = {s.id: r for s, r in zip(states, sent, strict=True)}
         for name, found in self.store.find(again, finished).items():
             assert found
@@ -117,8 +117,8 @@ class SimulatedDevices:
         if done == took_part:
             return
         found = self.store.find(took_part, stage(plan.round, CONTRIBUTED))
-        states, pages = self.duties.adopt([at[1] for at in found.values() if at], received, plan, self.context)
-        self._keep(states, over, pages, but=done)
+        states, seen = self.duties.adopt([at[1] for at in found.values() if at], received, plan, self.context)
+        self._keep(states, over, seen, but=done)
 
     def state(self, name: str, round_number: int | None = None) -> DeviceState:
         """A device as it is, or as it was at the end of a round or of the last one before that it took part in."""
@@ -129,26 +129,18 @@ class SimulatedDevices:
         found = self.store.find(names, *([] if round_number is None else [stage(round_number)]))
         return [at[1] if (at := found[n]) else self.context.new_state(n) for n in names]
 
-    def notes(self, names: Sequence[str], round_number: int) -> dict[str, Observation]:
-        """What was noted of each device in a round; empty for one that did not come through."""
-        found = self.store.pages(names, stage(round_number, ""), stage(round_number))
-        return {name: _merged(pages) for name, pages in found.items()}
+    def observations(self, names: Sequence[str], round_number: int) -> dict[str, Observation]:
+        """What was seen of each device in a round; nothing of one that did not come through."""
+        found = self.store.observations(names, stage(round_number, ""), stage(round_number))
+        return {name: reduce(Observation.joined, seen, Observation()) for name, seen in found.items()}
 
     def _until(self, name: str, round_number: int) -> int:
         return met_by(len(self.users[name].stream), round_number, self.context.config.rounds)
 
-    def _keep(self, states: States, at: str, pages: list[Observation], but: Sequence[str]) -> list[str]:
+    def _keep(self, states: States, at: str, seen: list[Observation], but: Sequence[str]) -> list[str]:
         """Stores what is not there; returns the devices for which another process was quicker."""
-        kept = [(s, p) for s, p in zip(states, pages, strict=True) if s.id not in but]
+        kept = [(s, p) for s, p in zip(states, seen, strict=True) if s.id not in but]
         return self.store.save([s for s, _ in kept], at, [p for _, p in kept])
-
-
-def _merged(pages: Sequence[Observation]) -> Observation:
-    merged: Observation = {}
-    for page in pages:
-        seconds = {**merged.get("seconds", {}), **page.get("seconds", {})}
-        merged |= {**page, "seconds": seconds}
-    return merged
 
 
 def load_devices(

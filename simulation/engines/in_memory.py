@@ -21,7 +21,7 @@ from florilegium.client.context import CohortContext
 from florilegium.client.devices import Devices
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.model import LanguageModel
-from florilegium.client.phases import Observation
+from florilegium.client.observation import Observation
 from florilegium.client.round import contribute
 from florilegium.client.state import DeviceState
 from florilegium.privacy.ledger import Ledger
@@ -46,7 +46,7 @@ class InMemory:
     streams: Mapping[str, Sequence[Dialogue]]
     at_once: bool = False  # whether all of a stream is there in the first round, or equal parts of it in each
     states: dict[str, DeviceState] = field(default_factory=dict)
-    pages: list[dict[str, Observation]] = field(default_factory=list)  # by round and device
+    observations: list[dict[str, Observation]] = field(default_factory=list)  # by round and device
     received: list[torch.Tensor] = field(default_factory=list)  # by round, (P,): before it
     changes: list[torch.Tensor] = field(default_factory=list)  # by round, (K, P); zero for one that sent nothing
 
@@ -59,9 +59,9 @@ class InMemory:
 
     def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
         arrived = [self.streams[n][self.states[n].arrived : self._until(n, plan.round)] for n in names]
-        states, releases, pages = contribute([self.states[n] for n in names], arrived, received, plan, self.context)
+        states, releases, seen = contribute([self.states[n] for n in names], arrived, received, plan, self.context)
         self.states |= {s.id: s for s in states}
-        self.pages.append(dict(zip(names, pages, strict=True)))
+        self.observations.append(dict(zip(names, seen, strict=True)))
         self.received.append(received)
         sent = {n: r for n, r in zip(names, releases, strict=True) if r}
         self.changes.append(torch.from_numpy(np.stack([self._row(sent.get(n), plan.round) for n in self.streams])))
@@ -72,7 +72,8 @@ class InMemory:
 
     def sent(self, index: int) -> torch.Tensor:
         """(devices that released, P): what they did in the round with this index."""
-        return self.changes[index][[self.pages[index].get(n, {}).get("upload_bytes", 0) > 0 for n in self.streams]]
+        seen = self.observations[index]
+        return self.changes[index][[bool(n in seen and seen[n].upload_bytes) for n in self.streams]]
 
     def _until(self, name: str, number: int) -> int:
         length = len(self.streams[name])

@@ -10,7 +10,8 @@ import torch
 
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.config import SamplingConfig
-from florilegium.client.phases import Observation, frozen_adapters, learn_personal
+from florilegium.client.observation import Observation
+from florilegium.client.phases import frozen_adapters, learn_personal
 from florilegium.client.round import live
 from florilegium.client.state import stage
 from florilegium.privacy.plan import RoundPlan
@@ -62,9 +63,9 @@ class Asked:
     first: Mapping[str, int]
 
 
-def noted(devices: SimulatedDevices, names: Sequence[str], round_number: int) -> dict[str, Observation]:
-    """What was noted of each device in a round."""
-    return devices.notes(names, round_number)
+def observed(devices: SimulatedDevices, names: Sequence[str], round_number: int) -> dict[str, Observation]:
+    """What was seen of each device in a round."""
+    return devices.observations(names, round_number)
 
 
 def learn_without_server(devices: SimulatedDevices, names: Sequence[str], round_number: int) -> None:

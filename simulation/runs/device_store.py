@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+from florilegium.client.observation import Observation
 from florilegium.client.state import DeviceState
-from florilegium.client.state_store import LAST, DeviceStore, Page
+from florilegium.client.state_store import LAST, DeviceStore
 from florilegium.privacy.ledger import Account, Answer, Budget, Ledger, Request
 from florilegium.privacy.seeds import derive_seed
 
@@ -75,9 +76,11 @@ class ShardedStore:
         self.shards = shards
         self.stores = [DeviceStore(folder / f"{name}.db") for folder in shards.folders]
 
-    def save(self, states: Sequence[DeviceState], stage: str, pages: Sequence[Page] | None = None) -> list[str]:
+    def save(
+        self, states: Sequence[DeviceState], stage: str, observations: Sequence[Observation] | None = None
+    ) -> list[str]:
         there: list[str] = []
-        notes = {s.id: p for s, p in zip(states, pages or [{} for _ in states], strict=True)}
+        notes = dict(zip((s.id for s in states), observations or [Observation()] * len(states), strict=True))
         for shard, some in self.shards.grouped(states, lambda s: s.id).items():
             there += self.stores[shard].save(some, stage, [notes[s.id] for s in some])
         return there
@@ -88,8 +91,8 @@ class ShardedStore:
     def stages(self, devices: Sequence[str]) -> dict[str, str]:
         return self._all(devices, lambda store, some: store.stages(some))
 
-    def pages(self, devices: Sequence[str], since: str, until: str) -> dict[str, list[Page]]:
-        return self._all(devices, lambda store, some: store.pages(some, since, until))
+    def observations(self, devices: Sequence[str], since: str, until: str) -> dict[str, list[Observation]]:
+        return self._all(devices, lambda store, some: store.observations(some, since, until))
 
     def _all(
         self, devices: Sequence[str], ask: Callable[[DeviceStore, list[str]], Mapping[str, Value]]

@@ -12,13 +12,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from hashlib import sha256
-from typing import Any
 
 import numpy as np
 import torch
 
 from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
+from florilegium.client.observation import Observation
 from florilegium.client.phases import frozen_adapters, learn_personal
 from florilegium.client.round import adopt
 from florilegium.client.state import States
@@ -138,8 +138,8 @@ class FederatedCell(SeededCell):
 
 def _told(seen: Federated) -> Result:
     """What the federation cost and how much of its releases was signal."""
-    pages = seen.cohort.pages
-    spent = [p["epsilon"] for page in pages for p in page.values() if p["epsilon"] is not None]
+    observed = [o for of_round in seen.cohort.observations for o in of_round.values()]
+    spent = [o.epsilon for o in observed if o.epsilon is not None]
     first = seen.cohort.sent(0).double()  # (devices that released, P)
     mean = first.sum(0) / max(1, len(first))
     variance = float((first - mean).square().sum() / max(1, len(first) - 1))
@@ -155,13 +155,13 @@ def _told(seen: Federated) -> Result:
         "variance": variance,
         "width": seen.context.shared_layout.width,
         "averaging_error": [f.averaging_error for f in seen.facts.values()],
-        "upload_bytes": max(p["upload_bytes"] for page in pages for p in page.values()),
-        "seconds_by_phase": _phases(pages),
+        "upload_bytes": max(o.upload_bytes or 0 for o in observed),
+        "seconds_by_phase": _phases(observed),
     }
 
 
-def _phases(pages: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
+def _phases(observed: Sequence[Observation]) -> dict[str, float]:
     seconds = Counter[str]()
-    for page in (p for of_round in pages for p in of_round.values()):
-        seconds.update(page["seconds"])
+    for one in observed:
+        seconds.update(one.seconds)
     return {name: round(spent, 3) for name, spent in seconds.items()}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from florilegium.client.context import CohortContext
-from florilegium.client.phases import Observation
+from florilegium.client.observation import Observation
 from florilegium.client.round import live
 from florilegium.client.state import States, stage
 from florilegium.client.state_store import DeviceStore
@@ -117,11 +117,11 @@ class SelectionCell:
             stream = self.users[state.id].stream
             arrived.append(stream[state.arrived : met_by(len(stream), number, rounds)])
         context, plan = self.context, RoundPlan(number, number)
-        states, pages = tried(
+        states, seen = tried(
             lambda some: live([states[k] for k in some], [arrived[k] for k in some], None, plan, context),
             [state.id for state in states],
         )
-        line = {"round": number, "spared_s": lm.cached_seconds, **_added_up(pages)}
+        line = {"round": number, "spared_s": lm.cached_seconds, **_added_up(seen)}
         if self.config.evaluation.every_round and number < rounds:
             self.listener("evaluate")
             line["nll"] = self._scored({"own": self._rows(states)})["own"]["by_user"]
@@ -171,15 +171,15 @@ class SelectionCell:
         }
 
 
-def _added_up(pages: list[Observation]) -> Result:
+def _added_up(seen: list[Observation]) -> Result:
     """What the devices of a cell did in one round, together."""
     seconds, reasons = Counter[str](), Counter[str]()
-    for page in pages:
-        seconds.update(page["seconds"])
-        reasons.update(page["synthetic_reasons"])
+    for one in seen:
+        seconds.update(one.seconds)
+        reasons.update(one.synthetic_reasons or {})
     return {
-        **{name: sum(page[name] for page in pages) for name in (*SUMMED, *LAST)},
+        **{name: sum(getattr(one, name) for one in seen) for name in (*SUMMED, *LAST)},
         "synthetic_reasons": dict(reasons),
         "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
-        "failed": [page["personal_failed"] for page in pages if "personal_failed" in page],
+        "failed": [one.personal_failed for one in seen if one.personal_failed],
     }
