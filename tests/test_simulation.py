@@ -19,8 +19,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from florilegium.simulation.runs.inputs import differing, hashes, people_sha256
-from florilegium.simulation.runs.owners import who, write_who
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
@@ -36,6 +34,8 @@ from florilegium.simulation.config import ExperimentConfig, load_config, with_ab
 from florilegium.simulation.data import population
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import Bootstrapped, DataConfig, load_population
+from florilegium.simulation.devices.inputs import differing, hashes, people_sha256
+from florilegium.simulation.devices.owners import who, write_who
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
 from florilegium.simulation.experiment import run_experiment
