@@ -22,7 +22,7 @@ from rich.console import Console
 
 import florilegium
 from florilegium.client.dialogue import Dialogue
-from florilegium.simulation.config import data_config
+from florilegium.simulation.config import ExperimentConfig, data_config
 from florilegium.simulation.data import conversations, hub
 from florilegium.simulation.data.conversations import READERS, Conversation, Turn, merge_turns, read_chitchat
 from florilegium.simulation.data.describe import describe, names, quantiles, render
@@ -680,7 +680,8 @@ def test_what_is_held_out_and_stands_in_the_stream_is_told(tmp_path: Path) -> No
     assert (told.held_out, told.held_out_met) == (5, 4)
     assert "5 pairs; 4 of them (80%) stand word for word in the same user's stream" in shown(config)
     only = load_population(config.model_copy(update={"users": 1}), seed=0)
-    assert people(UsersByDevice(only)) == {"people": 1, "held_out": 5, "held_out_met": 4}
+    told_of = people(ExperimentConfig(data=config), UsersByDevice(only))
+    assert (told_of.people, told_of.held_out, told_of.held_out_met) == (1, 5, 4)
 
 
 def test_quantiles_are_counts_that_occur() -> None:

@@ -136,7 +136,7 @@ def test_a_release_is_bounded_by_what_its_noise_allows(tmp_path: Path) -> None:
     assert (strategy.limits.largest_norm_l2, strategy.config.rule) == (strict.largest_norm_l2, "trimmed-mean")
     strategy.nodes = {f"device-{k}": k for k in range(4)}
     strategy.names, strategy.devices = sorted(strategy.nodes), {k: name for name, k in strategy.nodes.items()}
-    strategy.arrays = arrays
+    strategy._sent = arrays
     width, places = strategy.schema.width, strategy.schema.of_round(1)
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 

@@ -144,7 +144,7 @@ def test_another_page_cannot_speak_for_its_owner(page: Page, shown: tuple[Agent,
     other.get_by_text("win").click()
     other.wait_for_load_state()
     assert "error" in other.content() or "403" in other.content() or "401" in other.content()
-    assert shown[0].consents["learn"]
+    assert shown[0].device.consents["learn"]
 
 
 def test_replies_that_may_hold_what_is_erased_are_listed_and_asked_about(page: Page, shown: tuple[Agent, str]) -> None:
