@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load as load_arrays
@@ -21,7 +20,7 @@ from florilegium.client.observation import Observation
 from florilegium.client.pool import Pool
 from florilegium.client.selection.buffer import Buffer
 from florilegium.client.selection.config import SelectionConfig
-from florilegium.client.selection.entry import BufferEntry
+from florilegium.client.selection.entry import BufferEntry, Vectors
 from florilegium.client.state import DeviceState, StateError
 from florilegium.client.synthesize import Pair
 from florilegium.privacy.common.database import connected
@@ -138,7 +137,7 @@ class DeviceStore:
             raise StoreError(f"{self.path}: {error}; what was finished is kept: mend it and resume") from error
 
 
-def _facts(state: DeviceState) -> dict[str, Any]:
+def _facts(state: DeviceState) -> dict[str, object]:
     bins = [{name: getattr(kept, name) for name in OF_A_BIN} for kept in state.buffer.bins]
     return {
         "id": state.id,
@@ -156,7 +155,7 @@ def _facts(state: DeviceState) -> dict[str, Any]:
     }
 
 
-def _arrays(state: DeviceState) -> dict[str, np.ndarray]:
+def _arrays(state: DeviceState) -> dict[str, Vectors]:
     arrays = {"personal": state.personal.contiguous().numpy()}
     arrays |= {f"{MEMORY}{name}": np.asarray(value, order="C") for name, value in state.buffer.memory.items()}
     if state.sent is not None:

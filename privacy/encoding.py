@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from florilegium.privacy.release import Array, ReleaseRefusedError, Schema
 
-Encoded = Mapping[str, npt.NDArray[Any]]  # what travels, by name
+Coded = npt.NDArray[np.float32 | np.uint16 | np.int8]
+Encoded = Mapping[str, Coded]  # what travels, by name
 
 SCALE_OF = ".scale"  # ends the name of the array that holds the scale of another
 LIMIT = 2.0**126  # what is encoded is below it, and what it comes back as is below twice that
@@ -30,7 +31,7 @@ class Encoding:
     Both raise `ReleaseRefusedError` for what the other cannot have given; what is left is for the schema to refuse.
     """
 
-    encode: Callable[[Mapping[str, Array]], dict[str, npt.NDArray[Any]]]
+    encode: Callable[[Mapping[str, Array]], dict[str, Coded]]
     decode: Callable[[Encoded], dict[str, Array]]
     number_bytes: int
     array_bytes: int = 0  # beside its numbers
@@ -40,17 +41,17 @@ class Encoding:
         return self.number_bytes * schema.width + self.array_bytes * len(schema.shapes)
 
 
-def encode_fp32(arrays: Mapping[str, Array]) -> dict[str, npt.NDArray[Any]]:
+def encode_fp32(arrays: Mapping[str, Array]) -> dict[str, Coded]:
     """As it is."""
     return {name: _sendable(name, array) for name, array in arrays.items()}
 
 
 def decode_fp32(encoded: Encoded) -> dict[str, Array]:
     """As it is: what is not float32 or not finite is for the schema to refuse, which has to look anyway."""
-    return dict(encoded)
+    return dict(cast(Mapping[str, Array], encoded))
 
 
-def encode_bf16(arrays: Mapping[str, Array]) -> dict[str, npt.NDArray[Any]]:
+def encode_bf16(arrays: Mapping[str, Array]) -> dict[str, Coded]:
     """The upper 16 bits of each float32 as uint16, rounded to the nearest, of two to the even one.
 
     Off by at most 2⁻⁸ of the number, except below float32's smallest normal number, 2⁻¹²⁶.
@@ -62,12 +63,12 @@ def decode_bf16(encoded: Encoded) -> dict[str, Array]:
     return {name: _sendable(name, _from_bf16(name, array), 2 * LIMIT) for name, array in encoded.items()}
 
 
-def encode_int8(arrays: Mapping[str, Array]) -> dict[str, npt.NDArray[Any]]:
+def encode_int8(arrays: Mapping[str, Array]) -> dict[str, Coded]:
     """q = round(x / s) in −127 … 127 with s = max|x| / 127 of the array, next to it as `name.scale` (1,) float32.
 
     Off by at most s / 2, and by what float32 rounds.
     """
-    encoded: dict[str, npt.NDArray[Any]] = {}
+    encoded: dict[str, Coded] = {}
     for name, array in arrays.items():
         if name.endswith(SCALE_OF):
             raise ReleaseRefusedError(f"{name} cannot be sent as int8: {SCALE_OF} ends the names of scales")
@@ -92,7 +93,7 @@ def decode_int8(encoded: Encoded) -> dict[str, Array]:
     return decoded
 
 
-def _sendable(name: str, array: npt.NDArray[Any], below: float = LIMIT) -> Array:
+def _sendable(name: str, array: object, below: float = LIMIT) -> Array:
     """The array; raises `ReleaseRefusedError` unless it is float32 and its numbers are `below` a bound."""
     if not isinstance(array, np.ndarray) or array.dtype != np.float32:
         raise ReleaseRefusedError(f"{name} is not a float32 array")
@@ -107,7 +108,7 @@ def _to_bf16(array: Array) -> npt.NDArray[np.uint16]:
     return ((bits + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16)
 
 
-def _from_bf16(name: str, array: npt.NDArray[Any]) -> Array:
+def _from_bf16(name: str, array: object) -> Array:
     if not isinstance(array, np.ndarray) or array.dtype != np.uint16:
         raise ReleaseRefusedError(f"{name} is not bfloat16 as uint16")
     return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)

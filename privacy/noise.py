@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from florilegium.privacy.seeds import derive_key
 
@@ -27,7 +28,9 @@ class ReleaseNoise:
     bands: int = 1
     secret: int = 0
 
-    def of_mean(self, weight_squares: np.ndarray | float, over: np.ndarray | float | None = None) -> float:
+    def of_mean(
+        self, weight_squares: npt.NDArray[np.float64] | float, over: npt.NDArray[np.float64] | float | None = None
+    ) -> float:
         """That of Σ w_k x_k / over, from Σ w_k²; where numbers differ in either, (P,), the root of the mean square.
 
         Of a plain mean both are the number of releases.
@@ -36,7 +39,7 @@ class ReleaseNoise:
         variance = (weight_squares * self.on_device**2 + self.on_sum**2) / by**2
         return float(np.sqrt(np.mean(variance)))
 
-    def drawn(self, round_number: int, width: int) -> np.ndarray:
+    def drawn(self, round_number: int, width: int) -> npt.NDArray[np.float64]:
         """What is added to the sum of round 1, 2, …: (P,) float64, the same again for the same round."""
         total = np.zeros(width)
         if self.on_sum:
@@ -44,19 +47,19 @@ class ReleaseNoise:
                 total += weight * self._independent(round_number - back, width)
         return self.on_sum * total
 
-    def _independent(self, round_number: int, width: int) -> np.ndarray:
+    def _independent(self, round_number: int, width: int) -> npt.NDArray[np.float64]:
         key = derive_key(self.secret, round_number, "central-noise")
         return np.random.Generator(np.random.Philox(key=key)).standard_normal(width)
 
 
-def column(bands: int) -> np.ndarray:
+def column(bands: int) -> npt.NDArray[np.float64]:
     """The first column (bands,) of C: binom(2k, k) / 4^k, scaled to length 1."""
     weights = np.cumprod(np.concatenate([[1.0], (2 * np.arange(1, bands) - 1) / (2 * np.arange(1, bands))]))
-    scaled: np.ndarray = weights / np.linalg.norm(weights)
+    scaled: npt.NDArray[np.float64] = weights / np.linalg.norm(weights)
     return scaled
 
 
-def inverse_column(bands: int, rounds: int) -> np.ndarray:
+def inverse_column(bands: int, rounds: int) -> npt.NDArray[np.float64]:
     """The first column (rounds,) of C⁻¹: the power series 1 / C(x)."""
     c, inverse = column(bands), np.zeros(rounds)
     for n in range(rounds):

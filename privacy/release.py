@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +58,7 @@ class Schema:
             parts.append(here.reshape(-1))
         return np.concatenate(parts)
 
-    def rank_of(self, arrays: Mapping[str, Any], number: int) -> int:
+    def rank_of(self, arrays: Mapping[str, object], number: int) -> int:
         """That of a release's arrays, 0 for the full one; raises `ReleaseRefusedError` where there is none."""
         name, full = self.of_round(number).shapes[0]
         array = arrays.get(name)

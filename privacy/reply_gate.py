@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from florilegium.privacy.encoding import ENCODINGS
+from florilegium.privacy.encoding import ENCODINGS, Encoded
 from florilegium.privacy.release import PROTOCOL, ReleaseRefusedError, Schema
 
 # Why there is no release, in a word.
@@ -19,12 +18,12 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 HEAD = re.compile(r"[0-9a-f]{64}")
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> bool:
     """Whether this is a number of a round or a version."""
     return type(value) is int and 0 <= value < 2**31
 
 
-HEADERS: tuple[dict[str, Callable[[Any], bool]], ...] = (
+HEADERS: tuple[dict[str, Callable[[object], bool]], ...] = (
     {"device": lambda v: type(v) is str and bool(NAME.fullmatch(v))},
     {"error": lambda v: type(v) is str and v in CODES},
     {"adopted": is_count},
@@ -37,7 +36,7 @@ HEADERS: tuple[dict[str, Callable[[Any], bool]], ...] = (
 RELEASE = HEADERS[-1]
 
 
-def check_reply(header: Mapping[str, Any], arrays: Mapping[str, Any] | None, schema: Schema) -> None:
+def check_reply(header: Mapping[str, object], arrays: Encoded | None, schema: Schema) -> None:
     """Raises `ReleaseRefusedError` unless this is one of the four kinds of reply, and nothing else."""
     kind = next((k for k in HEADERS if set(k) == set(header)), None)
     if kind is None:

@@ -321,11 +321,11 @@ class CheckedRule:
     def change(self, noise: Numbers | float = 0.0, over: Counts | int = 0) -> Array:
         with calling(self.name, f"return float32 ({self.width},), all finite"):
             change = self.rule.change(noise, over)
-            check_array(change, np.dtype(np.float32), (self.width,))
+            check_array(change, np.float32, (self.width,))
         return change
 
 
-def check_array(found: object, dtype: np.dtype, *shapes: tuple[int, ...]) -> None:
+def check_array(found: object, dtype: type[np.float32] | type[np.float64], *shapes: tuple[int, ...]) -> None:
     """Raises `UnexpectedError` unless it is an array of this type, of one of these shapes, and all finite."""
     if not isinstance(found, np.ndarray):
         raise UnexpectedError(f"returned {type(found).__name__}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -167,7 +167,7 @@ class StepTooLargeError(UserError):
     """A step of the server leads out of what numbers can hold."""
 
 
-def _check(change: Array, *others: npt.NDArray[Any]) -> None:
+def _check(change: Array, *others: npt.NDArray[np.float32 | np.float64]) -> None:
     if any(other.shape != change.shape for other in others):
         raise ValueError(f"a change of shape {change.shape} meets arrays of {[other.shape for other in others]}")
     if not np.isfinite(change).all():
@@ -218,7 +218,7 @@ class CheckedOptimizer:
         width = len(shared)
         with calling(self.name, f"return float32 ({width},) and Moments, each float64 ({width},) or (0,), all finite"):
             after, moments = self.optimizer.step(shared, change, state)
-            check_array(after, np.dtype(np.float32), (width,))
+            check_array(after, np.float32, (width,))
             _check_moments(moments, width)
         return after, moments
 
@@ -227,4 +227,4 @@ def _check_moments(state: object, width: int) -> None:
     if not isinstance(state, Moments):
         raise UnexpectedError(f"returned {type(state).__name__}")
     for moment in (state.first, state.second):
-        check_array(moment, np.dtype(np.float64), (width,), (0,))
+        check_array(moment, np.float64, (width,), (0,))

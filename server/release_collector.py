@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
 
-from florilegium.privacy.encoding import ENCODINGS
+from florilegium.privacy.encoding import ENCODINGS, Encoded
 from florilegium.privacy.release import PROTOCOL, Schema
 from florilegium.privacy.release import Array as Numbers
 from florilegium.privacy.reply_gate import CODES, FAILED, RELEASE
@@ -135,7 +134,7 @@ class ReleaseCollector:
         self.ledger_heads[device] = str(head)
         return ""
 
-    def _row(self, sent: dict[str, Any]) -> tuple[Numbers, Places | None]:
+    def _row(self, sent: Encoded) -> tuple[Numbers, Places | None]:
         """A release as a row (P,), and which of its numbers were sent, if not all."""
         arrays = ENCODINGS[self.schema.encoding].decode(sent)
         rank = self.schema.rank_of(arrays, self.number)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -63,7 +62,6 @@ class Aggregate(ServerState):
 NO_LIMITS = Limits()
 TOO_FEW = "too-few"  # releases for the rule, or for the terms
 Commit = Callable[[Aggregate], None]
-Plan = dict[str, Any]
 
 
 class ReleaseStrategy(Strategy):
@@ -160,8 +158,8 @@ class ReleaseStrategy(Strategy):
         self, names: Iterable[str], number: int, version: int, arrays: ArrayRecord, kind: str
     ) -> list[Message]:
         """One for each device: the plan of round `number` on a version of the shared adapter."""
-        told: Plan = {"round": number, "version": version, "head": ""}
-        same = RecordDict({"arrays": arrays, "plan": ConfigRecord(told)})  # for all whose head is not known
+        plan = ConfigRecord({"round": number, "version": version, "head": ""})
+        same = RecordDict({"arrays": arrays, "plan": plan})  # for all whose head is not known
         heads = self.ledger_heads if kind == MessageType.TRAIN else {}
         return [
             _message(_with_head(same, heads[name]) if name in heads else same, self.nodes[name], kind) for name in names

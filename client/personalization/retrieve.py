@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import bm25s
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from florilegium.client.lm.model import LanguageModel
@@ -89,6 +90,6 @@ def _by_chance(seed: int) -> Ranking:
     return ranking
 
 
-def best_first(scores: np.ndarray) -> list[int]:
+def best_first(scores: npt.NDArray[np.float32 | np.float64]) -> list[int]:
     """Places by falling score (n,), rounded so that rounding does not decide; of equal ones the later first."""
     return sorted(range(len(scores)), key=lambda i: (-round(float(scores[i]), 4), -i))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+Vectors = npt.NDArray[np.float16 | np.float32 | np.float64]  # rows of numbers, or one
 QUANTUM = 4  # decimals of a score: rounding in a batch must not decide what is kept
 
 
@@ -16,7 +18,7 @@ class BufferEntry:
     id: str
     prompt: str
     domain: str
-    embedding: np.ndarray  # (D,) float16: what the policy compares texts by
+    embedding: Vectors  # (D,) float16: what the policy compares texts by
     eoe: float = 0.0
     dss: float = 0.0
     idd: float = 1.0

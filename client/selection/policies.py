@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from florilegium.client.selection import stream_memory
+from florilegium.client.selection.entry import Vectors
 from florilegium.client.selection.scores import unit
 from florilegium.client.selection.stream_memory import StreamMemory, Update, nearest, nothing_to_remember, whitening
 
@@ -251,16 +252,16 @@ def _not_the_newcomer(leaves: int, bins: Sequence[BufferEntry]) -> int | None:
     return leaves if leaves < len(bins) else None
 
 
-def _vectors(bins: Sequence[BufferEntry], *more: BufferEntry) -> np.ndarray:
+def _vectors(bins: Sequence[BufferEntry], *more: BufferEntry) -> Vectors:
     import torch  # with the settings it would be loaded to refuse them
 
     kept = (*bins, *more)
     halves = torch.from_numpy(np.concatenate([k.embedding for k in kept]))
-    vectors: np.ndarray = halves.float().numpy()  # numpy's own conversion from float16 takes ten times as long
+    vectors: Vectors = halves.float().numpy()  # numpy's own conversion from float16 takes ten times as long
     return vectors.reshape(len(kept), -1)
 
 
-def _lowest(values: Sequence[float] | np.ndarray) -> int:
+def _lowest(values: Sequence[float] | Vectors) -> int:
     """The last of the lowest, to four digits: the order of sums in a batch must not decide."""
     exact = np.asarray(values, dtype=np.float64)
     digit = 10.0 ** (np.floor(np.log10(np.maximum(np.abs(exact), 1e-300))) - 3)
@@ -272,7 +273,7 @@ def _last_of_lowest(values: Sequence[float]) -> int:
     return max(i for i, v in enumerate(values) if v == lowest)
 
 
-def _most_crowded(distance: np.ndarray) -> int:
+def _most_crowded(distance: Vectors) -> int:
     """The later one of the two points that are nearest to each other, of distances (N, N)."""
     np.fill_diagonal(distance, np.inf)
     return _lowest(distance.min(axis=1))

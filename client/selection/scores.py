@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from florilegium.client.selection.entry import Vectors
 from florilegium.client.selection.lexicons import Lexicons, hits, runs, words
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def dominant_domain(text: str, lexicons: Lexicons) -> str:
     return best if best and found[best] else ""
 
 
-def in_domain_dissimilarity(embedding: np.ndarray, neighbours: np.ndarray) -> float:
+def in_domain_dissimilarity(embedding: Vectors, neighbours: Vectors) -> float:
     """IDD = (1/R) Σ (1 − cos(E, E_i)) of E (H,) to the R buffered sets (R, H) of the same domain.
 
     1 where there is none, which the paper leaves open.
@@ -57,11 +58,11 @@ def in_domain_dissimilarity(embedding: np.ndarray, neighbours: np.ndarray) -> fl
     return float(1 - (unit(neighbours) @ unit(embedding)).mean())
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: Vectors) -> Vectors:
     """Vectors (…, H) at length 1 in float32; zeros stay zeros."""
     vectors = vectors.astype(np.float32, copy=False)
-    length: np.ndarray = np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-    scaled: np.ndarray = vectors / length
+    length: Vectors = np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    scaled: Vectors = vectors / length
     return scaled
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from florilegium.client.selection.entry import Vectors
 from florilegium.client.selection.scores import unit
 
 if TYPE_CHECKING:
@@ -94,13 +95,13 @@ def standing(newcomer: BufferEntry, memory: StreamMemory) -> tuple[BufferEntry, 
     return replace(newcomer, value=rounded(1 / (1 + math.exp(-max(-6.0, min(6.0, z)))))), after
 
 
-def whitening(memory: StreamMemory) -> np.ndarray:
+def whitening(memory: StreamMemory) -> Vectors:
     """L^(−T) (D, D) of the covariance L Lᵀ, which is shrunk towards a multiple of the identity while few have come."""
     d, seen = len(memory["mean"]), int(memory["seen"])
     covariance = memory["squares"] / max(1, seen - 1)
     trust = seen / (seen + d)
     shrunk = trust * covariance + ((1 - trust) * np.trace(covariance) / d + 1e-9) * np.eye(d)
-    inverse: np.ndarray = np.linalg.inv(np.linalg.cholesky(shrunk))
+    inverse: Vectors = np.linalg.inv(np.linalg.cholesky(shrunk))
     return inverse.T
 
 
@@ -109,26 +110,26 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+def nearest(points: Vectors, centres: Vectors) -> Vectors:
     """The index (N,) of the centre (k, H) with the largest cosine to each point (N, H)."""
-    nearest: np.ndarray = np.round(points @ unit(centres).T, 4).argmax(axis=1)
+    nearest: Vectors = np.round(points @ unit(centres).T, 4).argmax(axis=1)
     return nearest
 
 
-def _running_mean(value: np.ndarray | np.float64, memory: StreamMemory) -> dict[str, Any]:
+def _running_mean(value: Vectors | np.float64, memory: StreamMemory) -> dict[str, Any]:
     seen = memory.get("seen", np.int64(0)) + np.int64(1)
     mean = memory.get("mean", np.zeros_like(value))
     return {"seen": seen, "mean": mean + (value - mean) / seen}
 
 
-def _projected(vector: np.ndarray) -> np.ndarray:
+def _projected(vector: Vectors) -> Vectors:
     """(H,) → (min(H, 32),) by a fixed random projection of the vector at length 1."""
     point = unit(vector)
     return point if len(point) <= WHITENED else point @ _basis(len(point))
 
 
 @lru_cache(maxsize=4)
-def _basis(width: int) -> np.ndarray:
+def _basis(width: int) -> Vectors:
     """(H, 32), the same on every device and after every restart."""
     basis = np.random.Generator(np.random.Philox(key=width)).standard_normal((width, WHITENED))
     return (basis / math.sqrt(WHITENED)).astype(np.float32)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
@@ -53,7 +53,7 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known_keys_over_defaults(cls, values: Any) -> Any:
+    def _known_keys_over_defaults(cls, values: object) -> object:
         if isinstance(values, cls):
             return values
         if not isinstance(values, dict):
@@ -80,7 +80,7 @@ class Config(BaseModel):
         return hint if near or deeper else f"known keys: {', '.join(cls.model_fields)}"
 
 
-def over(given: Any, default: Any) -> Any:
+def over(given: object, default: object) -> object:
     """`given` where it says something, `default` elsewhere, section by section."""
     if not isinstance(given, dict) or not isinstance(default, dict):
         return given
@@ -96,7 +96,7 @@ def _places(kind: type[Config], at: str = "") -> Iterator[str]:
             yield f"{at}{key}"
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     """A bare text as the list that it stands for: names with commas between them."""
     return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
