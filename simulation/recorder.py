@@ -256,8 +256,8 @@ def describe(config: ExperimentConfig, devices: SimulatedDevices) -> RunStart:
         devices=config.data.users,
         model=ModelFacts(
             name=lm.name,
-            parameters=sum(p.numel() for p in lm.engine.model.parameters()),
-            architecture=type(lm.engine.model).__name__,
+            parameters=lm.parameters,
+            architecture=lm.architecture,
             dtype=str(lm.engine.dtype).removeprefix("torch."),
         ),
         data=people(config, devices.users),

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from florilegium.client.lm import attention, layers
@@ -125,6 +127,32 @@ class Engine:
         lengths = [e.length for e in examples]
         for group, found in self.token_budget.each(by_device(examples, slots), by_tokens(lengths), read):
             yield from zip(group, found, strict=True)
+
+    def mean_inputs(
+        self, names: Sequence[str], examples: Sequence[Example], adapters: Sequence[Adapters] = ()
+    ) -> dict[str, torch.Tensor]:
+        """What each of these adapted layers is given, (in,), on the mean over the tokens of all examples.
+
+        `adapters` of one row each are on for all of them.
+        """
+        sums = {name: torch.zeros(self.modules[name].base.in_features) for name in names}
+        length = 0  # of the example that is being read; what follows in a pass fills it up
+
+        def watched(name: str) -> RemovableHandle:
+            def hook(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+                sums[name] += given[0].flatten(0, -2)[:length].float().sum(0).cpu()
+
+            return self.modules[name].register_forward_pre_hook(hook)
+
+        handles = [watched(name) for name in names]
+        try:
+            for example in examples:
+                length = example.length
+                list(self.hidden([example], adapters))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: total / max(1, sum(e.length for e in examples)) for name, total in sums.items()}
 
     @torch.inference_mode()
     def score(self, examples: Sequence[Example], slots: Sequence[int], adapters: Sequence[Adapters]) -> list[float]:

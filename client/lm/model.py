@@ -90,6 +90,26 @@ class LanguageModel:
     def name(self) -> str:
         return self.config.name
 
+    @property
+    def architecture(self) -> str:
+        """The model's class in transformers."""
+        return type(self.engine.model).__name__
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the frozen base has."""
+        return sum(p.numel() for p in self.engine.model.parameters())
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the frozen base in memory."""
+        return sum(p.numel() * p.element_size() for p in self.engine.model.parameters())
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of the hidden states."""
+        return int(self.engine.model.config.get_text_config().hidden_size)
+
     def layout(self, config: AdapterConfig) -> Layout:
         """The layout of adapters of this model, of any kind."""
         if config.kind == "ia3":

@@ -131,22 +131,5 @@ def mean_inputs(context: MethodContext, small: AdapterLayout, examples: Sequence
 
     As for the sharers' gates, what is beneath is on.
     """
-    encoded, engine = context.lm.format.dialogues(examples), context.lm.engine
-    sums = {layer.name: torch.zeros(layer.in_features) for layer in small.layers}
-    length = 0  # of the example that is being read; what follows in a pass fills it up
-
-    def watched(name: str) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-            sums[name] += given[0].flatten(0, -2)[:length].float().sum(0).cpu()
-
-        return engine.modules[name].register_forward_pre_hook(hook)
-
-    handles = [watched(name) for name in sums]
-    try:
-        for example in encoded:
-            length = example.length
-            list(engine.hidden([example], context.beneath))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total / max(1, sum(e.length for e in encoded)) for name, total in sums.items()}
+    encoded = context.lm.format.dialogues(examples)
+    return context.lm.engine.mean_inputs([layer.name for layer in small.layers], encoded, context.beneath)

@@ -51,7 +51,7 @@ class Prompting(Method):
         said = sum(len(text.encode()) for text in self.profiles) / max(1, len(self.profiles))
         items = sum(len(p.history) for p in self.people) / max(1, len(self.people))
         dense = self.context.config.retrieve and self.context.config.retriever == "dense"
-        return said + (4 * items * self.context.lm.engine.model.config.hidden_size if dense else 0)
+        return said + (4 * items * self.context.lm.hidden_size if dense else 0)
 
     def _summaries(self, histories: Sequence[History], names: Sequence[str]) -> list[str]:
         """What the model says of each person, having read some items spread over the history; greedy."""

@@ -43,8 +43,8 @@ def open_clock(devices: SimulatedDevices, names: Sequence[str]) -> Clock | None:
         tokens = devices.planned(name)
         return Work(tokens.before, tokens.after, down_bytes, context.upload_bytes(name, RoundPlan(1, 0)))
 
-    parameters = sum(p.numel() * p.element_size() for p in context.lm.engine.model.parameters())
-    needed_bytes = parameters + 4 * 4 * context.personal_layout.width  # and of the adapter its gradient and two moments
+    adapter_bytes = 4 * 4 * context.personal_layout.width  # with its gradient and two moments
+    needed_bytes = context.lm.parameter_bytes + adapter_bytes
     if config.server.buffer:
         server = config.server
         return BufferedClock(world, work, server.buffer, needed_bytes, devices=names, concurrency=server.concurrency)
