@@ -25,6 +25,7 @@ from florilegium.client.state import DeviceState, StateError
 from florilegium.client.synthesize import Pair
 from florilegium.privacy.common.database import connected
 from florilegium.privacy.common.errors import DeviceFaultError
+from florilegium.privacy.common.registry import looking
 
 MEMORY = "memory."  # begins the names of the arrays that a policy remembers
 
@@ -198,7 +199,8 @@ def _written(config: SelectionConfig) -> str:
 
 @lru_cache(maxsize=64)
 def _read(config: str) -> SelectionConfig:
-    return SelectionConfig.model_validate_json(config)
+    with looking():  # its policy is imported where it is used
+        return SelectionConfig.model_validate_json(config)
 
 
 def _pairs(stored: dict[str, list[Pair]]) -> dict[str, tuple[Pair, ...]]:

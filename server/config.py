@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from florilegium.privacy.common.base_config import Config
-from florilegium.privacy.common.registry import HOW, ExtensionError, check
+from florilegium.privacy.common.registry import HOW, ExtensionError, check, looked_at
 from florilegium.server.aggregation import RULES, new_rule
 from florilegium.server.optimizers import OPTIMIZERS, new_optimizer
 
@@ -56,12 +56,12 @@ class ServerConfig(Config):
     @property
     def sums(self) -> bool:
         """Whether a round's releases become a sum by a number: then noise on the sum protects them."""
-        return not self.absent and new_rule(self.rule, 1, self).is_sum
+        return not self.absent and (looked_at(self.rule) or new_rule(self.rule, 1, self).is_sum)
 
     @property
     def least_releases(self) -> int:
         """Below which a round's rule is not what it is called: krum may keep a false release, nothing is trimmed."""
-        return new_rule(self.rule, 1, self).least_releases
+        return 1 if looked_at(self.rule) else new_rule(self.rule, 1, self).least_releases
 
     def wanted(self, devices: int) -> int:
         """How many releases a round is to have, of so many devices."""
@@ -81,8 +81,10 @@ class ServerConfig(Config):
     def _are_made(self) -> Self:
         """An extension that gives something else is told of now."""
         try:
-            new_rule(self.rule, 1, self)
-            new_optimizer(self.optimizer, self)
+            if not looked_at(self.rule):
+                new_rule(self.rule, 1, self)
+            if not looked_at(self.optimizer):
+                new_optimizer(self.optimizer, self)
         except ExtensionError as error:
             raise ValueError(str(error)) from None
         return self

@@ -133,9 +133,8 @@ class ExperimentConfig(DeviceConfig):
         "num_clients": "it is called data.users here",
         "dataset": "it is called data.name here",
         "lora": "its settings are shared.adapter and personal.adapter",
+        "rival": "it is called baseline here",
     }
-
-    extensible: ClassVar = ("callbacks",)
 
     name: str = "experiment"
     seed: int = Field(0, ge=0)
@@ -159,6 +158,7 @@ class ExperimentConfig(DeviceConfig):
     def _defaults_of_a_baseline(cls, values: Any) -> Any:
         """A baseline trains on what [selection] keeps and protects whole devices, where nothing else is said."""
         given = values.get("baseline") if isinstance(values, dict) else None
+        given = given.model_dump() if isinstance(given, Config) else given
         if not isinstance(given, dict) or not given.get("name"):
             return values
         alone = given["name"] == "local"
@@ -282,6 +282,8 @@ def refuse_unfit(config: ExperimentConfig, name: str) -> None:
         raise ValueError(f"{what} trains on what [selection] keeps; leave shared.source out")
     if server.products != "average" or server.buffer or server.noise_bands > 1 or config.world.classes:
         raise ValueError(f"{what} has no server.products, server.buffer, server.noise_bands and no [world]")
+    if config.shared.synthetic or config.personal.adapter.kind != "lora":
+        raise ValueError(f"{what} trains on replies alone, and adapters of [shared]; leave shared.synthetic, kind out")
     if config.evaluation.newcomers or config.evaluation.pooled_epochs:
         raise ValueError(f"{what} has no newcomers and no pooled arm; leave evaluation.newcomers and pooled_epochs out")
 

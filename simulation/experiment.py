@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from florilegium.client.state_store import StoreError
+from florilegium.privacy.common.dumps import forbid_dumps
 from florilegium.privacy.common.environment import lend_imports, make_absolute, prepare_process
 from florilegium.privacy.common.errors import BrokenDeviceError
 from florilegium.privacy.common.registry import ExtensionError, calling, import_folders, resolve
@@ -54,6 +55,7 @@ class Experiment:
         finished is kept in the folder, whatever ends the run.
         """
         prepare_process()
+        forbid_dumps()  # what people said is in memory
         folder = Path(self.folder)
         people = ready(self.config, folder, resuming=resume, overwrite=overwrite)
         with progress_line(self.config, Console(quiet=quiet)) as progress:

@@ -93,4 +93,4 @@ def main(grid: Grid, context: Context) -> None:
     devices = load_run_devices(run)
     federate_run(run, WatchedGrid(grid), Scheduler(LocalWorkers(devices), devices))
     write_summary(run)
-    log.warning("for the report: florilegium report %s", path)  # its template is not part of a Flower bundle
+    log.warning("for the report: florilegium report %s", path)

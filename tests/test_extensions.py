@@ -31,15 +31,16 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.server.aggregation import Mean, new_rule
 from florilegium.server.config import ServerConfig
 from florilegium.server.optimizers import FedAvg, new_optimizer
+from florilegium.simulation.baselines.devices import run_devices_of_worker
 from florilegium.simulation.baselines.registry import BASELINES, baseline
 from florilegium.simulation.config import BaselineConfig, ExperimentConfig
 from florilegium.simulation.data.describe import describe
 from florilegium.simulation.data.population import DataConfig, load_population
-from florilegium.simulation.devices.simulated import devices_of_worker
+from florilegium.simulation.runs import provenance
 from florilegium.simulation.runs.errors import RunError
-from florilegium.simulation.runs.folder import RunFolder, create
+from florilegium.simulation.runs.folder import RunFolder, check_resumable, create
 from florilegium.simulation.runs.provenance import check_sources, sources_sha256
-from florilegium.simulation.settings import ConfigError
+from florilegium.simulation.settings import ConfigError, dump_config
 from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import load_study
 from florilegium.simulation.studies.preflight import ready
@@ -512,8 +513,45 @@ def test_a_module_that_a_process_lacks_is_told(folder: Path, tmp_path: Path, mon
     run = create(tmp_path / "run", load_config("quickstart", ["selection.policy=here_lab:MINE"]))
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(folder)])
     monkeypatch.delitem(sys.modules, "here_lab")
-    with pytest.raises(ConfigError, match=r"config\.toml: selection\.policy = 'here_lab:MINE': .*no module 'here_lab'"):
-        devices_of_worker(run.path)
+    provenance._sources_sha256.cache_clear()  # another process has none
+    with pytest.raises(ExtensionError, match=r"here_lab:MINE: there is no module 'here_lab'"):
+        run_devices_of_worker(run.path)
+
+
+def test_a_worker_has_the_sources_of_what_the_run_names(folder: Path, tmp_path: Path) -> None:
+    (folder / "there_lab.py").write_text("from florilegium.client.selection import POLICIES\nMINE = POLICIES['fifo']\n")
+    small = ["data.users=2", "rounds=1", "evaluation.users=2"]
+    run = create(tmp_path / "run", load_config("quickstart", [*small, "selection.policy=there_lab:MINE"]))
+    assert len(run_devices_of_worker(run.path).users) == 2
+
+
+def test_a_run_that_is_looked_at_imports_nothing(folder: Path, tmp_path: Path) -> None:
+    """It may be somebody else's, and what it names lie beside it."""
+    (folder / "payload.py").write_text("from florilegium.server import RULES\nMINE = RULES['mean']\n")
+    names = ["selection.policy=payload:MINE", "server.rule=payload:MINE", "server.optimizer=payload:MINE"]
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(load_config("quickstart", ["callbacks=[]"])))
+    found = path.read_text()
+    for name in names:
+        key, value = name.split("=")
+        found = found.replace(f'{key.split(".")[1]} = "', f'{key.split(".")[1]} = "{value}" # ', 1)
+    path.write_text(found)
+    sys.modules.pop("payload", None)
+    config = RunFolder(tmp_path).config
+    assert (config.selection.policy, config.server.rule) == ("payload:MINE", "payload:MINE")
+    assert "payload" not in sys.modules
+    with pytest.raises(ConfigError, match="payload:MINE is a function; it must be a Policy"):
+        load_config(path)  # whoever runs it has it checked
+    assert "payload" in sys.modules
+
+
+def test_a_run_may_lose_a_callback_that_is_there_no_more(folder: Path, tmp_path: Path) -> None:
+    run = create(tmp_path / "run", load_config("quickstart"))
+    text = (run.path / "config.toml").read_text()
+    assert "callbacks = []" in text
+    (run.path / "config.toml").write_text(text.replace("callbacks = []", 'callbacks = ["gone_lab:WATCH"]'))
+    check_resumable(run.path, load_config("quickstart"))
+    assert "callbacks" not in load_config("quickstart").extensible
 
 
 def test_cells_of_a_study_may_differ_in_extensions(folder: Path, tmp_path: Path) -> None:

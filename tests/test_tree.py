@@ -45,7 +45,6 @@ FLOORS = (  # of simulation/, from the ground up: a module imports from its own 
     {"results"},
     {"experiment"},
     {"cli"},
-    {"__main__"},
 )
 WITH_FLOWER = {
     "simulation/benchmarks/engine_flower.py",

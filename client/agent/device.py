@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from florilegium.client.agent.acceptance import unprotected
 from florilegium.client.agent.config import CONSENTS, AgentConfig, Consent, When
@@ -92,7 +93,13 @@ class Device:
     def membership(self) -> Membership | None:
         """The federation that the device is in."""
         told: dict[str, object] | None = self.vault.fact("federation", None)
-        return Membership.model_validate(told) if told else None
+        try:
+            return Membership.model_validate(told) if told else None
+        except ValidationError as error:
+            raise AgentError(
+                f"the federation that this device is in has settings that are not known here "
+                f"({error.error_count()} of them): florilegium device leave"
+            ) from None
 
     @property
     def federating(self) -> bool:

@@ -20,6 +20,7 @@ from florilegium.client.phases import observe
 from florilegium.client.round import live
 from florilegium.client.state import DeviceState, States
 from florilegium.client.state_store import StoreError
+from florilegium.privacy.common.registry import ExtensionError
 from florilegium.privacy.plan import RoundPlan
 
 log = logging.getLogger(__name__)
@@ -78,8 +79,9 @@ def finish(device: Device) -> None:
         try:
             with device.busy:
                 _erased(device)
-        except (DeviceError, StoreError, OSError) as error:
-            log.error("an erasure could not be ended, and is tried again at the next start: %s", error)
+        except (DeviceError, ExtensionError, StoreError, OSError) as error:
+            told = type(error).__name__ if isinstance(error, ExtensionError) else error  # whose text may quote
+            log.error("an erasure could not be ended, and is tried again at the next start: %s", told)
 
 
 def _erased(device: Device) -> MadeAnew:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
+from sysconfig import get_paths
 
 VARIABLES = (
     "FLORILEGIUM_DATA",
@@ -48,6 +48,8 @@ def make_absolute() -> None:
 def lend_imports(folders: Iterable[str]) -> None:
     """Processes that this one starts import from these folders too: where a user's modules were found."""
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    more = [f for f in folders if f not in known and not f.startswith((sys.prefix, sys.base_prefix))]
+    installed = [get_paths()[kind] for kind in ("stdlib", "purelib", "platlib")]
+    own = [f for f in folders if not any(Path(f).is_relative_to(place) for place in installed)]
+    more = [f for f in own if f not in known]
     if more:
         os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, known), *more])

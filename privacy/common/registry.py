@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
 from typing import TypeVar, cast, get_args, get_origin
@@ -27,6 +28,7 @@ Found = TypeVar("Found")
 _NAME = r"[^\W\d]\w*"
 _EXTENSION = re.compile(rf"{_NAME}(\.{_NAME})*:{_NAME}")
 HOW = "or package.module:NAME of a module of your own"
+_LOOKING: ContextVar[bool] = ContextVar("looking", default=False)
 
 
 class ExtensionError(UserError):
@@ -40,6 +42,21 @@ class UnexpectedError(ValueError):
 def is_extension(name: str) -> bool:
     """Whether a name has the form `package.module:NAME`."""
     return _EXTENSION.fullmatch(name) is not None
+
+
+@contextmanager
+def looking() -> Iterator[None]:
+    """Settings that are read in here are looked at, those of somebody else's run say: no extension is imported."""
+    token = _LOOKING.set(True)
+    try:
+        yield
+    finally:
+        _LOOKING.reset(token)
+
+
+def looked_at(name: str) -> bool:
+    """Whether this is the name of an extension in settings that are only looked at."""
+    return _LOOKING.get() and is_extension(name)
 
 
 def resolve(name: str, table: Mapping[str, Found], kind: object) -> Found:
@@ -62,7 +79,7 @@ def resolve(name: str, table: Mapping[str, Found], kind: object) -> Found:
 def check(name: str, names: Collection[str], kind: object = object) -> str:
     """The name, for a field's validator: one of these, or an extension of a kind. Raises `ValueError`."""
     try:
-        if name not in names:
+        if name not in names and not looked_at(name):
             resolve(name, dict.fromkeys(names), kind)
     except ExtensionError as error:
         raise ValueError(str(error)) from None
@@ -87,7 +104,7 @@ def _imported(name: str) -> object:
         raise ExtensionError(
             f"{name}: there is no module {error.name!r}; install it, or put the folder that holds it on PYTHONPATH"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ExtensionError(f"{name}: {place} cannot be imported: {_said(error)}") from error
     try:
         return getattr(module, attribute)
@@ -131,7 +148,7 @@ def calling(name: str, expected: str, of: str = "") -> Iterator[None]:
         yield
     except (FlorilegiumError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not is_extension(name):
             raise
         said = str(error) if isinstance(error, UnexpectedError) else f"raised {_said(error)}"
@@ -147,7 +164,7 @@ def naming(device: str) -> Iterator[None]:
         raise ExtensionError(f"{device}: {error}") from error.__cause__
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """Its kind, its first line, and the file and line that raised it."""
     lines = str(error).splitlines() or [""]
     frames = traceback.extract_tb(error.__traceback__)

@@ -130,7 +130,7 @@ def load_run_devices(
 def run_devices_of_worker(folder: Path) -> SimulatedDevices:
     """As `load_run_devices`, in a worker process, once; refuses to run other code than the driver's."""
     run = RunFolder(folder)
-    check_sources(run.path)
+    check_sources(run.path, run.config.extensions())
     return load_run_devices(run)
 
 

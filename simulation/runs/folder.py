@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from florilegium.privacy.common.registry import looking
 from florilegium.privacy.release import Array
 from florilegium.privacy.seeds import fresh_secret
 from florilegium.simulation.config import ExperimentConfig, load_config
@@ -51,7 +52,8 @@ class RunFolder:
     def config(self) -> ExperimentConfig:
         """The config that the run was started with."""
         text = (self.path / "config.toml").read_text(encoding="utf-8")
-        return validate(ExperimentConfig, tomllib.loads(text), str(self.path / "config.toml"))
+        with looking():  # it may be somebody else's: what is named in it is imported where it is used
+            return validate(ExperimentConfig, tomllib.loads(text), str(self.path / "config.toml"))
 
     def record(self, event: Event) -> None:
         """Appends one event to the log."""
@@ -128,6 +130,8 @@ class RunFolder:
 
         Raises `RunError` for a log with a line that is no event, and leaves it as it is.
         """
+        if not self.metrics.exists():
+            raise RunError(f"{self.metrics} is missing; begin anew with --overwrite")
         more = False
 
         def changed(event: Event, facts: Facts) -> Facts | None:
@@ -157,7 +161,9 @@ def _is_of_a_curve(event: Event) -> bool:
 
 def _brought_up_to_date(facts: Facts, config: ExperimentConfig, round_number: int) -> Facts:
     """The event that a run began with, for one that goes on with these settings."""
-    found = changes(ExperimentConfig.model_validate(facts["config"]), config)
+    with looking():
+        before = validate(ExperimentConfig, dict(facts["config"]), "the settings in metrics.jsonl")
+    found = changes(before, config)
     slow = {key: values for key, values in found.items() if not key.startswith(SPEED)}
     code = {"sources": sources_sha256(config.extensions())}
     now = facts | {"rounds": config.rounds, "config": config.model_dump(mode="json"), **code}
