@@ -216,7 +216,7 @@ def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: Language
         new_device(home, lm, **({"epsilon": 1.0, "releases": 1} if home is homes[1] else {})) for home in homes
     )
     told("device", "join", folder / "terms.toml", "--server", f"127.0.0.1:{port}", "--certificates", folder / CA,
-         "--yes", "--home", homes[0].folder)  # fmt: skip
+         "--yes", "--home", homes[0].path)  # fmt: skip
     for agent in (spent, silent):
         prepare(agent.device.folder.supernode, folder / CA)
         agent.join(read_terms(folder / "terms.toml"), f"127.0.0.1:{port}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from florilegium.client.lm.places import check_model
 from florilegium.privacy.common.errors import UserError
 
 KINDS = ("training", "embedding", "generation", "dp_training")  # of work, in `bench engine`
@@ -15,6 +14,8 @@ KINDS = ("training", "embedding", "generation", "dp_training")  # of work, in `b
 
 def model(name: str) -> str:
     """The name of a model that there is; raises `ModelError`."""
+    from florilegium.client.lm.places import check_model  # and with it the hub's client: `--help` needs none
+
     check_model(name)
     return name
 
