@@ -102,7 +102,7 @@ class Serving:
         command = [
             sys.executable,
             "-m",
-            "simulation",
+            "florilegium",
             "device",
             "serve",
             "--home",
