@@ -44,6 +44,7 @@ from florilegium.privacy.release import Array
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits, to_numpy
 from florilegium.server.strategy import NoReleaseError, ReleaseStrategy
+from florilegium.simulation.baselines.devices import run_devices_of_worker
 from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
@@ -533,7 +534,7 @@ def test_a_run_that_is_killed_again_and_again_remembers(kind: str, tmp_path: Pat
 def _federate(run: RunFolder, disturb: Callable[[Workers, Iterator[Any]], Iterator[Any]]) -> None:
     """A run on the actors of its config; `disturb` passes the results of each job on, and does what it wants."""
     devices = load_devices(run)
-    with open_workers(run, devices) as fleet:
+    with open_workers(run, devices, run_devices_of_worker) as fleet:
         scheduler = Scheduler(fleet, devices)
         grid = CohortGrid(lambda *job: disturb(fleet, scheduler.map(*job)), devices.schema, NAMES)
         federate_run(run, grid, scheduler)
@@ -575,7 +576,7 @@ def test_a_device_that_kills_its_processes_is_named_and_nothing_is_lost(undistur
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find tests
     run = create(tmp_path / "run", quick("ray.actors=2", "cohort_size=1"))
     devices = load_devices(run)
-    with open_workers(run, devices) as fleet:
+    with open_workers(run, devices, run_devices_of_worker) as fleet:
         scheduler = Scheduler(fleet, devices)
         grid = CohortGrid(lambda _, *rest: scheduler.map(_deadly, *rest), devices.schema, NAMES)
         with pytest.raises(RunError, match=f"4 processes were lost over the devices {NAMES[3]} … {NAMES[3]}"):
@@ -631,7 +632,7 @@ def test_results_that_are_lost_with_their_node_are_made_again(tmp_path: Path) ->
     cohorts = [Cohort((f"c{k}",), k % 2) for k in range(6)]
     try:
         run = create(tmp_path / "run", quick("ray.actors=2", f"ray.address={cluster.address}"))
-        with open_workers(run, load_devices(run)) as fleet:
+        with open_workers(run, load_devices(run), run_devices_of_worker) as fleet:
             with pytest.raises(ValueError, match="own error"):
                 list(fleet.map(_named, [Cohort(("broken",)), *cohorts], 10))
             results = fleet.map(_named, cohorts, 2_000_000)

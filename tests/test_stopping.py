@@ -22,6 +22,7 @@ import psutil
 import pytest
 from conftest import SMALL
 
+from florilegium.simulation.baselines.devices import run_devices_of_worker
 from florilegium.simulation.benchmarks.engine_worker import AbsentError, Worker
 from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data.errors import DataError
@@ -318,7 +319,10 @@ def test_an_actor_that_raises_ends_the_run_with_what_it_raised(
     with pytest.raises(ZeroDivisionError, match="a bug of the start") as bug, open_workers(run, devices, _bug):
         pass
     assert "in _bug\n" in bug.value.__notes__[0]
-    with open_workers(run, devices) as workers, pytest.raises(ZeroDivisionError, match="a bug of the job") as bug:
+    with (
+        open_workers(run, devices, run_devices_of_worker) as workers,
+        pytest.raises(ZeroDivisionError, match="a bug of the job") as bug,
+    ):
         list(workers.map(_job, [Cohort(("one",))]))
     assert "in _job\n" in bug.value.__notes__[0]
     assert "was lost" not in caplog.text

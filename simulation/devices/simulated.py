@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial, reduce
-from pathlib import Path
+from functools import partial, reduce
 from typing import Literal
 
 import torch
@@ -27,7 +26,6 @@ from florilegium.simulation.devices.workload import TokenWorkload, planned_token
 from florilegium.simulation.heterogeneity.classes import DevicePopulation, class_of
 from florilegium.simulation.runs.device_store import ShardedStore
 from florilegium.simulation.runs.folder import RunFolder
-from florilegium.simulation.runs.provenance import check_sources
 
 CONTRIBUTED = "a-contributed"
 Own = Literal["beside", "alone", "none"]  # how what stays on a device is on: with the shared adapter, without it, never
@@ -173,11 +171,3 @@ def _without_pool(config: ExperimentConfig) -> ExperimentConfig:
 def rank_in(world: DevicePopulation, device: str) -> int:
     """Of the shared adapter that the device's class has room for; 0: all of it."""
     return class_of(device, world.classes, world.seed).rank
-
-
-@lru_cache(maxsize=1)
-def devices_of_worker(folder: Path) -> SimulatedDevices:
-    """The devices of a run in a worker process, loaded once; refuses to run other code than the driver's."""
-    run = RunFolder(folder)
-    check_sources(folder, run.config.extensions())
-    return load_devices(run)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from florilegium.privacy.common.errors import BrokenDeviceError
-from florilegium.simulation.devices.simulated import SimulatedDevices, devices_of_worker
+from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.engines.ray_cluster import Wish, open_cluster
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.folder import RunFolder
@@ -248,7 +248,7 @@ def _again(task: Task, error: Exception) -> Task:
 
 
 @contextmanager
-def open_workers(run: RunFolder, devices: SimulatedDevices, opened: Open = devices_of_worker) -> Iterator[Workers]:
+def open_workers(run: RunFolder, devices: SimulatedDevices, opened: Open) -> Iterator[Workers]:
     """The processes that a run's config asks for, each with what `opened` gives; they end with the context."""
     settings = run.config.ray
     if not settings.actors:
