@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -59,9 +59,9 @@ class EngineConfig(Config):
 
 
 class RayConfig(Config):
-    """The processes that simulated devices live in. Changes speed, not results (but for rounding)."""
+    """Ray actors that simulated devices live in, on a cluster say. Changes speed, not results (but for rounding)."""
 
-    actors: int = Field(0, ge=0, description="Ray actors, each with the base model; 0: this process does it all")
+    actors: int = Field(0, ge=0, description="Ray actors, each with the base model; 0: `workers` of this machine")
     cpus_per_actor: float = Field(1.0, gt=0)
     gpus_per_actor: float = Field(0.0, ge=0)
     address: str = Field("", description="of a cluster to join; empty: actors on this machine")
@@ -139,7 +139,10 @@ class ExperimentConfig(DeviceConfig):
     name: str = "experiment"
     seed: int = Field(0, ge=0)
     engine: EngineConfig = Field(EngineConfig(), description="its name alone will do: engine = 'flower'")
-    cohort_size: int = Field(128, ge=1, description="devices in one pass; changes memory and speed, not results")
+    cohort_size: int = Field(128, ge=1, description="devices in one pass at most; changes speed and rounding alone")
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="processes of this machine that devices live in; auto: one a core, as memory allows"
+    )
     data: DataConfig = DataConfig()
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -246,6 +249,10 @@ class ExperimentConfig(DeviceConfig):
             raise ValueError("[world] tells when a server gets its answers; server.rule = 'none' has no server")
         if self.engine.name != "cohort" and (self.world.classes or self.ray.actors):
             raise ValueError("[world] and ray.actors need engine = 'cohort'")
+        if self.workers not in ("auto", 1) and (self.ray.actors or self.engine.name != "cohort"):
+            raise ValueError(
+                f"workers = {self.workers} needs engine = 'cohort' and ray.actors = 0, else leave it 'auto'"
+            )
         return self
 
     @field_validator("callbacks")

@@ -428,6 +428,7 @@ RUNS: dict[str, Row] = {
     "engine.on_device_error": In("count", COUNTED),
     "engine.failed_share": In(0.5, "test_faults.py::test_counted_faults_are_in_table_summary_and_report"),
     "cohort_size": In(1, "test_scale.py::test_cohorts_of_one_select_write_and_draw_the_same"),
+    "workers": In(2, "test_scale.py::test_two_processes_give_the_same_bits_and_one_goes_on_from_there"),
     "callbacks": In(["florilegium.simulation.runs.callbacks:Callback"], CALLED),
     "data.name": Seen(OTHERS, people),
     "data.users": Seen(2, people),
@@ -961,7 +962,16 @@ def test_a_control_without_a_server_is_that_of_the_same_buffers(tools: Tools) ->
     assert cell._learned_alone([learned], 0) == keys[0] != cell._learned_alone([whole], 1)
 
 
-GOES_ON = ("ray.", "cohort_size", "engine.on_device_error", "engine.failed_share", "callbacks", "evaluation.", "rounds")
+GOES_ON = (
+    "ray.",
+    "cohort_size",
+    "workers",
+    "engine.on_device_error",
+    "engine.failed_share",
+    "callbacks",
+    "evaluation.",
+    "rounds",
+)
 
 
 def test_a_run_goes_on_only_with_settings_that_nothing_done_depends_on() -> None:

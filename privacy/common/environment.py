@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from sysconfig import get_paths
 
@@ -31,6 +32,19 @@ def prepare_process() -> None:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     make_absolute()
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """A variable that this process, and those that it starts meanwhile, have."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def make_absolute() -> None:

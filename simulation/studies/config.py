@@ -30,7 +30,7 @@ TREES: dict[str, type[ExperimentConfig] | type[MethodsConfig] | type[Interactive
     "methods": MethodsConfig,
     "lives": InteractiveConfig,
 }
-UNSEEN = ("engine", "cohort_size", "name", "ray", "world", "callbacks")  # without effect on a study's cells
+UNSEEN = ("engine", "cohort_size", "workers", "name", "ray", "world", "callbacks")  # without effect on a study's cells
 
 
 def unseen(kind: str) -> tuple[str, ...]:
