@@ -10,11 +10,12 @@ import typer
 
 from florilegium.client.terminal import telling
 from florilegium.simulation.cli.app import console, interruptible
+from florilegium.simulation.cli.completion import complete_config, complete_setting
 
 
 def run(
-    config: str,
-    overrides: Annotated[list[str] | None, typer.Argument()] = None,
+    config: Annotated[str, typer.Argument(autocompletion=complete_config)],
+    overrides: Annotated[list[str] | None, typer.Argument(autocompletion=complete_setting)] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a run of the same name.")] = False,
     runs: Annotated[Path, typer.Option(help="The folder that holds the runs.")] = Path("runs"),
