@@ -21,6 +21,7 @@ from florilegium.simulation.data.population import DataConfig
 from florilegium.simulation.settings import ConfigError, find_config, parse_override, read_tree, set_value, validate
 
 ENGINES = ("cohort", "flower")  # of `simulation.experiment`
+TRACKERS = {"tensorboard": "TensorBoard", "mlflow": "Mlflow", "wandb": "Wandb"}  # of `simulation.runs.trackers`
 
 
 class EvaluationConfig(Config):
@@ -148,7 +149,9 @@ class ExperimentConfig(DeviceConfig):
     ray: RayConfig = RayConfig()
     world: WorldConfig = WorldConfig()
     baseline: BaselineConfig = BaselineConfig()
-    callbacks: Names = Field((), description="package.module:NAME of each `Callback` that is told how the run goes on")
+    callbacks: Names = Field(
+        (), description=f"{', '.join(TRACKERS)}, or package.module:NAME of a `Callback` that is told how a run goes on"
+    )
 
     @property
     def reading(self) -> str:
@@ -253,7 +256,7 @@ class ExperimentConfig(DeviceConfig):
     @field_validator("callbacks")
     @classmethod
     def _are_there(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check(name, ()) for name in value)
+        return tuple(check(name, TRACKERS) for name in value)
 
     @field_validator("engine", mode="before", json_schema_input_type=str | EngineConfig)
     @classmethod
