@@ -17,10 +17,12 @@ import transformers
 from florilegium.client.calibration import planned_event
 from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.packing import Example
 from florilegium.client.state import DeviceState
 from florilegium.privacy.plan import RoundPlan
-from florilegium.simulation.audit import checks, hostile_adapters
+from florilegium.simulation.audit import checks, hostile_adapters, one_run_audit
 from florilegium.simulation.audit.attack_metrics import Ceiling, judge
 from florilegium.simulation.audit.attacks import membership
 from florilegium.simulation.audit.bounds import (
@@ -179,6 +181,27 @@ def test_canaries_take_places_by_coins(streams: list[list[Dialogue]]) -> None:
         assert (c.dialogue in planted[c.device]) == c.member
     with pytest.raises(ConfigError, match=r"96 dialogues have no place for 97 canaries.*more devices"):
         plant(streams, 97, seed=1)
+
+
+def test_devices_of_an_audit_train_on_canaries_as_their_coins_say(
+    lm: LanguageModel, streams: list[list[Dialogue]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On those that were met, on no other one, and not on the dialogues in whose places they stand."""
+    trained: list[Example] = []
+    gradients = Engine.dp_gradients
+
+    def training(self: Engine, adapters: object, frozen: object, batches: list[list[Example]]) -> object:
+        trained.extend(e for batch in batches for e in batch)
+        return gradients(self, adapters, frozen, batches)  # type: ignore[arg-type]
+
+    coins = DialogueCoins(lm, CONFIG, streams[:1], 8, seed=0)
+    monkeypatch.setattr(Engine, "dp_gradients", training)
+    one_run_audit._played(lm, without_noise(worst_case(CONFIG, 8.0)), coins.planted, one_run_audit.NONE, 0)
+    assert {c.member for c in coins.known} == {True, False}
+    for c in coins.known:
+        (place,) = [d for d in coins.streams[c.device] if d.id == c.dialogue.id]
+        canary, real = lm.format.dialogues([c.dialogue, place])
+        assert (canary in trained, real in trained) == (c.member, not c.member)
 
 
 class SameInSteps(Recorded):

@@ -251,7 +251,7 @@ def test_what_is_not_there_is_told_in_a_line(name: str, told: str, folder: Path)
         ("server.optimizer=my_lab.methods:deciding", "gave Policy, which is none; it must give a ServerOptimizer"),
         ("engine=my_lab.methods:LONGEST", "it must be something to call"),
         ("data.name=my_lab.methods:LONGEST", "it must be something to call"),
-        ('callbacks=["fifo"]', "must be package.module:NAME"),
+        ('callbacks=["fifo"]', "must be one of tensorboard, mlflow, wandb, or package.module:NAME"),
     ],
 )
 def test_what_is_of_another_kind_is_refused_with_the_settings(setting: str, told: str, folder: Path) -> None:

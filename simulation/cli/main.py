@@ -14,9 +14,10 @@ from florilegium.client.agent.cli import app as device
 from florilegium.client.terminal import speak_plainly
 from florilegium.privacy.common.dumps import forbid_dumps
 from florilegium.privacy.common.errors import BrokenDeviceError, UserError
-from florilegium.simulation.cli import bench, data, models, server
+from florilegium.simulation.cli import bench, config, data, models, server
 from florilegium.simulation.cli.app import app
 from florilegium.simulation.cli.doctor import doctor
+from florilegium.simulation.cli.export import export
 from florilegium.simulation.cli.run import audit, report, run
 from florilegium.simulation.cli.study import study
 
@@ -24,10 +25,11 @@ OURS = (
     "this is a fault of Florilegium's: please report it with the traceback above and what `florilegium doctor` prints"
 )
 
-for command in (run, report, audit, study, doctor):
+for command in (run, report, export, audit, study, doctor):
     app.command()(command)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
+app.add_typer(config.app, name="config")
 app.add_typer(bench.app, name="bench")
 app.add_typer(device, name="device")
 app.add_typer(server.app, name="server")

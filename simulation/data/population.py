@@ -37,12 +37,10 @@ HUB = "hub:"
 class DataConfig(Config):
     """Which people are simulated."""
 
-    extensible: ClassVar = ("name",)
+    extensible: ClassVar = {"name": ()}  # files and data sets of the hub too
 
-    name: str = Field(
-        default="chitchat", description="a known name, a file of JSON Lines, hub:owner/dataset, or package.module:NAME"
-    )
-    users: int = Field(default=64, ge=1)
+    name: str = Field(default="chitchat", description="a known name, a file of JSON Lines, or hub:owner/dataset")
+    users: int = Field(default=64, ge=1, description="devices of as many people, drawn by the seed")
     split: Split = Field(default="test", description="tune on development users, report on test users; all: both")
     bootstrap: bool = Field(default=False, description="more devices than people: theirs, drawn with replacement")
     min_pairs: int = Field(default=40, ge=2, description="users with fewer replies are left out")

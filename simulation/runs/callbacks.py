@@ -13,11 +13,12 @@ from itertools import islice
 from pathlib import Path
 
 from florilegium.privacy.common.registry import ExtensionError, calling, resolve
-from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.config import TRACKERS, ExperimentConfig
 from florilegium.simulation.runs.events import Event
 from florilegium.simulation.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
+OURS = {name: f"florilegium.simulation.runs.trackers:{kind}" for name, kind in TRACKERS.items()}
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,13 @@ class Callback:
 
 
 def named_callbacks(config: ExperimentConfig) -> list[Callback]:
-    """Those that the settings name. Raises `ExtensionError` for what is none."""
-    return [resolve(name, {}, Callback) for name in config.callbacks]
+    """Those that the settings name, ours made anew. Raises `ExtensionError` for what is none."""
+    return [_tracker(name) if name in TRACKERS else resolve(name, {}, Callback) for name in config.callbacks]
+
+
+def _tracker(name: str) -> Callback:
+    made: type[Callback] = resolve(OURS[name], {}, type[Callback])
+    return made()
 
 
 class Callbacks:
@@ -54,7 +60,8 @@ class Callbacks:
 
     def __init__(self, run: RunFolder, others: Sequence[Callback] = ()) -> None:
         self.run = run
-        self.all = [*zip(run.config.callbacks, named_callbacks(run.config), strict=True)]
+        names = [OURS.get(name, name) for name in run.config.callbacks]
+        self.all = [*zip(names, named_callbacks(run.config), strict=True)]
         self.all += [(f"{type(c).__module__}:{type(c).__name__}", c) for c in others]
         self.round = self._told = 0
 
