@@ -22,6 +22,7 @@ from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization.config import MethodConfig, TrainingConfig
 from florilegium.client.personalization.history import Asked, Past, Person, Wording
 from florilegium.privacy.common.errors import DeviceFaultError
+from florilegium.privacy.common.registry import UnexpectedError, calling
 from florilegium.privacy.seeds import derive_seed
 
 LEAST = 8  # tokens of a person's item below which it says nothing
@@ -118,6 +119,15 @@ class Method:
         """
         return asked.prompt
 
+    def worded(self, device: int, asked: Asked, before: int | None = None) -> str:
+        """`prompt`, of which a method of the user's own is told by the device. Raises `ExtensionError`."""
+        who = self.people[device].id if device < len(self.people) else f"person {device}"
+        with calling(self.context.config.name, "return the prompt as a text", who):
+            found = self.prompt(device, asked, before)
+            if not isinstance(found, str):
+                raise UnexpectedError(f"returned {type(found).__name__}")
+        return found
+
     def adapt(self, examples: Sequence[Sequence[Dialogue]]) -> None:
         """To each person's own examples, in the form of its prompts."""
 
@@ -155,7 +165,7 @@ class Method:
         """Each person's history as examples, each with the prompt that this method would have written for it."""
         return [
             [
-                Dialogue(p.example.id, self.prompt(k, p.asked, before=i), p.example.response, p.example.time)
+                Dialogue(p.example.id, self.worded(k, p.asked, before=i), p.example.response, p.example.time)
                 for i, p in enumerate(person.history)
             ]
             for k, person in enumerate(self.people)

@@ -22,7 +22,7 @@ def learn_task(
     """One adapter (1, P) trained on the questions of these people, in the method's prompts."""
     method.prepare(others)
     examples = [
-        replace(reply, prompt=method.prompt(k, asked))
+        replace(reply, prompt=method.worded(k, asked))
         for k, person in enumerate(others)
         for asked, reply in person.questions
     ]
