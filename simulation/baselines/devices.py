@@ -50,7 +50,7 @@ class BaselineRounds:
 
         A device whose account does not allow a release trains nothing before the aggregation.
         """
-        own: dict[str, torch.Tensor] = {}
+        own, failed = dict[str, torch.Tensor](), dict[str, str]()
 
         def learn(
             able: Sequence[DeviceState], received: torch.Tensor, plan: RoundPlan, context: CohortContext
@@ -60,10 +60,11 @@ class BaselineRounds:
             stays, sends = (len(able), held.own.shape[1]), (len(able), held.shared.shape[1])
             told = f"return float32 {stays} that stays and {sends} that is sent, all finite"
             with calling(self._name, told, _among(able)):
-                kept, changes = self.baseline.contribute(held, sets, self.context)
+                kept, changes = self.baseline.contribute(held, sets, noting := self._noting())
                 self._check(kept, able, held.own.shape[1])
                 self._check(changes, able, held.shared.shape[1])
             own.update({s.id: row.clone() for s, row in zip(able, kept, strict=True)})
+            failed.update({able[k].id: why for k, why in noting.diverged.items()})
             return {s.id: row for s, row in zip(able, upload(changes, self.context), strict=True)}
 
         states, releases, seen = stay(states, arrived, plan, context)
@@ -75,7 +76,10 @@ class BaselineRounds:
             else:
                 states, changes, spent[:] = train_shared(states, received, plan, context, learn)
             tokens = [self._tokens(s, plan) if s.id in own else 0 for s in states]
-            spent[:] = [replace(o, shared_tokens=n) for o, n in zip(spent, tokens, strict=True)]
+            spent[:] = [
+                replace(o, shared_tokens=n, personal_failed=failed.get(s.id))
+                for o, n, s in zip(spent, tokens, states, strict=True)
+            ]
         states = [replace(s, personal=own.get(s.id, s.personal)) for s in states]
         if not self.context.config.server.absent:
             with recorder.phase("release") as sent:
@@ -91,17 +95,26 @@ class BaselineRounds:
         recorder = PhaseRecorder(len(states), plan.round, context.listener)
         over = [replace(s, sent=None, asked="") for s in states]
         with recorder.phase("learn_personal") as learned:
-            learns = self.baseline.adopt is not keep
+            learns, noting = self.baseline.adopt is not keep, self._noting()
             if learns:
                 sets, held = [self.context.training_set(s, plan.round) for s in over], self._held(over, received)
                 with calling(
                     self._name, f"return float32 {tuple(held.own.shape)} that stays, all finite", _among(over)
                 ):
-                    rows = self.baseline.adopt(held, sets, self.context)
+                    rows = self.baseline.adopt(held, sets, noting)
                     self._check(rows, over, held.own.shape[1])
                 over = [replace(s, personal=row.clone()) for s, row in zip(over, rows, strict=True)]
-            learned[:] = [Observation(personal_tokens=self._tokens(s, plan) if learns else 0) for s in over]
+            learned[:] = [
+                Observation(
+                    personal_tokens=self._tokens(s, plan) if learns else 0, personal_failed=noting.diverged.get(k)
+                )
+                for k, s in enumerate(over)
+            ]
         return over, recorder.observations
+
+    def _noting(self) -> BaselineContext:
+        """The context of one call, which notes whose training diverged in it."""
+        return replace(self.context, diverged={})
 
     @property
     def _name(self) -> str:
