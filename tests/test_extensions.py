@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from florilegium import Experiment, load_config, load_run
+from florilegium.client.agent.http_api import _said
 from florilegium.client.agent.invitation import Invitation
 from florilegium.client.agent.terms import Terms
 from florilegium.client.context import CohortContext
@@ -44,6 +45,7 @@ from florilegium.simulation.devices.simulated import SimulatedDevices, load_devi
 from florilegium.simulation.personalization.config import MethodsConfig
 from florilegium.simulation.personalization.run import play
 from florilegium.simulation.runs import provenance
+from florilegium.simulation.runs.callbacks import Callback, Callbacks, RunFacts
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.folder import RunFolder, check_resumable, create
 from florilegium.simulation.runs.provenance import check_sources, sources_sha256
@@ -328,6 +330,11 @@ def test_a_decision_that_is_none_is_told(decision: object, told: str, lab: Any, 
         offered(ME + "DECIDES", "a", "b", "c")
 
 
+def test_a_devices_owner_is_told_which_extension_went_wrong() -> None:
+    told = f"device: {ME}RAISES raised ZeroDivisionError; it must return the index"
+    assert _said(ExtensionError(told)) == (500, told) and "RAISES" not in _said(RuntimeError(told))[1]
+
+
 def test_an_integer_of_numpys_is_a_decision(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "DECIDES", lab.deciding(np.int64(1)), raising=False)
     assert [k.id for k in offered(ME + "DECIDES", "a", "b", "c").bins] == ["a", "c"]
@@ -502,6 +509,19 @@ def test_a_run_of_a_baseline_of_ones_own_comes_to_its_end(folder: Path, tmp_path
     assert result.summary.rounds == 1 and result.summary.baseline == ME + "DITTO"
     assert result.summary.nll["personal"] != result.summary.nll["base"]
     assert ME + "DITTO" in result.report.read_text(encoding="utf-8")
+    assert not [p for p in (tmp_path / "run").rglob("*") if p.stat().st_mode & 0o077]  # as those of the command
+
+
+def test_who_has_begun_is_told_the_end_where_another_raises_at_the_beginning(lab: Any, tmp_path: Path) -> None:
+    class Broken(Callback):
+        def on_run_begin(self, facts: RunFacts) -> None:
+            raise OSError("no room")
+
+    run, told, late = create(tmp_path / "run", ExperimentConfig()), lab.Watch(), lab.Watch()
+    run.metrics.write_bytes(b"")
+    with pytest.raises(ExtensionError, match=r"Broken raised OSError: no room"):
+        Callbacks(run, [told, Broken(), late]).begin(0)
+    assert told.told == [("begin", 0, []), ("end", 0, True)] and not late.told
 
 
 @pytest.fixture(scope="module")
