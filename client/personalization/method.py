@@ -119,15 +119,6 @@ class Method:
         """
         return asked.prompt
 
-    def worded(self, device: int, asked: Asked, before: int | None = None) -> str:
-        """`prompt`, of which a method of the user's own is told by the device. Raises `ExtensionError`."""
-        who = self.people[device].id if device < len(self.people) else f"person {device}"
-        with calling(self.context.config.name, "return the prompt as a text", who):
-            found = self.prompt(device, asked, before)
-            if not isinstance(found, str):
-                raise UnexpectedError(f"returned {type(found).__name__}")
-        return found
-
     def adapt(self, examples: Sequence[Sequence[Dialogue]]) -> None:
         """To each person's own examples, in the form of its prompts."""
 
@@ -165,8 +156,18 @@ class Method:
         """Each person's history as examples, each with the prompt that this method would have written for it."""
         return [
             [
-                Dialogue(p.example.id, self.worded(k, p.asked, before=i), p.example.response, p.example.time)
+                Dialogue(p.example.id, worded(self, k, p.asked, before=i), p.example.response, p.example.time)
                 for i, p in enumerate(person.history)
             ]
             for k, person in enumerate(self.people)
         ]
+
+
+def worded(made: Method, device: int, asked: Asked, before: int | None = None) -> str:
+    """`Method.prompt`; where a method of the user's own does it wrong the device is told. Raises `ExtensionError`."""
+    who = made.people[device].id if device < len(made.people) else f"person {device}"
+    with calling(made.context.config.name, "return the prompt as a text", who):
+        found = made.prompt(device, asked, before)
+        if not isinstance(found, str):
+            raise UnexpectedError(f"returned {type(found).__name__}")
+    return found

@@ -15,7 +15,7 @@ from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.model import LanguageModel, Score
 from florilegium.client.personalization.history import Asked, Person
-from florilegium.client.personalization.method import Method, MethodContext, Served
+from florilegium.client.personalization.method import Method, MethodContext, Served, worded
 from florilegium.client.personalization.registry import method
 from florilegium.client.personalization.task_adapter import learn_task
 from florilegium.privacy.common.registry import UnexpectedError, calling
@@ -109,7 +109,7 @@ def _played(
 def in_words(made: Method, device: int, question: tuple[Asked, Dialogue]) -> Dialogue:
     """A question in the method's prompt, with the right reply."""
     asked, reply = question
-    return replace(reply, prompt=made.worded(device, asked))
+    return replace(reply, prompt=worded(made, device, asked))
 
 
 def answers(
