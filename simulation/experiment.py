@@ -14,7 +14,13 @@ from safetensors import SafetensorError
 
 from florilegium.client.state_store import StoreError
 from florilegium.privacy.common.dumps import forbid_dumps
-from florilegium.privacy.common.environment import environment, lend_imports, make_absolute, prepare_process
+from florilegium.privacy.common.environment import (
+    environment,
+    lend_imports,
+    make_absolute,
+    prepare_process,
+    private_files,
+)  # fmt: skip
 from florilegium.privacy.common.errors import BrokenDeviceError
 from florilegium.privacy.common.registry import ExtensionError, calling, import_folders, resolve
 from florilegium.privacy.ledger import LedgerError
@@ -94,7 +100,7 @@ def run_experiment(
     lend_imports(import_folders(config.extensions()))
     folder, config = folder.resolve(), with_absolute_paths(config)
     try:
-        with FileLock(_lock_of(folder), timeout=0):
+        with private_files(), FileLock(_lock_of(folder), timeout=0):
             run = resume(folder, config) if resuming else create(folder, config, overwrite=overwrite)
             return _run(run, resuming, progress or RunProgress(), callbacks, people)
     except Timeout:

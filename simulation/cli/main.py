@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from traceback import print_exc
 
@@ -13,6 +12,7 @@ from rich.text import Text
 from florilegium.client.agent.cli import app as device
 from florilegium.client.terminal import speak_plainly
 from florilegium.privacy.common.dumps import forbid_dumps
+from florilegium.privacy.common.environment import umask
 from florilegium.privacy.common.errors import BrokenDeviceError, UserError
 from florilegium.simulation.cli import bench, config, data, models, server
 from florilegium.simulation.cli.app import app
@@ -35,12 +35,6 @@ app.add_typer(device, name="device")
 app.add_typer(server.app, name="server")
 
 
-def _umask(text: str) -> int:
-    if not re.fullmatch("0?[0-7]{3}", text):
-        raise UserError(f"FLORILEGIUM_UMASK = {text!r} must be three octal digits, as 077 or 022")
-    return int(text, 8)
-
-
 def main() -> None:
     """Runs the command; a user's mistake is told in a line, a fault of ours by its traceback.
 
@@ -50,7 +44,7 @@ def main() -> None:
     forbid_dumps()
     told = Console(stderr=True, markup=False, highlight=False)
     try:
-        os.umask(_umask(os.environ.get("FLORILEGIUM_UMASK", "077")))
+        os.umask(umask())
         app()
     except BrokenDeviceError as error:
         print(error.traced, file=sys.stderr)  # of the process that the device was in
