@@ -39,7 +39,8 @@ def _messages(rows: Iterable[Located], reading: Reading) -> Iterator[Message]:
             text(reading.get("text", row), where, "text"),
             reading.time(row, where),
             where,
-            *(name(reading.get(role, row), where, role) for role in ("conversation", "id")),
+            name(reading.get("conversation", row), where, "conversation"),
+            name(reading.get("id", row), where, "id"),
             name(answered, where, "reply_to"),
         )
 

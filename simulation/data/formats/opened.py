@@ -70,7 +70,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
                 line = (raw.removeprefix(BOM_UTF8) if number == 1 else raw).decode("utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{path}, line {number}: byte {error.start + 1} is not UTF-8 ({error.reason}); save the file as UTF-8"
+                    f"{path}, line {number}: byte {error.start + 1} is not UTF-8 ({error.reason}); save it as UTF-8"
                 ) from None
             yield number, _clean(line, path, number)
 

@@ -44,7 +44,7 @@ class FieldNames(Config):
 class Reading:
     """How one file is read, and what came of it so far."""
 
-    fields: FieldNames = FieldNames()
+    fields: FieldNames = field(default_factory=FieldNames)
     replies: Replies = "assistant"
     reply_within_s: float = 3600.0
     read_as: str = ""
