@@ -54,7 +54,7 @@ DISCORD = {
         discord("1", "Tea?", "a"),
         discord("2", "Hm", "b"),
         discord("3", "Green.", "c", type="Reply", reference={"messageId": "1"}),
-        discord("4", "!", "d", author={"id": "d", "isBot": True}),
+        discord("4", "!", "d") | {"author": {"id": "d", "isBot": True}},
     ],
 }
 TELEGRAM = {
