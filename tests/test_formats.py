@@ -212,6 +212,20 @@ def test_a_log_is_paired_by_what_a_message_names_else_by_the_last_of_somebody_el
     assert ("c", "Green,\nplease.", "Late") in said(path, reply_within_s=1e5, fields=fields)
 
 
+def test_every_field_may_be_called_otherwise(tmp_path: Path) -> None:
+    """Of a pair and of a log; nothing of either is called by a usual name."""
+    pair = {"k1": "b", "k2": 60, "k3": "Tea?", "k4": "Green.", "k5": "kitchen"}
+    (path := tmp_path / "pairs").write_text(json.dumps(pair))
+    names = dict(zip(("user", "time", "prompt", "response", "domain"), pair, strict=True))
+    (reply,) = collect(DataConfig.model_validate({"name": str(path), "fields": names})).by_user["b"]
+    assert (reply.prompt, reply.response, reply.time, reply.domain) == ("Tea?", "Green.", 60.0, "kitchen")
+    log(path, ("a", "Tea?", "t", 1, ""), ("c", "Hm", "u", 2, ""), ("b", "Green.", "u", 3, 1), columns="k1,k2,k3,k4,k5")
+    names = dict(zip(("user", "text", "conversation", "id", "reply_to"), pair, strict=True))
+    assert said(path, fields=names) == A_B
+    (talk,) = read_source(path, Reading(FieldNames.model_validate(names)))
+    assert talk.domain == "u"
+
+
 def test_what_is_imported_gives_the_same_people(tmp_path: Path) -> None:
     path = log(tmp_path / "log", *((f"u{i % 3}", 1714554000 + 60 * i, f"m{i}", "t", i, "") for i in range(30)))
     config = DataConfig(name=str(path), fields=FieldNames(time="when"))
