@@ -212,6 +212,12 @@ def test_a_log_is_paired_by_what_a_message_names_else_by_the_last_of_somebody_el
     assert ("c", "Green,\nplease.", "Late") in said(path, reply_within_s=1e5, fields=fields)
 
 
+def test_an_id_that_occurs_twice_names_the_message_of_its_own_conversation(tmp_path: Path) -> None:
+    rows = [("a", "Tea?", "t", 1, ""), ("b", "Green.", "t", 2, 1), ("a", "Milk?", "u", 1, ""), ("b", "No.", "u", 2, 1)]
+    path = log(tmp_path / "log", *rows, ("c", "What?", "v", 3, 1), columns="user,text,conversation,id,reply_to")
+    assert said(path) == [("b", "Tea?", "Green."), ("b", "Milk?", "No.")]
+
+
 def test_every_field_may_be_called_otherwise(tmp_path: Path) -> None:
     """Of a pair and of a log; nothing of either is called by a usual name."""
     pair = {"k1": "b", "k2": 60, "k3": "Tea?", "k4": "Green.", "k5": "kitchen"}

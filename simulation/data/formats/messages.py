@@ -24,6 +24,9 @@ class Message:
     reply_to: str = ""
 
 
+Named = dict[tuple[str, str], Message]
+
+
 def read_log(rows: Iterable[Located], reading: Reading) -> Iterator[Conversation]:
     """Rows of user and text, with time, conversation, id and reply_to where there are such."""
     return paired(_messages(rows, reading), reading)
@@ -58,17 +61,24 @@ def paired(messages: Iterable[Message], reading: Reading) -> Iterator[Conversati
             reading.leave_out("message without text", message.where)
         else:
             by_conversation.setdefault(message.conversation, []).append(message)
-    named = {m.id: m for said in by_conversation.values() for m in said if m.id}
+    named = _named(m for said in by_conversation.values() for m in said if m.id)
     for conversation, said in by_conversation.items():
         yield from _replies(conversation, sorted(said, key=lambda m: m.time), named, reading)
 
 
-def _replies(
-    conversation: str, said: list[Message], named: dict[str, Message], reading: Reading
-) -> Iterator[Conversation]:
+def _named(messages: Iterable[Message]) -> Named:
+    """Messages by conversation and id, and those whose id occurs once by ("", id) too; of a repeated one, nothing."""
+    found: dict[tuple[str, str], list[Message]] = {}
+    for message in messages:
+        for key in {(message.conversation, message.id), ("", message.id)}:
+            found.setdefault(key, []).append(message)
+    return {key: same[0] for key, same in found.items() if len(same) == 1}
+
+
+def _replies(conversation: str, said: list[Message], named: Named, reading: Reading) -> Iterator[Conversation]:
     before: list[Message] = []  # what was said by turns, each joined
     for turn in _joined(said, reading.reply_within_s):
-        answered = named.get(turn.reply_to)
+        answered = named.get((turn.conversation, turn.reply_to)) or named.get(("", turn.reply_to))
         if answered is not None and answered.user != turn.user:
             context = [answered]
         else:
