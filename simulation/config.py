@@ -342,11 +342,16 @@ def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     return config.model_copy(
         update={
             "selection": config.selection.model_copy(update={"lexicons": lexicons}),
-            "data": config.data.model_copy(update={"name": _absolute(config.data.name, READERS)}),
+            "data": config.data.model_copy(update={"name": _absolute_data(config.data.name)}),
             "model": config.model.model_copy(update={"name": _absolute(config.model.name, NAMES)}),
             "world": config.world.model_copy(update={"classes": world}),
         }
     )
+
+
+def _absolute_data(name: str) -> str:
+    """An existing file wins over a known name, a folder does not."""
+    return _absolute(name, () if Path(name).expanduser().is_file() else READERS)
 
 
 def _absolute(name: str, known: Collection[str]) -> str:

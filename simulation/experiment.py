@@ -20,7 +20,7 @@ from florilegium.privacy.common.environment import (
     make_absolute,
     prepare_process,
     private_files,
-)  # fmt: skip
+)
 from florilegium.privacy.common.errors import BrokenDeviceError
 from florilegium.privacy.common.registry import ExtensionError, calling, import_folders, resolve
 from florilegium.privacy.ledger import LedgerError

@@ -378,6 +378,7 @@ CALLED = "test_extensions.py::test_a_run_with_extensions_ends_with_what_is_wrong
 COUNTED = "test_faults.py::test_too_many_faults_end_the_run"
 HUB = "test_data.py::test_hub_rows_are_read_by_the_columns_named"
 HUBS_OWN = "test_data.py::test_a_hub_row_has_its_domain_and_comes_of_the_part_asked_for"
+OTHER_NAMES = "test_formats.py::test_every_field_may_be_called_otherwise"
 
 RUNS: dict[str, Row] = {
     "model.name": Seen("smollm2-135m", handed_to_the_model),
@@ -476,6 +477,19 @@ RUNS: dict[str, Row] = {
     "data.hub_fields.subset": In("small", HUBS_OWN),
     "data.hub_fields.part": In("test", HUBS_OWN),
     "data.hub_fields.revision": In("v2", HUBS_OWN),
+    "data.fields.user": In("k1", OTHER_NAMES),
+    "data.fields.time": In("k2", OTHER_NAMES),
+    "data.fields.prompt": In("k3", OTHER_NAMES),
+    "data.fields.response": In("k4", OTHER_NAMES),
+    "data.fields.domain": In("k5", OTHER_NAMES),
+    "data.fields.text": In("k6", OTHER_NAMES),
+    "data.fields.conversation": In("k7", OTHER_NAMES),
+    "data.fields.id": In("k8", OTHER_NAMES),
+    "data.fields.reply_to": In("k9", OTHER_NAMES),
+    "data.replies": In("user", "test_formats.py::test_whose_replies_are_learned_is_told_and_can_be_chosen"),
+    "data.reply_within_s": In(
+        9.0, "test_formats.py::test_a_log_is_paired_by_what_a_message_names_else_by_the_last_of_somebody_else"
+    ),
     "server.sampled_share": Seen(0.3, served),
     "server.rule": Seen("trimmed-mean", served, {"data.users": 11}),
     "server.trimmed_share": Seen(0.4, served, {"server.rule": "trimmed-mean", "data.users": 11}),
