@@ -111,7 +111,7 @@ def export_run(run: Path, out: Path, *, parquet: bool) -> dict[Path, int]:
     no run, for an `out` that holds files of others, and where a package is missing.
     """
     if parquet and find_spec("pyarrow") is None:
-        raise RunError("--parquet needs a package: pip install 'florilegium[parquet]'")
+        raise RunError("--parquet needs a package: pip install 'florilegium[tables]'")
     if not (run / "metrics.jsonl").is_file():
         raise RunError(f"{run} is not the folder of a run that has begun: it has no metrics.jsonl")
     kinds: dict[str, list[dict[str, Any]]] = {}

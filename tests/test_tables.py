@@ -188,7 +188,7 @@ def test_a_run_that_was_stopped_is_exported_as_far_as_it_is(
 
 
 def test_parquet_has_the_same_rows(run: RunFolder, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra `parquet` is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra `tables` is not installed")
     written = export_run(run.path, tmp_path / "out", parquet=True)
     assert {p.name: n for p, n in written.items()} == {
         "round.parquet": 1,

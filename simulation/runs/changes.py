@@ -13,14 +13,8 @@ from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.settings import ConfigError
 
 Changes = dict[str, tuple[Any, Any]]
-SPEED = (
-    "ray.",
-    "cohort_size",
-    "workers",
-    "engine.on_device_error",
-    "engine.failed_share",
-    "callbacks",
-)  # but for rounding
+PROCESSES = "ray.", "cohort_size", "workers", "callbacks"
+SPEED = (*PROCESSES, "engine.on_device_error", "engine.failed_share")  # but for rounding
 
 
 def changes(before: ExperimentConfig, after: ExperimentConfig) -> Changes:

@@ -29,11 +29,11 @@ Located = tuple[str, Row]  # where a row stands, for errors, and the row
 class FieldNames(Config):
     """What a file calls what is called `user`, `time`, … here. Empty: one of the usual names."""
 
-    user: str = ""
-    time: str = ""
-    prompt: str = ""
-    response: str = ""
-    domain: str = ""
+    user: str = Field(default="", description="whose reply a row holds, or who wrote a message")
+    time: str = Field(default="", description="when it was written")
+    prompt: str = Field(default="", description="what is replied to")
+    response: str = Field(default="", description="the reply that is learned")
+    domain: str = Field(default="", description="subject, label or channel")
     text: str = Field(default="", description="of a log of messages")
     conversation: str = Field(default="", description="conversation, thread or channel of a message")
     id: str = Field(default="", description="of a message that others answer")
