@@ -62,8 +62,8 @@ from florilegium.simulation.data.conversations import Conversation, Turn
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import load_population
 from florilegium.simulation.devices.preflight import world_of
-from florilegium.simulation.engines.ray_cluster import Wish
 from florilegium.simulation.engines.ray_actors import RayWorkers
+from florilegium.simulation.engines.ray_cluster import Wish
 from florilegium.simulation.experiment import ENGINES
 from florilegium.simulation.heterogeneity.availability import Work, simulate_round
 from florilegium.simulation.heterogeneity.classes import DeviceClass, DevicePopulation
