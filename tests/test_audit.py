@@ -412,10 +412,10 @@ def test_a_run_without_a_claim_is_not_audited(tmp_path: Path) -> None:
 def test_the_command_audits_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sixteen devices, 320 canaries, by the command line: the object that programs read, and the page."""
+    """Sixteen devices, 160 canaries, by the command line: the object that programs read, and the page."""
     data = DataConfig.model_validate({**CONFIG.data.model_dump(), "users": 16})
     run = create(tmp_path / "run", CONFIG.model_copy(update={"data": data}))
-    monkeypatch.setattr("sys.argv", ["florilegium", "audit", str(run.path), "--canaries", "320", "--json"])
+    monkeypatch.setattr("sys.argv", ["florilegium", "audit", str(run.path), "--canaries", "160", "--json"])
     with pytest.raises(SystemExit) as left:
         main()
     found = json.loads(capsys.readouterr().out)

@@ -302,7 +302,7 @@ sys.meta_path.insert(0, Breaking())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [(), ("ray.actors=2",), ("engine=flower",)], ids=["one process", "actors", "flower"])
+@pytest.mark.parametrize("engine", [(), ("engine=flower",)], ids=["one process", "flower"])
 def test_a_bug_is_told_once_and_the_run_goes_on_after_the_mend(engine: tuple[str, ...], tmp_path: Path) -> None:
     """In whichever process it is: one traceback, the device, the round, the phase, an exit code that says so."""
     (tmp_path / "bug").mkdir()

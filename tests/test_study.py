@@ -406,8 +406,9 @@ def test_every_bundled_study_runs_on_its_data(path: Path, tmp_path: Path) -> Non
     study = load_study(path, least)
     run_study(study, tmp_path, lambda phase: None)
     assert read_report(study, tmp_path).write(tmp_path).exists()
+    seeds, resources = load_study(path).config.seeds, SharedResources(frozenset())
     for cell in study.cells.values():  # what the full study asks for is there too
-        SharedResources(frozenset()).people(cell.config.data, load_study(path).config.seeds, cell.config.seed)
+        resources.people(cell.config.data, seeds, cell.config.seed)
 
 
 @pytest.mark.slow

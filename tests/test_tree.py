@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -225,8 +226,13 @@ def test_flwr_run_works_from_the_repository(tmp_path: Path) -> None:
     command = [BIN / "flwr", "run", ROOT, "--federation-config", "num-supernodes=4", "--stream"]
     try:
         done = subprocess.run(command, cwd=tmp_path, env=home, capture_output=True, text=True, timeout=600)
-        (summary,) = (tmp_path / ".florilegium" / "runs").glob("flwr-*/summary.json")
-        assert json.loads(summary.read_text())["devices"] == 4, done.stdout
+        assert done.returncode == 0, done.stdout + done.stderr
+        runs, waited = tmp_path / ".florilegium" / "runs", time.monotonic() + 300
+        while not (found := list(runs.glob("flwr-*/summary.json"))) and time.monotonic() < waited:
+            time.sleep(0.5)  # the stream of the log may break off before the run ends
+        logs = "".join(log.read_text() for log in (tmp_path / ".flwr").rglob("*.log"))
+        assert found, done.stdout + done.stderr + logs
+        assert json.loads(found[0].read_text())["devices"] == 4
     finally:
         for process in psutil.process_iter(["cmdline"]):
             if any("flower-superlink" in part for part in process.info["cmdline"] or ()) and _home(process) == tmp_path:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from florilegium.privacy.common.errors import UserError
 
 KINDS = ("training", "embedding", "generation", "dp_training")  # of work, in `bench engine`
+DTYPES = ("float32", "bfloat16")
 
 
 def model(name: str) -> str:
@@ -45,6 +46,11 @@ def sizes(text: str, option: str) -> list[float]:
 def kinds(text: str) -> list[str]:
     """Of `KINDS`, with commas; raises `UserError`."""
     return _some_of(KINDS, text, "--kinds")
+
+
+def dtypes(text: str) -> list[str]:
+    """Of `DTYPES`, with commas; none where none is named. Raises `UserError`."""
+    return _some_of(DTYPES, text, "--dtypes") if text else []
 
 
 def policies(text: str) -> list[str]:

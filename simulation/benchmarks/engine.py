@@ -19,12 +19,11 @@ from rich.console import Group
 from florilegium.client.lm.hub import default_device
 from florilegium.client.terminal import Figures
 from florilegium.privacy.common.machine import cores
-from florilegium.simulation.benchmarks.arguments import KINDS
+from florilegium.simulation.benchmarks.arguments import DTYPES, KINDS
 from florilegium.simulation.benchmarks.engine_worker import AbsentError, Answer, Worker
 from florilegium.simulation.benchmarks.engine_workload import NODES, ModelSize, Workload
 
 OURS = "florilegium"
-DTYPES = ("float32", "bfloat16")
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 RIVALS = {
     "training": ("peft", "pfl", "flower"),
@@ -53,7 +52,7 @@ class Row:
         return [self.work.devices / a.seconds for a in self.answers]
 
 
-def plan(kinds: Sequence[str], devices: Sequence[int], steps: int) -> list[Row]:
+def plan(kinds: Sequence[str], devices: Sequence[int], steps: int, dtypes: Sequence[str]) -> list[Row]:
     """Every line that is to be measured, the rivals first."""
     some = min(64, max(devices))
     rows = []
@@ -64,10 +63,11 @@ def plan(kinds: Sequence[str], devices: Sequence[int], steps: int) -> list[Row]:
         for each in sorted({e for _, e in sizes}):
             for arm in RIVALS[kind]:
                 if arm == "flower":
-                    rows += [Row(arm, "float32", Workload(kind, NODES, each, steps))] if each == 1 else []
+                    there = each == 1 and "float32" in dtypes
+                    rows += [Row(arm, "float32", Workload(kind, NODES, each, steps))] if there else []
                 else:
-                    rows += [Row(arm, dtype, Workload(kind, min(ONE_BY_ONE, some), each, steps)) for dtype in DTYPES]
-        rows += [Row(OURS, dtype, Workload(kind, k, e, steps)) for k, e in sizes for dtype in DTYPES]
+                    rows += [Row(arm, dtype, Workload(kind, min(ONE_BY_ONE, some), each, steps)) for dtype in dtypes]
+        rows += [Row(OURS, dtype, Workload(kind, k, e, steps)) for k, e in sizes for dtype in dtypes]
     return rows
 
 
@@ -88,13 +88,20 @@ def measure(
     kinds: Sequence[str],
     steps: int,
     repeats: int,
+    dtypes: Sequence[str],
     tell: Callable[[str], object],
 ) -> Outcome:
-    """Runs all arms that are installed, and says of the others why they are not there."""
-    device = default_device()
-    rows, absent = plan(kinds, devices, steps), dict[str, str]()
+    """Runs all arms that are installed, and says of the others why they are not there.
+
+    Where no `dtypes` are named, one that this machine emulates is among the others.
+    """
+    device, absent = default_device(), dict[str, str]()
+    if not dtypes:
+        absent |= emulated(device)
+        dtypes = [dtype for dtype in DTYPES if SHORT[dtype] not in absent]
+    rows = plan(kinds, devices, steps, dtypes)
     workers: dict[tuple[str, str], Worker] = {}
-    limits: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+    limits: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
     try:
         for arm, dtype in dict.fromkeys((r.arm, r.dtype) for r in rows):
             tell(f"starting {arm} {SHORT[dtype]}")
@@ -115,7 +122,7 @@ def measure(
                     row.peak_bytes, row.first = answer.peak_bytes, answer.results
                 else:
                     row.answers.append(answer)
-            for dtype in DTYPES:
+            for dtype in dtypes:
                 limits[dtype].append(limit_gflops(getattr(torch, dtype), device))
         ours = [w.size for (arm, _), w in workers.items() if arm == OURS]
     except BaseException:
@@ -130,9 +137,22 @@ def measure(
     return Outcome(measured, {d: median(v) for d, v in limits.items()}, absent, ours[0], machine(device))
 
 
-def limit_gflops(dtype: torch.dtype, device: str) -> float:
-    """The best of three products of two large square matrices, in 10⁹ operations a second."""
-    side = 2048 if device == "cpu" else 8192
+def emulated(device: str) -> dict[str, str]:
+    """The short names of types whose products take ten times those of float32 or more, each with its figures.
+
+    A processor without instructions for bfloat16 takes hundreds of times.
+    """
+    speeds = {dtype: limit_gflops(getattr(torch, dtype), device, side=256) for dtype in DTYPES}
+    told = (
+        "{:,.2f} GFLOPS where float32 has {:,.0f}: emulated here, and not measured; --dtypes measures it all the same"
+    )
+    slow = {dtype: speed for dtype, speed in speeds.items() if 10 * speed < speeds["float32"]}
+    return {SHORT[dtype]: told.format(speed, speeds["float32"]) for dtype, speed in slow.items()}
+
+
+def limit_gflops(dtype: torch.dtype, device: str, side: int = 0) -> float:
+    """The best of four products of two large square matrices, in 10⁹ operations a second."""
+    side = side or (2048 if device == "cpu" else 8192)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(4):

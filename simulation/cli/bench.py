@@ -59,6 +59,9 @@ def engine(
     kinds: Annotated[str, typer.Option(help="What to measure.")] = "training,embedding,generation,dp_training",
     steps: Annotated[int, typer.Option(min=1, help="Local steps of training.")] = 4,
     repeats: InTurns = 5,
+    dtypes: Annotated[
+        str, typer.Option(help="float32, bfloat16; empty: both, but for one that this machine only emulates.")
+    ] = "",
 ) -> Asked:
     """Train, embed and generate for many devices, beside what you would use instead: PEFT, Flower, pfl, Opacus.
 
@@ -66,7 +69,8 @@ def engine(
 
     florilegium bench engine --devices 64 --kinds training --repeats 3
     """
-    return arguments.model(model), arguments.numbers(devices, "--devices"), arguments.kinds(kinds), steps, repeats
+    asked = arguments.numbers(devices, "--devices"), arguments.kinds(kinds), steps, repeats, arguments.dtypes(dtypes)
+    return arguments.model(model), *asked
 
 
 def selection(
