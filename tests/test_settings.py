@@ -355,6 +355,7 @@ HUBS_OWN = "test_data.py::test_a_hub_row_has_its_domain_and_comes_of_the_part_as
 RUNS: dict[str, Row] = {
     "model.name": Seen("smollm2-135m", handed_to_the_model),
     "model.dtype": Seen("bfloat16", handed_to_the_model, {"model.dtype": "float32"}),
+    "model.weights": Seen("int8", handed_to_the_model),
     "model.device": Seen("cuda:1", handed_to_the_model),
     "model.chat_template": Seen("plain", handed_to_the_model),
     "model.date": In(
