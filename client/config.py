@@ -43,11 +43,11 @@ class PersonalConfig(Config):
     """How a device trains the adapter that never leaves it."""
 
     adapter: AdapterConfig = AdapterConfig()
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="of AdamW")
     epochs: int = Field(1, ge=0, description="over originals and synthetic sets, each round")
     steps: int = Field(0, ge=0, description="of each round, on full batches, in place of epochs; 0: by epochs")
-    batch_size: int = Field(8, ge=1)
-    weight_decay: float = Field(0.0, ge=0)
+    batch_size: int = Field(8, ge=1, description="examples of a step")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     on_new_shared: Literal["keep", "retrain"] = Field("keep", description="what to do with it when the shared changes")
 
 

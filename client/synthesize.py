@@ -34,11 +34,12 @@ class SynthesisConfig(Config):
     attempts: int = Field(1, ge=1, description="times that what was thrown away is written again")
     prompt: Treatment = Field("rewrite", description="the paper's default")
     response: Treatment = Field("keep", description="the paper's default")
-    instruction: str = (
+    instruction: str = Field(
         "Refine and generate a text semantically similar to the following text block, no need to answer it, "
-        "no need to explain, use [ ] to hold your generated response: "
+        "no need to explain, use [ ] to hold your generated response: ",
+        description="in front of what is to be written anew",
     )
-    rouge1_min: float = Field(0.3, ge=0, le=1)
+    rouge1_min: float = Field(0.3, ge=0, le=1, description="likeness to the original below which a text is thrown away")
     rouge1_max: float = Field(0.95, ge=0, le=1, description="above it, a text is a copy")
     length_ratio_max: float = Field(
         3.0, ge=1, description="words of the longer text by words of the shorter; characters in scripts without spaces"

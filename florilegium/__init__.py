@@ -8,12 +8,17 @@
 `florilegium.client`, `.server`, `.privacy` and `.simulation` say in their `__all__` what else is promised.
 """
 
-from importlib.metadata import version
-
 import lazy_loader
 
 from florilegium.privacy.common.environment import prepare_process
 
 prepare_process()
-__version__ = version("florilegium")
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_exported, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":  # only then: the package's metadata take a while to read
+        from importlib.metadata import version
+
+        return version("florilegium")
+    return _exported(name)

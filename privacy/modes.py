@@ -71,12 +71,16 @@ NOT_ACCOUNTED_BY = {
 class PrivacyConfig(Config):
     """The budget of one device for the whole run and how its gradients are bounded."""
 
-    mode: Mode = "example-local"
+    mode: Mode = Field(
+        "example-local", description="what is protected, a dialogue or a device, and where noise is added"
+    )
     epsilon: float = Field(
         8.0, gt=0, le=100, description="of each dialogue, or in user-* of a device for its life; at `delta`"
     )
-    delta: float = Field(1e-5, gt=0, lt=1)
-    accountant: str = "pld"
+    delta: float = Field(
+        1e-5, gt=0, lt=1, description="chance with which ε may not hold; below one by the number of what is protected"
+    )
+    accountant: str = Field("pld", description="what adds up ε: privacy loss distributions")
     clip_norm_l2: float = Field(1.0, gt=0, description="bound on a dialogue's gradient, or in user-* on a whole change")
     releases: int = Field(
         0, ge=0, description="that a dialogue, or in user-* a device, may be part of; then it is retired; 0: all rounds"

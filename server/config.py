@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from florilegium.privacy.common.base_config import Config
-from florilegium.privacy.common.registry import HOW, ExtensionError, check, looked_at
+from florilegium.privacy.common.registry import ExtensionError, check, looked_at
 from florilegium.server.aggregation import RULES, new_rule
 from florilegium.server.optimizers import OPTIMIZERS, new_optimizer
 
@@ -17,18 +17,16 @@ from florilegium.server.optimizers import OPTIMIZERS, new_optimizer
 class ServerConfig(Config):
     """How the server samples devices and what it makes of their releases."""
 
-    extensible: ClassVar = ("rule", "optimizer")
+    extensible: ClassVar = {"rule": RULES, "optimizer": OPTIMIZERS}
 
     sampled_share: float = Field(1.0, gt=0, le=1, description="share of the devices asked in each round")
     rule: str = Field(
-        "mean",
-        description=f"what a round's releases become: {', '.join(RULES)}, {HOW}; none: devices learn alone and release "
-        "nothing",
+        "mean", description="what a round's releases become; none: devices learn alone and release nothing"
     )
     trimmed_share: float = Field(0.1, ge=0, lt=0.5, description="trimmed-mean: of the releases, at both ends")
     byzantine: int = Field(0, ge=0, description="krum: releases of a round that may be false")
     krum_keep: int = Field(1, ge=1, description="krum: releases that are averaged")
-    optimizer: str = Field("fedavg", description=f"{', '.join(OPTIMIZERS)}, {HOW}")
+    optimizer: str = Field("fedavg", description="what that change does to the shared adapter")
     learning_rate: float = Field(1.0, gt=0, description="factor on the change, or of the optimizer")
     momentum: float = Field(0.9, ge=0, lt=1, description="of fedavgm; beta 1 of fedadam and fedyogi")
     beta_2: float = Field(0.99, ge=0, lt=1, description="fedadam, fedyogi")

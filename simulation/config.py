@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,13 +14,14 @@ from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.places import NAMES
 from florilegium.client.selection.lexicons import SOURCES
 from florilegium.privacy.common.base_config import Config, Names, over
-from florilegium.privacy.common.registry import HOW, check
+from florilegium.privacy.common.registry import check
 from florilegium.server.config import ServerConfig, devices_to_ask
 from florilegium.simulation.data.conversations import READERS
 from florilegium.simulation.data.population import DataConfig
 from florilegium.simulation.settings import ConfigError, find_config, parse_override, read_tree, set_value, validate
 
 ENGINES = ("cohort", "flower")  # of `simulation.experiment`
+TRACKERS = {"tensorboard": "TensorBoard", "mlflow": "Mlflow", "wandb": "Wandb"}  # of `simulation.runs.trackers`
 
 
 class EvaluationConfig(Config):
@@ -34,17 +35,17 @@ class EvaluationConfig(Config):
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=24)
     rouge_queries_per_user: int = Field(4, ge=0, description="replies generated per user and arm at the end")
     pooled_epochs: int = Field(1, ge=0, description="of the ceiling that sees all data without privacy; 0: left out")
-    pooled_batch_size: int = Field(64, ge=1)
-    pooled_learning_rate: float = Field(2e-3, gt=0)
+    pooled_batch_size: int = Field(64, ge=1, description="examples of a step of that ceiling")
+    pooled_learning_rate: float = Field(2e-3, gt=0, description="of AdamW, of that ceiling")
     replies_shown: int = Field(6, ge=0, description="before and after replies in the report")
 
 
 class EngineConfig(Config):
     """What carries messages between server and devices, and what becomes of a device that raises."""
 
-    extensible: ClassVar = ("name",)
+    extensible: ClassVar = {"name": ENGINES}
 
-    name: str = Field("cohort", description=f"cohort: devices in cohorts; flower: Flower's own simulation; {HOW}")
+    name: str = Field("cohort", description="cohort: devices in cohorts; flower: Flower's own simulation")
     on_device_error: Literal["end", "count"] = Field(
         "end", description="end the run; count: where faults of devices are simulated (`DeviceFaultError`)"
     )
@@ -59,11 +60,13 @@ class EngineConfig(Config):
 
 
 class RayConfig(Config):
-    """The processes that simulated devices live in. Changes speed, not results (but for rounding)."""
+    """Ray actors that simulated devices live in, on a cluster say. Changes speed, not results (but for rounding)."""
 
-    actors: int = Field(0, ge=0, description="Ray actors, each with the base model; 0: this process does it all")
-    cpus_per_actor: float = Field(1.0, gt=0)
-    gpus_per_actor: float = Field(0.0, ge=0)
+    actors: int = Field(0, ge=0, description="Ray actors, each with the base model; 0: `workers` of this machine")
+    cpus_per_actor: float = Field(
+        1.0, gt=0, description="that Ray reserves for an actor; it computes with as many threads"
+    )
+    gpus_per_actor: float = Field(0.0, ge=0, description="that Ray reserves for an actor")
     address: str = Field("", description="of a cluster to join; empty: actors on this machine")
     shards: int = Field(0, ge=0, le=9999, description="folders that devices are kept in; 0: four an actor; fixed")
 
@@ -97,12 +100,12 @@ BASELINES = ("local", "fedavg", "fedprox", "ours", "ditto", "fedper", "fedrep", 
 class BaselineConfig(Config):
     """Another scheme of personalisation in the place of our own. FedProx's μ is `shared.proximal`."""
 
-    extensible: ClassVar = ("name",)
+    extensible: ClassVar = {"name": BASELINES}
 
-    name: str = Field("", description=f"empty: our own method; else {', '.join(BASELINES)}, {HOW}")
+    name: str = Field("", description="of the scheme; empty: our own method")
     learning_rate: float = Field(3e-3, gt=0, description="of AdamW, for whatever is trained")
     steps: int = Field(8, ge=2, description="of a device in a round; who trains two adapters gives half to each")
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, description="examples of a step")
     ditto_lambda: float = Field(0.1, ge=0, description="Ditto's pull of each device's own model to the shared one")
     personal_share: float = Field(
         0.5, gt=0, lt=1, description="FedPer, FedRep: of the adapted layers, the last ones, that stay on the device"
@@ -136,17 +139,22 @@ class ExperimentConfig(DeviceConfig):
         "rival": "it is called baseline here",
     }
 
-    name: str = "experiment"
-    seed: int = Field(0, ge=0)
+    name: str = Field("experiment", description="of the run's folder")
+    seed: int = Field(0, ge=0, description="of all that is drawn")
     engine: EngineConfig = Field(EngineConfig(), description="its name alone will do: engine = 'flower'")
-    cohort_size: int = Field(128, ge=1, description="devices in one pass; changes memory and speed, not results")
+    cohort_size: int = Field(128, ge=1, description="devices in one pass at most; changes speed and rounding alone")
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="processes of this machine that devices live in; auto: one a core, as memory allows"
+    )
     data: DataConfig = DataConfig()
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     ray: RayConfig = RayConfig()
     world: WorldConfig = WorldConfig()
     baseline: BaselineConfig = BaselineConfig()
-    callbacks: Names = Field((), description="package.module:NAME of each `Callback` that is told how the run goes on")
+    callbacks: Names = Field(
+        (), description=f"{', '.join(TRACKERS)}, or package.module:NAME of a `Callback` that is told how a run goes on"
+    )
 
     @property
     def reading(self) -> str:
@@ -246,14 +254,18 @@ class ExperimentConfig(DeviceConfig):
             raise ValueError("[world] tells when a server gets its answers; server.rule = 'none' has no server")
         if self.engine.name != "cohort" and (self.world.classes or self.ray.actors):
             raise ValueError("[world] and ray.actors need engine = 'cohort'")
+        if self.workers not in ("auto", 1) and (self.ray.actors or self.engine.name != "cohort"):
+            raise ValueError(
+                f"workers = {self.workers} needs engine = 'cohort' and ray.actors = 0, else leave it 'auto'"
+            )
         return self
 
     @field_validator("callbacks")
     @classmethod
     def _are_there(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check(name, ()) for name in value)
+        return tuple(check(name, TRACKERS) for name in value)
 
-    @field_validator("engine", mode="before")
+    @field_validator("engine", mode="before", json_schema_input_type=str | EngineConfig)
     @classmethod
     def _by_its_name(cls, value: object) -> object:
         return {"name": value} if isinstance(value, str) else value
@@ -330,11 +342,16 @@ def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     return config.model_copy(
         update={
             "selection": config.selection.model_copy(update={"lexicons": lexicons}),
-            "data": config.data.model_copy(update={"name": _absolute(config.data.name, READERS)}),
+            "data": config.data.model_copy(update={"name": _absolute_data(config.data.name)}),
             "model": config.model.model_copy(update={"name": _absolute(config.model.name, NAMES)}),
             "world": config.world.model_copy(update={"classes": world}),
         }
     )
+
+
+def _absolute_data(name: str) -> str:
+    """An existing file wins over a known name, a folder does not."""
+    return _absolute(name, () if Path(name).expanduser().is_file() else READERS)
 
 
 def _absolute(name: str, known: Collection[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -15,7 +14,13 @@ from safetensors import SafetensorError
 
 from florilegium.client.state_store import StoreError
 from florilegium.privacy.common.dumps import forbid_dumps
-from florilegium.privacy.common.environment import lend_imports, make_absolute, prepare_process
+from florilegium.privacy.common.environment import (
+    environment,
+    lend_imports,
+    make_absolute,
+    prepare_process,
+    private_files,
+)
 from florilegium.privacy.common.errors import BrokenDeviceError
 from florilegium.privacy.common.registry import ExtensionError, calling, import_folders, resolve
 from florilegium.privacy.ledger import LedgerError
@@ -25,8 +30,9 @@ from florilegium.simulation.data.population import User
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.preflight import ready
 from florilegium.simulation.engines.cohort_grid import CohortGrid
+from florilegium.simulation.engines.placement import open_workers
 from florilegium.simulation.engines.scheduler import Scheduler
-from florilegium.simulation.engines.workers import LocalWorkers, open_workers
+from florilegium.simulation.engines.workers import LocalWorkers
 from florilegium.simulation.engines.world_grid import WorldGrid, open_clock
 from florilegium.simulation.recorder import federate_run
 from florilegium.simulation.reports.run_report import render_report
@@ -94,7 +100,7 @@ def run_experiment(
     lend_imports(import_folders(config.extensions()))
     folder, config = folder.resolve(), with_absolute_paths(config)
     try:
-        with FileLock(_lock_of(folder), timeout=0):
+        with private_files(), FileLock(_lock_of(folder), timeout=0):
             run = resume(folder, config) if resuming else create(folder, config, overwrite=overwrite)
             return _run(run, resuming, progress or RunProgress(), callbacks, people)
     except Timeout:
@@ -166,9 +172,11 @@ def _on_flower(
     from florilegium.simulation.engines.flower_ray import stock_grid
     from florilegium.simulation.flower_app import RUN_VARIABLE, client_app
 
-    os.environ[RUN_VARIABLE] = str(run.path)
-    devices = load_run_devices(run, progress.enter, people)
-    with stock_grid(client_app, run.config.data.users, run.path, progress.visit) as grid:
+    devices, users = load_run_devices(run, progress.enter, people), run.config.data.users
+    with (
+        environment(RUN_VARIABLE, str(run.path)),
+        stock_grid(client_app, users, run.path, progress.visit) as grid,
+    ):
         federate_run(run, grid, Scheduler(LocalWorkers(devices), devices, progress), callbacks=callbacks)
 
 

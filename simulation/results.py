@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from csv import DictWriter
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from florilegium.client.lm.places import ADAPTERS
 from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.reports.tables import own_folder
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.events import Event
 from florilegium.simulation.runs.folder import RunFolder
@@ -59,7 +63,7 @@ class Result:
             from pandas import DataFrame
         except ImportError:
             raise ImportError(f"data frames need pandas: {INSTALL}") from None
-        rows = [_flat(asdict(event)) for event in self.events(kind)]
+        rows = [flat(event) for event in self.events(kind)]
         if not rows:
             have = ", ".join(sorted({event.kind for event in self.events()}))
             raise RunError(f"{self.folder} has no events {kind!r}; it has {have}")
@@ -100,10 +104,50 @@ def load_run(folder: str | Path) -> Result:
     return Result(path)
 
 
-def _flat(event: Mapping[str, Any]) -> dict[str, Any]:
+def export_run(run: Path, out: Path, *, parquet: bool) -> dict[Path, int]:
+    """Writes the events of a run as tables, one for each kind, and returns their numbers of rows.
+
+    The columns are those of `Result.frame`; what is a list or has deeper parts is JSON. Raises `RunError` for what is
+    no run, for an `out` that holds files of others, and where a package is missing.
+    """
+    if parquet and find_spec("pyarrow") is None:
+        raise RunError("--parquet needs a package: pip install 'florilegium[parquet]'")
+    if not (run / "metrics.jsonl").is_file():
+        raise RunError(f"{run} is not the folder of a run that has begun: it has no metrics.jsonl")
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for event in RunFolder(run).events():
+        kinds.setdefault(event.kind, []).append({key: _cell(value) for key, value in flat(event).items()})
+    own_folder(out)
+    written = {out / f"{kind}.{'parquet' if parquet else 'csv'}": rows for kind, rows in kinds.items()}
+    for path, rows in written.items():
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        if parquet:
+            _write_parquet(path, columns, rows)
+        else:
+            with path.open("w", encoding="utf-8", errors="replace", newline="") as stream:
+                writer = DictWriter(stream, columns)
+                writer.writeheader()
+                writer.writerows(rows)
+    return {path: len(rows) for path, rows in written.items()}
+
+
+def _write_parquet(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    from pyarrow import table
+    from pyarrow.parquet import write_table
+
+    write_table(table({name: [row.get(name) for row in rows] for name in columns}), path)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")  # people's texts may hold half a surrogate pair
+    return json.dumps(value) if isinstance(value, Mapping | list | tuple) else value
+
+
+def flat(event: Event) -> dict[str, Any]:
     """One event as the cells of a row."""
     row: dict[str, Any] = {}
-    for key, value in event.items():
+    for key, value in asdict(event).items():
         if key == "ci95":
             row["ci95_low"], row["ci95_high"] = value or (None, None)
         elif isinstance(value, Mapping):

@@ -38,6 +38,12 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else Path(florilegium.__file__).parent.parent / "configs"
 
 
+def bundled_configs() -> list[str]:
+    """The names of the configs that come with the package."""
+    folder = config_folder()
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.toml"))
+
+
 def find_config(name: str) -> Path:
     """A path, or the name of a config that comes with the package (`quickstart`, `selection/dolly`)."""
     path = Path(name)
@@ -47,7 +53,7 @@ def find_config(name: str) -> Path:
     bundled = folder / inside.with_suffix(".toml")
     if bundled.is_file() and bundled.resolve().is_relative_to(folder.resolve()):
         return bundled
-    have = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.toml"))
+    have = bundled_configs()
     near = did_you_mean(inside.with_suffix("").as_posix().lower(), have, 0.7)
     hint = f"; {near}" if near else f" nor one of: {', '.join(have)}"
     raise ConfigError(f"config {name!r} is no file{hint}")

@@ -26,6 +26,7 @@ from florilegium.privacy.ledger import Ledger
 from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data import population
 from florilegium.simulation.data.conversations import read_chitchat
+from florilegium.simulation.data.formats.reading import Reading
 from florilegium.simulation.data.population import DataConfig, User, load_population
 from florilegium.simulation.settings import config_folder
 
@@ -54,10 +55,10 @@ def _collected(context_turns: int) -> population.Replies:
     return _collect(DataConfig(context_turns=context_turns))
 
 
-def collect(config: DataConfig) -> population.Replies:
+def collect(config: DataConfig, reading: Reading | None = None, named: str = "") -> population.Replies:
     """As ever, but the bundled chats are read once in a process: that takes three seconds."""
     bundled = config.name == "chitchat" and population.READERS["chitchat"] is read_chitchat
-    return _collected(config.context_turns) if bundled else _collect(config)
+    return _collected(config.context_turns) if bundled else _collect(config, reading, named)
 
 
 population.collect = collect

@@ -4,38 +4,49 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+from flwr.app import Message
 from hypothesis import HealthCheck, example, given, reject, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from florilegium.client import coins
 from florilegium.client.agent import acceptance
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import new_config
 from florilegium.client.agent.device import Device
 from florilegium.client.agent.errors import AgentError, DeviceError
 from florilegium.client.agent.folder import DeviceFolder
+from florilegium.client.agent.supernode import answered, prepare
 from florilegium.client.agent.terms import LARGEST_FILE, Terms, read_terms, write_terms
 from florilegium.client.calibration import release_noise
+from florilegium.client.flower_arrays import on_a_wire
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.places import base_hash
-from florilegium.client.private_training import clipped_change, noisy_steps
 from florilegium.privacy import accounting
 from florilegium.privacy.accounting import Event, calibrate, epsilon
 from florilegium.privacy.common.errors import UserError
-from florilegium.privacy.dpsgd import PrivateRow
 from florilegium.privacy.modes import Mode
 from florilegium.privacy.plan import RoundPlan
 from florilegium.server.config import ServerConfig
-from florilegium.simulation.deployment.certificates import CA, CERTIFICATE, KEY, OPERATOR_KEY, SETTINGS, TERMS
-from florilegium.simulation.deployment.link import Link
-from florilegium.simulation.deployment.rounds import layout_of, make_folder, serving, strategy_of
+from florilegium.simulation.deployment.certificates import (
+    CA,
+    CERTIFICATE,
+    KEY,
+    OPERATOR_KEY,
+    SETTINGS,
+    TERMS,
+    make_certificates,
+)
+from florilegium.simulation.deployment.link import Link, LinkGrid
+from florilegium.simulation.deployment.register import admit, admitted
+from florilegium.simulation.deployment.rounds import OperatorStrategy, layout_of, make_folder, serving, strategy_of
+from florilegium.simulation.rounds import Recorder, federate
 from florilegium.simulation.runs.folder import RunFolder
 
 SERVER = "127.0.0.1:9092"
@@ -82,42 +93,93 @@ def device(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Agent
 # -- modes ------------------------------------------------------------------------------------------------------------
 
 
+class Answering(LinkGrid):
+    """A deployment's messages, answered by real agents as behind their SuperNodes; keeps the releases that arrive."""
+
+    def __init__(self, link: Link, agents: Mapping[str, Agent]) -> None:
+        super().__init__(link)
+        self.agents = {link.nodes[name]: agent for name, agent in agents.items()}
+        self.arrived: list[np.ndarray] = []  # (P,) each, in the order of rounds and devices
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return [self._answered(m) for m in messages]
+
+    def _answered(self, message: Message) -> Message:
+        reply = on_a_wire(answered(message, self.agents[message.metadata.dst_node_id], lambda seconds: None))
+        if arrays := reply.content.array_records.get("arrays"):
+            self.arrived.append(np.concatenate([array.numpy().ravel() for array in arrays.values()]))
+        return reply
+
+
+def serving_agents(folder: Path, told: Terms, agents: Mapping[str, Agent]) -> tuple[OperatorStrategy, Any, Answering]:
+    """What `server start` makes of the folder, what devices are sent first, and a grid where all of them are there."""
+    for name, agent in agents.items():
+        authority = make_certificates(folder / name, ["localhost"])
+        admit(folder, name, str(prepare(agent.device.folder.supernode, authority)))
+    link = Link()
+    link.set_admitted(admitted(folder))
+    for node in link.nodes.values():
+        link.state.activate_node(node, 600.0)
+    return *strategy_of(folder, link, layout_of(told), lambda line: None), Answering(link, agents)
+
+
 @pytest.mark.parametrize("mode", get_args(Mode))
-def test_what_arrives_of_each_mode_has_its_noise_or_nothing_arrives(
-    home: DeviceFolder, lm: LanguageModel, mode: Mode, monkeypatch: pytest.MonkeyPatch
+def test_what_a_server_receives_of_each_mode_has_the_noise_that_was_claimed_or_nothing_arrives(
+    lm: LanguageModel, tmp_path: Path, mode: Mode
 ) -> None:
-    """The server of a deployment adds none: all there is comes from the device."""
-    agent = made(home, lm)
-    agent.join(terms(), SERVER)
-    set_privacy(agent, mode=mode, clip_norm_l2=0.05)
-    server = home.path.parent / "server"
-    server.mkdir()
-    make_folder(server, terms(), ServerConfig(), 8.0)
-    strategy, _ = strategy_of(server, Link(), layout_of(terms()), print)
-    assert strategy.noise.on_sum == 0
-    monkeypatch.setattr(coins, "fresh_secret", lambda: 7)
-    row, plan = agent.device.context.shared_layout.start(0), RoundPlan(1, 0)
-    [release] = agent.contribute([agent.device.config.name], row, plan)
-    if mode in ("user-central", "none"):
-        assert release is None and agent.account and not agent.account.entries and not agent.device.vault.sent()
-        agent.leave()
-        with pytest.raises(AgentError, match=mode):
-            agent.join(terms(), SERVER)
+    """Two real devices answer two rounds of the server of a deployment, which adds no noise of its own.
+
+    Three dialogues or a clipped change are far below the noise: what arrives has its variance, in every array.
+    """
+    noisy = mode in ("example-local", "user-local")
+    agents = {name: made(DeviceFolder(tmp_path / "home" / name), lm) for name in ("a", "b")}
+    settings: dict[str, Any] = {"mode": mode} if noisy else {}
+    told = make_folder(tmp_path, terms(rounds=2, min_devices=2), ServerConfig(), 8.0, **settings)
+    for agent in agents.values():
+        set_privacy(agent, **settings)
+        agent.join(told, SERVER)
+        set_privacy(agent, mode=mode)
+    strategy, start, grid = serving_agents(tmp_path, told, agents)
+    shared = federate(grid, strategy, Recorder(), start, 2).numpy()
+    begun = np.concatenate([array.numpy().ravel() for array in start.values()])
+    if not noisy:
+        assert not grid.arrived and np.array_equal(shared, begun)
+        assert strategy.facts[1].refused == strategy.facts[2].refused == {"no-device": 2}
+        for agent in agents.values():
+            assert agent.account and not agent.account.entries and not agent.device.vault.sent()
+            agent.leave()
+            with pytest.raises(AgentError, match=mode):
+                agent.join(told, SERVER)
         return
-    assert release is not None
-    original = PrivateRow.__init__
+    claimed = release_noise(agents["a"].device.context.config, 1, 0).on_device
+    arrived = np.stack(grid.arrived)  # (rounds × devices, P)
+    assert len(arrived) == 4 and strategy.noise.on_sum == 0 < claimed
+    assert shared - begun == pytest.approx(arrived.sum(0) / 2, abs=1e-5)  # as they came, and nothing else
+    drawn = arrived.reshape(4, len(start), -1) / claimed
+    assert drawn.std(2) == pytest.approx(1, abs=0.12)  # 768 numbers each: four times 1 / √(2 · 768) and a little more
+    assert drawn[..., ::2].std() == pytest.approx(1, abs=0.04) == drawn[..., 1::2].std()
+    assert np.abs(np.corrcoef(arrived) - np.eye(4)).max() < 0.1  # drawn anew, each time and by each
 
-    def silent(self: PrivateRow, *args: Any, **given: Any) -> None:
-        original(self, *args, **{**given, "noise_multiplier": 0.0})
 
-    monkeypatch.setattr(PrivateRow, "__init__", silent)
-    learn = noisy_steps if mode == "example-local" else clipped_change
-    plain = learn([agent.device.state()], row, plan, agent.device.context)[agent.device.config.name].numpy()
-    sent = np.concatenate([release.arrays[name].ravel() for name, _ in agent.schema.shapes])
-    claimed = release_noise(agent.device.context.config, 1, 0).on_device
-    assert claimed > 0 and plain.any()
-    drawn = (sent - plain) / claimed
-    assert abs(drawn.mean()) < 4 / math.sqrt(drawn.size) and drawn.std() == pytest.approx(1, abs=3 / drawn.size**0.5)
+def test_a_release_that_its_server_would_refuse_is_neither_paid_for_nor_sent(
+    home: DeviceFolder, lm: LanguageModel
+) -> None:
+    """In `user-local` there is more noise than the terms of `example-local` have room for."""
+    agent = made(home, lm, mode="user-local")
+    (home.path.parent / "server").mkdir()
+    told = make_folder(home.path.parent / "server", terms(), ServerConfig(), 8.0)
+    with pytest.raises(AgentError, match=r"refuses releases longer than .* of another --mode"):
+        agent.join(told, SERVER)
+    set_privacy(agent, mode="example-local")
+    agent.join(told, SERVER)
+    set_privacy(agent, mode="user-local")
+    row = agent.device.context.shared_layout.start(0)
+    for _ in range(2):
+        assert agent.contribute([agent.device.config.name], row, RoundPlan(1, 0)) == [None]
+    assert agent.account and not agent.account.entries
+    assert [(s.round, s.kind, s.bytes) for s in agent.device.vault.sent()] == [(1, "too-large", 0)]
+    set_privacy(agent, mode="example-local")
+    assert agent.contribute([agent.device.config.name], row, RoundPlan(1, 0)) != [None]
 
 
 def test_secrets_that_can_be_repeated_join_no_federation(home: DeviceFolder, lm: LanguageModel) -> None:

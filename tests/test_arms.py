@@ -22,7 +22,9 @@ from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.packing import Example
 from florilegium.client.lm.training_data import TrainingSet
+from florilegium.client.personalization.kgt import KnowledgeGraph
 from florilegium.privacy.seeds import derive_seed
+from florilegium.simulation.audit.canaries import Canary
 from florilegium.simulation.baselines.registry import BASELINES
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.devices.simulated import load_devices
@@ -35,6 +37,7 @@ from florilegium.simulation.personalization.config import MethodsConfig
 from florilegium.simulation.personalization.run import play
 from florilegium.simulation.runs.events import Evaluation
 from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.studies import federated_cell
 from florilegium.simulation.studies.config import load_study
 from florilegium.simulation.studies.runner import run_study
 from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser
@@ -353,6 +356,30 @@ def test_no_arm_of_a_federated_study_has_seen_what_is_held_out(lm: LanguageModel
     assert torch.equal(personal["start"], local["start"])
 
 
+def test_no_arm_of_a_federated_study_has_met_what_a_coin_hid(
+    lm: LanguageModel, heard: Heard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the attack, which asks about what was met and what was hidden alike."""
+    coins: list[Canary] = []
+    ours: list[Example] = []
+    membership = federated_cell.membership
+
+    def attacking(seen: Any, hidden: Any) -> Any:
+        coins.extend(hidden)
+        ours.extend([*heard.sets, *heard.selected])
+        asked = len(heard.learned)
+        found = membership(seen, hidden)
+        del heard.learned[asked:]
+        return found
+
+    monkeypatch.setattr(federated_cell, "membership", attacking)
+    study_of(tmp_path, "federated", {"selection.policy": ["fifo"]}, rounds=1)
+    learned = {e.reply for e in [*ours, *heard.sets]}
+    replies = [(lm.format.dialogues([c.dialogue])[0].reply, c.member) for c in coins]
+    assert len(replies) == 12 and [r for r, member in replies if member and r in learned]
+    assert not [r for r, member in replies if not member and r in learned]
+
+
 @pytest.mark.parametrize("looking", [False, True])
 def test_no_rival_has_seen_what_is_held_out(lm: LanguageModel, heard: Heard, tmp_path: Path, looking: bool) -> None:
     """FedDPA compares a question with its device's own examples, and so alone reads what is asked; it learns nothing
@@ -408,6 +435,38 @@ def test_no_method_has_seen_the_answers(lm: LanguageModel, heard: Heard, name: s
     assert any(MARK in text for text in in_words(lm, heard.scored))
     assert learned and not [text for text in learned if MARK in text]
     assert [t for t in learned if "soup it is" in t]  # of the pool
+
+
+def test_a_graph_of_triples_is_neither_made_of_nor_tuned_on_the_answers(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KGT trains nothing: what it reads to propose a triple, and what it weighs triples by, are their own items."""
+    lm = LanguageModel.load(ModelConfig.model_validate(MODEL | {"limits": {"prompt_tokens": 48, "reply_tokens": 16}}))
+    weighed: list[Example] = []
+    losses = KnowledgeGraph.losses
+
+    def weighing(self: KnowledgeGraph, graphs: Any) -> Any:
+        before = len(heard.scored)
+        found = losses(self, graphs)
+        weighed.extend(heard.scored[before:])
+        return found
+
+    monkeypatch.setattr(KnowledgeGraph, "losses", weighing)
+    config = MethodsConfig.model_validate({
+        "model": MODEL | {"name": "smollm2-135m"},
+        "task": {"users": 2, "pool_users": 2},
+        "task_stage": {"training": {"epochs": 1}},
+        "method": {"name": "kgt"},
+        "sampling": SHORT,
+    })  # fmt: skip
+    task = Task("replies", ("rouge1",), asked="{text}")
+    pool = [task_user("p0", "soup"), task_user("p1", "rain")]
+    play(lm, config, task, pool, [task_user("u0", "ships"), task_user("u1", "tea")], seed=0)
+    asked = [prompt for prompts, _ in heard.written for prompt in prompts if "What the user" in prompt]
+    assert [p for p in asked if "ships" in p] and not [p for p in asked if MARK in p]
+    read = in_words(lm, weighed)
+    assert [t for t in read if "ships it is" in t] and not [t for t in read if MARK in t]
+    assert [t for t in in_words(lm, heard.scored) if MARK in t]
 
 
 @pytest.fixture(scope="module")

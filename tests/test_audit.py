@@ -6,21 +6,23 @@ import base64
 import json
 import zlib
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from scipy.special import ndtr
 
 from florilegium.client.calibration import planned_event
 from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.model import LanguageModel
+from florilegium.client.lm.packing import Example
 from florilegium.client.state import DeviceState
 from florilegium.privacy.plan import RoundPlan
-from florilegium.simulation.audit import checks, hostile_adapters
+from florilegium.simulation.audit import checks, hostile_adapters, one_run_audit
 from florilegium.simulation.audit.attack_metrics import Ceiling, judge
 from florilegium.simulation.audit.attacks import membership
 from florilegium.simulation.audit.bounds import (
@@ -91,17 +93,28 @@ def test_a_bound_with_abstention_is_that_of_its_authors() -> None:
     assert gaussian_one_run_epsilon(1000, 20, 20, 1e-5) > gaussian_one_run_epsilon(1000, 20, 19, 1e-5) > 1
 
 
-@pytest.mark.parametrize("guesses", [20, 100])
-def test_a_bound_with_abstention_is_seldom_above_the_truth(guesses: int) -> None:
-    """1,000 coins, each seen through noise that is µ-GDP for µ = 0.5: at most 5 % may refute the truth."""
-    rng, half, above = np.random.default_rng(0), guesses // 2, 0
-    bound = cache(lambda right: gaussian_one_run_epsilon(1000, guesses, right, 1e-5))
-    for _ in range(400):
-        coins = rng.random(1000) < 0.5
-        order = np.argsort(coins * 0.5 + rng.normal(size=1000))
-        right = int(coins[order][-half:].sum() + (~coins[order])[:half].sum())
-        above += bound(right) > gaussian_epsilon(0.5, 1e-5)
-    assert above / 400 <= 0.05 and bound(guesses) > gaussian_epsilon(0.5, 1e-5)
+@pytest.mark.parametrize(
+    ("guesses", "percent", "of_answers"), [(20, (0.5, 1.7), 0.02), (100, (0.0, 0.4), 0.01), (500, (0.0, 0.02), 0.01)]
+)
+def test_a_bound_with_abstention_is_seldom_above_the_truth(
+    guesses: int, percent: tuple[float, float], of_answers: float
+) -> None:
+    """1,000 coins, each seen through a mechanism that is µ-GDP for µ = 0.5: at most 5 % may refute the truth.
+
+    Through Gaussian noise, with guesses on the most extreme of what is seen; and as randomized responses, which are
+    told right with Φ(µ / 2) and all alike. The first is what abstaining costs, and the method's own share.
+    """
+    rng, half, trials, mu = np.random.default_rng(0), guesses // 2, 3000, 0.5
+    truth = gaussian_epsilon(mu, 1e-5)
+    coins = rng.random((trials, 1000)) < 0.5
+    seen = (coins * mu + rng.normal(size=coins.shape)).argsort(1)
+    coins = np.take_along_axis(coins, seen, 1)
+    right = coins[:, -half:].sum(1) + (~coins[:, :half]).sum(1)
+    answers = rng.binomial(guesses, ndtr(mu / 2), 100_000)
+    least = min(c for c in range(guesses + 1) if gaussian_one_run_epsilon(1000, guesses, c, 1e-5) > truth)
+    above, of_coins = 100 * (right >= least).mean(), 100 * (answers >= least).mean()
+    print(f"{guesses} guesses of 1,000: above the truth in {above:.2f} % of trials, {of_coins:.2f} % of answers")
+    assert percent[0] <= above <= percent[1] and of_coins <= of_answers
 
 
 def test_a_bound_of_independent_coins_by_hand() -> None:
@@ -179,6 +192,27 @@ def test_canaries_take_places_by_coins(streams: list[list[Dialogue]]) -> None:
         assert (c.dialogue in planted[c.device]) == c.member
     with pytest.raises(ConfigError, match=r"96 dialogues have no place for 97 canaries.*more devices"):
         plant(streams, 97, seed=1)
+
+
+def test_devices_of_an_audit_train_on_canaries_as_their_coins_say(
+    lm: LanguageModel, streams: list[list[Dialogue]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On those that were met, on no other one, and not on the dialogues in whose places they stand."""
+    trained: list[Example] = []
+    gradients = Engine.dp_gradients
+
+    def training(self: Engine, adapters: object, frozen: object, batches: list[list[Example]]) -> object:
+        trained.extend(e for batch in batches for e in batch)
+        return gradients(self, adapters, frozen, batches)  # type: ignore[arg-type]
+
+    coins = DialogueCoins(lm, CONFIG, streams[:1], 8, seed=0)
+    monkeypatch.setattr(Engine, "dp_gradients", training)
+    one_run_audit._played(lm, without_noise(worst_case(CONFIG, 8.0)), coins.planted, one_run_audit.NONE, 0)
+    assert {c.member for c in coins.known} == {True, False}
+    for c in coins.known:
+        (place,) = [d for d in coins.streams[c.device] if d.id == c.dialogue.id]
+        canary, real = lm.format.dialogues([c.dialogue, place])
+        assert (canary in trained, real in trained) == (c.member, not c.member)
 
 
 class SameInSteps(Recorded):

@@ -103,6 +103,8 @@ def refused(folder: Path) -> list[list[str]]:
         ["study", "personal/methods", "model.name=nanoo", "--studies", missing],
         ["report", missing],
         ["audit", missing],
+        ["config", "show", "quickstart", "selection.policy=nope"],
+        ["config", "describe", "selection.polcy"],
         ["models", "pull", "nope"],
         ["models", "pretrain", f"{missing}.toml"],
         ["models", "pretrain", "quickstart"],
@@ -162,6 +164,7 @@ def test_what_only_looks_loads_no_model_library() -> None:
     wanted = [
         *([*path, "--help"] for path in COMMANDS), ["models", "list"], ["data", "list"], ["doctor"],
         ["data", "lexicons", "my doctor gave me a pill"], ["data", "describe", "chitchat"],
+        ["config", "show", "quickstart"], ["config", "describe", "selection.policy"], ["config", "schema"],
     ]  # fmt: skip
     for arguments, (code, loaded, told) in zip(wanted, asked(wanted), strict=True):
         assert not code and not loaded, (arguments, code, loaded, told)

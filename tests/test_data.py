@@ -237,18 +237,17 @@ def test_a_file_is_known_by_what_is_in_it_and_not_by_its_ending(tmp_path: Path) 
         assert [reply.response for reply in found.by_user["ana"]] == ["Yes."]
     (tmp_path / "export.json").write_bytes(gzip.compress(said.encode()))
     assert collect(DataConfig(name=str(tmp_path / "export.json"))).by_user.keys() == {"ana"}
-    for start, told in ((b"PAR1rest", "a Parquet file"), (b"PK\x03\x04", "a zip archive")):
+    for start, told in ((b"PAR1rest", "pyarrow|as Parquet"), (b"PK\x03\x04", "as a zip archive")):
         (tmp_path / "table.parquet").write_bytes(start)
-        with pytest.raises(DataError, match=rf"table\.parquet is {told}, not JSON Lines"):
+        with pytest.raises(DataError, match=rf"table\.parquet .*{told}"):
             collect(DataConfig(name=str(tmp_path / "table.parquet")))
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("alpaca.json", "unknown data set 'alpaca.json'; there is no such file; name a file of JSON Lines"),
+        ("alpaca.json", "unknown data set 'alpaca.json'; there is no such file; name a file or a folder"),
         ("owner/talks", "unknown data set 'owner/talks'; there is no such file; .* or hub:owner/dataset"),
-        (str(Path(__file__).parent), "that is a folder"),
         ("Chitchat", r"did you mean 'chitchat'\?"),
         ("zzz", "known names: chitchat, self_dialogue"),
     ],
@@ -494,7 +493,7 @@ def test_the_config_refuses_what_cannot_be_meant() -> None:
         DataConfig(name="chitchatt")
     with pytest.raises(ValidationError, match="max_pairs = 20 must be >= min_pairs = 40"):
         DataConfig(max_pairs=20)
-    with pytest.raises(ValidationError, match=r"did you mean 'users' or hub_fields.user\?"):
+    with pytest.raises(ValidationError, match=r"did you mean 'users' or hub_fields.user or fields.user\?"):
         DataConfig.model_validate({"user": 3})
     for accepted in ("x.jsonl", "x.jsonl.gz", "a/b.jsonl.xz", "hub:owner/talks", "dolly"):
         assert DataConfig(name=accepted).name == accepted

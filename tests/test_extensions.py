@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
+import torch
 from pydantic import ValidationError
 
 from florilegium import Experiment, load_config, load_run
+from florilegium.client.agent.http_api import _said
 from florilegium.client.agent.invitation import Invitation
 from florilegium.client.agent.terms import Terms
 from florilegium.client.context import CohortContext
@@ -31,20 +36,26 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.server.aggregation import Mean, new_rule
 from florilegium.server.config import ServerConfig
 from florilegium.server.optimizers import FedAvg, new_optimizer
-from florilegium.simulation.baselines.devices import run_devices_of_worker
+from florilegium.simulation.baselines.devices import run_devices_of_worker, under
 from florilegium.simulation.baselines.registry import BASELINES, baseline
 from florilegium.simulation.config import BaselineConfig, ExperimentConfig
 from florilegium.simulation.data.describe import describe
 from florilegium.simulation.data.population import DataConfig, load_population
+from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
+from florilegium.simulation.personalization.config import MethodsConfig
+from florilegium.simulation.personalization.run import play
 from florilegium.simulation.runs import provenance
+from florilegium.simulation.runs.callbacks import Callback, Callbacks, RunFacts
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.folder import RunFolder, check_resumable, create
 from florilegium.simulation.runs.provenance import check_sources, sources_sha256
 from florilegium.simulation.settings import ConfigError, dump_config
 from florilegium.simulation.studies.cell import SharedResources
 from florilegium.simulation.studies.config import load_study
+from florilegium.simulation.studies.methods_cell import MethodsCell
 from florilegium.simulation.studies.preflight import ready
-from florilegium.simulation.tasks.config import TaskConfig
+from florilegium.simulation.studies.runner import run_study
+from florilegium.simulation.tasks.config import TaskConfig, load_task
 
 SOURCE = '''
 """Methods of a laboratory's own."""
@@ -165,6 +176,21 @@ class Needy(Method):
         pass
 
 
+class Mumbling(Method):
+    def prompt(self, device, asked, before=None):
+        return asked.prompt if device == 0 else {}[asked.prompt]
+
+
+class Counting(Method):
+    def prompt(self, device, asked, before=None):
+        return len(asked.prompt)
+
+
+class Short(Method):
+    def serving(self, asked):
+        return self.served(asked[1:])
+
+
 QUIZ = replace(STAND_INS["chat-reply"], source="my_lab.methods:read")
 DITTO = BASELINES["ditto"]
 
@@ -184,6 +210,7 @@ ALL = [
     "server.optimizer=my_lab.methods:slow", "engine=my_lab.methods:engine", "data.name=my_lab.methods:read",
     'callbacks=["my_lab.methods:WATCH"]',
 ]  # fmt: skip
+DITTO = ["rounds=1", "data.name=my_lab.methods:read", "baseline.name=my_lab.methods:DITTO"]
 ME = "my_lab.methods:"
 
 
@@ -251,7 +278,7 @@ def test_what_is_not_there_is_told_in_a_line(name: str, told: str, folder: Path)
         ("server.optimizer=my_lab.methods:deciding", "gave Policy, which is none; it must give a ServerOptimizer"),
         ("engine=my_lab.methods:LONGEST", "it must be something to call"),
         ("data.name=my_lab.methods:LONGEST", "it must be something to call"),
-        ('callbacks=["fifo"]', "must be package.module:NAME"),
+        ('callbacks=["fifo"]', "must be one of tensorboard, mlflow, wandb, or package.module:NAME"),
     ],
 )
 def test_what_is_of_another_kind_is_refused_with_the_settings(setting: str, told: str, folder: Path) -> None:
@@ -301,6 +328,11 @@ def test_a_decision_that_is_none_is_told(decision: object, told: str, lab: Any, 
     monkeypatch.setattr(lab, "DECIDES", lab.deciding(decision), raising=False)
     with pytest.raises(ExtensionError, match=rf"my_lab\.methods:DECIDES {told}"):
         offered(ME + "DECIDES", "a", "b", "c")
+
+
+def test_a_devices_owner_is_told_which_extension_went_wrong() -> None:
+    told = f"device: {ME}RAISES raised ZeroDivisionError; it must return the index"
+    assert _said(ExtensionError(told)) == (500, told) and "RAISES" not in _said(RuntimeError(told))[1]
 
 
 def test_an_integer_of_numpys_is_a_decision(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,6 +460,107 @@ def test_a_baseline_of_ones_own_is_found(folder: Path) -> None:
     assert baseline(BaselineConfig(name=ME + "DITTO").name) is BASELINES["ditto"]
     with pytest.raises(ExtensionError, match="is a function; it must be a Baseline"):
         baseline(ME + "read")
+
+
+TASK = {"name": ME + "QUIZ", "users": 2, "pool_users": 2, "split": "all", "min_history": 4, "max_history": 6,
+        "queries_per_user": 1}  # fmt: skip
+LITTLE = {"name": "nano", "dtype": "float32", "limits": {"prompt_tokens": 24, "reply_tokens": 6}}
+
+
+def test_a_study_of_a_task_and_a_method_of_ones_own_runs_to_its_end(folder: Path, tmp_path: Path) -> None:
+    """`base` too, in whose prompts the task's adapter is another one than in those of the method."""
+    tree = {
+        "model": LITTLE, "task": TASK, "task_stage": {"training": {"epochs": 1}}, "sampling": {"max_new_tokens": 2},
+        "study": {"kind": "methods", "seeds": 1, "tables": {"t": {"rows": {"method.name": ["base", ME + "Shouting"]}}}},
+    }  # fmt: skip
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(tree), encoding="utf-8")
+    study = load_study(tmp_path / "study.toml")
+    ready(study, tmp_path / "study")
+    run_study(study, tmp_path / "study", lambda phase: None)
+    results = [json.loads(p.read_text()) for p in (tmp_path / "study" / "cells").glob("*/result.json")]
+    cells = [MethodsCell(cell, SharedResources.of([cell]), tmp_path, str) for cell in study.cells.values()]
+    assert len({repr(r["seeds"][0]["arms"]["own"]["nll"]["by_user"]) for r in results}) == 2
+    assert len({cell._of_task(0) for cell in cells}) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "Mumbling",
+            r"^device-0001: my_lab\.methods:Mumbling raised KeyError: .*; it must return the prompt as a text",
+        ),
+        ("Counting", r"^device-0000: my_lab\.methods:Counting returned int; it must return the prompt as a text"),
+        ("Short", r"^my_lab\.methods:Short returned Served of 1 slots; .* Served with a slot for each of 2 questions"),
+    ],
+)
+def test_what_a_method_does_wrong_is_told(name: str, told: str, lm: LanguageModel, folder: Path) -> None:
+    config = MethodsConfig.model_validate({
+        "model": LITTLE, "task": TASK, "method": {"name": ME + name}, "task_stage": {"enabled": False},
+    })  # fmt: skip
+    task, pool, users = load_task(config.task, 0)
+    with pytest.raises(ExtensionError, match=told):
+        play(lm, config, task, pool, users, 0)
+
+
+def test_a_run_of_a_baseline_of_ones_own_comes_to_its_end(folder: Path, tmp_path: Path) -> None:
+    config = load_config("quickstart", [*TINY, *DITTO, "baseline.steps=2"])
+    result = Experiment(config, tmp_path / "run").run(quiet=True)
+    assert result.summary.rounds == 1 and result.summary.baseline == ME + "DITTO"
+    assert result.summary.nll["personal"] != result.summary.nll["base"]
+    assert ME + "DITTO" in result.report.read_text(encoding="utf-8")
+    assert not [p for p in (tmp_path / "run").rglob("*") if p.stat().st_mode & 0o077]  # as those of the command
+
+
+def test_who_has_begun_is_told_the_end_where_another_raises_at_the_beginning(lab: Any, tmp_path: Path) -> None:
+    class Broken(Callback):
+        def on_run_begin(self, facts: RunFacts) -> None:
+            raise OSError("no room")
+
+    run, told, late = create(tmp_path / "run", ExperimentConfig()), lab.Watch(), lab.Watch()
+    run.metrics.write_bytes(b"")
+    with pytest.raises(ExtensionError, match=r"Broken raised OSError: no room"):
+        Callbacks(run, [told, Broken(), late]).begin(0)
+    assert told.told == [("begin", 0, []), ("end", 0, True)] and not late.told
+
+
+@pytest.fixture(scope="module")
+def run_of_a_baseline(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimulatedDevices:
+    return load_devices(create(tmp_path_factory.mktemp("runs") / "run", load_config("quickstart", [*TINY, *DITTO])))
+
+
+def sideways(held: Any, sets: Any, context: Any) -> Any:
+    return held.own, held.own[:, :-1]
+
+
+def unbounded(held: Any, sets: Any, context: Any) -> Any:
+    return held.own, torch.stack([torch.zeros(held.own.shape[1]), torch.full((held.own.shape[1],), float("nan"))])
+
+
+@pytest.mark.parametrize(
+    ("contribute", "told"),
+    [
+        (lambda *given: 1 // 0, r"raised ZeroDivisionError: .* \(test_extensions\.py, line \d+\)"),
+        (lambda *given: (7, 7), r"returned int"),
+        (sideways, r"returned float32 \(2, \d+\)"),
+        (lambda held, *_: (held.own, held.own.double()), r"returned float64 \(2, \d+\)"),
+        (unbounded, r"returned numbers for device-00001 that are not finite"),
+    ],
+)
+def test_what_a_baseline_does_wrong_is_told_with_the_devices(
+    contribute: Callable[..., Any], told: str, run_of_a_baseline: SimulatedDevices
+) -> None:
+    devices = under(run_of_a_baseline, replace(BASELINES["ditto"], contribute=contribute))
+    who, must = (
+        r"^device-00000 … device-00001: my_lab\.methods:DITTO",
+        r"; it must return float32 \(2, \d+\) that stays",
+    )
+    with pytest.raises(ExtensionError, match=f"{who} {told}{must}"):
+        devices.contribute(list(devices.users), devices.context.shared_layout.start(0), RoundPlan(1, 0))
+    bad = under(run_of_a_baseline, replace(BASELINES["ours"], adopt=contribute))
+    rounds = bad.duties.adopt
+    with pytest.raises(ExtensionError, match=who):
+        rounds(bad.states(list(bad.users)), bad.context.shared_layout.start(0), RoundPlan(1, 1), bad.context)
 
 
 # -- where it is never taken --------------------------------------------------------------------------------------

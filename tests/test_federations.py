@@ -28,11 +28,9 @@ from florilegium.simulation.devices.simulated import load_devices
 from florilegium.simulation.devices.workload import planned_tokens
 from florilegium.simulation.engines.scheduler import pack
 from florilegium.simulation.experiment import run_experiment
-from florilegium.simulation.runs.callbacks import Callbacks
 from florilegium.simulation.runs.device_store import Shards
 from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.runs.progress import RunProgress, Speed
-from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 from florilegium.simulation.settings import ConfigError, config_folder
 
 LEAN = (*SMALL, "data.users=6", "synthesis.per_dialogue=0", "evaluation.rouge_queries_per_user=0",
@@ -319,21 +317,6 @@ def test_a_pulse_tells_what_is_done_and_how_fast(plain: Path, tmp_path: Path) ->
     assert progress.visits == 2 * 2 * 6 and progress.round == 2 and heard[-1][0] == "report"
     assert progress.tokens == json.loads((plain / "summary.json").read_text())["tokens_trained"] > 0
     assert all(unit in Speed().told(progress) for unit in ("devices/s", "tokens/s", "GB"))
-
-
-def test_tensorboard_reads_what_was_written(plain: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = RunFolder(plain)
-    board = Callbacks(run, [TensorBoardWriter()])
-    board.begin(2)
-    board.end(interrupted=False)  # what was written is not written again
-    read: Any = EventAccumulator(str(plain / "tensorboard"))
-    read.Reload()
-    (first, second) = read.Scalars("releases")
-    assert (first.step, first.value, second.step) == (1, 6, 2)
-    assert read.Scalars("nll/personal")[0].step == 2
 
 
 def test_paths_in_a_config_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data.population import User
 from florilegium.simulation.evaluation.metrics import measure_nll, score_users
 from florilegium.simulation.experiment import run_experiment
+from florilegium.simulation.runs.callbacks import Callback, RunFacts
 from florilegium.simulation.runs.folder import RunError, RunFolder, create
 from florilegium.simulation.settings import ConfigError, config_folder
 from florilegium.simulation.studies import baselines_report
@@ -476,17 +477,20 @@ def written(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["local", "fedavg", "ditto", "fedrep", "feddpa"])
-def test_a_run_trains_the_same_adapters_as_a_study_on_the_same_people(tmp_path: Path, name: str) -> None:
-    """Behind Flower's messages, with states on the disk, and bit for bit: people, batches, training and the mean."""
-    people, folder = written(tmp_path), tmp_path / "run"
-    tree = settings(name).model_dump(mode="json")
+def config_of_a_run(name: str, people: Path, **baseline: Any) -> ExperimentConfig:
+    tree = settings(name, **baseline).model_dump(mode="json")
     tree |= {
         "data": {"name": str(people), "users": DEVICES, "split": "all", "min_pairs": 4, "queries_per_user": 1},
         "evaluation": {"every_round": False, "rouge_queries_per_user": 0, "pooled_epochs": 0},
         "server": {"rule": "none" if name == "local" else "mean"},
     }
-    config = ExperimentConfig.model_validate(tree)
+    return ExperimentConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize("name", ["local", "fedavg", "ditto", "fedrep", "feddpa"])
+def test_a_run_trains_the_same_adapters_as_a_study_on_the_same_people(tmp_path: Path, name: str) -> None:
+    """Behind Flower's messages, with states on the disk, and bit for bit: people, batches, training and the mean."""
+    config, folder = config_of_a_run(name, written(tmp_path)), tmp_path / "run"
     summary = run_experiment(config, folder)
     devices = load_run_devices(RunFolder(folder))
     names = list(devices.users)
@@ -498,6 +502,35 @@ def test_a_run_trains_the_same_adapters_as_a_study_on_the_same_people(tmp_path: 
         last = RunFolder(folder).last_shared()
         assert last and torch.equal(torch.from_numpy(devices.schema.join(last.shared)), played.held.shared[0])
         assert summary.upload_bytes_per_release == played.upload_bytes
+
+
+class Stopping(Callback):
+    """Ctrl-C when the first round is over."""
+
+    def on_round_end(self, facts: RunFacts) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_run_of_a_baseline_that_was_stopped_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    config = config_of_a_run("ditto", written(tmp_path))
+    whole = run_experiment(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt, match="go on with --resume"):
+        run_experiment(config, tmp_path / "run", callbacks=[Stopping()])
+    assert RunFolder(tmp_path / "run").done == 1
+    assert run_experiment(config, tmp_path / "run", resuming=True).nll == whole.nll
+    one, other = (load_run_devices(RunFolder(tmp_path / name)) for name in ("whole", "run"))
+    for a, b in zip(one.states(list(one.users)), other.states(list(one.users)), strict=True):
+        assert torch.equal(a.personal, b.personal)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "ditto", "ours"])
+def test_a_training_of_a_baseline_that_diverges_is_told(tmp_path: Path, name: str) -> None:
+    """Such a device keeps what it came with: of the shared adapter nothing changes, and the run goes on."""
+    config = config_of_a_run(name, written(tmp_path), learning_rate=1e38).model_copy(update={"rounds": 1})
+    summary = run_experiment(config, tmp_path / "run")
+    assert [told.partition(":")[0] for told in summary.failed_trainings] == [f"device-{k:05d}" for k in range(DEVICES)]
+    last = RunFolder(tmp_path / "run").last_shared()
+    assert last and all(np.isfinite(array).all() for array in last.shared.values())
 
 
 def test_in_a_run_each_device_clips_and_pays(tmp_path: Path) -> None:

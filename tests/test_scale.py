@@ -50,10 +50,13 @@ from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
 from florilegium.simulation.engines.cohort_grid import CohortGrid, released
 from florilegium.simulation.engines.faults import attempt
+from florilegium.simulation.engines.placement import open_workers
+from florilegium.simulation.engines.ray_actors import RayWorkers
 from florilegium.simulation.engines.scheduler import Scheduler
-from florilegium.simulation.engines.workers import Cohort, LocalWorkers, RayWorkers, Workers, open_workers
+from florilegium.simulation.engines.workers import Cohort, LocalWorkers, Workers
 from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.recorder import federate_run
+from florilegium.simulation.runs.callbacks import Callback, RunFacts
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.events import RoundEnd, RunEnd
 from florilegium.simulation.runs.folder import RunFolder, create
@@ -65,6 +68,7 @@ QUICK = (
     f"data.users={USERS}",
     "cohort_size=2",  # three cohorts over three shards
     "ray.shards=3",
+    "workers=1",
     "evaluation.pooled_epochs=0",
     "evaluation.rouge_queries_per_user=0",
     "name=quick",
@@ -148,6 +152,17 @@ def _row(arrays: Mapping[str, Array]) -> Array:
 def test_cohorts_of_one_select_write_and_draw_the_same(undisturbed: Path, tmp_path: Path) -> None:
     run_experiment(quick("cohort_size=1", "ray.shards=1"), tmp_path / "run")
     assert_like(undisturbed, tmp_path / "run")
+
+
+def test_two_processes_give_the_same_bits_and_one_goes_on_from_there(undisturbed: Path, tmp_path: Path) -> None:
+    class Stopping(Callback):
+        def on_round_end(self, facts: RunFacts) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(quick("workers=2"), tmp_path / "run", callbacks=[Stopping()])
+    run_experiment(quick(), tmp_path / "run", resuming=True)
+    assert_same_run(undisturbed, tmp_path / "run")
 
 
 @pytest.mark.slow

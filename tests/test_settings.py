@@ -8,12 +8,14 @@ A setting that is not in the table fails; so does one that the table has and tha
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -56,25 +58,32 @@ from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.baselines.context import BaselineContext
 from florilegium.simulation.baselines.registry import BASELINES
 from florilegium.simulation.config import ExperimentConfig, WorldConfig
+from florilegium.simulation.data.conversations import Conversation, Turn
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import load_population
 from florilegium.simulation.devices.preflight import world_of
+from florilegium.simulation.engines.ray_cluster import Wish
+from florilegium.simulation.engines.workers import RayWorkers
 from florilegium.simulation.experiment import ENGINES
 from florilegium.simulation.heterogeneity.availability import Work, simulate_round
 from florilegium.simulation.heterogeneity.classes import DeviceClass, DevicePopulation
 from florilegium.simulation.heterogeneity.clock import Clock
+from florilegium.simulation.models import pretrain as pretraining
+from florilegium.simulation.models.config import PretrainConfig
 from florilegium.simulation.personalization.config import InteractiveConfig, MethodsConfig
 from florilegium.simulation.personalization.interactive import feedback, reptile
 from florilegium.simulation.personalization.run import play as play_method
 from florilegium.simulation.runs.changes import check
-from florilegium.simulation.runs.folder import find_run
+from florilegium.simulation.runs.folder import RunFolder, find_run
 from florilegium.simulation.settings import ConfigError, dump_config, set_value, validate
+from florilegium.simulation.studies import runner as study_runner
 from florilegium.simulation.studies.baselines_cell import BaselinesCell
 from florilegium.simulation.studies.cell import SharedResources
-from florilegium.simulation.studies.config import UNSEEN, Cell, StudyConfig
+from florilegium.simulation.studies.config import UNSEEN, Cell, Study, StudyConfig, TableConfig
 from florilegium.simulation.studies.federated_cell import FederatedCell
 from florilegium.simulation.studies.interactive_cell import InteractiveCell
 from florilegium.simulation.studies.methods_cell import MethodsCell
+from florilegium.simulation.studies.study_report import Shown
 from florilegium.simulation.tasks import config as task_config
 from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser
 
@@ -335,6 +344,24 @@ def fates(c: ExperimentConfig, tools: Tools) -> Any:
     return [clock.round(number, [f"d{k}" for k in range(40)]) for number in (1, 2, 3)]
 
 
+def asked_of_ray(c: ExperimentConfig, tools: Tools) -> Any:
+    """What an actor is to have, and whether a node with a GPU has room for it."""
+    asked: list[Any] = []
+
+    class Begun:
+        begin = SimpleNamespace(remote=lambda *given: given[1:])
+
+    class Ray:
+        def remote(self, **wanted: Any) -> Any:
+            asked.append(wanted)
+            return lambda kind: SimpleNamespace(remote=Begun)
+
+    workers = object.__new__(RayWorkers)
+    workers.__dict__.update(ray=Ray(), settings=c.ray, run=RunFolder(Path()), opened=None, starting={})
+    workers._start(0)
+    return asked, Wish(c.ray.actors, c.ray.cpus_per_actor, c.ray.gpus_per_actor).fits({"CPU": 8.0, "GPU": 1.0})
+
+
 def named(c: ExperimentConfig, tools: Tools) -> Any:
     (tools.folder / "mine.toml").write_text(dump_config(c), encoding="utf-8")
     return find_run(str(tools.folder / "mine.toml"), [], Path("runs"), resuming=False)[1]
@@ -351,6 +378,7 @@ CALLED = "test_extensions.py::test_a_run_with_extensions_ends_with_what_is_wrong
 COUNTED = "test_faults.py::test_too_many_faults_end_the_run"
 HUB = "test_data.py::test_hub_rows_are_read_by_the_columns_named"
 HUBS_OWN = "test_data.py::test_a_hub_row_has_its_domain_and_comes_of_the_part_asked_for"
+OTHER_NAMES = "test_formats.py::test_every_field_may_be_called_otherwise"
 
 RUNS: dict[str, Row] = {
     "model.name": Seen("smollm2-135m", handed_to_the_model),
@@ -429,6 +457,7 @@ RUNS: dict[str, Row] = {
     "engine.on_device_error": In("count", COUNTED),
     "engine.failed_share": In(0.5, "test_faults.py::test_counted_faults_are_in_table_summary_and_report"),
     "cohort_size": In(1, "test_scale.py::test_cohorts_of_one_select_write_and_draw_the_same"),
+    "workers": In(2, "test_scale.py::test_two_processes_give_the_same_bits_and_one_goes_on_from_there"),
     "callbacks": In(["florilegium.simulation.runs.callbacks:Callback"], CALLED),
     "data.name": Seen(OTHERS, people),
     "data.users": Seen(2, people),
@@ -449,6 +478,19 @@ RUNS: dict[str, Row] = {
     "data.hub_fields.subset": In("small", HUBS_OWN),
     "data.hub_fields.part": In("test", HUBS_OWN),
     "data.hub_fields.revision": In("v2", HUBS_OWN),
+    "data.fields.user": In("k1", OTHER_NAMES),
+    "data.fields.time": In("k2", OTHER_NAMES),
+    "data.fields.prompt": In("k3", OTHER_NAMES),
+    "data.fields.response": In("k4", OTHER_NAMES),
+    "data.fields.domain": In("k5", OTHER_NAMES),
+    "data.fields.text": In("k6", OTHER_NAMES),
+    "data.fields.conversation": In("k7", OTHER_NAMES),
+    "data.fields.id": In("k8", OTHER_NAMES),
+    "data.fields.reply_to": In("k9", OTHER_NAMES),
+    "data.replies": In("user", "test_formats.py::test_whose_replies_are_learned_is_told_and_can_be_chosen"),
+    "data.reply_within_s": In(
+        9.0, "test_formats.py::test_a_log_is_paired_by_what_a_message_names_else_by_the_last_of_somebody_else"
+    ),
     "server.sampled_share": Seen(0.3, served),
     "server.rule": Seen("trimmed-mean", served, {"data.users": 11}),
     "server.trimmed_share": Seen(0.4, served, {"server.rule": "trimmed-mean", "data.users": 11}),
@@ -479,7 +521,7 @@ RUNS: dict[str, Row] = {
     "evaluation.replies_shown": In(1, ARMS + "test_replies_are_asked_for_as_the_settings_say"),
     "ray.actors": In(2, "test_scale.py::test_two_actors_select_write_and_draw_the_same_beside_a_foreign_module"),
     "ray.cpus_per_actor": Seen(2.0, lambda c, tools: c.ray.cpus_needed, {"ray.actors": 3}),
-    "ray.gpus_per_actor": Without(1.0, "handed to Ray as it is; no test has a machine with one"),
+    "ray.gpus_per_actor": Seen(1.0, asked_of_ray, {"ray.actors": 2}),
     "ray.address": In("x:1", "test_scale.py::test_a_node_that_is_gone_with_its_disk_changes_nothing"),
     "ray.shards": In(3, "test_scale.py::test_cohorts_of_one_select_write_and_draw_the_same"),
     "world.classes": Seen("world/devices", fates),
@@ -773,6 +815,101 @@ OF_CLASSES: dict[str, Row] = {
     "source": Without("y", "it says where the figures come from"),
 }
 
+
+# -- studies ------------------------------------------------------------------------------------------------------
+
+GRID = {"rows": {"selection.policy": ["fifo"]}}
+
+
+def celled(c: StudyConfig, tools: Tools) -> Any:
+    """How a study's cells are run, and which they are."""
+    return study_runner.KINDS[c.kind], list(Study("s", BASE, c, "study").cells)
+
+
+def gridded(c: TableConfig, tools: Tools) -> Any:
+    """The cells of a study of one table, those that others are compared with too."""
+    study = Study("s", BASE, StudyConfig(tables={"t": c}), "study")
+    return list(study.cells), [[study.cell(c, label).key for label in row] for row in c.labels()]
+
+
+OF_STUDIES: dict[str, Row] = {
+    "kind": Seen("federated", celled),
+    "seeds": Seen(2, celled),
+    "hidden_share": Seen(0.5, celled, {"kind": "federated"}),
+    "tables": Seen({"t": GRID, "u": {"rows": {"selection.bins": [4]}}}, celled),
+}
+OF_TABLES: dict[str, Row] = {
+    "title": Seen("A title", lambda c, tools: Shown("t", c, [], []).title),
+    "rows": Seen({"selection.policy": ["random"]}, gridded),
+    "columns": Seen({"selection.bins": [4, 8]}, gridded),
+    "fixed": Seen({"selection.bins": 5}, gridded),
+    "against": Seen(["selection.policy=random"], gridded),
+    "published": In("policy", "test_study.py::test_the_papers_figures_stand_where_they_belong"),
+}
+
+
+# -- training a model ---------------------------------------------------------------------------------------------
+
+TINY = {"vocab_size": 300, "hidden_size": 16, "layers": 1, "heads": 1, "intermediate_size": 16, "context": 64}
+PRETRAIN = {
+    "out": "pretrained", "corpora": ["one"], "model": TINY, "tokens": 10_000, "window": 32, "batch_tokens": 4096,
+    "held_out": 5, "device": "cpu",
+}  # fmt: skip
+
+
+def talks(word: str) -> list[Conversation]:
+    rng, words = np.random.default_rng(len(word)), [word, "soup", "rain", "ships", "tea", "night", "walk"]
+    said = [" ".join(rng.choice(words, 8)) for _ in range(400)]
+    return [Conversation(word, tuple(Turn("ab"[k % 2], text, k) for k, text in enumerate(said[i : i + 4])))
+            for i in range(0, 400, 4)]  # fmt: skip
+
+
+def trained(c: PretrainConfig, tools: Tools) -> Any:
+    """What two steps leave, and what is told of them."""
+    told: list[Any] = []
+
+    def compiled(loss: Any) -> Any:
+        told.append("compiled")
+        return loss
+
+    home = Path(tempfile.mkdtemp(dir=tools.folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "READERS", {"one": lambda: talks("one"), "two": lambda: talks("cheese")})
+        patch.setattr(torch, "compile", compiled)
+        try:
+            facts = pretraining.pretrain(c.model_copy(update={"out": home / c.out}), told.append)
+        except (RuntimeError, AssertionError) as error:
+            return type(error)  # without a GPU
+    files = [p for p in sorted(home.rglob("*.*")) if p.suffix in (".safetensors", ".json")]
+    left = {str(p.relative_to(home)): p.read_bytes() for p in files}
+    return told[0], "compiled" in told, facts, left
+
+
+OF_PRETRAINING: dict[str, Row] = {
+    "out": Seen("elsewhere", trained),
+    "corpora": Seen(["two"], trained),
+    "model.vocab_size": Seen(310, trained),
+    "model.hidden_size": Seen(32, trained),
+    "model.layers": Seen(2, trained),
+    "model.heads": Seen(2, trained),
+    "model.intermediate_size": Seen(32, trained),
+    "model.context": Seen(128, trained),
+    "tokens": Seen(20_000, trained),
+    "window": Seen(64, trained),
+    "batch_tokens": Seen(2048, trained),
+    "learning_rate": Seen(1e-3, trained),
+    "warmup_share": Seen(0.9, trained),
+    "decay_share": Seen(1.0, trained),
+    "weight_decay": Seen(0.9, trained),
+    "rewrite_share": Seen(0.5, trained),
+    "rewrite_instruction": Seen("Again: ", trained, {"rewrite_share": 0.5}),
+    "held_out": Seen(9, trained),
+    "checkpoint_every_s": Seen(1e-9, trained),
+    "compile": Seen(True, trained),
+    "device": Seen("cuda", trained),
+    "seed": Seen(1, trained),
+}
+
 TREES: dict[str, tuple[type[Config], Mapping[str, Any], Mapping[str, Row]]] = {
     "runs": (ExperimentConfig, BASE, RUNS),
     "rivals": (BaselinesConfig, RIVAL, RIVALRY),
@@ -780,6 +917,9 @@ TREES: dict[str, tuple[type[Config], Mapping[str, Any], Mapping[str, Row]]] = {
     "lives": (InteractiveConfig, {}, OF_LIVES),
     "devices": (AgentConfig, {"name": "d", "device": {"model": {"dtype": "float32"}}}, OF_DEVICES),
     "classes": (DeviceClass, KIND, OF_CLASSES),
+    "studies": (StudyConfig, {"tables": {"t": GRID}}, OF_STUDIES),
+    "tables": (TableConfig, GRID, OF_TABLES),
+    "pretraining": (PretrainConfig, PRETRAIN, OF_PRETRAINING),
 }
 ELSEWHERE = {  # of a tree, what another one has the same of
     "runs": ("baseline",),
@@ -788,6 +928,9 @@ ELSEWHERE = {  # of a tree, what another one has the same of
     "lives": ("name", "seed", "model", "data", "sampling"),
     "devices": ("device",),
     "classes": (),
+    "studies": (),
+    "tables": (),
+    "pretraining": (),
 }
 ALL = [(tree, key, row) for tree, (_, _, rows) in TREES.items() for key, row in rows.items()]
 
@@ -854,6 +997,11 @@ def test_every_setting_has_an_effect(tree: str, key: str, row: Row, tools: Tools
     if same not in BEFORE:
         BEFORE[same] = row.by(configured(tree, row.beside), tools)
     assert row.by(configured(tree, {**row.beside, key: row.other}), tools) != BEFORE[same]
+
+
+def test_a_training_of_the_same_settings_is_the_same(tools: Tools) -> None:
+    """Or else every setting of it would seem to have an effect."""
+    assert trained(configured("pretraining", {}), tools) == trained(configured("pretraining", {}), tools)
 
 
 def test_what_is_seen_elsewhere_is_seen_there() -> None:
@@ -962,7 +1110,16 @@ def test_a_control_without_a_server_is_that_of_the_same_buffers(tools: Tools) ->
     assert cell._learned_alone([learned], 0) == keys[0] != cell._learned_alone([whole], 1)
 
 
-GOES_ON = ("ray.", "cohort_size", "engine.on_device_error", "engine.failed_share", "callbacks", "evaluation.", "rounds")
+GOES_ON = (
+    "ray.",
+    "cohort_size",
+    "workers",
+    "engine.on_device_error",
+    "engine.failed_share",
+    "callbacks",
+    "evaluation.",
+    "rounds",
+)
 
 
 def test_a_run_goes_on_only_with_settings_that_nothing_done_depends_on() -> None:

@@ -27,8 +27,9 @@ from florilegium.simulation.benchmarks.engine_worker import AbsentError, Worker
 from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
+from florilegium.simulation.engines.placement import open_workers
 from florilegium.simulation.engines.ray_cluster import NOT_STARTED, ClusterError, Wish, _init, open_cluster
-from florilegium.simulation.engines.workers import Cohort, open_workers
+from florilegium.simulation.engines.workers import Cohort
 from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.runs.stopping import end_all
 from florilegium.simulation.settings import config_folder

@@ -9,7 +9,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -227,11 +226,8 @@ def test_flwr_run_works_from_the_repository(tmp_path: Path) -> None:
     try:
         done = subprocess.run(command, cwd=tmp_path, env=home, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
-        runs, waited = tmp_path / ".florilegium" / "runs", time.monotonic() + 300
-        while not (found := list(runs.glob("flwr-*/summary.json"))) and time.monotonic() < waited:
-            time.sleep(0.5)  # the stream of the log may break off before the run ends
-        logs = "".join(log.read_text() for log in (tmp_path / ".flwr").rglob("*.log"))
-        assert found, done.stdout + done.stderr + logs
+        found = list((tmp_path / ".florilegium" / "runs").glob("flwr-*/summary.json"))
+        assert len(found) == 1, done.stdout + done.stderr
         assert json.loads(found[0].read_text())["devices"] == 4
     finally:
         for process in psutil.process_iter(["cmdline"]):

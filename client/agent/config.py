@@ -25,7 +25,9 @@ class AgentConfig(Config):
     """What the device's owner has set. Of what a person says nothing is in it."""
 
     name: PlainName = Field(description="a random one; the only name that a server sees")
-    key: Literal["file", "keyring"] = "file"
+    key: Literal["file", "keyring"] = Field(
+        "file", description="where the key of the store is: a file beside it, or the system's keyring"
+    )
     device: DeviceConfig = DeviceConfig()
     chat: SamplingConfig = SamplingConfig(max_new_tokens=64)
     context_turns: int = Field(2, ge=0, description="earlier turns of a conversation that a reply looks at")

@@ -42,6 +42,7 @@ from florilegium.client.lm.places import ADAPTERS
 from florilegium.client.personalization.profile import ProfileError
 from florilegium.client.state import StateError
 from florilegium.client.state_store import StoreError
+from florilegium.privacy.common.registry import ExtensionError
 from florilegium.privacy.ledger import LedgerError
 
 log = logging.getLogger(__name__)
@@ -265,6 +266,9 @@ def _said(error: Exception) -> tuple[int, str]:
         return 404, "there is no such dialogue"
     if isinstance(error, AgentError | ProfileError):
         return 400, str(error)
+    if isinstance(error, ExtensionError):  # of a module that the owner's own settings name
+        log.error("%s", type(error).__name__)
+        return 500, str(error)
     if isinstance(error, VaultError | LedgerError | StoreError | StateError | UnsupportedModelError | MemoryError):
         log.error("%s", type(error).__name__)
         return 503, str(error)

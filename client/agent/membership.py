@@ -58,7 +58,8 @@ def check_terms(device: Device, terms: Terms) -> None:
     if terms.largest_norm_l2 and longest > terms.largest_norm_l2:
         raise AgentError(
             f"{terms.name!r} refuses releases longer than {terms.largest_norm_l2:.3g}; with its noise this "
-            f"device's are up to {longest:.3g}: ask the operator for terms with a smaller --least-epsilon"
+            f"device's are up to {longest:.3g}: ask the operator for terms of another --mode, or with a smaller "
+            f"--least-epsilon"
         )
 
 
@@ -127,10 +128,13 @@ def released(device: Device, received: torch.Tensor, plan: RoundPlan) -> Release
     state, context, rounds = device.state(), device.context_in(there), answered.get(there.name, [])
     if plan.round in rounds:  # in any order: none of them ends another
         return resend(state, received, plan, context) if plan.round == rounds[-1] else None
+    if 0 < there.largest_norm_l2 < release_limits(context.config, context.schema)[0]:  # its owner has changed it since
+        _note_unanswered(device, state, Sent(time.time(), there.name, plan.round, "too-large", 0, None))
+        return None
     before = gathered(device, _with_spent_head(device, state), context)
     (state,), (release,), (seen,) = contribute([before], [[]], received, plan, context)
     if release is None and not _has_paid(device, state, there.name, plan.round):
-        _note_unanswered(device, replace(state, sent=before.sent, asked=before.asked), plan, seen)
+        _note_unanswered(device, replace(state, sent=before.sent, asked=before.asked), _sent(there, plan, seen, 0))
         return None
     if state.head:
         replace_file(device.folder.spent, state.head)
@@ -158,12 +162,8 @@ def _has_paid(device: Device, state: DeviceState, federation: str, number: int) 
     return account is not None and any((e.experiment, e.round) == (federation, number) for e in account.entries)
 
 
-def _note_unanswered(device: Device, state: DeviceState, plan: RoundPlan, seen: Observation) -> None:
-    """A question that the ledger refuses, by a wrong head say: noted once, and the round may be asked for again."""
-    there = device.membership
-    if there is None:
-        return
-    told = _sent(there, plan, seen, 0)
+def _note_unanswered(device: Device, state: DeviceState, told: Sent) -> None:
+    """A question that is not paid for, for a wrong head say: noted once, and the round may be asked for again."""
     known = {(s.federation, s.round, s.kind) for s in device.vault.sent()}
 
     def also(connection: sqlite3.Connection) -> None:

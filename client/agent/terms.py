@@ -41,12 +41,13 @@ class Membership(Config):
     public_seed: int = Field(ge=0, description="of the shared adapter's start, the same on all its devices")
     shared: SharedConfig = Field(description="in place of the device's own while it is in")
     operator: str = Field("", description="as in `Terms`; without one no question is answered")
+    largest_norm_l2: float = Field(0.0, ge=0, description="as in `Terms`: what is longer is neither paid for nor sent")
 
     @classmethod
     def of(cls, terms: Terms, server: str = "") -> Membership:
         return cls(
             name=terms.name, server=server, rounds=terms.rounds, public_seed=terms.seed, shared=terms.shared,
-            operator=terms.operator,
+            operator=terms.operator, largest_norm_l2=terms.largest_norm_l2,
         )  # fmt: skip
 
     def settings(self, device: DeviceConfig) -> DeviceConfig:

@@ -92,7 +92,9 @@ class ModelConfig(Config):
 class AdapterConfig(Config):
     """The kind and the shape of an adapter."""
 
-    kind: Literal["lora", "ia3", "prompt"] = "lora"
+    kind: Literal["lora", "ia3", "prompt"] = Field(
+        "lora", description="LoRA's factors, factors on activations of (IA)³, or a soft prompt"
+    )
     rank: int = Field(8, ge=1, description="lora")
     alpha: float = Field(16.0, gt=0, description="lora")
     targets: Targets = Field((), description="lora: endings of the adapted linear layers' names; empty: all")
@@ -130,5 +132,5 @@ class AdapterConfig(Config):
 class SamplingConfig(Config):
     """How replies are decoded."""
 
-    max_new_tokens: int = Field(32, ge=1)
+    max_new_tokens: int = Field(32, ge=1, description="after which a reply ends")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")

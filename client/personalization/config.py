@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from florilegium.client.lm.config import AdapterConfig
 from florilegium.privacy.common.base_config import Config
-from florilegium.privacy.common.registry import HOW, check
+from florilegium.privacy.common.registry import check
 
 NAMES = ("base", "oppu", "pooled", "pplug", "kgt", "per-pcs", "rpo")  # of `client.personalization.registry`
 Retriever = Literal["bm25", "dense", "recent", "random"]
@@ -21,15 +21,15 @@ ArmName = Literal[
 class TrainingConfig(Config):
     """How an adapter is trained on one person's examples."""
 
-    epochs: int = Field(2, ge=0)
-    batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    epochs: int = Field(2, ge=0, description="over a person's examples")
+    batch_size: int = Field(16, ge=1, description="examples of a step")
+    learning_rate: float = Field(1e-3, gt=0, description="of AdamW")
 
 
 class PreferenceConfig(Config):
     """Of learning from what a person prefers (`rpo`)."""
 
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.1, gt=0, description="how sharply a pair tells the chosen from the rejected reply")
     temperature: float = Field(0.5, gt=0, description="of the nearness of prompts that weighs a pair")
     nll_weight: float = Field(1.0, ge=0, description="of the chosen replies' loss beside that of the pairs")
 
@@ -37,11 +37,11 @@ class PreferenceConfig(Config):
 class MethodConfig(Config):
     """What a prompt is given of the history, and what is trained on it."""
 
-    extensible: ClassVar = ("name",)
+    extensible: ClassVar = {"name": NAMES}
 
-    name: str = Field("base", description=f"{', '.join(NAMES)}, {HOW}")
+    name: str = Field("base", description="what is made of a history; base: nothing")
     retrieve: int = Field(0, ge=0, description="items of the history in a prompt")
-    retriever: Retriever = "bm25"
+    retriever: Retriever = Field("bm25", description="what finds the items of the history for a prompt")
     profile: bool = Field(False, description="the local model's summary of the person in front of a prompt")
     adapter: AdapterConfig = AdapterConfig(rank=8, alpha=8, targets=("q_proj", "v_proj"))
     training: TrainingConfig = TrainingConfig()
@@ -72,7 +72,7 @@ class AslsConfig(Config):
     every reply that was said as it is, as if nobody had told what they thought of it.
     """
 
-    arm: ArmName = "full"
+    arm: ArmName = Field("full", description="all of it, or what is left out")
     profile: ProfileConfig = ProfileConfig()
     drift: float = Field(
         0.015, ge=0, le=2, description="of the profile's vector since it last adapted; with nano one in ten is beyond"
@@ -80,10 +80,10 @@ class AslsConfig(Config):
     fresh: int = Field(4, ge=1, description="interactions with feedback that have not been learned from")
     window: int = Field(16, ge=1, description="interactions that are kept")
     examples: int = Field(8, ge=1, description="of the window, that are adapted on")
-    steps: int = Field(2, ge=1)
-    rate: float = Field(1e-3, gt=0)
-    boost: float = Field(1.0, ge=0)
-    decay: float = Field(0.05, ge=0)
+    steps: int = Field(2, ge=1, description="of an adaptation")
+    rate: float = Field(1e-3, gt=0, description="of a step, before boost and decay")
+    boost: float = Field(1.0, ge=0, description="of the rate by how far the profile has drifted")
+    decay: float = Field(0.05, ge=0, description="of the rate with each adaptation")
     beta: float = Field(0.1, gt=0, description="of the preference term")
     preference: float = Field(0.5, ge=0, description="weight of the preference term")
 

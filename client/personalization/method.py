@@ -22,6 +22,7 @@ from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization.config import MethodConfig, TrainingConfig
 from florilegium.client.personalization.history import Asked, Past, Person, Wording
 from florilegium.privacy.common.errors import DeviceFaultError
+from florilegium.privacy.common.registry import UnexpectedError, calling
 from florilegium.privacy.seeds import derive_seed
 
 LEAST = 8  # tokens of a person's item below which it says nothing
@@ -155,8 +156,18 @@ class Method:
         """Each person's history as examples, each with the prompt that this method would have written for it."""
         return [
             [
-                Dialogue(p.example.id, self.prompt(k, p.asked, before=i), p.example.response, p.example.time)
+                Dialogue(p.example.id, worded(self, k, p.asked, before=i), p.example.response, p.example.time)
                 for i, p in enumerate(person.history)
             ]
             for k, person in enumerate(self.people)
         ]
+
+
+def worded(made: Method, device: int, asked: Asked, before: int | None = None) -> str:
+    """`Method.prompt`; where a method of the user's own does it wrong the device is told. Raises `ExtensionError`."""
+    who = made.people[device].id if device < len(made.people) else f"person {device}"
+    with calling(made.context.config.name, "return the prompt as a text", who):
+        found = made.prompt(device, asked, before)
+        if not isinstance(found, str):
+            raise UnexpectedError(f"returned {type(found).__name__}")
+    return found

@@ -13,7 +13,7 @@ from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.config import AdapterConfig
 from florilegium.client.personalization.config import TrainingConfig
 from florilegium.client.personalization.history import Person
-from florilegium.client.personalization.method import Method, MethodContext
+from florilegium.client.personalization.method import Method, MethodContext, worded
 
 
 def learn_task(
@@ -22,7 +22,7 @@ def learn_task(
     """One adapter (1, P) trained on the questions of these people, in the method's prompts."""
     method.prepare(others)
     examples = [
-        replace(reply, prompt=method.prompt(k, asked))
+        replace(reply, prompt=worded(method, k, asked))
         for k, person in enumerate(others)
         for asked, reply in person.questions
     ]

@@ -9,16 +9,16 @@ from pydantic import Field, field_validator
 from florilegium.client.selection.lexicons import LexiconError, check_source
 from florilegium.client.selection.policies import POLICIES, Policy
 from florilegium.privacy.common.base_config import Config, Names
-from florilegium.privacy.common.registry import HOW, check, resolve
+from florilegium.privacy.common.registry import check, resolve
 
 
 class SelectionConfig(Config):
     """What the personal adapter's buffer holds."""
 
-    extensible: ClassVar = ("policy",)
+    extensible: ClassVar = {"policy": POLICIES}
 
-    policy: str = Field("quality", description=f"{', '.join(POLICIES)}, {HOW}")
-    bins: int = Field(32, ge=1)
+    policy: str = Field("quality", description="which dialogue leaves the full buffer for a new one")
+    bins: int = Field(32, ge=1, description="dialogues that are kept")
     bin_bytes: int = Field(22 * 1024, ge=1, description="text and embedding of a bin; what does not fit is turned away")
     annotations_per_round: int = Field(0, ge=0, description="most bins that a user is asked about in a round; 0: all")
     entropy: Literal["tokens", "dimensions"] = Field("tokens", description="what the paper's EOE is taken over")

@@ -5,7 +5,7 @@ A section that is given in part keeps the other values that its place in the tre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, ClassVar
 
@@ -33,12 +33,13 @@ class Config(BaseModel):
     """A frozen group of settings. Each field documents itself by its name, its type and its bounds.
 
     `elsewhere` has what other tools have in this place: the field that is meant, or why there is none. `extensible`
-    are the fields that take `package.module:NAME` too (`privacy.common.registry`).
+    has the fields that take `package.module:NAME` too (`privacy.common.registry`), each with the names of ours; with
+    none where those cannot be listed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     elsewhere: ClassVar[Mapping[str, str]] = {}
-    extensible: ClassVar[tuple[str, ...]] = ()
+    extensible: ClassVar[Mapping[str, Collection[str]]] = {}
 
     def extensions(self) -> list[str]:
         """The names of all modules' objects that these settings ask for, those of their sections too."""
@@ -62,14 +63,14 @@ class Config(BaseModel):
             )
         for key, value in values.items():
             if key not in cls.model_fields:
-                raise ValueError(f"unknown key {key!r}; {cls._meant(str(key))}")
+                raise ValueError(f"unknown key {key!r}; {cls.meant(str(key))}")
             if isinstance(value, int) and abs(value) >= LARGEST:
                 raise ValueError(f"{key} is a whole number of more than 64 bits")
         defaults = {k: cls.model_fields[k].default for k in values}
         return {k: over(v, d.model_dump()) if isinstance(d := defaults[k], Config) else v for k, v in values.items()}
 
     @classmethod
-    def _meant(cls, key: str) -> str:
+    def meant(cls, key: str) -> str:
         """What somebody may have meant by a key that there is not."""
         told = cls.elsewhere.get(key) or COMMON.get(key, "")
         if told in cls.model_fields or key in cls.elsewhere:
@@ -107,5 +108,5 @@ def _short_and_plain(value: str) -> str:
     return value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...])]
 PlainName = Annotated[str, AfterValidator(_short_and_plain)]

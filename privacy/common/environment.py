@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from sysconfig import get_paths
+
+from florilegium.privacy.common.errors import UserError
 
 VARIABLES = (
     "FLORILEGIUM_DATA",
@@ -31,6 +35,37 @@ def prepare_process() -> None:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     make_absolute()
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """A variable that this process, and those that it starts meanwhile, have."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def umask() -> int:
+    """What files are made with: for their owner alone, or as FLORILEGIUM_UMASK says. Raises `UserError`."""
+    text = os.environ.get("FLORILEGIUM_UMASK", "077")
+    if not re.fullmatch("0?[0-7]{3}", text):
+        raise UserError(f"FLORILEGIUM_UMASK = {text!r} must be three octal digits, as 077 or 022")
+    return int(text, 8)
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Files that this process makes meanwhile, or one that it starts, are made as the command makes them."""
+    before = os.umask(umask())
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def make_absolute() -> None:

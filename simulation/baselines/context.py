@@ -8,7 +8,7 @@ neither is done. Not covered: devices that miss rounds, weights by the number of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -44,6 +44,7 @@ class BaselineContext:
     config: ExperimentConfig
     layout: AdapterLayout  # of every adapter
     seed: int
+    diverged: dict[int, str] = field(default_factory=dict)  # of the cohort's devices, by place: why a training ended
 
     @classmethod
     def of(cls, lm: LanguageModel, config: ExperimentConfig, seed: int) -> BaselineContext:
@@ -63,11 +64,15 @@ class BaselineContext:
         proximal: float = 0.0,
         anchor: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Rows (K, P) after all batches of the lessons; `rows` are (K, P), or (1, P) where all begin with the same."""
+        """Rows (K, P) after all batches of the lessons; `rows` are (K, P), or (1, P) where all begin with the same.
+
+        A device whose loss or row stops being a number keeps the row that it came with, and is noted in `diverged`.
+        """
         rates = [[self.config.baseline.learning_rate] * len(x.batches) for x in sets]
         start = self.lm.adapters(layout, rows.expand(len(sets), -1))
         near = None if anchor is None else anchor.to(start.rows.device)
         trained = self.lm.engine.finetune(start, frozen, sets, rates, proximal=proximal, anchor=near)
+        self.diverged.update(trained.failed)
         after: torch.Tensor = trained.adapters.rows.cpu()
         return after
 

@@ -50,17 +50,21 @@ class BaselineRounds:
 
         A device whose account does not allow a release trains nothing before the aggregation.
         """
-        own: dict[str, torch.Tensor] = {}
+        own, failed = dict[str, torch.Tensor](), dict[str, str]()
 
         def learn(
             able: Sequence[DeviceState], received: torch.Tensor, plan: RoundPlan, context: CohortContext
         ) -> dict[str, torch.Tensor]:
             sets = [self.context.training_set(s, plan.round) for s in able]
-            with calling(self._name, "return what stays (K, Q) and what is sent (K, S), as `Baseline.contribute` says"):
-                kept, changes = self.baseline.contribute(self._held(able, received), sets, self.context)
-                self._check(kept, able)
-                self._check(changes, able)
+            held = self._held(able, received)
+            stays, sends = (len(able), held.own.shape[1]), (len(able), held.shared.shape[1])
+            told = f"return float32 {stays} that stays and {sends} that is sent, all finite"
+            with calling(self._name, told, _among(able)):
+                kept, changes = self.baseline.contribute(held, sets, noting := self._noting())
+                self._check(kept, able, held.own.shape[1])
+                self._check(changes, able, held.shared.shape[1])
             own.update({s.id: row.clone() for s, row in zip(able, kept, strict=True)})
+            failed.update({able[k].id: why for k, why in noting.diverged.items()})
             return {s.id: row for s, row in zip(able, upload(changes, self.context), strict=True)}
 
         states, releases, seen = stay(states, arrived, plan, context)
@@ -72,7 +76,10 @@ class BaselineRounds:
             else:
                 states, changes, spent[:] = train_shared(states, received, plan, context, learn)
             tokens = [self._tokens(s, plan) if s.id in own else 0 for s in states]
-            spent[:] = [replace(o, shared_tokens=n) for o, n in zip(spent, tokens, strict=True)]
+            spent[:] = [
+                replace(o, shared_tokens=n, personal_failed=failed.get(s.id))
+                for o, n, s in zip(spent, tokens, states, strict=True)
+            ]
         states = [replace(s, personal=own.get(s.id, s.personal)) for s in states]
         if not self.context.config.server.absent:
             with recorder.phase("release") as sent:
@@ -88,24 +95,39 @@ class BaselineRounds:
         recorder = PhaseRecorder(len(states), plan.round, context.listener)
         over = [replace(s, sent=None, asked="") for s in states]
         with recorder.phase("learn_personal") as learned:
-            learns = self.baseline.adopt is not keep
+            learns, noting = self.baseline.adopt is not keep, self._noting()
             if learns:
-                sets = [self.context.training_set(s, plan.round) for s in over]
-                with calling(self._name, "return what stays (K, Q), as `Baseline.adopt` says"):
-                    rows = self.baseline.adopt(self._held(over, received), sets, self.context)
-                    self._check(rows, over)
+                sets, held = [self.context.training_set(s, plan.round) for s in over], self._held(over, received)
+                with calling(
+                    self._name, f"return float32 {tuple(held.own.shape)} that stays, all finite", _among(over)
+                ):
+                    rows = self.baseline.adopt(held, sets, noting)
+                    self._check(rows, over, held.own.shape[1])
                 over = [replace(s, personal=row.clone()) for s, row in zip(over, rows, strict=True)]
-            learned[:] = [Observation(personal_tokens=self._tokens(s, plan) if learns else 0) for s in over]
+            learned[:] = [
+                Observation(
+                    personal_tokens=self._tokens(s, plan) if learns else 0, personal_failed=noting.diverged.get(k)
+                )
+                for k, s in enumerate(over)
+            ]
         return over, recorder.observations
+
+    def _noting(self) -> BaselineContext:
+        """The context of one call, which notes whose training diverged in it."""
+        return replace(self.context, diverged={})
 
     @property
     def _name(self) -> str:
         return self.context.config.baseline.name
 
-    def _check(self, rows: object, states: Sequence[DeviceState]) -> None:
-        """Raises `UnexpectedError` for what is no row for each device."""
-        if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != len(states):
-            raise UnexpectedError(f"returned a {type(rows).__name__} {tuple(getattr(rows, 'shape', ()))}")
+    def _check(self, rows: object, states: Sequence[DeviceState], width: int) -> None:
+        """Raises `UnexpectedError` for what is no row of numbers for each device."""
+        if not isinstance(rows, torch.Tensor):
+            raise UnexpectedError(f"returned {type(rows).__name__}")
+        if rows.shape != (len(states), width) or rows.dtype != torch.float32:
+            raise UnexpectedError(f"returned {str(rows.dtype).removeprefix('torch.')} {tuple(rows.shape)}")
+        if broken := [s.id for s, fine in zip(states, rows.isfinite().all(1).tolist(), strict=True) if not fine]:
+            raise UnexpectedError(f"returned numbers for {', '.join(broken)} that are not finite")
 
     def _held(self, states: Sequence[DeviceState], received: torch.Tensor) -> Held:
         width = self.baseline.start(self.context, 1).shared.shape[1]
@@ -116,6 +138,11 @@ class BaselineRounds:
         found = self.context.training_set(state, plan.round)
         count = len(found.batches) // (1 if self.baseline.adopt is keep else 2)
         return sum(found.examples[i].length for batch in found.batches[:count] for i in batch)
+
+
+def _among(states: Sequence[DeviceState]) -> str:
+    """The devices that a baseline is called for, all at once."""
+    return states[0].id if len(states) == 1 else f"{states[0].id} … {states[-1].id}"
 
 
 def load_run_devices(

@@ -101,6 +101,7 @@ def config_of(devices: int, actors: int) -> ExperimentConfig:
         "personal": {"adapter": adapter},
         "evaluation": {"users": 1, "every_round": False, "rouge_queries_per_user": 0, "pooled_epochs": 0},
         "ray": {"actors": actors},
+        "workers": "auto" if actors else 1,
     })  # fmt: skip
 
 
@@ -109,8 +110,8 @@ def ours(devices: int, actors: int, folder: Path) -> list[float]:
     from florilegium.client.lm.model import LanguageModel
     from florilegium.simulation.devices.people import UsersByDevice
     from florilegium.simulation.engines.cohort_grid import CohortGrid
+    from florilegium.simulation.engines.placement import open_workers
     from florilegium.simulation.engines.scheduler import Scheduler
-    from florilegium.simulation.engines.workers import open_workers
     from florilegium.simulation.recorder import federate_run
     from florilegium.simulation.runs.events import RoundEnd
     from florilegium.simulation.runs.folder import create

@@ -12,7 +12,6 @@ from rich.console import Console
 typer.core.HAS_RICH = False  # with it the Typer that Flower takes shows `[` as `\[`
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,  # `main` tells of errors; values can hold what people said
     rich_markup_mode=None,  # with it `[bench]` would be a style, and not be shown
     help="Private, personal language models in simulated federations. Begin with: florilegium run quickstart",

@@ -26,7 +26,7 @@ def list_data() -> None:
 def describe_data(name: str, overrides: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Users, pairs, quantiles and an example of a data set.
 
-    NAME is one of florilegium data list, a file of JSON Lines, or hub:owner/dataset. OVERRIDES are settings of a run's
+    NAME is one of florilegium data list, a file or a folder, or hub:owner/dataset. OVERRIDES are settings of a run's
     section data:
 
     florilegium data describe chats.jsonl min_pairs=8 split=all
@@ -37,6 +37,27 @@ def describe_data(name: str, overrides: Annotated[list[str] | None, typer.Argume
     from florilegium.simulation.data.describe import describe, render
 
     console.print(render(describe(data_config(name, overrides or []), seed=0)))
+
+
+@app.command("import")
+def import_data(
+    file: Path,
+    out: Path,
+    overrides: Annotated[list[str] | None, typer.Argument()] = None,
+    named: Annotated[str, typer.Option("--as", help="the format, where it is not recognised")] = "",
+) -> None:
+    """A file or a folder of others, once, as JSON Lines of user, time, prompt, response and domain.
+
+    OUT is a new file, OVERRIDES are settings of a run's section data:
+
+    florilegium data import export.json chats.jsonl reply_within_s=600
+    """
+    from florilegium.simulation.config import data_config
+    from florilegium.simulation.data.convert import convert
+
+    reading = convert(data_config(str(file), overrides or []), out, named)
+    for told in (reading.told(), *reading.problems()):
+        console.print(Text(told), soft_wrap=True)
 
 
 @app.command("who")

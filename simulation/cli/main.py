@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from traceback import print_exc
 
@@ -13,10 +12,12 @@ from rich.text import Text
 from florilegium.client.agent.cli import app as device
 from florilegium.client.terminal import speak_plainly
 from florilegium.privacy.common.dumps import forbid_dumps
+from florilegium.privacy.common.environment import umask
 from florilegium.privacy.common.errors import BrokenDeviceError, UserError
-from florilegium.simulation.cli import bench, data, models, server
+from florilegium.simulation.cli import bench, config, data, models, server
 from florilegium.simulation.cli.app import app
 from florilegium.simulation.cli.doctor import doctor
+from florilegium.simulation.cli.export import export
 from florilegium.simulation.cli.run import audit, report, run
 from florilegium.simulation.cli.study import study
 
@@ -24,19 +25,14 @@ OURS = (
     "this is a fault of Florilegium's: please report it with the traceback above and what `florilegium doctor` prints"
 )
 
-for command in (run, report, audit, study, doctor):
+for command in (run, report, export, audit, study, doctor):
     app.command()(command)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
+app.add_typer(config.app, name="config")
 app.add_typer(bench.app, name="bench")
 app.add_typer(device, name="device")
 app.add_typer(server.app, name="server")
-
-
-def _umask(text: str) -> int:
-    if not re.fullmatch("0?[0-7]{3}", text):
-        raise UserError(f"FLORILEGIUM_UMASK = {text!r} must be three octal digits, as 077 or 022")
-    return int(text, 8)
 
 
 def main() -> None:
@@ -48,7 +44,7 @@ def main() -> None:
     forbid_dumps()
     told = Console(stderr=True, markup=False, highlight=False)
     try:
-        os.umask(_umask(os.environ.get("FLORILEGIUM_UMASK", "077")))
+        os.umask(umask())
         app()
     except BrokenDeviceError as error:
         print(error.traced, file=sys.stderr)  # of the process that the device was in

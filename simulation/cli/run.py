@@ -10,15 +10,15 @@ import typer
 
 from florilegium.client.terminal import telling
 from florilegium.simulation.cli.app import console, interruptible
+from florilegium.simulation.cli.completion import complete_config, complete_setting
 
 
 def run(
-    config: str,
-    overrides: Annotated[list[str] | None, typer.Argument()] = None,
+    config: Annotated[str, typer.Argument(autocompletion=complete_config)],
+    overrides: Annotated[list[str] | None, typer.Argument(autocompletion=complete_setting)] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a run of the same name.")] = False,
     runs: Annotated[Path, typer.Option(help="The folder that holds the runs.")] = Path("runs"),
-    tensorboard: Annotated[bool, typer.Option(help="Write scalars for TensorBoard as well.")] = False,
 ) -> None:
     """Simulate a federation and write its report to runs/NAME.
 
@@ -30,6 +30,8 @@ def run(
     florilegium run quickstart name=fifo selection.policy=fifo privacy.epsilon=4 data.users=100
 
     florilegium run my.toml model.name=smollm2-135m data.name=chats.jsonl --runs /big/disk
+
+    florilegium run quickstart callbacks=tensorboard
 
     florilegium run --resume runs/quickstart
     """
@@ -44,7 +46,6 @@ def run(
         run_experiment,  # and with it torch, now that nothing is left to refuse
     )
     from florilegium.simulation.reports.terminal import render_summary
-    from florilegium.simulation.runs.tensorboard import TensorBoardWriter
 
     with interruptible("stopped before anything was begun"), progress_line(settings, console) as progress:
         summary = run_experiment(
@@ -53,7 +54,6 @@ def run(
             resuming=resume,
             overwrite=overwrite,
             progress=progress,
-            callbacks=[TensorBoardWriter()] if tensorboard else [],
             people=people,
         )
     console.print(render_summary(summary))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -35,6 +35,9 @@ def init(
     min_devices: Annotated[int, typer.Option(min=1, help="Releases below which a round is not aggregated.")] = 1,
     patience_s: Annotated[float, typer.Option(min=1, help="For the answers of a round.")] = 600.0,
     least_epsilon: Annotated[float, typer.Option(min=0.01, help="Of devices: it bounds the norm of a release.")] = 4.0,
+    mode: Annotated[
+        Literal["example-local", "user-local"], typer.Option(help="Of devices, as privacy.mode: for the norm as well.")
+    ] = "example-local",
     rule: Annotated[str, typer.Option(help="mean, trimmed-mean, krum, or package.module:NAME.")] = "mean",
     trimmed_share: Annotated[float, typer.Option(help="Of the releases, left out at both ends by trimmed-mean.")] = 0.1,
     byzantine: Annotated[int, typer.Option(help="Releases of a round that may be false, for krum.")] = 0,
@@ -71,13 +74,13 @@ def init(
             make_folder,  # and with it torch, now that little is left to refuse
         )
 
-        made = make_folder(folder, terms, settings, least_epsilon, host)
+        made = make_folder(folder, terms, settings, least_epsilon, host, mode)
     console.print(
         f"{folder}: give terms.toml and ca.pem to the devices' owners, and let in who sends you a node.pub: "
         f"florilegium server admit {folder} NAME node.pub"
     )
-    console.print(f"a release longer than {made.largest_norm_l2:.3g} is refused: that of a device with ε below "
-                  f"{least_epsilon:g}, or of one that does not keep to what is agreed")  # fmt: skip
+    console.print(f"a release longer than {made.largest_norm_l2:.3g} is refused: that of a device in {mode} with ε "
+                  f"below {least_epsilon:g}, or of one that does not keep to what is agreed")  # fmt: skip
 
 
 @app.command()

@@ -9,11 +9,12 @@ import typer
 
 from florilegium.client.terminal import telling, wide
 from florilegium.simulation.cli.app import console, interruptible
+from florilegium.simulation.cli.completion import complete_config, complete_setting
 
 
 def study(
-    config: str,
-    overrides: Annotated[list[str] | None, typer.Argument()] = None,
+    config: Annotated[str, typer.Argument(autocompletion=complete_config)],
+    overrides: Annotated[list[str] | None, typer.Argument(autocompletion=complete_setting)] = None,
     studies: Annotated[Path, typer.Option(help="The folder that holds the studies.")] = Path("studies"),
 ) -> None:
     """Run a grid of arms and seeds and write one report to studies/NAME; a study that was stopped goes on.

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from inspect import getdoc
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Group, RenderableType
@@ -21,7 +22,7 @@ from florilegium.client.words import count
 from florilegium.privacy.common.registry import is_extension, resolve
 from florilegium.simulation.data.conversations import READERS, locate
 from florilegium.simulation.data.errors import DataError
-from florilegium.simulation.data.population import HUB, DataConfig, collect, cut, met_before, streams
+from florilegium.simulation.data.population import HUB, DataConfig, collect, cut, met_before, reading_of, streams
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 Quantiles = tuple[int, ...]
@@ -60,6 +61,8 @@ class Description:
     silent: int  # users of whom nothing is left
     held_out: int
     held_out_met: int  # word for word in the same user's stream
+    read_as: str = ""  # what a file was taken for
+    problems: tuple[str, ...] = ()  # the commonest reasons for leaving something out of it, with places
 
 
 def names() -> list[Listed]:
@@ -69,7 +72,8 @@ def names() -> list[Listed]:
 
 def describe(config: DataConfig, seed: int) -> Description:
     """Reads the data set and counts. Too few users is no error here: that is what one came to see."""
-    replies = collect(config)
+    reading = reading_of(config)
+    replies = collect(config, reading)
     eligible = streams(replies, config, seed)
     pairs = [reply for said in eligible.values() for reply in said]
     cuts = [cut(said, config) for said in eligible.values()]
@@ -92,6 +96,8 @@ def describe(config: DataConfig, seed: int) -> Description:
         silent=replies.silent,
         held_out=sum(len(held_out) for _, held_out in cuts),
         held_out_met=sum(met_before(stream, held_out) for stream, held_out in cuts),
+        read_as=reading.told() if reading.read_as else "",
+        problems=tuple(reading.problems()),
     )
 
 
@@ -112,7 +118,7 @@ def render(description: Description) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for label, value in (
         ("data set", d.name),
-        ("about", d.about),
+        ("about", d.read_as or d.about),
         ("users", users),
         (f"eligible ({d.split})", f"{d.users_eligible:,} {'devices' if d.anonymous else 'users'}, {d.pairs:,} pairs"),
         ("pairs per user", _spread(d.pairs_per_user)),
@@ -121,6 +127,7 @@ def render(description: Description) -> RenderableType:
         ("domains", _domains(d.domains)),
         ("held out", told_before(d.held_out, d.held_out_met)),
         ("left out", _left_out(d)),
+        *(("", problem) for problem in d.problems),
     ):
         table.add_row(Text(label, style="bold"), Text(value))
     if d.example is None:
@@ -148,9 +155,9 @@ def _start(text: str, characters: int = 600) -> str:
 def _about(name: str) -> str:
     if name.startswith(HUB):
         return "A data set of the Hugging Face hub; its licence stands on its page there."
-    if name in READERS or is_extension(name):
+    if not Path(name).expanduser().is_file() and (name in READERS or is_extension(name)):
         return getdoc(resolve(name, READERS, Callable)) or name
-    return "A file of user, time, prompt, response and domain."
+    return "A file or a folder of the user's own."
 
 
 def _available(name: str) -> bool:

@@ -31,11 +31,11 @@ INSTEAD = "name a .jsonl file with user, prompt and response in [data] name inst
 class HubFields(Config):
     """Which columns of a hub data set hold what. An empty name means that the data set has no such column."""
 
-    user: str = ""
-    time: str = ""
-    prompt: str = Field(default="prompt", min_length=1)
-    response: str = Field(default="response", min_length=1)
-    domain: str = ""
+    user: str = Field("", description="column of who wrote the reply")
+    time: str = Field("", description="column of when")
+    prompt: str = Field(default="prompt", min_length=1, description="column of what was asked")
+    response: str = Field(default="response", min_length=1, description="column of the reply")
+    domain: str = Field("", description="column of the topic; empty: none")
     subset: str = Field(default="", description="the hub's name of one configuration of the data set")
     part: str = Field(default="train", description="the hub's own split that is read")
     revision: str = Field(default="main", description="branch, tag or commit; a commit makes a run repeatable")

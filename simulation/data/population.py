@@ -25,8 +25,10 @@ from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.data.conversations import READERS, Conversation, read
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import is_file_name
+from florilegium.simulation.data.formats.reading import FieldNames, Reading
+from florilegium.simulation.data.formats.reading import Replies as RepliesOf
+from florilegium.simulation.data.formats.recognise import read_source
 from florilegium.simulation.data.hub import HubFields, read_hub
-from florilegium.simulation.data.jsonl import read_jsonl
 
 Half = Literal["development", "test"]
 Split = Literal["development", "test", "all"]
@@ -37,12 +39,10 @@ HUB = "hub:"
 class DataConfig(Config):
     """Which people are simulated."""
 
-    extensible: ClassVar = ("name",)
+    extensible: ClassVar = {"name": ()}  # files and data sets of the hub too
 
-    name: str = Field(
-        default="chitchat", description="a known name, a file of JSON Lines, hub:owner/dataset, or package.module:NAME"
-    )
-    users: int = Field(default=64, ge=1)
+    name: str = Field(default="chitchat", description="a file or a folder, a known name, or hub:owner/dataset")
+    users: int = Field(default=64, ge=1, description="devices of as many people, drawn by the seed")
     split: Split = Field(default="test", description="tune on development users, report on test users; all: both")
     bootstrap: bool = Field(default=False, description="more devices than people: theirs, drawn with replacement")
     min_pairs: int = Field(default=40, ge=2, description="users with fewer replies are left out")
@@ -55,6 +55,11 @@ class DataConfig(Config):
     order: Order = Field(default="recorded", description="of a stream; sticky: Markov over its domains")
     stickiness: float = Field(default=0.9, ge=0, le=1, description="chance that the next dialogue stays in the domain")
     hub_fields: HubFields = HubFields()
+    fields: FieldNames = FieldNames()
+    replies: RepliesOf = Field(default="assistant", description="whose replies are learned, where a file says roles")
+    reply_within_s: float = Field(
+        default=3600.0, gt=0, description="of a log: what comes later than this after a message does not answer it"
+    )
 
     def extensions(self) -> list[str]:
         return [] if self.name.startswith(HUB) else super().extensions()
@@ -62,7 +67,7 @@ class DataConfig(Config):
     @field_validator("name")
     @classmethod
     def _is_a_source(cls, name: str) -> str:
-        if name in READERS or name.startswith(HUB) or is_file_name(name):
+        if name in READERS or name.startswith(HUB) or is_file_name(name) or Path(name).expanduser().is_dir():
             return name
         if is_extension(name):
             return check(name, READERS, Callable)
@@ -108,17 +113,19 @@ def load_population(config: DataConfig, seed: int) -> Sequence[User]:
     return draw(collect(config), config, seed)
 
 
-def collect(config: DataConfig) -> Replies:
-    """Reads the whole data set. A reply with the same user, time, prompt and response as another counts once.
+def collect(config: DataConfig, reading: Reading | None = None, named: str = "") -> Replies:
+    """Reads the whole data set; `reading` is told what a file was taken for and what was left out of it.
 
-    Without times, one with the same user, prompt and response does.
+    A reply with the same user, time, prompt and response as another counts once; without times, one with the same user,
+    prompt and response does.
     """
     found: dict[str, list[Dialogue]] = {}
     seen: set[tuple[str, float, str, str]] = set()
     silent: set[str] = set()
     empty = repeated = broken = 0
     anonymous = False
-    for conversation in _conversations(config):
+    reading = reading or reading_of(config)
+    for conversation in _conversations(config, reading, named):
         anonymous = conversation.replies_by == ""
         for user, reply in _replies(conversation, config.context_turns):
             record = (user, reply.time, reply.prompt, reply.response)
@@ -256,21 +263,27 @@ def half_of(identity: str) -> Half:
 
 def _meant(name: str) -> str:
     """What somebody may have meant by a name that is none."""
-    path, ways = Path(name).expanduser(), "name a file of JSON Lines, or hub:owner/dataset"
-    if path.is_dir():
-        return f"that is a folder; {ways}"
+    path, ways = Path(name).expanduser(), "name a file or a folder, or hub:owner/dataset"
     if path.suffix or "/" in name:
         return f"there is no such file; {ways}"
     near = did_you_mean(name.lower(), READERS)
     return f"{near} Else {ways}" if near else f"known names: {', '.join(READERS)}; else {ways}"
 
 
-def _conversations(config: DataConfig) -> Iterator[Conversation]:
+def reading_of(config: DataConfig) -> Reading:
+    """How the settings say that a file is to be read."""
+    return Reading(config.fields, config.replies, config.reply_within_s)
+
+
+def _conversations(config: DataConfig, reading: Reading, named: str) -> Iterator[Conversation]:
+    path = Path(config.name).expanduser()
+    if path.is_file():
+        return read_source(path, reading, named)
     if config.name.startswith(HUB):
         return read_hub(config.name.removeprefix(HUB), config.hub_fields)
     if config.name in READERS or is_extension(config.name):
         return read(config.name)
-    return read_jsonl(Path(config.name).expanduser())
+    return read_source(path, reading, named)
 
 
 def _replies(conversation: Conversation, context_turns: int) -> Iterator[tuple[str, Dialogue]]:

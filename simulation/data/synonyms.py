@@ -15,9 +15,16 @@ CALLED: dict[str, tuple[str, ...]] = {
         "name", "person", "client", "client_id", "worker", "worker_id", "participant",
     ),
     "time": ("timestamp", "date", "datetime", "created", "created_at", "create_time", "created_utc", "sent_at", "ts"),
-    "prompt": ("instruction", "question", "query", "input", "request", "message", "context", "source", "src"),
-    "response": ("completion", "output", "answer", "answers", "reply", "target", "label", "assistant"),
+    "prompt": ("instruction", "question", "q", "query", "input", "request", "message", "context", "source", "src"),
+    "response": ("completion", "output", "answer", "a", "answers", "reply", "target", "label", "assistant"),
     "domain": ("topic", "category", "subject", "genre", "task"),
+    "text": ("message", "content", "body", "msg", "message_text"),
+    "conversation": (
+        "conversation_id", "conv", "conv_id", "thread", "thread_id", "channel", "channel_id", "chat", "chat_id", "room",
+        "dialog_id", "dialogue_id",
+    ),
+    "id": ("message_id", "msg_id"),
+    "reply_to": ("reply_to_id", "in_reply_to", "parent_id", "parent", "replyto", "reply_to_message_id"),
 }  # fmt: skip
 OTHERWISE: dict[str, str] = {
     "messages": "OpenAI's format of chats",

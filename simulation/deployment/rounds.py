@@ -28,6 +28,7 @@ from florilegium.client.lm.adapter import AdapterLayout
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.privacy.common.errors import UserError
+from florilegium.privacy.modes import Mode
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.release import Schema
 from florilegium.privacy.seeds import derive_seed
@@ -62,16 +63,23 @@ Tell = Callable[[str], None]
 
 
 def make_folder(
-    folder: Path, terms: Terms, settings: ServerConfig, least_epsilon: float, hosts: Sequence[str] = ()
+    folder: Path,
+    terms: Terms,
+    settings: ServerConfig,
+    least_epsilon: float,
+    hosts: Sequence[str] = (),
+    mode: Mode = "example-local",
 ) -> Terms:
     """The terms with the operator's key and the bound of a release in them, and all that a server at `hosts` needs.
+
+    `mode` and `least_epsilon` are those of the devices whose releases are longest.
 
     Raises `DeviceError`, for terms that no device would accept too; then nothing was written.
     """
     layout, private = layout_of(terms), new_key()
     check_for_everyone(layout, terms.shared, terms.rounds)
     told = terms.model_copy(update={"operator": public_half(private)})
-    told = told.model_copy(update={"largest_norm_l2": largest_norm(told, layout, least_epsilon)})
+    told = told.model_copy(update={"largest_norm_l2": largest_norm(told, layout, least_epsilon, mode)})
     if hosts:
         make_certificates(folder, hosts)
     write_private(folder / OPERATOR_KEY, private)
@@ -81,10 +89,10 @@ def make_folder(
     return told
 
 
-def largest_norm(terms: Terms, layout: AdapterLayout, epsilon: float) -> float:
-    """No honest release of a device with this ε or more, and else the settings of a new one, is longer."""
+def largest_norm(terms: Terms, layout: AdapterLayout, epsilon: float, mode: Mode = "example-local") -> float:
+    """No honest release of a device in this mode with this ε or more, and else a new one's settings, is longer."""
     device = new_config(ModelConfig(name=terms.model)).device
-    privacy = device.privacy.model_copy(update={"epsilon": epsilon})
+    privacy = device.privacy.model_copy(update={"epsilon": epsilon, "mode": mode})
     settings = Membership.of(terms).settings(device.model_copy(update={"privacy": privacy}))
     return release_limits(settings, release_schema(layout, terms.shared.upload))[0]
 

@@ -10,16 +10,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import ceil
 from typing import Any
 
 from florilegium.client.flower_replies import refusal
 from florilegium.privacy.reply_gate import FAILED
+from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.engines.faults import Failure, TooManyFailedError, attempt, left
 from florilegium.simulation.engines.workers import Cohort, Done, Job, Workers
 from florilegium.simulation.runs.device_store import Shards
 from florilegium.simulation.runs.progress import RunProgress
 
+LEAST = 16  # devices in a cohort: a pass of fewer is slower on one core
+PARTS = 32  # cohorts of what is asked at once, if they are large enough: work for as many processes
 ASKED_FOR = {"released": "release", "adopted": "adoption", "learn_without_server": "control"}  # by the job
 
 
@@ -36,10 +40,11 @@ class Scheduler:
     def cohorts(self, names: Sequence[str]) -> list[Cohort]:
         config = self.devices.run.config
         tokens = dict.fromkeys(names, 1.0)
-        if self.workers.size > 1:
+        homes, size = self.workers.homes, cohort_size(config, len(names))
+        if homes > 1:
             planned = {name: self.devices.planned(name) for name in names}
             tokens = {name: p.before + p.after for name, p in planned.items()}
-        return pack(names, tokens, self.devices.run.shards, self.workers.size, config.cohort_size)
+        return pack(names, tokens, self.devices.run.shards, homes, size)
 
     def map(self, job: Job, names: Sequence[str], shared: Any = None) -> Iterator[Done]:
         """The result of each cohort of these devices, as soon as there is one.
@@ -104,6 +109,11 @@ class Scheduler:
                 found.setdefault(arm, {}).update(of_devices)
         self.check()
         return found
+
+
+def cohort_size(config: ExperimentConfig, asked: int) -> int:
+    """Devices in one pass where so many are asked at once. The number of processes has no part in it."""
+    return min(config.cohort_size, max(LEAST, ceil(asked / PARTS)))
 
 
 def pack(names: Sequence[str], tokens: Mapping[str, float], shards: Shards, homes: int, size: int) -> list[Cohort]:

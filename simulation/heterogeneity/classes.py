@@ -28,12 +28,12 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 class DeviceClass(Config):
     """One kind of device. Rates are those of the model that is simulated."""
 
-    name: Text
+    name: Text = Field(description="of the class, as reports show it")
     share: float = Field(gt=0, le=1, description="of the population")
     train_tokens_per_s: float = Field(gt=0, description="trained, forward and back; read: three times as many")
     memory_bytes: int = Field(gt=0, description="that training may use")
-    up_bits_per_s: float = Field(gt=0)
-    down_bits_per_s: float = Field(gt=0)
+    up_bits_per_s: float = Field(gt=0, description="sent")
+    down_bits_per_s: float = Field(gt=0, description="received")
     joules_per_token: float = Field(gt=0, description="trained; read: a third")
     joules_per_byte: float = Field(gt=0, description="sent or received")
     available: tuple[Chance, ...] = Field(min_length=24, max_length=24, description="chance by local hour, from 0 h")
@@ -44,7 +44,7 @@ class DeviceClass(Config):
 class DeviceClasses(Config):
     """A file of device classes: one `[[classes]]` each."""
 
-    name: str
+    name: str = Field(description="of the file")
     classes: tuple[DeviceClass, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ Part = Literal["all", "near", "far"]
 class TaskStageConfig(Config):
     """Stage 1: the base is adapted to the task by the pool, in the method's prompts."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="false: the base answers as it is")
     adapter: AdapterConfig = AdapterConfig(rank=8, alpha=8, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
     training: TrainingConfig = TrainingConfig(epochs=3)
 
@@ -43,25 +43,25 @@ class UserConfig(Config):
 class ReptileConfig(Config):
     """A start from which few steps lead far (Reptile, Nichol et al. 2018, arXiv 1803.02999)."""
 
-    rounds: int = Field(10, ge=1)
+    rounds: int = Field(10, ge=1, description="of people who train from where the start is")
     people: int = Field(8, ge=1, description="in a round")
     steps: int = Field(4, ge=1, description="of each, from where the start is")
-    batch_size: int = Field(4, ge=1)
-    rate: float = Field(2e-3, gt=0)
+    batch_size: int = Field(4, ge=1, description="examples of a step")
+    rate: float = Field(2e-3, gt=0, description="of AdamW")
     outer: float = Field(0.5, gt=0, description="ε: how far the start follows the mean of where they got to")
 
 
 class InteractiveConfig(Config):
     """People who talk with their devices, one interaction after the other."""
 
-    name: str = "lives"
-    seed: int = Field(0, ge=0)
+    name: str = Field("lives", description="of the study's folder")
+    seed: int = Field(0, ge=0, description="of all that is drawn")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     adapter: AdapterConfig = AdapterConfig(rank=4, alpha=8)
     asls: AslsConfig = AslsConfig()
     user: UserConfig = UserConfig()
-    interactions: int = Field(48, ge=2)
+    interactions: int = Field(48, ge=2, description="of a person with the device")
     start: Literal["new", "shared", "reptile"] = Field(
         "new",
         description="beneath a new adapter nothing, or one that others have trained; or it begins where they lead",
@@ -90,8 +90,8 @@ class InteractiveConfig(Config):
 class MethodsConfig(Config):
     """A model, a task and a method."""
 
-    name: str = "methods"
-    seed: int = Field(0, ge=0)
+    name: str = Field("methods", description="of the study's folder")
+    seed: int = Field(0, ge=0, description="of all that is drawn")
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     task_stage: TaskStageConfig = TaskStageConfig()

@@ -15,10 +15,10 @@ from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.model import LanguageModel, Score
 from florilegium.client.personalization.history import Asked, Person
-from florilegium.client.personalization.method import Method, MethodContext
+from florilegium.client.personalization.method import Method, MethodContext, Served, worded
 from florilegium.client.personalization.registry import method
 from florilegium.client.personalization.task_adapter import learn_task
-from florilegium.privacy.common.registry import calling
+from florilegium.privacy.common.registry import UnexpectedError, calling
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.evaluation.caching_model import CachingModel
 from florilegium.simulation.evaluation.metrics import derangement
@@ -109,7 +109,7 @@ def _played(
 def in_words(made: Method, device: int, question: tuple[Asked, Dialogue]) -> Dialogue:
     """A question in the method's prompt, with the right reply."""
     asked, reply = question
-    return replace(reply, prompt=made.prompt(device, asked))
+    return replace(reply, prompt=worded(made, device, asked))
 
 
 def answers(
@@ -119,7 +119,10 @@ def answers(
     lm = made.context.lm
     asked = [(with_whose[k], question) for k, p in enumerate(people) for question in p.questions]
     dialogues = [in_words(made, k, question) for k, question in asked]
-    served = made.serving([(k, a) for k, (a, _) in asked])
+    with calling(made.context.config.name, f"return Served with a slot for each of {len(asked)} questions"):
+        served = made.serving([(k, a) for k, (a, _) in asked])
+        if not isinstance(served, Served) or len(served.slots) != len(asked):
+            raise UnexpectedError(f"returned {type(served).__name__} of {len(getattr(served, 'slots', ()))} slots")
     scores = iter(lm.score(lm.format.dialogues(dialogues), served.slots, served.arm))
     start = derive_seed(seed, "reply") >> 1
     seeds = range(start, start + len(asked))

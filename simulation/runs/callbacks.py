@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from florilegium.privacy.common.registry import ExtensionError, calling, resolve
-from florilegium.simulation.config import ExperimentConfig
-from florilegium.simulation.runs.events import Event
+from florilegium.simulation.config import TRACKERS, ExperimentConfig
+from florilegium.simulation.runs.events import Event, Tail
 from florilegium.simulation.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
+OURS = {name: f"florilegium.simulation.runs.trackers:{kind}" for name, kind in TRACKERS.items()}
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,17 @@ class Callback:
         """When a round is over and stored."""
 
     def on_run_end(self, facts: RunFacts) -> None:
-        """At the end, whatever it was."""
+        """At the end, whatever it was; of a callback whose `on_run_begin` has returned."""
 
 
 def named_callbacks(config: ExperimentConfig) -> list[Callback]:
-    """Those that the settings name. Raises `ExtensionError` for what is none."""
-    return [resolve(name, {}, Callback) for name in config.callbacks]
+    """Those that the settings name, ours made anew. Raises `ExtensionError` for what is none."""
+    return [_tracker(name) if name in TRACKERS else resolve(name, {}, Callback) for name in config.callbacks]
+
+
+def _tracker(name: str) -> Callback:
+    made: type[Callback] = resolve(OURS[name], {}, type[Callback])
+    return made()
 
 
 class Callbacks:
@@ -54,14 +59,22 @@ class Callbacks:
 
     def __init__(self, run: RunFolder, others: Sequence[Callback] = ()) -> None:
         self.run = run
-        self.all = [*zip(run.config.callbacks, named_callbacks(run.config), strict=True)]
+        names = [OURS.get(name, name) for name in run.config.callbacks]
+        self.all = [*zip(names, named_callbacks(run.config), strict=True)]
         self.all += [(f"{type(c).__module__}:{type(c).__name__}", c) for c in others]
-        self.round = self._told = 0
+        self.round, self._log = 0, Tail(run.metrics)
 
     def begin(self, done: int) -> None:
-        """Of the rounds, so many are done."""
-        self.round = done
-        self._tell("on_run_begin")
+        """Of the rounds, so many are done. Where one callback raises, those that have begun are told the end."""
+        self.round, everybody, self.all = done, self.all, []
+        facts = self._facts(interrupted=False) if everybody else None
+        try:
+            for name, callback in everybody:
+                _call(name, callback, "on_run_begin", facts)
+                self.all.append((name, callback))
+        except BaseException:
+            self.end(interrupted=True)
+            raise
 
     def end_round(self, number: int) -> None:
         self.round = number
@@ -79,9 +92,14 @@ class Callbacks:
     def _tell(self, what: str, *, interrupted: bool = False) -> None:
         if not self.all:
             return
-        events = tuple(islice(self.run.events(), self._told, None))
-        self._told += len(events)
-        facts = RunFacts(self.run.path, self.run.config, self.round, events, interrupted)
+        facts = self._facts(interrupted=interrupted)
         for name, callback in self.all:
-            with calling(name, f"take {what}({RunFacts.__name__})"):
-                getattr(callback, what)(facts)
+            _call(name, callback, what, facts)
+
+    def _facts(self, *, interrupted: bool) -> RunFacts:
+        return RunFacts(self.run.path, self.run.config, self.round, tuple(self._log.more()), interrupted)
+
+
+def _call(name: str, callback: Callback, what: str, facts: RunFacts | None) -> None:
+    with calling(name, f"take {what}({RunFacts.__name__})"):
+        getattr(callback, what)(facts)

@@ -13,7 +13,14 @@ from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.settings import ConfigError
 
 Changes = dict[str, tuple[Any, Any]]
-SPEED = ("ray.", "cohort_size", "engine.on_device_error", "engine.failed_share", "callbacks")  # but for rounding
+SPEED = (
+    "ray.",
+    "cohort_size",
+    "workers",
+    "engine.on_device_error",
+    "engine.failed_share",
+    "callbacks",
+)  # but for rounding
 
 
 def changes(before: ExperimentConfig, after: ExperimentConfig) -> Changes:
@@ -35,7 +42,7 @@ def check(before: ExperimentConfig, after: ExperimentConfig, done: int, where: s
     if fixed:
         raise ConfigError(
             f"{where} differs from the config given ({told(fixed)}); resume with the same settings: only rounds, "
-            f"[evaluation], [ray], cohort_size and callbacks may be others"
+            f"[evaluation], [ray], workers, cohort_size and callbacks may be others"
         )
     if "evaluation.users" in found and done:
         raise ConfigError(

@@ -392,28 +392,41 @@ def rewind(path: Path, change: Callable[[Event, Facts], Facts | None]) -> None:
     fresh.replace(path)
 
 
+class Tail:
+    """A log as far as it has been read; one that was rewound since is read anew from its first event."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file, self._at, self._number = -1, 0, 0
+
+    def more(self) -> Iterator[Event]:
+        """What has been written since; of a line that is being written nothing."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as stream:
+            found = os.fstat(stream.fileno())
+            if found.st_ino != self._file or found.st_size < self._at:
+                self._file, self._at, self._number = found.st_ino, 0, 0
+            stream.seek(self._at)
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    return
+                self._at, self._number = self._at + len(line), self._number + 1
+                yield _parsed(_json(line, self.path, self._number), self.path, self._number)
+
+
 def follow(path: Path, every_s: float = 0.5, over: Callable[[], bool] = lambda: False) -> Iterator[Event]:
     """The events of a run that is going on, as they come; ends with the run, or once `over` says that it is.
 
     A log that is not there yet is waited for. One that is rewound meanwhile is told anew from its first event.
     """
-    file, at, number = -1, 0, 0
+    tail = Tail(path)
     while True:
         last_look = over()
-        if path.exists():
-            with path.open("rb") as stream:
-                found = os.fstat(stream.fileno())
-                if found.st_ino != file or found.st_size < at:
-                    file, at, number = found.st_ino, 0, 0
-                stream.seek(at)
-                for line in stream:
-                    if not line.endswith(b"\n"):
-                        break  # it is being written
-                    at, number = at + len(line), number + 1
-                    event = _parsed(_json(line, path, number), path, number)
-                    yield event
-                    if isinstance(event, RunEnd):
-                        return
+        for event in tail.more():
+            yield event
+            if isinstance(event, RunEnd):
+                return
         if last_look:
             return
         clock.sleep(every_s)

@@ -39,6 +39,7 @@ class BaselinesCell(SeededCell):
         people = {name: user for name, user in self.users.items() if name.startswith(f"seed{number}-")}
         seed = derive_seed(self.config.seed, "rivals", number)
         played = play(lm, self.config, {n: u.stream for n, u in people.items()}, seed, self.listener)
+        failed = {list(people)[k]: why for k, why in sorted(played.context.diverged.items())}
         self.listener("evaluate")
         return {
             "epsilon": _spent(self.config),
@@ -47,6 +48,7 @@ class BaselinesCell(SeededCell):
             "download_bytes": played.download_bytes,
             "kept_bytes": played.kept_bytes,
             "tokens": played.tokens,
+            **({"failed": failed} if failed else {}),
             "seconds": round(time.perf_counter() - began, 1),
         }
 

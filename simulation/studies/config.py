@@ -30,7 +30,7 @@ TREES: dict[str, type[ExperimentConfig] | type[MethodsConfig] | type[Interactive
     "methods": MethodsConfig,
     "lives": InteractiveConfig,
 }
-UNSEEN = ("engine", "cohort_size", "name", "ray", "world", "callbacks")  # without effect on a study's cells
+UNSEEN = ("engine", "cohort_size", "workers", "name", "ray", "world", "callbacks")  # without effect on a study's cells
 
 
 def unseen(kind: str) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ def unseen(kind: str) -> tuple[str, ...]:
 class TableConfig(Config):
     """Rows by columns; each axis has one setting, or several that are crossed."""
 
-    title: str = ""
+    title: str = Field("", description="over the table; empty: its name")
     rows: Axis = Field(
         default_factory=dict, description='setting → values; "one & other" → pairs of values that go together'
     )
@@ -104,7 +104,7 @@ class StudyConfig(Config):
     hidden_share: float = Field(
         0.1, ge=0, le=1, description="federated: of each stream, for attacks; of two such dialogues a coin hides one"
     )
-    tables: dict[str, TableConfig] = Field(min_length=1)
+    tables: dict[str, TableConfig] = Field(min_length=1, description="by a name of one's own; each is a grid of cells")
 
     @model_validator(mode="after")
     def _matters(self) -> Self:
@@ -176,11 +176,15 @@ class Study:
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Reads a study; raises `ConfigError` naming what is wrong, in every cell, before anything runs."""
-    tree = read_tree(path, overrides)
+    return study_of(read_tree(path, overrides), str(path))
+
+
+def study_of(tree: dict[str, Any], where: str) -> Study:
+    """The study of a tree of settings, checked as `load_study` does."""
     if "study" not in tree:
-        raise ConfigError(f"{path}: has no [study]; florilegium run is for a single experiment")
-    config = validate(StudyConfig, tree.pop("study"), f"{path}, study")
-    study = Study(tree["name"], tree, config, str(path))
+        raise ConfigError(f"{where}: has no [study]; florilegium run is for a single experiment")
+    config = validate(StudyConfig, tree.pop("study"), f"{where}, study")
+    study = Study(tree["name"], tree, config, where)
     _ = study.cells  # made now, so that what is wrong in a cell is told before anything runs
     return study
 

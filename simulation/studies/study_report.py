@@ -15,6 +15,7 @@ from rich.console import Console, Group, RenderableType
 
 from florilegium.simulation.reports import html
 from florilegium.simulation.reports.run_report import flattened
+from florilegium.simulation.reports.tables import write_tables
 from florilegium.simulation.studies import figures
 from florilegium.simulation.studies.cell import read_result
 from florilegium.simulation.studies.config import Label, Study, TableConfig
@@ -94,20 +95,25 @@ class StudyReport(Generic[Outcome]):
         return Group(*self.tables)
 
     def write(self, folder: Path) -> Path:
-        """Writes `summary.json`, `tables.txt` and `report.html` of a study's folder; returns the page's path."""
+        """Writes `summary.json`, `tables.txt`, `report.html` and its tables as files; returns the page's path.
+
+        Raises `RunError` where others' files lie in the folder `tables`.
+        """
         cells = {t.key: ([self.cell(o) for o in t.outcomes], t.contrasts) for t in self.shown}
         write_summary(folder, self.study, cells, **self.summary)
         with (folder / "tables.txt").open("w", encoding="utf-8") as stream:
             Console(file=stream, width=200).print(self.text)
         results = [read_result(folder / "cells" / key) for key in self.study.cells]
         plots = {**self._differences(), **self.figures}
-        return html.write(
+        page = html.write(
             folder / "report.html", self.template, filters={"spread": spread, "named": named},
             plots={name: drawn for name, drawn in plots.items() if drawn is not None}, report=self, study=self.study,
             shown=self.shown, lower_is_better=LOWER_IS_BETTER, hardware=sorted({r["hardware"] for r in results}),
             versions_of_code=len({r["sources"] for r in results}), config=list(flattened(dict(self.study.tree))),
             **self.values,
         )  # fmt: skip
+        write_tables(page, folder / "tables")
+        return page
 
     def _differences(self) -> dict[str, Any]:
         return {

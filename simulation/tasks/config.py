@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from florilegium.privacy.common.base_config import Config
-from florilegium.privacy.common.registry import HOW, check
+from florilegium.privacy.common.registry import check
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import DataConfig, Half, half_of
@@ -24,11 +24,9 @@ HELD_OUT_SHARE = 0.25
 class TaskConfig(Config):
     """A task and its people."""
 
-    extensible: ClassVar = ("name",)
+    extensible: ClassVar = {"name": NAMES}
 
-    name: str = Field(
-        "chat-reply", description=f"a stand-in, lamp:1, lamp:2N, lamp:2M, lamp:3, lamp:4, lamp:5, lamp:7, {HOW}"
-    )
+    name: str = Field("chat-reply", description="a stand-in, or one of LaMP's")
     folder: str = Field("", description="of LaMP's official files for the task")
     file: Literal["train", "dev", "test"] = Field("dev", description="which of LaMP's files; test needs its golds")
     users: int = Field(64, ge=1, description="who is reported on; of LaMP, those with the longest histories")

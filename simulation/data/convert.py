@@ -1,0 +1,36 @@
+"""Any file that can be read as JSON Lines of ours, for `florilegium data import`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.formats.reading import Reading
+from florilegium.simulation.data.formats.recognise import FORMATS
+from florilegium.simulation.data.population import DataConfig, collect, reading_of
+
+
+def convert(config: DataConfig, out: Path, named: str = "") -> Reading:
+    """Writes a new file from which the same people with the same replies are drawn; `named` is one of `FORMATS`.
+
+    Raises `DataError` where the file exists, and for data that names no users: a line of ours needs one.
+    """
+    if named and named not in FORMATS:
+        raise DataError(f"--as {named} must be one of {', '.join(FORMATS)}")
+    if out.exists():
+        raise DataError(f"{out} exists; name a new file")
+    reading = reading_of(config)
+    replies = collect(config, reading, named)
+    if replies.anonymous:
+        raise DataError(
+            f"{config.name} names no users, and each line of ours needs one: runs read it as it is and deal it to "
+            f"devices; or say with data.fields.user= what names them"
+        )
+    with out.open("x", encoding="utf-8") as lines:
+        for user, said in replies.by_user.items():
+            for reply in said:
+                row = {"user": user, "time": reply.time, "prompt": reply.prompt, "response": reply.response}
+                row |= {"domain": reply.domain} if reply.domain else {}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return reading

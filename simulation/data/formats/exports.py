@@ -1,0 +1,107 @@
+"""Exports of Telegram, Slack and Discord, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.folder import shown
+from florilegium.simulation.data.formats.messages import Message
+from florilegium.simulation.data.formats.reading import Reading, moment, name, text
+
+Document = tuple[str, Any]  # where it stands, and what was parsed
+SLACK_SAID = (None, "", "thread_broadcast", "me_message", "bot_message")
+
+
+def is_telegram(value: Any) -> bool:
+    """One chat, or an account's list of chats."""
+    return isinstance(value, dict) and (
+        {"name", "type", "id", "messages"} <= value.keys() or isinstance(value.get("chats"), dict)
+    )
+
+
+def is_discord(value: Any) -> bool:
+    return isinstance(value, dict) and {"guild", "channel", "messages"} <= value.keys()
+
+
+def is_slack(value: Any) -> bool:
+    """A day of a channel, or one message of it."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and first.get("type") == "message" and "ts" in first
+
+
+def telegram(documents: Iterable[Document], reading: Reading) -> Iterator[Message]:
+    """Text may be a list of plain pieces and of pieces with a mark; services and media are left out."""
+    for place, value in documents:
+        for chat in value["chats"]["list"] if "chats" in value else [value]:
+            conversation = str(chat.get("id"))
+            for where, message in _each(chat.get("messages"), f"{place}, chat {conversation}"):
+                if message.get("type") != "message":
+                    reading.leave_out("notice of the app", where)
+                    continue
+                yield Message(
+                    name(message.get("from_id") or message.get("from"), where, "from"),
+                    _pieces(message.get("text"), where),
+                    moment(message.get("date_unixtime") or message.get("date"), where),
+                    where,
+                    conversation,
+                    f"{conversation}:{message.get('id')}",
+                    f"{conversation}:{message['reply_to_message_id']}" if message.get("reply_to_message_id") else "",
+                )
+
+
+def _pieces(value: object, where: str) -> str:
+    pieces = value if isinstance(value, list) else [value]
+    return "".join(text(p.get("text") if isinstance(p, dict) else p, where, "text") for p in pieces)
+
+
+def discord(documents: Iterable[Document], reading: Reading) -> Iterator[Message]:
+    """DiscordChatExporter's JSON; messages of bots and notices are left out."""
+    for place, value in documents:
+        conversation = str((value.get("channel") or {}).get("id"))
+        for where, message in _each(value.get("messages"), place):
+            author = message.get("author") or {}
+            if author.get("isBot"):
+                reading.leave_out("message of a bot", where)
+            elif message.get("type", "Default") not in ("Default", "Reply"):
+                reading.leave_out("notice of the app", where)
+            else:
+                yield Message(
+                    name(author.get("id") or author.get("name"), where, "author"),
+                    text(message.get("content"), where, "content"),
+                    moment(message.get("timestamp"), where),
+                    where,
+                    conversation,
+                    str(message.get("id")),
+                    str((message.get("reference") or {}).get("messageId") or ""),
+                )
+
+
+def slack(documents: Iterable[Document], reading: Reading, channel: str = "") -> Iterator[Message]:
+    """A channel; a thread is a conversation of its own, after the message that opens it."""
+    for place, value in documents:
+        for where, message in _each(value if isinstance(value, list) else [value], place):
+            if message.get("bot_id"):
+                reading.leave_out("message of a bot", where)
+            elif message.get("type") != "message" or message.get("subtype") not in SLACK_SAID:
+                reading.leave_out("notice of the app", where)
+            else:
+                stamp, thread = str(message.get("ts")), str(message.get("thread_ts") or "")
+                yield Message(
+                    name(message.get("user"), where, "user"),
+                    text(message.get("text"), where, "text"),
+                    moment(message.get("ts"), where),
+                    where,
+                    f"{channel}:{thread}" if thread else channel,
+                    f"{channel}:{stamp}",
+                )
+
+
+def _each(messages: object, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not isinstance(messages, list):
+        raise DataError(f"{place}: messages = {shown(messages)} must be a list")
+    for n, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise DataError(f"{place}, message {n}: found {shown(message)} where a message belongs")
+        yield f"{place}, message {n}", message

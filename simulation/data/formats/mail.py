@@ -1,0 +1,82 @@
+"""A mailbox in mbox: who wrote what in answer to what, without what was quoted and without signatures."""
+
+from __future__ import annotations
+
+import mailbox
+import re
+from collections.abc import Iterator
+from email.header import decode_header, make_header
+from email.message import Message as Mail
+from email.utils import parseaddr, parsedate_to_datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from florilegium.simulation.data.formats.messages import Message
+from florilegium.simulation.data.formats.opened import opened
+from florilegium.simulation.data.formats.reading import Reading, moment
+
+QUOTED = re.compile(r"^\s*>|^(On|Am|Le|El) .{4,120}(wrote|schrieb.*|écrit|escribió)\s*:\s*$")
+ORIGINAL = re.compile(r"^-{2,}\s*(Original Message|Ursprüngliche Nachricht|Forwarded message)", re.IGNORECASE)
+
+
+def mails(path: Path, reading: Reading) -> Iterator[Message]:
+    """Each mail as a message of its sender's address; its thread is the first mail that it refers to."""
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / "mbox"
+        with opened(path) as stream, copy.open("wb") as out:
+            while piece := stream.read(1 << 20):
+                out.write(piece)
+        box = mailbox.mbox(copy, create=False)
+        try:
+            for n, mail in enumerate(box, start=1):
+                where = f"{path}, mail {n}"
+                identity = _header(mail, "Message-ID") or where
+                parents = (_header(mail, "References") or _header(mail, "In-Reply-To")).split()
+                answered = _header(mail, "In-Reply-To").split() or parents[-1:]
+                yield Message(
+                    parseaddr(_header(mail, "From"))[1].lower(),
+                    _own_words(_plain(mail, where, reading)),
+                    _time(mail, where, reading),
+                    where,
+                    parents[0] if parents else identity,
+                    identity,
+                    answered[0] if answered else "",
+                )
+        finally:
+            box.close()
+
+
+def _header(mail: Mail, key: str) -> str:
+    return str(make_header(decode_header(str(mail[key] or "")))).strip()
+
+
+def _plain(mail: Mail, where: str, reading: Reading) -> str:
+    for part in mail.walk():
+        if part.get_content_type() == "text/plain" and part.get_content_disposition() != "attachment":
+            payload = part.get_payload(decode=True)
+            charset = part.get_content_charset() or "utf-8"
+            try:
+                return payload.decode(charset) if isinstance(payload, bytes) else ""
+            except (UnicodeDecodeError, LookupError):
+                reading.leave_out(f"mail that is not the {charset} that it says", where)
+                return ""
+    reading.leave_out("mail without plain text", where)
+    return ""
+
+
+def _own_words(body: str) -> str:
+    kept: list[str] = []
+    for line in body.replace("\r\n", "\n").split("\n"):
+        if line in ("-- ", "--") or ORIGINAL.match(line):
+            break
+        if not QUOTED.match(line):
+            kept.append(line)
+    return "\n".join(kept).strip()
+
+
+def _time(mail: Mail, where: str, reading: Reading) -> float:
+    try:
+        return moment(parsedate_to_datetime(_header(mail, "Date")), where)
+    except (ValueError, TypeError):
+        reading.leave_out("mail without a date that can be read, taken as the oldest", where)
+        return 0.0

@@ -1,0 +1,140 @@
+"""Files as lines and JSON values with their places: compressed or not, in UTF-8 or UTF-16, never half."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import zlib
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.folder import shown
+
+ZSTD = b"\x28\xb5\x2f\xfd"
+OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open, b"BZh": bz2.open}
+UTF16 = (BOM_UTF16_LE, BOM_UTF16_BE)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed; raises `DataError` where it is missing, cut off or cannot be decompressed."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(8)
+        known = next((opener for mark, opener in OPENERS.items() if start.startswith(mark)), open)
+        opener = _zstd(path) if start.startswith(ZSTD) else known
+        with opener(path, "rb") as stream:
+            yield stream
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error}); is the file whole?") from error
+
+
+def _zstd(path: Path) -> Any:
+    for module in ("compression.zstd", "zstandard"):
+        try:
+            return import_module(module).open
+        except ImportError:
+            continue
+    raise DataError(f"{path} is compressed with zstd: pip install zstandard, or decompress it with unzstd")
+
+
+def start_of(path: Path, size: int = 65_536) -> bytes:
+    with opened(path) as stream:
+        return stream.read(size)
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Every line with its number from 1, without its end. Raises `DataError` with the line for what is no text."""
+    with opened(path) as stream:
+        first = stream.read(2)
+        number = 0
+        if first in UTF16:
+            stream.seek(0)
+            try:
+                for number, line in enumerate(io.TextIOWrapper(stream, "utf-16"), start=1):
+                    yield number, _clean(line, path, number)
+            except UnicodeError as error:
+                raise DataError(f"{path}, line {number + 1}: not UTF-16 ({error})") from None
+            return
+        stream.seek(0)
+        for number, raw in enumerate(stream, start=1):
+            try:
+                line = (raw.removeprefix(BOM_UTF8) if number == 1 else raw).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: byte {error.start + 1} is not UTF-8 ({error.reason}); save it as UTF-8"
+                ) from None
+            yield number, _clean(line, path, number)
+
+
+def _clean(line: str, path: Path, number: int) -> str:
+    if "\0" in line:
+        raise DataError(f"{path}, line {number}: holds a NUL character, so it is no text; is the file whole?")
+    return line.rstrip("\r\n")
+
+
+def json_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of JSON Lines, or of documents one after the other, each with the line that it begins in.
+
+    A file whose first line is a whole object is read line by line, any other at once.
+    """
+    lines = ((number, line) for number, line in lines_of(path) if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    if _is_whole(first[1]):
+        yield _place(path, first[0]), _parsed(first[1], path, first[0])
+        for number, line in lines:
+            yield _place(path, number), _parsed(line, path, number)
+        return
+    yield from _documents(path, "\n".join(line for _, line in lines_of(path)))
+
+
+def is_json_lines(path: Path) -> bool:
+    """Whether the first line is a whole object, in an encoding that the strict reader takes."""
+    with path.open("rb") as stream:
+        start = stream.read(8)
+    line = next((line for _, line in lines_of(path) if line.strip()), "")
+    return not start.startswith((b"BZh", ZSTD, *UTF16)) and _is_whole(line)
+
+
+def _documents(path: Path, whole: str) -> Iterator[tuple[str, Any]]:
+    decoder, at = json.JSONDecoder(), 0
+    while at < len(whole):
+        if whole[at].isspace():
+            at += 1
+            continue
+        number = whole.count("\n", 0, at) + 1
+        try:
+            value, at = decoder.raw_decode(whole, at)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}); is the file whole?") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON that can be read ({error})") from None
+        yield _place(path, number), value
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parsed(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{_place(path, number)}: expected one JSON object, found {shown(line)} ({error})") from None
+
+
+def _place(path: Path, number: int) -> str:
+    return f"{path}, line {number}"

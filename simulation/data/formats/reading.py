@@ -1,0 +1,141 @@
+"""One reading of a file that others wrote: what its fields are called, and what is left out of it and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import Field
+
+from florilegium.privacy.common.base_config import Config
+from florilegium.simulation.data.conversations import Conversation, Turn, merge_turns
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.folder import Row, shown
+from florilegium.simulation.data.jsonl import seconds
+from florilegium.simulation.data.synonyms import CALLED
+
+MILLISECONDS_FROM = 1e11  # seconds until the year 5138: what is beyond is in milliseconds
+ROLES = {
+    "assistant": {"assistant", "gpt", "bot", "chatgpt", "bard", "model", "chatbot"},
+    "user": {"user", "human", "prompter"},
+}
+Replies = Literal["assistant", "user"]
+Located = tuple[str, Row]  # where a row stands, for errors, and the row
+
+
+class FieldNames(Config):
+    """What a file calls what is called `user`, `time`, … here. Empty: one of the usual names."""
+
+    user: str = ""
+    time: str = ""
+    prompt: str = ""
+    response: str = ""
+    domain: str = ""
+    text: str = Field(default="", description="of a log of messages")
+    conversation: str = Field(default="", description="conversation, thread or channel of a message")
+    id: str = Field(default="", description="of a message that others answer")
+    reply_to: str = Field(default="", description="id of the message that a message answers")
+
+
+@dataclass
+class Reading:
+    """How one file is read, and what came of it so far."""
+
+    fields: FieldNames = field(default_factory=FieldNames)
+    replies: Replies = "assistant"
+    reply_within_s: float = 3600.0
+    read_as: str = ""
+    by_role: bool = False
+    conversations: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)  # where each reason was met first
+    _known: dict[tuple[str, tuple[str, ...]], str] = field(default_factory=dict)
+    _named: bool | None = None
+
+    def leave_out(self, reason: str, where: str) -> None:
+        self.left_out[reason] += 1
+        self.first.setdefault(reason, where)
+
+    def key(self, role: str, row: Row) -> str:
+        """The key under which a row holds a role; "" where it holds none."""
+        keys = tuple(row)
+        if (role, keys) not in self._known:
+            lower = {key.lower().replace(" ", "_"): key for key in reversed(keys) if isinstance(key, str)}
+            named = getattr(self.fields, role)
+            wanted = (named,) if named else (role, *CALLED[role])
+            found = named if named in row else next((lower[name] for name in wanted if name in lower), "")
+            self._known[role, keys] = found
+        return self._known[role, keys]
+
+    def get(self, role: str, row: Row) -> object:
+        return row.get(self.key(role, row))
+
+    def user(self, row: Row, where: str) -> str:
+        """Whose row this is: "" in a file that names nobody. Raises `DataError` where only some rows name somebody."""
+        found = name(self.get("user", row), where, "user")
+        if self._named is not None and self._named != bool(found):
+            raise DataError(f"{where}: a user is named in some rows only; name one in every row, or in none")
+        self._named = bool(found)
+        return found
+
+    def time(self, row: Row, where: str) -> float:
+        value = self.get("time", row)
+        return 0.0 if value in (None, "") else moment(value, where)
+
+    def told(self) -> str:
+        """One line for people: what a file was taken for, how much was read, and whose replies are learned."""
+        line = f"read as {self.read_as}: {self.conversations:,} conversations"
+        if not self.by_role:
+            return line
+        other = "data.replies=user for the human's" if self.replies == "assistant" else "data.replies=assistant else"
+        return f"{line}, replies are the {'assistant' if self.replies == 'assistant' else 'human'}'s; {other}"
+
+    def problems(self) -> Iterator[str]:
+        """The five commonest reasons for leaving something out, each with the place where it was met first."""
+        for reason, count in self.left_out.most_common(5):
+            yield f"{count:,} × {reason}, first {self.first[reason]}"
+
+    def conversation(self, where: str, said: list[tuple[bool, str, float]], user: str, domain: str) -> Conversation:
+        """Turns, of which those marked are replies to learn: of the user where one is named, else of nobody."""
+        learned, other = (user, "") if user else ("", "asker")
+        turns = merge_turns([Turn(learned if mark else other, text, time) for mark, text, time in said])
+        return Conversation(where, turns, domain, None if user else "")
+
+
+def text(value: object, where: str, key: str) -> str:
+    """A text, or nothing as the empty one; a list or a group never becomes a text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key} = {shown(value)} must be a text")
+    return value
+
+
+def name(value: object, where: str, key: str) -> str:
+    """A text, or a whole number as one."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return text(value, where, key).strip()
+
+
+def moment(value: object, where: str) -> float:
+    """Seconds since the epoch of a number of seconds or milliseconds, or ISO 8601; UTC where no zone is named."""
+    number = value
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            number = value.strip()
+    try:
+        if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) >= MILLISECONDS_FROM:
+            number = number / 1000
+        if isinstance(number, datetime) and number.tzinfo is None:
+            number = number.replace(tzinfo=UTC)
+        return seconds(number)
+    except (ValueError, OverflowError):
+        raise DataError(
+            f"{where}: time = {shown(value)} must be seconds or milliseconds since the epoch, or ISO 8601"
+        ) from None

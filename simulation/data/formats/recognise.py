@@ -1,0 +1,219 @@
+"""What a file is, by its content, and its conversations. A new format is a function and a line in a table here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+from zipfile import BadZipFile, ZipFile, is_zipfile
+
+from florilegium.simulation.data.conversations import Conversation
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.folder import Row, shown
+from florilegium.simulation.data.formats.exports import discord, is_discord, is_slack, is_telegram, slack, telegram
+from florilegium.simulation.data.formats.mail import mails
+from florilegium.simulation.data.formats.messages import Message, paired, read_log
+from florilegium.simulation.data.formats.opened import UTF16, is_json_lines, json_values, start_of
+from florilegium.simulation.data.formats.reading import FieldNames, Located, Reading
+from florilegium.simulation.data.formats.rows import (
+    read_alpaca,
+    read_openai,
+    read_pairs,
+    read_preferences,
+    read_sharegpt,
+)
+from florilegium.simulation.data.formats.tables import delimiter_of, read_arrow, read_csv, read_parquet, saved_files
+from florilegium.simulation.data.formats.whatsapp import looks_like_whatsapp, read_whatsapp
+from florilegium.simulation.data.jsonl import KEYS, read_jsonl
+
+OURS = "jsonl"
+OURS_TOLD = "JSON Lines of user, prompt and response"
+ARROW_STREAM = b"\xff\xff\xff\xff"
+
+
+class RowFormat(NamedTuple):
+    """Rows of one shape: its name for people, what its first row has, and how rows become conversations."""
+
+    told: str
+    fits: Callable[[Row, Reading], bool]
+    read: Callable[[Iterable[Located], Reading], Iterator[Conversation]]
+
+
+class Export(NamedTuple):
+    """A program's JSON: its name for people, whether a document is of it, and its messages."""
+
+    told: str
+    fits: Callable[[Any], bool]
+    messages: Callable[[Iterable[tuple[str, Any]], Reading], Iterator[Message]]
+
+
+def _has(*keys: str) -> Callable[[Row, Reading], bool]:
+    return lambda row, _: set(keys) <= row.keys()
+
+
+def _holds(*roles: str) -> Callable[[Row, Reading], bool]:
+    return lambda row, reading: all(reading.key(role, row) for role in roles)
+
+
+ROW_FORMATS: dict[str, RowFormat] = {
+    "openai": RowFormat("OpenAI messages", _has("messages"), read_openai),
+    "sharegpt": RowFormat("ShareGPT", _has("conversations"), read_sharegpt),
+    "preferences": RowFormat("preference pairs", _has("chosen", "rejected"), read_preferences),
+    "alpaca": RowFormat(
+        "Alpaca", lambda row, reading: "instruction" in row and bool(reading.key("response", row)), read_alpaca
+    ),
+    "pairs": RowFormat("prompts and responses", _holds("prompt", "response"), read_pairs),
+    "log": RowFormat("a log of messages", _holds("user", "text"), read_log),
+}
+EXPORTS: dict[str, Export] = {
+    "telegram": Export("a Telegram export", is_telegram, telegram),
+    "discord": Export("a Discord export", is_discord, discord),
+    "slack": Export("a Slack export", is_slack, slack),
+}
+FORMATS = (OURS, *ROW_FORMATS, *EXPORTS, "whatsapp", "mbox")
+
+
+def read_source(path: Path, reading: Reading, named: str = "") -> Iterator[Conversation]:
+    """The conversations of a file or a folder, of a format of `FORMATS` that is named or recognised.
+
+    Raises `DataError` with the place and the reason for what cannot be read.
+    """
+    straight = path.is_file() and not is_zipfile(path)
+    for conversation in _read(path, reading, named):
+        reading.conversations += 1
+        ours = straight and reading.read_as == OURS_TOLD  # whose ids are of its lines
+        yield conversation if ours else replace(conversation, id=f"{path.name}:{reading.conversations}")
+
+
+def _read(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
+    if path.is_dir():
+        return _folder(path, reading, named)
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give the path of a file or a folder")
+    start = start_of(path)
+    if start.startswith(b"PK\x03\x04"):
+        return _zip(path, reading, named)
+    if rows := _table(path, start):
+        return _of_rows(path, rows, reading, named)
+    text = start.decode("utf-16" if start[:2] in UTF16 else "utf-8-sig", "replace").lstrip()
+    if named == "whatsapp" or (not named and looks_like_whatsapp(text)):
+        reading.read_as = "a WhatsApp chat"
+        return read_whatsapp(path, reading)
+    if named == "mbox" or (not named and text.startswith("From ") and "\nFrom:" in text.replace("\r", "")):
+        reading.read_as = "mail in mbox"
+        return paired(mails(path, reading), reading)
+    if text.startswith(("{", "[")):
+        return _json(path, reading, named)
+    header = text.splitlines()[0] if text.strip() else ""
+    if named != OURS and delimiter_of(header):
+        return _of_rows(path, read_csv(path), reading, named)
+    return _ours(path, reading)
+
+
+def _ours(path: Path, reading: Reading) -> Iterator[Conversation]:
+    reading.read_as = OURS_TOLD
+    return read_jsonl(path)
+
+
+def _table(path: Path, start: bytes) -> Iterator[Located] | None:
+    if start.startswith(b"PAR1"):
+        return read_parquet(path)
+    return read_arrow(path) if start.startswith((b"ARROW1", ARROW_STREAM)) else None
+
+
+def _json(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
+    values = json_values(path)
+    first = next(values)
+    documents = chain([first], values)
+    for key, export in EXPORTS.items():
+        if named == key or (not named and export.fits(first[1])):
+            reading.read_as = export.told
+            return paired(export.messages(documents, reading), reading)
+    if named == OURS or (not named and _is_ours(path, first[1], reading)):
+        return _ours(path, reading)
+    return _of_rows(path, _unpacked(documents), reading, named)
+
+
+def _is_ours(path: Path, first: Any, reading: Reading) -> bool:
+    """Whether the strict reader is to judge a file: a line an object, with our keys or none that is known."""
+    if not isinstance(first, dict) or _is_wrapped(first) or not is_json_lines(path):
+        return False
+    ours = {"user", "prompt", "response"} <= first.keys() and reading.fields == FieldNames()
+    return ours or not any(form.fits(first, reading) for form in ROW_FORMATS.values())
+
+
+def _is_wrapped(row: Row) -> bool:
+    """Whether an object holds nothing but one list of rows, as {"data": [...]} does."""
+    lists = [value for value in row.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return len(lists) == 1 and not {"messages", "conversations", "chosen", *KEYS} & row.keys()
+
+
+def _unpacked(documents: Iterable[tuple[str, Any]]) -> Iterator[Located]:
+    """Rows of lists, of objects that wrap one list, and objects as they are."""
+    for place, value in documents:
+        rows = value
+        if isinstance(value, dict):
+            rows = next(v for v in value.values() if isinstance(v, list)) if _is_wrapped(value) else None
+        for n, row in enumerate(rows or [value], start=1) if rows is not None else [(0, value)]:
+            where = f"{place}, row {n}" if n else place
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: expected one JSON object, found {shown(row)}")
+            yield where, row
+
+
+def _of_rows(path: Path, rows: Iterator[Located], reading: Reading, named: str) -> Iterator[Conversation]:
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{path} holds no row")
+    for key, form in ROW_FORMATS.items():
+        if named == key or (not named and form.fits(first[1], reading)):
+            reading.read_as = form.told
+            return form.read(chain([first], rows), reading)
+    raise DataError(
+        f"{first[0]}: no known format has the keys {shown(list(first[1]))}; say what they hold, as "
+        f"data.fields.user={next(iter(first[1]), 'author')!r}, with prompt and response, or with text, of your own"
+    )
+
+
+def _folder(folder: Path, reading: Reading, named: str) -> Iterator[Conversation]:
+    """The files of a folder one after the other; of a Slack export, each folder in it is a channel."""
+    if saved := saved_files(folder):
+        rows = chain.from_iterable(read_arrow(path) for path in saved)
+        return _of_rows(folder, rows, reading, named)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith((".", "README", "LICENSE")))
+    if not paths:
+        raise DataError(f"{folder} holds no file")
+    days = [path for path in paths if path.suffix == ".json" and path.parent != folder]
+    if named == "slack" or (not named and days and is_slack(next(json_values(days[0]), ("", None))[1])):
+        reading.read_as = EXPORTS["slack"].told
+        return paired(chain.from_iterable(slack(json_values(p), reading, p.parent.name) for p in days), reading)
+    return _one_by_one(paths, reading, named)
+
+
+def _one_by_one(paths: list[Path], reading: Reading, named: str) -> Iterator[Conversation]:
+    seen = ""
+    for path in paths:
+        yield from _read(path, reading, named)
+        if seen and reading.read_as != seen:
+            raise DataError(f"{path} is {reading.read_as}, but the files before are {seen}; give each its own folder")
+        seen = reading.read_as
+
+
+def _zip(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / path.stem
+        try:
+            with ZipFile(path) as archive:
+                archive.extractall(folder)
+        except (BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+            raise DataError(f"{path} cannot be read as a zip archive ({error}); is the file whole?") from None
+        files = [p for p in folder.rglob("*") if p.is_file()]
+        try:
+            yield from _read(files[0] if len(files) == 1 else folder, reading, named)
+        except DataError as error:
+            raise DataError(str(error).replace(str(folder), str(path))) from None
+        finally:
+            reading.first = {reason: at.replace(str(folder), str(path)) for reason, at in reading.first.items()}

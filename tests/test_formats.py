@@ -1,0 +1,300 @@
+"""Other people's files: each format is recognised by its content, read whole, or refused with place and reason."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+
+from florilegium.simulation.data.convert import convert
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.formats.reading import FieldNames, Reading, moment
+from florilegium.simulation.data.formats.recognise import read_source
+from florilegium.simulation.data.formats.tables import delimiter_of
+from florilegium.simulation.data.population import DataConfig, collect
+
+Said = list[tuple[str, str, str]]
+
+
+def said(path: Path, reading: Reading | None = None, **settings: Any) -> Said:
+    """User, prompt and reply of all that is read."""
+    config = DataConfig(name=str(path), **settings)
+    by_user = collect(config, reading).by_user
+    return [(user, d.prompt, d.response) for user, replies in by_user.items() for d in replies]
+
+
+def chat(role: str, content: str, *turns: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{role: who, content: what} for who, what in turns]
+
+
+TEA = (("system", "Be kind."), ("user", "Tea?"), ("assistant", "Green."), ("user", "Sugar?"), ("assistant", "No."))
+BOTH = [("", "Tea?", "Green."), ("", "Sugar?", "No.")]
+OPENAI = {"messages": chat("role", "content", *TEA)}
+HUMAN = [({"user": "human", "assistant": "gpt"}.get(who, who), what) for who, what in TEA]
+
+
+def discord(number: str, content: str, author: str, **more: Any) -> dict[str, Any]:
+    time = f"2024-05-01T09:0{number}:00+00:00"
+    row = {"id": number, "type": "Default", "timestamp": time, "content": content, "author": {"id": author}}
+    return row | more
+
+
+DISCORD = {
+    "guild": {},
+    "channel": {"id": "7"},
+    "messages": [
+        discord("1", "Tea?", "a"),
+        discord("2", "Hm", "b"),
+        discord("3", "Green.", "c", type="Reply", reference={"messageId": "1"}),
+        discord("4", "!", "d") | {"author": {"id": "d", "isBot": True}},
+    ],
+}
+TELEGRAM = {
+    "name": "n", "type": "personal_chat", "id": 7, "messages": [
+        {"id": 1, "type": "message", "date": "2024-05-01T09:00:00", "from": "A", "from_id": "a", "text": "Tea?"},
+        {"id": 2, "type": "service", "date": "2024-05-01T09:00:01", "text": ""},
+        {"id": 3, "type": "message", "date_unixtime": "1714554060", "from": "B", "from_id": "b",
+         "text": ["Gr", {"type": "bold", "text": "een."}]},
+    ],
+}  # fmt: skip
+SLACK = [
+    {"type": "message", "user": "a", "text": "Tea?", "ts": "1714554000.1"},
+    {"type": "message", "subtype": "channel_join", "user": "b", "text": "joined", "ts": "1714554001.1"},
+    {"type": "message", "user": "b", "text": "Green.", "ts": "1714554002.1"},
+]
+A_B = [("b", "Tea?", "Green.")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "read_as", "expected", "left_out"),
+    [
+        ([OPENAI], "OpenAI messages", BOTH, {"turn of the role 'system'": 1}),
+        ([{"conversations": chat("from", "value", *HUMAN)}], "ShareGPT", BOTH, {"turn of the role 'system'": 1}),
+        ([{"instruction": "Add", "input": "1+1", "output": "2"}], "Alpaca", [("", "Add\n1+1", "2")], {}),
+        ([{"prompt": "Tea?", "completion": "Green."}], "prompts and responses", BOTH[:1], {}),
+        ([{"question": "Tea?", "answer": None}], "prompts and responses", [], {"row without reply": 1}),
+        ([{"author": 7, "q": "Tea?", "a": "😀 שלום"}], "prompts and responses", [("7", "Tea?", "😀 שלום")], {}),
+        ([{"prompt": "Tea?", "chosen": "Green.", "rejected": "X"}], "preference pairs", BOTH[:1], {}),
+        ([{"chosen": chat("role", "content", *TEA[1:3]), "rejected": []}], "preference pairs", BOTH[:1], {}),
+        ([DISCORD], "a Discord export", [("b", "Tea?", "Hm"), ("c", "Tea?", "Green.")],
+         {"message of a bot": 1, "message that answers nobody": 1}),
+        ([TELEGRAM], "a Telegram export", A_B, {"notice of the app": 1, "message that answers nobody": 1}),
+        (SLACK, "a Slack export", A_B, {"notice of the app": 1, "message that answers nobody": 1}),
+    ],
+    ids=["openai", "sharegpt", "alpaca", "completion", "null", "synonyms", "preference", "preferred-chats", "discord",
+         "telegram", "slack"],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", ["lines", "array", "pretty"])
+def test_rows_are_known_by_what_they_hold(
+    tmp_path: Path, rows: list[Any], read_as: str, expected: Said, left_out: dict[str, int], layout: str
+) -> None:
+    """As JSON Lines, as one list, and as a list over several lines; of another program's document, the document."""
+    path, reading = tmp_path / "data.bin", Reading()
+    whole = rows if "messages" not in rows[0] or len(rows[0]) == 1 else rows[0]
+    texts = {
+        "lines": "\r\n".join(map(json.dumps, rows)),
+        "array": json.dumps(whole),
+        "pretty": json.dumps(whole, indent=1),
+    }
+    path.write_text(texts[layout], encoding="utf-8-sig")
+    assert said(path, reading) == expected
+    assert (reading.read_as, dict(reading.left_out)) == (read_as, left_out)
+
+
+def test_whose_replies_are_learned_is_told_and_can_be_chosen(tmp_path: Path) -> None:
+    (path := tmp_path / "x").write_text(json.dumps(OPENAI))
+    reading = Reading()
+    said(path, reading)
+    told = "read as OpenAI messages: 1 conversations, replies are the assistant's; data.replies=user for the human's"
+    assert reading.told() == told
+    assert said(path, replies="user") == [("", "Green.", "Sugar?")]
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [gzip.compress, lzma.compress, bz2.compress, lambda data: data.decode().encode("utf-16")],
+    ids=["gz", "xz", "bz2", "utf-16"],
+)
+@pytest.mark.parametrize("rows", [[OPENAI], [{"user": "b", "prompt": "Tea?", "response": "Green."}]])
+def test_packed_files_are_read(tmp_path: Path, pack: Callable[[bytes], bytes], rows: list[Any]) -> None:
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    plain.write_text("\n".join(map(json.dumps, rows)))
+    packed.write_bytes(pack(plain.read_bytes()))
+    assert said(packed) == said(plain) != []
+    with ZipFile(tmp_path / "z", "w") as archive:
+        archive.write(packed, "inner/packed")
+    assert said(tmp_path / "z") == said(plain)
+
+
+def test_a_slack_export_has_a_folder_for_each_channel(tmp_path: Path) -> None:
+    (tmp_path / "export" / "general").mkdir(parents=True)
+    (tmp_path / "export" / "users.json").write_text("[]")
+    (tmp_path / "export" / "general" / "2024-05-01.json").write_text(json.dumps(SLACK))
+    assert said(tmp_path / "export") == A_B
+    with ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.write(tmp_path / "export" / "users.json", "users.json")
+        archive.write(tmp_path / "export" / "general" / "2024-05-01.json", "general/2024-05-01.json")
+    assert said(tmp_path / "z.zip") == A_B
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "time"),
+    [
+        ("5/13/24, 9:00 PM - a: Tea?", "5/13/24, 9:01\u202fPM - b: Green.", "2024-05-13T21:01"),
+        ("13.05.24, 21:00 - a: Tea?", "13.05.24, 21:01 - b: Green.", "2024-05-13T21:01"),
+        ("01/05/2024, 21:00 - a: Tea?", "01/05/2024, 21:01 - b: Green.", "2024-05-01T21:01"),
+        ("[13.05.24, 21:00:00] a: Tea?", "\u200e[13.05.24, 21:01:00] b: Green.", "2024-05-13T21:01"),
+        ("[5/1/24, 12:00:00 AM] a: Tea?", "[5/1/24, 12:01:00 AM] b: Green.", "2024-05-01T00:01"),
+    ],
+    ids=["us", "german", "british", "ios", "ios-us"],
+)
+def test_whatsapp_of_several_locales(tmp_path: Path, first: str, second: str, time: str) -> None:
+    (path := tmp_path / "chat.txt").write_text(
+        f"{first}\n{second}\nWith lemon.\n{second[: second.index(': ')]}: <Media omitted>\n"
+        f"{second[: second.index('b: ')]}c joined\n",
+        encoding="utf-8",
+    )
+    reading = Reading()
+    assert said(path, reading) == [("b", "Tea?", "Green.\nWith lemon.")]
+    (talk,) = read_source(path, Reading())
+    assert talk.turns[-1].time == moment(time, "")
+    assert reading.left_out["notice of the app"] == 1
+    assert reading.first["media left out of the export, or a deleted message"] == f"{path}, line 4"
+
+
+def test_dates_in_two_orders_are_refused(tmp_path: Path) -> None:
+    (path := tmp_path / "chat.txt").write_text("13/05/24, 21:00 - a: x\n05/14/24, 21:00 - b: y\n")
+    with pytest.raises(DataError, match="lines 1 and 2: dates in two orders"):
+        said(path)
+
+
+def test_mail_without_quotes_and_signatures(tmp_path: Path) -> None:
+    date = "Date: Wed, 1 May 2024 09:0{}:00 +0000"
+    (path := tmp_path / "box").write_text(
+        f"From a@x Wed May  1 09:00:00 2024\nFrom: A <a@x>\nMessage-ID: <1>\n{date.format(0)}\n\nTea?\n\n"
+        f"From b@x Wed May  1 09:01:00 2024\nFrom: B <b@x>\nMessage-ID: <2>\nIn-Reply-To: <1>\n{date.format(1)}\n\n"
+        "On Wed, 1 May 2024, A wrote:\n> Tea?\nGreen.\n-- \nB\n\n"
+    )
+    assert said(path) == [("b@x", "Tea?", "Green.")]
+
+
+def log(path: Path, *rows: tuple[object, ...], columns: str = "author,when,message,thread,id,reply_to") -> Path:
+    with path.open("w", newline="") as out:
+        csv.writer(out).writerows([columns.split(","), *rows])
+    return path
+
+
+def test_a_log_is_paired_by_what_a_message_names_else_by_the_last_of_somebody_else(tmp_path: Path) -> None:
+    path = log(
+        tmp_path / "log",
+        ("a", 1714554000, "Tea?", "t", 1, ""), ("b", 1714554060_000, "Green,", "t", 2, ""),
+        ("b", "2024-05-01T09:02:00Z", "please.", "t", 3, ""), ("c", "2024-05-01T12:00", "Late", "t", 4, ""),
+        ("d", "2024-05-01T12:01", "Milk", "t", 5, 1), ("e", "2024-05-01T09:00", "Else", "u", 6, ""),
+        ("", "2024-05-01T09:00", "Who?", "u", 7, ""),
+    )  # fmt: skip
+    reading, fields = Reading(), {"time": "when"}
+    reading.fields = FieldNames(time="when")
+    assert said(path, reading) == [("b", "Tea?", "Green,\nplease."), ("d", "Tea?", "Milk")]
+    assert dict(reading.left_out) == {
+        "message of nobody": 1,
+        "message that answers nobody": 2,
+        "message that comes later than data.reply_within_s": 1,
+    }
+    assert reading.first["message of nobody"] == f"{path}, line 8"
+    assert ("c", "Green,\nplease.", "Late") in said(path, reply_within_s=1e5, fields=fields)
+
+
+def test_an_id_that_occurs_twice_names_the_message_of_its_own_conversation(tmp_path: Path) -> None:
+    rows = [("a", "Tea?", "t", 1, ""), ("b", "Green.", "t", 2, 1), ("a", "Milk?", "u", 1, ""), ("b", "No.", "u", 2, 1)]
+    path = log(tmp_path / "log", *rows, ("c", "What?", "v", 3, 1), columns="user,text,conversation,id,reply_to")
+    assert said(path) == [("b", "Tea?", "Green."), ("b", "Milk?", "No.")]
+
+
+def test_every_field_may_be_called_otherwise(tmp_path: Path) -> None:
+    """Of a pair and of a log; nothing of either is called by a usual name."""
+    pair = {"k1": "b", "k2": 60, "k3": "Tea?", "k4": "Green.", "k5": "kitchen"}
+    (path := tmp_path / "pairs").write_text(json.dumps(pair))
+    names = dict(zip(("user", "time", "prompt", "response", "domain"), pair, strict=True))
+    (reply,) = collect(DataConfig.model_validate({"name": str(path), "fields": names})).by_user["b"]
+    assert (reply.prompt, reply.response, reply.time, reply.domain) == ("Tea?", "Green.", 60.0, "kitchen")
+    log(path, ("a", "Tea?", "t", 1, ""), ("c", "Hm", "u", 2, ""), ("b", "Green.", "u", 3, 1), columns="k1,k2,k3,k4,k5")
+    names = dict(zip(("user", "text", "conversation", "id", "reply_to"), pair, strict=True))
+    assert said(path, fields=names) == A_B
+    (talk,) = read_source(path, Reading(FieldNames.model_validate(names)))
+    assert talk.domain == "u"
+
+
+def test_what_is_imported_gives_the_same_people(tmp_path: Path) -> None:
+    path = log(tmp_path / "log", *((f"u{i % 3}", 1714554000 + 60 * i, f"m{i}", "t", i, "") for i in range(30)))
+    config = DataConfig(name=str(path), fields=FieldNames(time="when"))
+    out = tmp_path / "out.jsonl"
+    convert(config, out)
+    known = [{u: [(d.prompt, d.response, d.time, d.domain) for d in said] for u, said in collect(c).by_user.items()}
+             for c in (config, DataConfig(name=str(out)))]  # fmt: skip
+    assert known[0] == known[1] and len(known[0]) == 3
+    with pytest.raises(DataError, match="exists; name a new file"):
+        convert(config, out)
+    (path := tmp_path / "x").write_text(json.dumps(OPENAI))
+    with pytest.raises(DataError, match="names no users"):
+        convert(DataConfig(name=str(path)), tmp_path / "other")
+    with pytest.raises(DataError, match="--as zzz must be one of jsonl, openai"):
+        convert(DataConfig(name=str(path)), tmp_path / "other", "zzz")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"user;prompt;response\nu;p\n", "line 2: 2 fields where the header names 3"),
+        (b"colour,size\nred,3\n", r"line 2: no known format has the keys \['colour', 'size'\]"),
+        (b'{"messages": [{"role": "user", "content": 3}]}', "line 1, turn 1: content = 3 must be a text"),
+        (b'{"messages": "x"}', "line 1: messages = 'x' must be a list"),
+        (b'{"messages": []}\n[1]\n', "line 2: expected one JSON object|row 1"),
+        (b'{"messages": []}\n{"messa', "line 2: expected one JSON object"),
+        (b'[{"prompt": "p",\n"completion": "r"},\n', "line 2: not JSON"),
+        (b'{"q": "p", "a": "r", "user": "u"}\n{"q": "p", "a": "r"}', "line 2: a user is named in some rows only"),
+        (b'{"q": "p", "a": ["r"]}', r"line 1: a = \['r'\] must be a text"),
+        (b'{"q": "p", "a": "r", "ts": "noon"}', "line 1: time = 'noon' must be seconds or milliseconds"),
+        (b"user,text\nu,a\0b\n", "line 2: holds a NUL"),
+        (b"user,text\nu,\xff\n", "line 2: byte 3 is not UTF-8"),
+        (b"user,text\nu,\"a\n", "line 3: unexpected end|line 2: unexpected end"),
+        (gzip.compress(b'{"q": "p", "a": "r"}')[:-9], "cannot be read .* is the file whole"),
+        (b"\x28\xb5\x2f\xfd\0\0", "zstd|cannot be read"),
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_what_cannot_be_read_is_refused_with_its_place(tmp_path: Path, content: bytes, told: str) -> None:
+    (path := tmp_path / "x").write_bytes(content)
+    with pytest.raises(DataError, match=told):
+        said(path)
+
+
+def test_an_existing_file_wins_over_a_known_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dolly").write_text(json.dumps(OPENAI))
+    assert said(Path("dolly")) == BOTH
+
+
+def test_parquet_and_what_datasets_saves(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed; pip install 'florilegium[tables]'")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pa.Table.from_pylist([OPENAI])
+    (split := tmp_path / "saved" / "train").mkdir(parents=True)
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pa.ipc.new_stream(split / "part.arrow", table.schema) as out:
+        out.write_table(table)
+    (split / "state.json").write_text(json.dumps({"_data_files": [{"filename": "part.arrow"}]}))
+    (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
+    for path in (tmp_path / "x.parquet", split, split / "part.arrow", tmp_path / "saved"):
+        assert said(path) == BOTH
+
+
+def test_the_mark_of_a_table_is_the_commonest_of_its_header() -> None:
+    assert [delimiter_of(line) for line in ("a\tb", "a;b;c,d", "a,b", "words")] == ["\t", ";", ",", ""]
