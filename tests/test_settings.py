@@ -383,6 +383,7 @@ OTHER_NAMES = "test_formats.py::test_every_field_may_be_called_otherwise"
 RUNS: dict[str, Row] = {
     "model.name": Seen("smollm2-135m", handed_to_the_model),
     "model.dtype": Seen("bfloat16", handed_to_the_model, {"model.dtype": "float32"}),
+    "model.weights": Seen("int8", handed_to_the_model),
     "model.device": Seen("cuda:1", handed_to_the_model),
     "model.chat_template": Seen("plain", handed_to_the_model),
     "model.date": In(

@@ -16,6 +16,7 @@ NO_FLOAT16 = (
     "what float16 cannot hold would have to be scaled before gradients are clipped one by one; "
     "use 'bfloat16', 'float32' or 'auto'"
 )
+NO_REMOTE_CODE = "no code that comes with a model is ever run; leave it out"
 NO_DORA = "DoRA divides by norms over B A: no gradient of one example alone can be had; use LoRA"
 NO_RSLORA = "LoRA's scale is alpha / rank here: for rsLoRA's alpha / √rank set alpha to alpha · √rank"
 NO_DROPOUT = "adapters have no dropout here; leave it out"
@@ -42,6 +43,9 @@ class ModelConfig(Config):
 
     name: str = Field("nano", description="nano, smollm2-135m, a hub id or a folder")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is fast")
+    weights: Literal["float", "int8", "int4"] = Field(
+        "float", description="of the frozen base's linear layers: as dtype says, or in 8 or 4 bits"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     chat_template: str = Field("", description="for a tokenizer that has none: plain, or a Jinja template")
     date: str = Field("2026-01-01", description="of the day that a chat template is told it is: the same in every run")
@@ -49,6 +53,14 @@ class ModelConfig(Config):
     limits: TextLimits = TextLimits()
     max_batch_tokens: int = Field(0, ge=0, description="tokens in one pass; 0: what suits the device")
     checkpointing: bool = Field(False, description="compute activations twice instead of keeping them for learning")
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "load_in_8bit": "weights",
+        "load_in_4bit": "weights",
+        "quantization": "weights",
+        "quantization_config": "weights",
+        "torch_dtype": "dtype",
+        "trust_remote_code": NO_REMOTE_CODE,
+    }
 
     @field_validator("dtype", mode="before")
     @classmethod

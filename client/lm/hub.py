@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from florilegium.client.lm.places import ModelError, check_weights, resolve
+from florilegium.client.lm.quantised import Weights, quantise
 from florilegium.privacy.common.errors import first_line
 
 TEMPLATES = {
@@ -38,13 +39,14 @@ def default_device() -> str:
 
 
 def load(
-    name: str, *, dtype: torch.dtype, device: str, chat_template: str = ""
+    name: str, *, dtype: torch.dtype, device: str, chat_template: str = "", weights: Weights = "float"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen model `name` in evaluation mode, and its tokenizer.
 
     `name` is `nano`, `smollm2-135m`, a local folder or a hub id, in this order. `chat_template` replaces the
-    tokenizer's own: "plain" or a Jinja template. Afterwards the tokenizer has a chat template, an end-of-text
-    and a padding token, and each of its ids has a row in the embedding. Raises `ModelError`.
+    tokenizer's own: "plain" or a Jinja template; `weights` is what the linear layers are held in. Afterwards the
+    tokenizer has a chat template, an end-of-text and a padding token, and each of its ids has a row in the embedding.
+    Raises `ModelError`.
     """
     _check_device(device)
     folder = resolve(name)
@@ -56,6 +58,8 @@ def load(
     if highest >= rows:
         raise ModelError(f"model {name!r}: token id {highest} has no row in an embedding of {rows}; wrong tokenizer?")
     model.config.pad_token_id = tokenizer.pad_token_id
+    if weights != "float":
+        quantise(model, weights)  # before a device has to hold it
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers' wrapper hides its signature
     model.eval()
     return model.requires_grad_(False), tokenizer

@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 from florilegium.client.lm.adapter import AdaptedLayer, AdapterLayout, Adapters
 from florilegium.client.lm.ia3 import ScaledLayer, ScalingLayout
 from florilegium.client.lm.packing import Example, Rectangle
+from florilegium.client.lm.quantised import QuantisedLinear, input_gradient, product
 from florilegium.client.lm.soft_prompt import AdaptedEmbedding, PromptLayout
 from florilegium.privacy.common.errors import UserError
 
 ATTENDING = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # as configs name such layers
+LINEAR = (nn.Linear, QuantisedLinear)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as Llama and its kin name them
 
 
@@ -61,7 +63,7 @@ class AdaptedLinear(nn.Module):
     of (IA)³ multiply x before, or y after.
     """
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear | QuantisedLinear) -> None:
         super().__init__()
         self.base = base
         self.active: list[Factors] = []
@@ -134,7 +136,7 @@ class _Adapted(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, siblings: Sequence[AdaptedLinear], *factors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         bases = [s.base for s in siblings]
-        ys = tuple(torch.nn.functional.linear(x, base.weight, base.bias) for base in bases)  # (N, out) each
+        ys = tuple(product(x, base) for base in bases)  # (N, out) each
         saved = []
         for adapter in zip(*(s.active for s in siblings), strict=True):
             owned, scale = adapter[0].owned, adapter[0].scale
@@ -144,7 +146,8 @@ class _Adapted(torch.autograd.Function):
             for y, f, part in zip(ys, adapter, down.split([f.a.shape[1] for f in adapter], 1), strict=True):
                 owned.add_product(y, part.mT, f.bt)
             saved += [spread, down, a, *(f.bt for f in adapter)]
-        ctx.save_for_backward(*(base.weight for base in bases), *saved)
+        ctx.save_for_backward(*saved)
+        ctx.bases = bases  # frozen
         ctx.adapters = [(f.scale, f.owned) for f in siblings[0].active]
         return ys
 
@@ -152,9 +155,8 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         count = len(grads)
-        tensors = ctx.saved_tensors  # read once: they may have to be computed again
-        weights, saved = tensors[:count], tensors[count:]
-        dx = _products(grads, weights) if ctx.needs_input_grad[0] else None
+        saved = ctx.saved_tensors  # read once: they may have to be computed again
+        dx = input_gradient(list(grads), ctx.bases) if ctx.needs_input_grad[0] else None
         by_adapter: list[list[torch.Tensor | None]] = []  # of each adapter dA, dBᵀ of each layer
         for i, (scale, owned) in enumerate(ctx.adapters):
             spread, down, a, *bts = saved[i * (3 + count) : (i + 1) * (3 + count)]
@@ -173,14 +175,6 @@ class _Adapted(torch.autograd.Function):
 
 def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _products(lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Σ left @ right."""
-    total = lefts[0] @ rights[0]
-    for left, right in zip(lefts[1:], rights[1:], strict=True):
-        total.addmm_(left, right)
-    return total
 
 
 def refuse_coupling(model: nn.Module) -> None:
@@ -250,7 +244,7 @@ def adapt(model: nn.Module, targets: Sequence[str]) -> dict[str, AdaptedLinear]:
     Without targets, of every linear layer but the head; a model that has others too is then refused.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    linear = [n for n, m in model.named_modules() if isinstance(m, LINEAR) and m is not head]
     names = [n for n, _ in model.named_modules() if _ends_in(n, targets)] if targets else linear
     if not names:
         sought = f"ends in any of {', '.join(targets)}" if targets else "is nn.Linear outside the head"
@@ -263,7 +257,7 @@ def adapt(model: nn.Module, targets: Sequence[str]) -> dict[str, AdaptedLinear]:
     adapted: dict[str, AdaptedLinear] = {}
     for name in names:
         module = model.get_submodule(name)
-        if not isinstance(module, nn.Linear) or module is head:
+        if not isinstance(module, LINEAR) or module is head:
             raise UnsupportedModelError(
                 f"layer {name} of {type(model).__name__} is {type(module).__name__}; adapters need nn.Linear "
                 f"outside the head, as in Llama, Qwen, Gemma or GPT-NeoX"
@@ -389,20 +383,20 @@ class Adaptable:
 
     @contextmanager
     def merged(self, adapters: Sequence[Adapters]) -> Iterator[None]:
-        """Within it the base's weights hold these LoRA adapters, of one row each; afterwards what they were before."""
-        before: dict[str, torch.Tensor] = {}
+        """Within it the base's weights, as numbers, hold these LoRA adapters, of one row each; afterwards none."""
+        before: dict[str, nn.Linear | QuantisedLinear] = {}
         try:
             for adapter in adapters:
                 assert isinstance(adapter.layout, AdapterLayout) and len(adapter.rows) == 1
                 for name, a, bt, _ in adapter.layout.unstack(adapter.rows, torch.float32):
-                    weight = self.linear[name].base.weight
-                    before.setdefault(name, weight.detach().clone())
-                    with torch.no_grad():
-                        weight += (adapter.layout.scale * bt[0].mT @ a[0]).to(weight.dtype)
+                    base = self.linear[name].base
+                    before.setdefault(name, base)
+                    change = (adapter.layout.scale * bt[0].mT @ a[0]).to(base.weight.dtype)
+                    self.linear[name].base = _linear(base.weight.detach() + change, base.bias)
             yield
         finally:
-            for name, weight in before.items():
-                self.linear[name].base.weight.data.copy_(weight)
+            for name, base in before.items():
+                self.linear[name].base = base
 
     def _switch_on(self, adapter: Adapters, order: int, owned: Rectangle, dtype: torch.dtype) -> None:
         layout, rows = adapter.layout, adapter.rows
@@ -419,6 +413,13 @@ class Adaptable:
             self.embedding.active.append((prompts.to(dtype), owned))
         else:
             raise TypeError(f"{type(layout).__name__} is no layout of adapters")
+
+
+def _linear(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """A frozen layer of these."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight, made.bias = nn.Parameter(weight, requires_grad=False), bias  # type: ignore[assignment]
+    return made
 
 
 def _ends_in(name: str, targets: Sequence[str]) -> bool:

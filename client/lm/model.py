@@ -19,6 +19,7 @@ from florilegium.client.lm.hub import default_device, load
 from florilegium.client.lm.ia3 import ScalingLayout
 from florilegium.client.lm.packing import Example
 from florilegium.client.lm.processor import multiplies_bfloat16
+from florilegium.client.lm.quantised import layers_of
 from florilegium.client.lm.soft_prompt import PromptLayout
 from florilegium.client.lm.text import ChatFormat
 
@@ -83,7 +84,9 @@ class LanguageModel:
                 "model.dtype = 'bfloat16' is emulated on this processor: %.2g GFLOPS, float32 %.2g; 'auto' takes that",
                 gflops(torch.bfloat16), gflops(torch.float32),
             )  # fmt: skip
-        model, tokenizer = load(config.name, dtype=dtype, device=device, chat_template=config.chat_template)
+        model, tokenizer = load(
+            config.name, dtype=dtype, device=device, chat_template=config.chat_template, weights=config.weights
+        )
         return cls(model, tokenizer, config)
 
     @property
@@ -98,12 +101,14 @@ class LanguageModel:
     @property
     def parameters(self) -> int:
         """How many numbers the frozen base has."""
-        return sum(p.numel() for p in self.engine.model.parameters())
+        coded = sum(x.in_features * x.out_features for x in layers_of(self.engine.model))
+        return coded + sum(p.numel() for p in self.engine.model.parameters())
 
     @property
     def parameter_bytes(self) -> int:
         """Bytes of the frozen base in memory."""
-        return sum(p.numel() * p.element_size() for p in self.engine.model.parameters())
+        coded = (b for x in layers_of(self.engine.model) for b in x.buffers())
+        return sum(p.nbytes for p in (*self.engine.model.parameters(), *coded))
 
     @property
     def hidden_size(self) -> int:
