@@ -112,7 +112,7 @@ def noise(config: ExperimentConfig, seen: Federated) -> list[Check]:
     normal, uniform = (float(stats.kstest(x, "norm").pvalue) for x in (every / every.std(), _uniform(len(every))))
     found = [
         Check(title, float(every.std()), 1 - off, 1 + off, "σ / 3.3", float(every.std()) / 3.3),
-        Check("p of the noise being normal", normal, 1e-3, 1.0, "uniform noise", uniform),
+        Check("p of the noise being normal", normal, 1e-5, 1.0, "uniform noise", uniform),
     ]
     by_round = [float(d.std()) for d in drawn]
     found.append(
