@@ -298,3 +298,94 @@ def test_parquet_and_what_datasets_saves(tmp_path: Path) -> None:
 
 def test_the_mark_of_a_table_is_the_commonest_of_its_header() -> None:
     assert [delimiter_of(line) for line in ("a\tb", "a;b;c,d", "a,b", "words")] == ["\t", ";", ",", ""]
+
+
+LOG = "user,time,text\nana,100,hi\nben,{},yo\n"
+WHATSAPP = """[03/04/24, 09:15:00] Tea: \u200eMessages and calls are end-to-end encrypted.
+[03/04/24, 09:15:05] Ana: Tea?
+[03/04/24, 09:16:00] Ben: \u200eMissed voice call
+[03/04/24, 09:16:05] Ben: a.pdf (file attached)
+[03/04/24, 09:16:09] Ben changed the subject from "Trip" to "Trip: Rome"
+[13/04/24, 09:17:00] Ben: Green. \u200e<This message was edited>
+"""
+MBOX = """From a@x.org Wed May  1 09:00:00 2024
+From: =?utf-8?q?Doe=2C_Ana?= <ana@x.org>
+Date: Wed, 1 May 2024 09:00:00 +0000
+Message-ID: <1@x>
+
+Tea?
+
+From b@x.org Wed May  1 09:05:00 2024
+From: =?nope-1?q?Ben?= <ben@x.org>
+Date: Wed, 1 May 2024 09:05:00 +0000
+Message-ID: <2@x>
+In-Reply-To: <1@x>
+
+Green.
+
+On Wed, 1 May 2024 at 09:00, Doe, Ana <ana@x.org>
+wrote:
+
+> Tea?
+
+From c@x.org Wed May  1 09:06:00 2024
+From: cy@x.org
+Date: Wed, 1 May 2024 09:06:00 +0000
+Message-ID: <3@x>
+In-Reply-To: <2@x>
+
+Black.
+
+From: Ben
+Sent: Wednesday
+To: Ana
+
+Green.
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "told"),
+    [
+        (LOG.format(""), {}, "line 3: some rows have a time and others none"),
+        (LOG.format(200), {"fields": {"user": "autor"}}, "data.fields.user = 'autor' is none of its columns: user"),
+        (LOG.format(200), {"fields": {"conversation": "rom"}}, "data.fields.conversation = 'rom' is none"),
+        ('{"user": "ana", "prompt": "Tea?", "text": "Green"}', {}, "unknown key 'text'"),
+        ('{"chats": {}}', {}, "line 1"),
+        (json.dumps(TELEGRAM) + "\n5", {}, "5 is no export of Telegram"),
+        (json.dumps(DISCORD | {"channel": "general"}), {}, "is no export of Discord"),
+        ("user,text\ruser,text\n", {}, "bare carriage return"),
+        ("user,text,text\na,b,c\n", {}, "two columns are called 'text'"),
+        ('{"id": 1, "turns": [{"speaker": "A", "text": "hi"}]}\n{"id": 2, "turns": []}', {}, "unknown key"),
+        ('{"user_id": "ana", "history": [{"prompt": "Tea?", "response": "Green"}]}', {}, "unknown key"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(
+    tmp_path: Path, content: str, settings: dict[str, Any], told: str
+) -> None:
+    path = tmp_path / "data"
+    path.write_text(content, newline="")
+    with pytest.raises(DataError, match=told):
+        said(path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (WHATSAPP, [("Ben", "Tea?", "Green.")]),
+        (MBOX, [("ben@x.org", "Tea?", "Green."), ("cy@x.org", "Green.", "Black.")]),
+        (json.dumps(TELEGRAM | {"messages": [
+            TELEGRAM["messages"][0],
+            TELEGRAM["messages"][2] | {"id": 2, "forwarded_from": "News", "text": "BREAKING"},
+            TELEGRAM["messages"][2],
+        ]}), A_B),
+        (json.dumps({"prompt": "Tea?", "chosen": chat("role", "content", TEA[2]), "rejected": []}), BOTH[:1]),
+        (",prompt,response\n0,Tea?,Green.\n1,Sugar?,No.\n", BOTH),
+        (json.dumps({"version": 1, "tags": ["a"], "data": [{"prompt": "Tea?", "response": "Green."}]}), BOTH[:1]),
+    ],
+    ids=["whatsapp", "mbox", "telegram", "preference", "index", "wrapped"],
+)  # fmt: skip
+def test_only_a_persons_own_words_are_theirs(tmp_path: Path, content: str, expected: Said) -> None:
+    path = tmp_path / "data"
+    path.write_text(content)
+    assert said(path, reply_within_s=1e6) == expected

@@ -129,3 +129,35 @@ def test_there_are_as_many_processes_as_cores_and_cohorts_employ() -> None:
     for other in ("ray.actors=2", "engine=flower"):
         with pytest.raises(ConfigError, match="workers = 2 needs engine = 'cohort'"):
             config_of("workers=2", other)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Cannot be made anew in another process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+
+def give(devices: Any, names: Sequence[str], shared: str) -> Any:
+    if shared == "leave":
+        raise SystemExit(3)
+    return Unreadable()
+
+
+@pytest.mark.parametrize(("shared", "told"), [("", "no number"), ("leave", "SystemExit: 3")])
+def test_what_cannot_be_answered_is_told_and_nobody_waits(workers: ForkedWorkers, shared: str, told: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=told):
+        list(workers.map(give, COHORTS, shared))
+    with pytest.raises(ValueError, match="no number"):
+        list(workers.map(tell, COHORTS, Unreadable()))
+    assert len(dict(workers.map(tell, COHORTS, 0))) == 4
+
+
+def test_a_generator_that_outlives_the_processes_starts_none(lm: LanguageModel) -> None:
+    context = CohortContext.of(lm, config_of(), 0, lambda device, dialogue: "")
+    with closing(ForkedWorkers(Bare(context), 2)) as found:  # type: ignore[arg-type]
+        held = found.map(tell, COHORTS, 1)
+        next(held)
+    held.close()  # type: ignore[attr-defined]
+    assert not {p.pid for p in found.processes} & {child.pid for child in psutil.Process().children()}

@@ -20,6 +20,8 @@ def convert(config: DataConfig, out: Path, named: str = "") -> Reading:
         raise DataError(f"--as {named} must be one of {', '.join(FORMATS)}")
     if out.exists():
         raise DataError(f"{out} exists; name a new file")
+    if not out.parent.is_dir():
+        raise DataError(f"{out.parent} is no folder; name a file in one that is there")
     reading = reading_of(config)
     replies = collect(config, reading, named)
     if replies.anonymous:

@@ -36,6 +36,7 @@ from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.stopping import end_with_parent
 
 log = logging.getLogger(__name__)
+WORK, NAMES = b"w", b"n"  # what a message to a process begins with
 BYTES_OF_ONE = 1 << 30  # that a process takes of its own: gradients and activations of a cohort of nano
 
 
@@ -73,6 +74,7 @@ class ForkedWorkers:
     def __init__(self, devices: SimulatedDevices, count: int) -> None:
         self.devices = devices
         self.lost = 0  # since a cohort last came back
+        self.closed = False
         self.processes = [self._fork(home) for home in range(count)]
 
     def map(self, job: Job, cohorts: Sequence[Cohort], shared: Any = None) -> Iterator[Done]:
@@ -87,13 +89,18 @@ class ForkedWorkers:
                     self._begin(work, waiting, knows)  # before the result is used: nobody waits meanwhile
                     if done:
                         yield done
-        except (Exception, GeneratorExit):  # but Ctrl-C does not wait
+        except Exception:
             self._settle()
+            raise
+        except BaseException:  # nobody listens any more, as after Ctrl-C
+            self._drop()
             raise
 
     def close(self) -> None:
         """Ends the processes, whatever they do."""
+        self.closed = True
         for process in self.processes:
+            process.task = None
             process.handle.kill()
         for process in self.processes:
             process.handle.join()
@@ -107,28 +114,39 @@ class ForkedWorkers:
             process.task = chosen(waiting, process.home)
             with suppress(OSError):  # it is gone: that is seen when its answer is waited for
                 if process.pid not in knows:
-                    process.pipe.send_bytes(work)
+                    process.pipe.send_bytes(WORK + work)
                     knows.add(process.pid)
-                process.pipe.send_bytes(pickle.dumps(process.task.cohort.names))
+                process.pipe.send_bytes(NAMES + pickle.dumps(process.task.cohort.names))
 
     def _ended(self, process: Process, waiting: list[Task]) -> Done | None:
         """What a process has said, if it is a cohort's result; the cohort of one that was lost waits again."""
         task = process.task
         assert task
         try:
-            what, found = pickle.loads(process.pipe.recv_bytes())
+            said = process.pipe.recv_bytes()
         except (EOFError, OSError):
             waiting.append(again(task, self._replaced(process)))
             return None
+        process.task = None
+        what, found = pickle.loads(said)
         if what == "phase":
+            process.task = task
             if process.home == 0 and self.devices.context.listener:  # the others are about as far
                 self.devices.context.listener(found)
             return None
-        process.task = None
         if what == "raised":
             raise found
         self.lost = 0
         return task.cohort, found
+
+    def _drop(self) -> None:
+        """Others in the place of processes whose work nobody waits for."""
+        for place, process in enumerate(self.processes):
+            if process.task and not self.closed:
+                process.handle.kill()
+                process.handle.join()
+                process.pipe.close()
+                self.processes[place] = self._fork(process.home)
 
     def _replaced(self, process: Process) -> str:
         """Puts another in the place of one that was lost; how that ended."""
@@ -144,18 +162,13 @@ class ForkedWorkers:
         return how
 
     def _settle(self) -> None:
-        """Work that nobody waits for any more ends before the processes are used again."""
-        for process in self.processes:
-            while process.task:
-                self._ignore(process)
-
-    def _ignore(self, process: Process) -> None:
-        try:
-            what, _ = pickle.loads(process.pipe.recv_bytes())
-            process.task = process.task if what == "phase" else None
-        except (EOFError, OSError):
-            self._replaced(process)
-            process.task = None
+        """Work that was begun beside what has failed comes to its end, and is stored."""
+        for process in list(self.processes):
+            with suppress(EOFError, OSError):
+                while process.task:
+                    task, process.task = process.task, None
+                    if pickle.loads(process.pipe.recv_bytes())[0] == "phase":
+                        process.task = task
 
     def _fork(self, home: int) -> Process:
         ours, its = multiprocessing.Pipe()
@@ -178,17 +191,18 @@ def _serve(pipe: Connection, devices: SimulatedDevices, driver: int) -> None:
     end_with_parent(driver)
     torch.set_num_threads(1)
     own = replace(devices, context=replace(devices.context, listener=lambda phase: _tell(pipe, "phase", phase)))
-    job = shared = None
+    work, job, shared = b"", None, None
     with suppress(EOFError, OSError):
         while True:
-            asked = pickle.loads(pipe.recv_bytes())
-            if callable(asked[0]):
-                job, shared = asked
+            said = pipe.recv_bytes()
+            if said.startswith(WORK):
+                work, job = said.removeprefix(WORK), None
                 continue
-            assert job
             try:
-                _tell(pipe, "done", job(own, asked, shared))
-            except Exception as error:  # noqa: BLE001  # is raised by the driver
+                if job is None:
+                    job, shared = pickle.loads(work)
+                _tell(pipe, "done", job(own, pickle.loads(said.removeprefix(NAMES)), shared))
+            except BaseException as error:  # noqa: BLE001  # is raised by the driver
                 _tell(pipe, "raised", _sent(error))
 
 
@@ -196,9 +210,11 @@ def _tell(pipe: Connection, what: str, found: Any) -> None:
     pipe.send_bytes(pickle.dumps((what, found)))
 
 
-def _sent(error: Exception) -> Exception:
-    """What was raised, with its traceback here; of a kind that cannot be sent, its text."""
+def _sent(error: BaseException) -> Exception:
+    """What was raised, with its traceback here; of a kind that cannot be sent, or ends a process, its text."""
     told = "".join(traceback.format_exception(error))
+    if not isinstance(error, Exception):
+        return RuntimeError(told)
     if not isinstance(error, BrokenDeviceError):  # which has its traceback with it
         error.add_note(f"raised in another process:\n{told}")
     try:

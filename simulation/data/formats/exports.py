@@ -17,7 +17,8 @@ SLACK_SAID = (None, "", "thread_broadcast", "me_message", "bot_message")
 def is_telegram(value: Any) -> bool:
     """One chat, or an account's list of chats."""
     return isinstance(value, dict) and (
-        {"name", "type", "id", "messages"} <= value.keys() or isinstance(value.get("chats"), dict)
+        {"name", "type", "id", "messages"} <= value.keys()
+        or (isinstance(value.get("chats"), dict) and isinstance(value["chats"].get("list"), list))
     )
 
 
@@ -34,11 +35,18 @@ def is_slack(value: Any) -> bool:
 def telegram(documents: Iterable[Document], reading: Reading) -> Iterator[Message]:
     """Text may be a list of plain pieces and of pieces with a mark; services and media are left out."""
     for place, value in documents:
+        if not is_telegram(value):
+            raise DataError(f"{place}: {shown(value)} is no export of Telegram")
         for chat in value["chats"]["list"] if "chats" in value else [value]:
+            if not isinstance(chat, dict):
+                raise DataError(f"{place}: found {shown(chat)} where a chat belongs")
             conversation = str(chat.get("id"))
             for where, message in _each(chat.get("messages"), f"{place}, chat {conversation}"):
                 if message.get("type") != "message":
                     reading.leave_out("notice of the app", where)
+                    continue
+                if message.get("forwarded_from") or message.get("via_bot"):
+                    reading.leave_out("message of somebody else, forwarded or of a bot", where)
                     continue
                 yield Message(
                     name(message.get("from_id") or message.get("from"), where, "from"),
@@ -59,9 +67,13 @@ def _pieces(value: object, where: str) -> str:
 def discord(documents: Iterable[Document], reading: Reading) -> Iterator[Message]:
     """DiscordChatExporter's JSON; messages of bots and notices are left out."""
     for place, value in documents:
-        conversation = str((value.get("channel") or {}).get("id"))
+        if not is_discord(value) or not isinstance(value["channel"], dict):
+            raise DataError(f"{place}: {shown(value)} is no export of Discord")
+        conversation = str(value["channel"].get("id"))
         for where, message in _each(value.get("messages"), place):
             author = message.get("author") or {}
+            if not isinstance(author, dict):
+                raise DataError(f"{where}: author = {shown(author)} must be an object")
             if author.get("isBot"):
                 reading.leave_out("message of a bot", where)
             elif message.get("type", "Default") not in ("Default", "Reply"):

@@ -15,7 +15,13 @@ from florilegium.simulation.data.formats.messages import Message
 from florilegium.simulation.data.formats.opened import opened
 from florilegium.simulation.data.formats.reading import Reading, moment
 
-QUOTED = re.compile(r"^\s*>|^(On|Am|Le|El) .{4,120}(wrote|schrieb.*|écrit|escribió)\s*:\s*$")
+QUOTED = re.compile(r"^\s*>")
+ATTRIBUTION = re.compile(  # over one line or two
+    r"^(On|Am|Le|El) [^\n]{4,160}(\n[^\n]{0,120})?\b(wrote|schrieb[^\n]*|écrit|escribió)\s*:[ \t]*$", re.MULTILINE
+)
+HEADERS = re.compile(
+    r"^\*?(From|Von|De):\*? [^\n]*\n\*?(Sent|Gesendet|Envoyé|Enviado|Date|Datum):", re.MULTILINE
+)  # Outlook's
 ORIGINAL = re.compile(r"^-{2,}\s*(Original Message|Ursprüngliche Nachricht|Forwarded message)", re.IGNORECASE)
 
 
@@ -34,7 +40,7 @@ def mails(path: Path, reading: Reading) -> Iterator[Message]:
                 parents = (_header(mail, "References") or _header(mail, "In-Reply-To")).split()
                 answered = _header(mail, "In-Reply-To").split() or parents[-1:]
                 yield Message(
-                    parseaddr(_header(mail, "From"))[1].lower(),
+                    parseaddr(str(mail["From"] or ""))[1].lower(),
                     _own_words(_plain(mail, where, reading)),
                     _time(mail, where, reading),
                     where,
@@ -47,7 +53,12 @@ def mails(path: Path, reading: Reading) -> Iterator[Message]:
 
 
 def _header(mail: Mail, key: str) -> str:
-    return str(make_header(decode_header(str(mail[key] or "")))).strip()
+    """Decoded; as it stands where it is in an encoding that nobody knows."""
+    raw = str(mail[key] or "")
+    try:
+        return str(make_header(decode_header(raw))).strip()
+    except (LookupError, ValueError):
+        return raw.strip()
 
 
 def _plain(mail: Mail, where: str, reading: Reading) -> str:
@@ -66,7 +77,10 @@ def _plain(mail: Mail, where: str, reading: Reading) -> str:
 
 def _own_words(body: str) -> str:
     kept: list[str] = []
-    for line in body.replace("\r\n", "\n").split("\n"):
+    body = ATTRIBUTION.sub("", body.replace("\r\n", "\n"))
+    if quotation := HEADERS.search(body):
+        body = body[: quotation.start()]
+    for line in body.split("\n"):
         if line in ("-- ", "--") or ORIGINAL.match(line):
             break
         if not QUOTED.match(line):

@@ -7,24 +7,26 @@ import gzip
 import io
 import json
 import lzma
+import sys
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import shown
 
 ZSTD = b"\x28\xb5\x2f\xfd"
+ZSTD_MODULES = ("compression.zstd", "zstandard")
 OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open, b"BZh": bz2.open}
 UTF16 = (BOM_UTF16_LE, BOM_UTF16_BE)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[io.BufferedReader]:
     """The bytes of a file, decompressed; raises `DataError` where it is missing, cut off or cannot be decompressed."""
     try:
         with path.open("rb") as stream:
@@ -32,13 +34,19 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         known = next((opener for mark, opener in OPENERS.items() if start.startswith(mark)), open)
         opener = _zstd(path) if start.startswith(ZSTD) else known
         with opener(path, "rb") as stream:
-            yield stream
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            yield io.BufferedReader(stream)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, _zstd_error()) as error:
         raise DataError(f"{path} cannot be read ({error}); is the file whole?") from error
 
 
+def _zstd_error() -> type[Exception]:
+    """What is raised for broken zstd, where a module for it is there and loaded."""
+    loaded = next((sys.modules[name] for name in ZSTD_MODULES if name in sys.modules), None)
+    return getattr(loaded, "ZstdError", OSError)
+
+
 def _zstd(path: Path) -> Any:
-    for module in ("compression.zstd", "zstandard"):
+    for module in ZSTD_MODULES:
         try:
             return import_module(module).open
         except ImportError:
@@ -54,17 +62,14 @@ def start_of(path: Path, size: int = 65_536) -> bytes:
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """Every line with its number from 1, without its end. Raises `DataError` with the line for what is no text."""
     with opened(path) as stream:
-        first = stream.read(2)
         number = 0
-        if first in UTF16:
-            stream.seek(0)
+        if stream.peek(2)[:2] in UTF16:
             try:
                 for number, line in enumerate(io.TextIOWrapper(stream, "utf-16"), start=1):
                     yield number, _clean(line, path, number)
             except UnicodeError as error:
                 raise DataError(f"{path}, line {number + 1}: not UTF-16 ({error})") from None
             return
-        stream.seek(0)
         for number, raw in enumerate(stream, start=1):
             try:
                 line = (raw.removeprefix(BOM_UTF8) if number == 1 else raw).decode("utf-8")

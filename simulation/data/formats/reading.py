@@ -22,6 +22,7 @@ ROLES = {
     "assistant": {"assistant", "gpt", "bot", "chatgpt", "bard", "model", "chatbot"},
     "user": {"user", "human", "prompter"},
 }
+MAY_BE_ABSENT = ("domain", "id", "reply_to")  # from a row
 Replies = Literal["assistant", "user"]
 Located = tuple[str, Row]  # where a row stands, for errors, and the row
 
@@ -54,6 +55,7 @@ class Reading:
     first: dict[str, str] = field(default_factory=dict)  # where each reason was met first
     _known: dict[tuple[str, tuple[str, ...]], str] = field(default_factory=dict)
     _named: bool | None = None
+    _timed: bool | None = None
 
     def leave_out(self, reason: str, where: str) -> None:
         self.left_out[reason] += 1
@@ -63,15 +65,23 @@ class Reading:
         """The key under which a row holds a role; "" where it holds none."""
         keys = tuple(row)
         if (role, keys) not in self._known:
-            lower = {key.lower().replace(" ", "_"): key for key in reversed(keys) if isinstance(key, str)}
+            lower = {key.lower().replace(" ", "_"): key for key in reversed(keys) if isinstance(key, str) and key}
             named = getattr(self.fields, role)
             wanted = (named,) if named else (role, *CALLED[role])
-            found = named if named in row else next((lower[name] for name in wanted if name in lower), "")
+            found = named if named and named in row else next((lower[name] for name in wanted if name in lower), "")
             self._known[role, keys] = found
         return self._known[role, keys]
 
     def get(self, role: str, row: Row) -> object:
-        return row.get(self.key(role, row))
+        key = self.key(role, row)
+        return row[key] if key else None
+
+    def check_named(self, row: Row, where: str) -> None:
+        """Raises `DataError` for a name of the settings that the first row does not have."""
+        for role, named in self.fields:
+            if named and role not in MAY_BE_ABSENT and not self.key(role, row):
+                columns = ", ".join(str(key) for key in row)
+                raise DataError(f"{where}: data.fields.{role} = {named!r} is none of its columns: {columns}")
 
     def user(self, row: Row, where: str) -> str:
         """Whose row this is: "" in a file that names nobody. Raises `DataError` where only some rows name somebody."""
@@ -83,7 +93,11 @@ class Reading:
 
     def time(self, row: Row, where: str) -> float:
         value = self.get("time", row)
-        return 0.0 if value in (None, "") else moment(value, where)
+        timed = value not in (None, "")
+        if self._timed is not None and self._timed != timed:
+            raise DataError(f"{where}: some rows have a time and others none; give one in every row, or in none")
+        self._timed = timed
+        return moment(value, where) if timed else 0.0
 
     def told(self) -> str:
         """One line for people: what a file was taken for, how much was read, and whose replies are learned."""

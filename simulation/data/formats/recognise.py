@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
@@ -63,10 +64,16 @@ ROW_FORMATS: dict[str, RowFormat] = {
     "sharegpt": RowFormat("ShareGPT", _has("conversations"), read_sharegpt),
     "preferences": RowFormat("preference pairs", _has("chosen", "rejected"), read_preferences),
     "alpaca": RowFormat(
-        "Alpaca", lambda row, reading: "instruction" in row and bool(reading.key("response", row)), read_alpaca
+        "Alpaca",
+        lambda row, reading: "instruction" in row and not reading.fields.prompt and bool(reading.key("response", row)),
+        read_alpaca,
     ),
     "pairs": RowFormat("prompts and responses", _holds("prompt", "response"), read_pairs),
-    "log": RowFormat("a log of messages", _holds("user", "text"), read_log),
+    "log": RowFormat(
+        "a log of messages",
+        lambda row, reading: _holds("user", "text")(row, reading) and not {"prompt", "response", "role"} & row.keys(),
+        read_log,
+    ),
 }
 EXPORTS: dict[str, Export] = {
     "telegram": Export("a Telegram export", is_telegram, telegram),
@@ -127,37 +134,45 @@ def _table(path: Path, start: bytes) -> Iterator[Located] | None:
 def _json(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
     values = json_values(path)
     first = next(values)
-    documents = chain([first], values)
+    second = next(values, None)
+    documents: Iterator[tuple[str, Any]] = chain([first], [second] if second else [], values)
     for key, export in EXPORTS.items():
         if named == key or (not named and export.fits(first[1])):
             reading.read_as = export.told
             return paired(export.messages(documents, reading), reading)
-    if named == OURS or (not named and _is_ours(path, first[1], reading)):
+    wrapped = second is None and _is_wrapped(first[1], reading)
+    if named == OURS or (not named and not wrapped and _is_ours(path, first[1], reading)):
         return _ours(path, reading)
+    if wrapped:
+        documents = iter([(first[0], _rows_in(first[1]))])
     return _of_rows(path, _unpacked(documents), reading, named)
 
 
 def _is_ours(path: Path, first: Any, reading: Reading) -> bool:
     """Whether the strict reader is to judge a file: a line an object, with our keys or none that is known."""
-    if not isinstance(first, dict) or _is_wrapped(first) or not is_json_lines(path):
+    if not isinstance(first, dict) or not is_json_lines(path):
         return False
     ours = {"user", "prompt", "response"} <= first.keys() and reading.fields == FieldNames()
     return ours or not any(form.fits(first, reading) for form in ROW_FORMATS.values())
 
 
-def _is_wrapped(row: Row) -> bool:
-    """Whether an object holds nothing but one list of rows, as {"data": [...]} does."""
-    lists = [value for value in row.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    return len(lists) == 1 and not {"messages", "conversations", "chosen", *KEYS} & row.keys()
+def _is_wrapped(document: Any, reading: Reading) -> bool:
+    """Whether the one object of a file holds one list of rows, and nobody's name beside it, as {"data": [...]} does."""
+    if not isinstance(document, dict) or {"messages", "conversations", "chosen", *KEYS} & document.keys():
+        return False
+    return bool(_rows_in(document)) and not reading.key("user", document) and not reading.key("conversation", document)
+
+
+def _rows_in(document: Row) -> list[Row]:
+    """The list of objects that an object holds; [] where it holds none, or several."""
+    lists = [v for v in document.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    return lists[0] if len(lists) == 1 else []
 
 
 def _unpacked(documents: Iterable[tuple[str, Any]]) -> Iterator[Located]:
-    """Rows of lists, of objects that wrap one list, and objects as they are."""
+    """The rows of lists, and objects as they are."""
     for place, value in documents:
-        rows = value
-        if isinstance(value, dict):
-            rows = next(v for v in value.values() if isinstance(v, list)) if _is_wrapped(value) else None
-        for n, row in enumerate(rows or [value], start=1) if rows is not None else [(0, value)]:
+        for n, row in enumerate(value, start=1) if isinstance(value, list) else [(0, value)]:
             where = f"{place}, row {n}" if n else place
             if not isinstance(row, dict):
                 raise DataError(f"{where}: expected one JSON object, found {shown(row)}")
@@ -168,6 +183,7 @@ def _of_rows(path: Path, rows: Iterator[Located], reading: Reading, named: str) 
     first = next(rows, None)
     if first is None:
         raise DataError(f"{path} holds no row")
+    reading.check_named(first[1], first[0])
     for key, form in ROW_FORMATS.items():
         if named == key or (not named and form.fits(first[1], reading)):
             reading.read_as = form.told
@@ -208,7 +224,7 @@ def _zip(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
         try:
             with ZipFile(path) as archive:
                 archive.extractall(folder)
-        except (BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+        except (BadZipFile, OSError, RuntimeError, NotImplementedError, zlib.error) as error:
             raise DataError(f"{path} cannot be read as a zip archive ({error}); is the file whole?") from None
         files = [p for p in folder.rglob("*") if p.is_file()]
         try:

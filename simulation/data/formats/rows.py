@@ -95,7 +95,7 @@ def read_preferences(rows: Iterable[Located], reading: Reading) -> Iterator[Conv
         if isinstance(chosen, list):
             turns = _list(row, "chosen", where)
             asked = row.get("prompt")
-            before = asked if isinstance(asked, list) else []
+            before = asked if isinstance(asked, list) else [{"role": "user", "content": asked}] if asked else []
             yield from _chat(where, row, [*before, *turns], ("role", "content"), reading)
         else:
             pair = {**{key: row[key] for key in row if key not in ("chosen", "rejected")}, "response": chosen}

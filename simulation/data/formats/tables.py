@@ -26,7 +26,11 @@ def read_csv(path: Path) -> Iterator[Located]:
     lines = (f"{line}\n" for _, line in lines_of(path))
     header = next(lines, "")
     mark = delimiter_of(header)
+    if "\r" in header:
+        raise DataError(f"{path}, line 1: holds a bare carriage return; save it with line ends of its own")
     columns = next(csv.reader([header], delimiter=mark))
+    if twice := next((name for name in columns if columns.count(name) > 1), None):
+        raise DataError(f"{path}, line 1: two columns are called {twice!r}")
     rows = csv.reader(lines, delimiter=mark, strict=True)
     try:
         for row in rows:

@@ -22,9 +22,12 @@ MEDIA = re.compile(
     r"^<[^<>]*(omitted|ausgeschlossen|weggelassen|omitidos?|omis|omessi|omessa|attached|angehängt)[^<>]*>$"
     r"|^(image|video|audio|sticker|gif|document|contact card) omitted$"
     r"|^(bild|video|audio|sticker|gif|dokument|kontaktkarte) weggelassen$"
-    r"|^(this message was deleted|you deleted this message|diese nachricht wurde gelöscht)\.?$",
+    r"|^(this message was deleted|you deleted this message|diese nachricht wurde gelöscht)\.?$"
+    r"|^.*\((file attached|datei angehängt)\)$|^null$|^(missed|verpasster) (voice|video|sprach|video)[- ]?(call|anruf)",
     re.IGNORECASE,
 )
+EDITED = re.compile(r"\s*<(this message was edited|diese nachricht wurde bearbeitet)\.?>$", re.IGNORECASE)
+OF_THE_APP = "\u200e"  # before what the app has written in a person's place
 Stamped = tuple[int, re.Match[str], str]  # number of its first line, its stamp, all that was written
 
 
@@ -47,7 +50,8 @@ def _stamped(path: Path) -> Iterator[Stamped]:
         if stamp := STAMP.match(line):
             if held:
                 yield held
-            held = (number, stamp, stamp[9])
+            _, _, said = raw.partition(": ")
+            held = (number, stamp, "" if said.startswith(OF_THE_APP) and not EDITED.search(line) else stamp[9])
         elif held:
             held = (held[0], held[1], f"{held[2]}\n{line}")
         elif line.strip():
@@ -74,7 +78,8 @@ def _messages(path: Path, stamped: list[Stamped], order: str, reading: Reading) 
     for number, stamp, written in stamped:
         where = f"{path}, line {number}"
         who, colon, said = written.partition(": ")
-        if not colon or "\n" in who:
+        said = EDITED.sub("", said)
+        if not colon or "\n" in who or '"' in who or "“" in who:
             reading.leave_out("notice of the app", where)
         elif MEDIA.match(said.strip()):
             reading.leave_out("media left out of the export, or a deleted message", where)
