@@ -380,10 +380,11 @@ def test_what_would_be_read_wrongly_is_refused(
             TELEGRAM["messages"][2],
         ]}), A_B),
         (json.dumps({"prompt": "Tea?", "chosen": chat("role", "content", TEA[2]), "rejected": []}), BOTH[:1]),
+        (json.dumps({"prompt": "Tea?", "chosen": chat("role", "content", *TEA[1:3]), "rejected": []}), BOTH[:1]),
         (",prompt,response\n0,Tea?,Green.\n1,Sugar?,No.\n", BOTH),
         (json.dumps({"version": 1, "tags": ["a"], "data": [{"prompt": "Tea?", "response": "Green."}]}), BOTH[:1]),
     ],
-    ids=["whatsapp", "mbox", "telegram", "preference", "index", "wrapped"],
+    ids=["whatsapp", "mbox", "telegram", "preference", "preferred-chat", "index", "wrapped"],
 )  # fmt: skip
 def test_only_a_persons_own_words_are_theirs(tmp_path: Path, content: str, expected: Said) -> None:
     path = tmp_path / "data"

@@ -94,12 +94,18 @@ def read_preferences(rows: Iterable[Located], reading: Reading) -> Iterator[Conv
         chosen = row.get("chosen")
         if isinstance(chosen, list):
             turns = _list(row, "chosen", where)
-            asked = row.get("prompt")
-            before = asked if isinstance(asked, list) else [{"role": "user", "content": asked}] if asked else []
-            yield from _chat(where, row, [*before, *turns], ("role", "content"), reading)
+            yield from _chat(where, row, [*_asked(row, turns), *turns], ("role", "content"), reading)
         else:
             pair = {**{key: row[key] for key in row if key not in ("chosen", "rejected")}, "response": chosen}
             yield from read_pairs([(where, pair)], reading)
+
+
+def _asked(row: Row, turns: list[Row]) -> list[Row]:
+    """The turns of a prompt that stands beside what was chosen, where that does not begin with it."""
+    asked = row.get("prompt") or []
+    before = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+    spoken = [turn for turn in turns if turn.get("role") != "system"] if isinstance(asked, str) else turns
+    return [] if spoken[: len(before)] == before else before
 
 
 def _of(reading: Reading, role: str, row: Row, where: str) -> str:
