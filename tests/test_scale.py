@@ -718,10 +718,9 @@ def test_actor_and_driver_may_both_be_killed(undisturbed: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", [["ray.actors=2"]])
-def test_ctrl_c_twice_ends_soon_and_leaves_no_process(undisturbed: Path, tmp_path: Path, where: list[str]) -> None:
+def test_ctrl_c_twice_ends_soon_and_leaves_no_process(undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "quick"
-    with _command(tmp_path, *where) as process:
+    with _command(tmp_path, "ray.actors=2") as process:
         _wait_for(lambda: _has_paid(run), process)
         family, began = _family(process), time.monotonic()
         process.send_signal(signal.SIGINT)

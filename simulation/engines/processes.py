@@ -37,6 +37,7 @@ from florilegium.simulation.runs.stopping import end_with_parent
 
 log = logging.getLogger(__name__)
 WORK, NAMES = b"w", b"n"  # what a message to a process begins with
+PHASE, DONE, RAISED = b"p", b"d", b"r"  # and one from it
 BYTES_OF_ONE = 1 << 30  # that a process takes of its own: gradients and activations of a cohort of nano
 
 
@@ -127,48 +128,47 @@ class ForkedWorkers:
         except (EOFError, OSError):
             waiting.append(again(task, self._replaced(process)))
             return None
-        process.task = None
-        what, found = pickle.loads(said)
-        if what == "phase":
-            process.task = task
+        if said.startswith(PHASE):
             if process.home == 0 and self.devices.context.listener:  # the others are about as far
-                self.devices.context.listener(found)
+                self.devices.context.listener(pickle.loads(said.removeprefix(PHASE)))
             return None
-        if what == "raised":
+        process.task = None
+        found = pickle.loads(said[1:])
+        if said.startswith(RAISED):
             raise found
         self.lost = 0
         return task.cohort, found
 
     def _drop(self) -> None:
         """Others in the place of processes whose work nobody waits for."""
-        for place, process in enumerate(self.processes):
+        for process in list(self.processes):
             if process.task and not self.closed:
-                process.handle.kill()
-                process.handle.join()
-                process.pipe.close()
-                self.processes[place] = self._fork(process.home)
+                self._renew(process)
 
     def _replaced(self, process: Process) -> str:
-        """Puts another in the place of one that was lost; how that ended."""
-        process.handle.kill()  # lives on where only its pipe was lost
-        process.handle.join()
-        process.pipe.close()
+        """Puts another in the place of one that was lost, and counts; how that ended."""
+        self._renew(process)
         how = f"exit code {process.handle.exitcode}"
         log.warning("a process with devices was lost (%s): its work is done again", how)
         self.lost += 1
         if self.lost > ATTEMPTS * len(self.processes):
             raise RunError(f"{self.lost} processes were lost, one after the other; the last: {how}")
-        self.processes[self.processes.index(process)] = self._fork(process.home)
         return how
+
+    def _renew(self, process: Process) -> None:
+        """Another in its place; it may live on, where only its pipe was lost or its work is not wanted."""
+        process.handle.kill()
+        process.handle.join()
+        process.pipe.close()
+        self.processes[self.processes.index(process)] = self._fork(process.home)
 
     def _settle(self) -> None:
         """Work that was begun beside what has failed comes to its end, and is stored."""
-        for process in list(self.processes):
+        for process in self.processes:
             with suppress(EOFError, OSError):
-                while process.task:
-                    task, process.task = process.task, None
-                    if pickle.loads(process.pipe.recv_bytes())[0] == "phase":
-                        process.task = task
+                while process.task and process.pipe.recv_bytes().startswith(PHASE):
+                    pass
+            process.task = None
 
     def _fork(self, home: int) -> Process:
         ours, its = multiprocessing.Pipe()
@@ -190,7 +190,7 @@ def _serve(pipe: Connection, devices: SimulatedDevices, driver: int) -> None:
         signal.signal(number, signal.SIG_DFL)
     end_with_parent(driver)
     torch.set_num_threads(1)
-    own = replace(devices, context=replace(devices.context, listener=lambda phase: _tell(pipe, "phase", phase)))
+    own = replace(devices, context=replace(devices.context, listener=lambda phase: _tell(pipe, PHASE, phase)))
     work, job, shared = b"", None, None
     with suppress(EOFError, OSError):
         while True:
@@ -201,13 +201,13 @@ def _serve(pipe: Connection, devices: SimulatedDevices, driver: int) -> None:
             try:
                 if job is None:
                     job, shared = pickle.loads(work)
-                _tell(pipe, "done", job(own, pickle.loads(said.removeprefix(NAMES)), shared))
+                _tell(pipe, DONE, job(own, pickle.loads(said.removeprefix(NAMES)), shared))
             except BaseException as error:  # noqa: BLE001  # is raised by the driver
-                _tell(pipe, "raised", _sent(error))
+                _tell(pipe, RAISED, _sent(error))
 
 
-def _tell(pipe: Connection, what: str, found: Any) -> None:
-    pipe.send_bytes(pickle.dumps((what, found)))
+def _tell(pipe: Connection, what: bytes, found: Any) -> None:
+    pipe.send_bytes(what + pickle.dumps(found))
 
 
 def _sent(error: BaseException) -> Exception:

@@ -67,7 +67,9 @@ class Callbacks:
     def begin(self, done: int) -> None:
         """Of the rounds, so many are done. Where one callback raises, those that have begun are told the end."""
         self.round, everybody, self.all = done, self.all, []
-        facts = self._facts(interrupted=False) if everybody else None
+        if not everybody:
+            return
+        facts = self._facts(interrupted=False)
         try:
             for name, callback in everybody:
                 _call(name, callback, "on_run_begin", facts)
@@ -100,6 +102,6 @@ class Callbacks:
         return RunFacts(self.run.path, self.run.config, self.round, tuple(self._log.more()), interrupted)
 
 
-def _call(name: str, callback: Callback, what: str, facts: RunFacts | None) -> None:
+def _call(name: str, callback: Callback, what: str, facts: RunFacts) -> None:
     with calling(name, f"take {what}({RunFacts.__name__})"):
         getattr(callback, what)(facts)

@@ -13,13 +13,13 @@ from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.settings import ConfigError
 
 Changes = dict[str, tuple[Any, Any]]
-PROCESSES = "ray.", "cohort_size", "workers", "callbacks"
-SPEED = (*PROCESSES, "engine.on_device_error", "engine.failed_share")  # but for rounding
+# Without effect on what is computed, but for rounding.
+SPEED = ("ray.", "cohort_size", "workers", "engine.on_device_error", "engine.failed_share", "callbacks")
 
 
 def changes(before: ExperimentConfig, after: ExperimentConfig) -> Changes:
     """The settings that differ, by dotted key: the value before, and after."""
-    old, new = (_flat(config.model_dump(mode="json")) for config in (before, after))
+    old, new = (flat(config.model_dump(mode="json")) for config in (before, after))
     return {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}
 
 
@@ -79,8 +79,9 @@ def _against_noise(before: ExperimentConfig, after: ExperimentConfig) -> str:
     )
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of a tree of settings by dotted key."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+        found |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
     return found

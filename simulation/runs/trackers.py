@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import Any, ClassVar, TypeVar
 
 from florilegium.simulation.runs.callbacks import Callback, RunFacts
+from florilegium.simulation.runs.changes import flat
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.events import ArmComparison, DeviceRound, Evaluation, Event, RoundEnd
 from florilegium.simulation.settings import dump_config
@@ -144,7 +145,7 @@ class Mlflow(Tracker):
         known = self.client.get_experiment_by_name(PROJECT)
         experiment = known.experiment_id if known else self.client.create_experiment(PROJECT, artifacts)
         self.run_id = self.client.create_run(experiment, run_name=facts.config.name).info.run_id
-        for some in _batches(list(_flat(facts.config.model_dump(mode="json")))):
+        for some in _batches(list(flat(facts.config.model_dump(mode="json")).items())):
             self.client.log_batch(self.run_id, params=[_param(*pair) for pair in some])
         self.client.log_text(self.run_id, dump_config(facts.config), "config.toml")
 
@@ -166,11 +167,6 @@ class Mlflow(Tracker):
 
 def _batches(values: Sequence[Value]) -> Iterator[Sequence[Value]]:
     return (values[at : at + MOST_IN_A_BATCH] for at in range(0, len(values), MOST_IN_A_BATCH))
-
-
-def _flat(settings: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        yield from _flat(value, f"{at}{name}.") if isinstance(value, Mapping) else [(f"{at}{name}", value)]
 
 
 def _param(name: str, value: Any) -> Any:

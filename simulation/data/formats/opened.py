@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import gzip
 import io
 import json
 import lzma
@@ -16,12 +15,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from florilegium.simulation.data import folder
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import shown
 
 ZSTD = b"\x28\xb5\x2f\xfd"
 ZSTD_MODULES = ("compression.zstd", "zstandard")
-OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open, b"BZh": bz2.open}
+OPENERS: dict[bytes, Any] = {**folder.OPENERS, b"BZh": bz2.open}
 UTF16 = (BOM_UTF16_LE, BOM_UTF16_BE)
 
 
