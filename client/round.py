@@ -62,7 +62,7 @@ def stay(
     return states, [None] * len(states), [seen.joined(NOTHING_SENT) for seen in recorder.observations]
 
 
-def live(
+def learn_alone(
     states: States,
     arrived: Sequence[Sequence[Dialogue]],
     received: torch.Tensor | None,

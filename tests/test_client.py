@@ -26,7 +26,7 @@ from florilegium.client.phases import annotate, observe, synthesize
 from florilegium.client.pii import personal_data
 from florilegium.client.pool import Pool, poisson_sample
 from florilegium.client.rouge import rouge1
-from florilegium.client.round import live
+from florilegium.client.round import learn_alone
 from florilegium.client.selection import stream_memory
 from florilegium.client.selection.buffer import Buffer
 from florilegium.client.selection.config import SelectionConfig
@@ -629,7 +629,7 @@ def test_a_limit_makes_every_policy_ask_equally_often(policy: str, lm: LanguageM
     context = site_of(lm, SETTINGS.model_copy(update=update), people)
     states = [context.new_state("d0")]
     for number, part in ((1, people[0].stream[:15]), (2, people[0].stream[15:40])):
-        states, notes = live(states, [part], None, RoundPlan(number, 0), context)
+        states, notes = learn_alone(states, [part], None, RoundPlan(number, 0), context)
         assert notes[0].annotations == 2 * number
         assert len(states[0].annotated) <= 2 * number and len(states[0].buffer) == 4
         assert set(states[0].synthetic) == {k.id for k in states[0].annotated}

@@ -130,8 +130,8 @@ def narrow(folder: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def reserved(folder: Path) -> Iterator[Served]:
-    """Where all that come are guests, of whom few are borne."""
-    few = Bounds(guests=2, guests_at_once=4, guests_a_minute=0)
+    """Where all that come are unauthenticated, of whom few are borne."""
+    few = Bounds(unauthenticated=2, unauthenticated_at_once=4, unauthenticated_a_minute=0)
     yield from served(folder, Allowed(), few, lambda address, connection: address)
 
 
@@ -324,7 +324,7 @@ def test_who_has_shown_no_key_has_few_places_and_one_request_each(reserved: Serv
         for connection in silent:
             connection.close()
         until = time.monotonic() + 10
-        while reserved.door.guests and time.monotonic() < until:
+        while reserved.door.unauthenticated and time.monotonic() < until:
             time.sleep(0.01)
         assert [reserved.mallory.activate().headers["connection"] for _ in range(2)] == ["close"] * 2
         with pytest.raises(httpx.TransportError):  # four arrivals

@@ -22,7 +22,7 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.phases import annotate, learn_personal, observe, synthesize, synthesize_pool
 from florilegium.client.private_training import clipped_change, noisy_steps
-from florilegium.client.round import adopt, contribute, live
+from florilegium.client.round import adopt, contribute, learn_alone
 from florilegium.client.selection import policies
 from florilegium.client.selection.entry import BufferEntry
 from florilegium.client.state import DeviceState, States
@@ -331,7 +331,7 @@ def test_what_a_device_remembers_goes_over_rounds(lm: LanguageModel, noted: Note
     states, pages = [context.new_state("d0")], []
     held = []
     for number, arrived in enumerate((LATER[:2], LATER[2:3], [])):
-        states, (page,) = live(states, [arrived], None, RoundPlan(number + 1, 0), context)
+        states, (page,) = learn_alone(states, [arrived], None, RoundPlan(number + 1, 0), context)
         held.append(states[0])
         pages.append((page.arrived, page.buffered, page.annotations))
     assert [s.arrived for s in held] == [2, 3, 3] and pages == [(2, 2, 2), (1, 2, 3), (0, 2, 3)]

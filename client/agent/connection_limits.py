@@ -1,7 +1,7 @@
-"""Who is a guest of a server: connections that have not shown yet that they may ask, counted with others of their kind.
+"""Limits on unauthenticated clients: connections that have not shown yet that they may ask, counted by kind.
 
 On Linux a process on the same machine is known by its user, whom the kernel tells for a connection of this machine's
-own. Not covered: other systems, where all users of the machine have one address and nobody is a guest.
+own. Not covered: other systems, where all users of the machine have one address and nobody is counted.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Rate:
 
 
 def nobody(address: str, connection: socket.socket) -> str:
-    """No guests, of a server that others cannot reach."""
+    """Counts nobody, for a server that others cannot reach."""
     return ""
 
 
 def by_address(address: str, connection: socket.socket) -> str:
-    """Whoever comes from elsewhere is a guest at first, with all others of that address.
+    """Whoever comes from elsewhere counts at first, with all others of that address.
 
     From this machine's own address a proxy comes, with everybody.
     """
@@ -68,7 +68,7 @@ def by_address(address: str, connection: socket.socket) -> str:
 
 
 def by_user(address: str, connection: socket.socket) -> str:
-    """A process of another user of this machine is a guest, and so is whoever has gone again."""
+    """A process of another user of this machine counts, and so does whoever has gone again."""
     return OTHERS if kernel_tells() and user_of(connection) != os.getuid() else ""
 
 

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 LOOK_S = 30.0  # between two looks at whether it is time to learn
 STOP_S = 3.0  # for learning that is going on
-PAGES = Bounds(connections=128, of_an_address=128, guests=16, guests_at_once=32, guests_a_minute=60)
+PAGES = Bounds(
+    connections=128, of_an_address=128, unauthenticated=16, unauthenticated_at_once=32, unauthenticated_a_minute=60
+)
 OWNERS = Bounds(connections=256, of_an_address=256)  # of the owner's own commands, which others cannot reach
 
 

@@ -17,7 +17,7 @@ from florilegium.client.agent.vault import Turn, forget_origins, unsay, write_fa
 from florilegium.client.lm.places import base_hash
 from florilegium.client.personalization.profile import Profile
 from florilegium.client.phases import observe
-from florilegium.client.round import live
+from florilegium.client.round import learn_alone
 from florilegium.client.state import DeviceState, States
 from florilegium.client.state_store import StoreError
 from florilegium.privacy.common.registry import ExtensionError
@@ -115,7 +115,7 @@ def _made_anew(
     state, vault = _relived(device, device.state()), device.vault
     trained = bool(device.context.config.personal.epochs and state.annotated and device.consents["learn"])
     if trained:
-        (state,), _ = live([state], [[]], received, RoundPlan(device.cycle, version), device.context)
+        (state,), _ = learn_alone([state], [[]], received, RoundPlan(device.cycle, version), device.context)
     profile = without_removed(device, profile_after(device, Profile(), vault.turns("WHERE cycle IS NOT NULL")))
 
     def all_of_it(connection: sqlite3.Connection) -> None:

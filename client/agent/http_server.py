@@ -2,9 +2,9 @@
 
 uvicorn answers whoever is admitted here. It has no bound on connections that say nothing, on how slowly a head or a
 body comes, or on TLS handshakes; whoever is not heard of within the time is cut off, and above the most connections the
-newest is refused at once. Who has not shown yet that it may ask is a guest (`client.agent.connection_limits`): guests
-have fewer places, so many in a minute, and one request each. Nothing of a request is logged, of an error its kind
-alone.
+newest is refused at once. Who has not shown yet that it may ask counts as unauthenticated
+(`client.agent.connection_limits`): those have fewer places, so many in a minute, and one request each. Nothing of a
+request is logged, of an error its kind alone.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from florilegium.client.agent.errors import DeviceError
 log = logging.getLogger(__name__)
 READY_S = 30.0
 RECORD_BYTES = 2**14
-REMEMBERED = 4096  # kinds of guests whose arrivals are counted
+REMEMBERED = 4096  # kinds of clients whose arrivals are counted
 CONNECTION = "connection"  # in the state of the requests of a connection
-KindOf = Callable[[str, socket.socket], str]  # an address, a connection → kind of guest
+KindOf = Callable[[str, socket.socket], str]  # an address, a connection → kind of unauthenticated client, or empty
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Bounds:
 
     connections: int = 64
     of_an_address: int = 64
-    guests: int = 64  # of one kind at once
-    guests_at_once: int = 256  # arrivals of a kind, of those that are not seen to be none meanwhile
-    guests_a_minute: int = 120
+    unauthenticated: int = 64  # of one kind at once
+    unauthenticated_at_once: int = 256  # arrivals of a kind, of those that are not seen to be none meanwhile
+    unauthenticated_a_minute: int = 120
     head_bytes: int = 16_384
     head_s: float = 10.0  # for a request's head, from its first byte or the connection's beginning, and a handshake
     body_s: float = 30.0  # for the rest of a request
@@ -114,8 +114,8 @@ class HttpServer(uvicorn.Server):
         self.bounds, self.secured, self.kind_of = bounds, secured, kind_of
         if secured is not None:  # asyncio keeps 256 KiB ready for each connection; a record of TLS has 16 at most
             asyncio.sslproto.SSLProtocol.max_size = RECORD_BYTES
-        self.inside, self.guests = Counter[str](), Counter[str]()  # address, kind of guest → connections
-        self._rates: dict[str, Rate] = {}  # kind of guest → arrivals
+        self.inside, self.unauthenticated = Counter[str](), Counter[str]()  # by address, by kind
+        self._rates: dict[str, Rate] = {}  # kind → arrivals
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -129,32 +129,34 @@ class HttpServer(uvicorn.Server):
         if self.inside.total() >= self.bounds.connections or self.inside[address] >= self.bounds.of_an_address:
             return None
         kind = self.kind_of(address, connection)
-        if kind and (self.guests[kind] >= self.bounds.guests or not self._rate(kind).take(1, time.monotonic())):
+        if kind and (
+            self.unauthenticated[kind] >= self.bounds.unauthenticated or not self._rate(kind).take(1, time.monotonic())
+        ):
             return None
         self.inside[address] += 1
         if kind:
-            self.guests[kind] += 1
+            self.unauthenticated[kind] += 1
         return Connection(self, address, kind)
 
     def authenticate(self, connection: Connection) -> None:
-        """It may ask: it is no guest any more, and its arrival was none's."""
+        """It may ask: it is not counted any more, and neither is its arrival."""
         if connection.kind:
             self._rate(connection.kind).give(1)
-            _take_from(self.guests, connection.kind)
+            _take_from(self.unauthenticated, connection.kind)
             connection.kind = ""
 
     def leave(self, connection: Connection) -> None:
         """Counts a connection out that is over."""
         if connection.kind:
-            _take_from(self.guests, connection.kind)
+            _take_from(self.unauthenticated, connection.kind)
         _take_from(self.inside, connection.address)
 
-    def _rate(self, guest: str) -> Rate:
-        if guest not in self._rates:
+    def _rate(self, kind: str) -> Rate:
+        if kind not in self._rates:
             for oldest in list(self._rates)[: max(0, len(self._rates) - REMEMBERED)]:
                 del self._rates[oldest]
-            self._rates[guest] = Rate(self.bounds.guests_at_once, self.bounds.guests_a_minute)
-        return self._rates[guest]
+            self._rates[kind] = Rate(self.bounds.unauthenticated_at_once, self.bounds.unauthenticated_a_minute)
+        return self._rates[kind]
 
 
 @dataclass
@@ -163,10 +165,10 @@ class Connection:
 
     server: HttpServer
     address: str
-    kind: str  # of guest: the others with which it is counted; empty once it is none
+    kind: str  # the unauthenticated with which it is counted; empty once it is authenticated
 
     def authenticate(self) -> None:
-        """It has shown that it may ask: no guest any more."""
+        """It has shown that it may ask: not counted any more."""
         self.server.authenticate(self)
 
 
@@ -282,7 +284,7 @@ class Bounded(H11Protocol):
 
 
 class ErrorBoundary:
-    """An error inside is a line with its kind, without what was asked; the connection is closed, as a guest's is."""
+    """An error inside is a line with its kind, without what was asked; the connection is closed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -19,7 +19,7 @@ from florilegium.client.dialogue import Echo
 from florilegium.client.personalization.config import ProfileConfig
 from florilegium.client.personalization.profile import Profile, ProfileError
 from florilegium.client.phases import annotate, observe
-from florilegium.client.round import live
+from florilegium.client.round import learn_alone
 from florilegium.client.state import DeviceState
 from florilegium.privacy.plan import RoundPlan
 
@@ -37,7 +37,7 @@ def learn(device: Device, progress: Progress = silent) -> dict[str, object]:
         state, context = refreshed(device, device.state()), device.context
         received, version = device.newest()
         began, plan = time.monotonic(), RoundPlan(cycle, version)
-        (state,), (seen,) = live([state], [as_dialogues(device, turns)], received, plan, context)
+        (state,), (seen,) = learn_alone([state], [as_dialogues(device, turns)], received, plan, context)
         profile = profile_after(device, profile_of(device), turns)
         facts = {**seen.seen(), "seconds of all": time.monotonic() - began}
 

@@ -44,7 +44,7 @@ from florilegium.simulation.deployment.link import Link
 
 log = logging.getLogger(__name__)
 PREFIX, ACTIVATE = "/v1/fleet/", "activate-node"
-BOUNDS = Bounds(connections=2048, of_an_address=1024, guests=128, body_s=120.0, idle_s=120.0)
+BOUNDS = Bounds(connections=2048, of_an_address=1024, unauthenticated=128, body_s=120.0, idle_s=120.0)
 STRANGERS_BYTES = 4096  # of the one request that a key which is not admitted may make: to be told so
 Welcome = Callable[[str, str, str], bool]  # device, secret, public key
 _Handler = Callable[[Any, Link], Any]

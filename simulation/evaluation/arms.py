@@ -12,7 +12,7 @@ from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.observation import Observation
 from florilegium.client.phases import frozen_adapters, learn_personal
-from florilegium.client.round import live
+from florilegium.client.round import learn_alone
 from florilegium.client.state import stage
 from florilegium.privacy.plan import RoundPlan
 from florilegium.simulation.devices.simulated import SimulatedDevices
@@ -121,7 +121,7 @@ def joined_late(
     context, rounds = devices.context, devices.context.config.rounds
     streams = [devices.users[name].stream for name in names]
     plan = RoundPlan(rounds + 1, rounds)
-    states, _ = live([context.new_state(n) for n in names], streams, shared, plan, context)
+    states, _ = learn_alone([context.new_state(n) for n in names], streams, shared, plan, context)
     own = Rows("personal", torch.stack([s.personal for s in states]))
     if shared is None:
         return scored(devices, names, Arms(names, {"base": [], "personal": [own]}))

@@ -20,7 +20,7 @@ import torch
 
 from florilegium.client.context import CohortContext
 from florilegium.client.observation import Observation
-from florilegium.client.round import live
+from florilegium.client.round import learn_alone
 from florilegium.client.state import States, stage
 from florilegium.client.state_store import DeviceStore
 from florilegium.privacy.plan import RoundPlan
@@ -118,7 +118,7 @@ class SelectionCell:
             arrived.append(stream[state.arrived : met_by(len(stream), number, rounds)])
         context, plan = self.context, RoundPlan(number, number)
         states, seen = tried(
-            lambda some: live([states[k] for k in some], [arrived[k] for k in some], None, plan, context),
+            lambda some: learn_alone([states[k] for k in some], [arrived[k] for k in some], None, plan, context),
             [state.id for state in states],
         )
         line = {"round": number, "spared_s": lm.cached_seconds, **_added_up(seen)}

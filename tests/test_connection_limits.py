@@ -1,4 +1,4 @@
-"""Guests at a door: who has not shown that it may ask has few places, so many in a minute, and one request each."""
+"""Limits on the unauthenticated: few places for those of a kind, so many in a minute, and one request each."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ for number in range(100_000):
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Says yes to everybody; who has a key is no guest."""
+    """Says yes to everybody; who has a key is not counted."""
     if (b"key", b"mine") in scope["headers"]:
         connection_of(scope).authenticate()
     await told(scope, receive, send)
@@ -82,7 +82,7 @@ def everybody(address: str, connection: socket.socket) -> str:
 
 
 async def told(scope: Scope, receive: Receive, send: Send) -> None:
-    """As `app`, at a door that knows no guests."""
+    """As `app`, at a door that counts nobody."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
     await send({"type": "http.response.body", "body": b""})
 
@@ -114,22 +114,25 @@ def refused(port: int) -> bool:
             return True
 
 
-def test_guests_of_an_address_have_few_places_and_who_shows_a_key_has_more() -> None:
-    with opened(everybody, guests=3) as (door, url, port), httpx.Client() as known:
-        assert known.get(url, headers={"key": "mine"}).status_code == 200 and not door.guests
+def test_the_unauthenticated_of_an_address_have_few_places_and_who_shows_a_key_has_more() -> None:
+    with opened(everybody, unauthenticated=3) as (door, url, port), httpx.Client() as known:
+        assert known.get(url, headers={"key": "mine"}).status_code == 200 and not door.unauthenticated
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
-        assert until(lambda: door.guests["127.0.0.1"] == 3)
+        assert until(lambda: door.unauthenticated["127.0.0.1"] == 3)
         assert refused(port)
         assert known.get(url).status_code == 200  # over the connection that it has
         for each in silent:
             each.close()
-        assert until(lambda: not door.guests) and not refused(port)
-        assert until(lambda: not door.guests) and door.inside == {"127.0.0.1": 1}
+        assert until(lambda: not door.unauthenticated) and not refused(port)
+        assert until(lambda: not door.unauthenticated) and door.inside == {"127.0.0.1": 1}
 
 
-def test_a_guest_has_one_request_a_connection_and_so_many_in_a_minute() -> None:
+def test_an_unauthenticated_client_has_one_request_a_connection_and_so_many_in_a_minute() -> None:
     anew = httpx.Limits(max_keepalive_connections=0)  # a connection for each request
-    with opened(everybody, guests_at_once=5, guests_a_minute=1) as (_, url, port), httpx.Client(limits=anew) as client:
+    with (
+        opened(everybody, unauthenticated_at_once=5, unauthenticated_a_minute=1) as (_, url, port),
+        httpx.Client(limits=anew) as client,
+    ):
         for _ in range(20):  # who shows a key takes nothing from the others
             assert "connection" not in client.get(url, headers={"key": "mine"}).headers
         answers = [client.get(url).headers["connection"] for _ in range(5)]
@@ -169,7 +172,7 @@ def test_a_host_of_ipv6_has_one_network(address: str, network: str) -> None:
         assert by_address(network, any_) == network
 
 
-def test_a_proxy_of_this_machine_is_no_guest() -> None:
+def test_a_proxy_of_this_machine_is_not_counted() -> None:
     with socket.socket() as any_:
         for own in ("127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.2"):  # as many as it likes: they count as one
             assert network_of(own) == "127.0.0.1" and by_address(network_of(own), any_) == ""
@@ -272,7 +275,7 @@ def test_a_server_of_flowers_is_its_owners_or_ends(monkeypatch: pytest.MonkeyPat
 @AS_ROOT
 def test_other_users_of_the_machine_keep_the_owner_from_nothing() -> None:
     """Forty connections of somebody else's, four of which stay: the owner's browser gets in all the while."""
-    with opened(by_user, connections=12, of_an_address=12, guests=4) as (door, url, port):
+    with opened(by_user, connections=12, of_an_address=12, unauthenticated=4) as (door, url, port):
         crowd = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", CROWD, str(port), "40"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -280,9 +283,9 @@ def test_other_users_of_the_machine_keep_the_owner_from_nothing() -> None:
         try:
             assert crowd.stdout
             said = [crowd.stdout.readline().strip() for _ in range(40)]
-            assert said.count("held") == 4 == door.guests[OTHERS]
+            assert said.count("held") == 4 == door.unauthenticated[OTHERS]
             with httpx.Client() as owner:
-                assert ["connection" in owner.get(url).headers for _ in range(3)] == [False] * 3  # no guest
+                assert ["connection" in owner.get(url).headers for _ in range(3)] == [False] * 3  # not counted
             mine = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
             assert until(lambda: door.inside["127.0.0.1"] == 12) and refused(port)  # of one's own are so many
             for each in mine:
@@ -315,7 +318,11 @@ def test_a_supernodes_port_is_its_owners_alone() -> None:
 def test_whoever_comes_and_goes_keeps_the_owner_from_nothing() -> None:
     """Connections that are closed before they are looked at are nobody's, and do not take the owner's places."""
     anew = httpx.Limits(max_keepalive_connections=0)
-    with opened(by_user, connections=32, of_an_address=32, guests=4, guests_a_minute=10_000) as (_, url, port):
+    with opened(by_user, connections=32, of_an_address=32, unauthenticated=4, unauthenticated_a_minute=10_000) as (
+        _,
+        url,
+        port,
+    ):
         hasty = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", HASTE, str(port)], stdout=subprocess.PIPE, text=True
         )  # fmt: skip
