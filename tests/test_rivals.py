@@ -504,6 +504,22 @@ def test_a_run_trains_the_same_adapters_as_a_study_on_the_same_people(tmp_path: 
         assert summary.upload_bytes_per_release == played.upload_bytes
 
 
+@pytest.mark.slow
+def test_a_baseline_is_computed_by_rays_actors_too(tmp_path: Path) -> None:
+    """In other processes, with states on the disk: the same adapters and figures, but for rounding."""
+    config = config_of_a_run("ditto", written(tmp_path))
+    ends = []
+    for name, ray in (("here", {}), ("actors", {"actors": 2})):
+        tree = config.model_dump(mode="json") | {"workers": 1, "ray": ray}
+        summary = run_experiment(ExperimentConfig.model_validate(tree), tmp_path / name)
+        devices = load_run_devices(RunFolder(tmp_path / name))
+        ends.append((summary, torch.stack([s.personal for s in devices.states(list(devices.users))])))
+    (here, own), (there, theirs) = ends
+    torch.testing.assert_close(theirs, own, rtol=1e-4, atol=1e-6)
+    assert there.nll["personal"].mean_per_user == pytest.approx(here.nll["personal"].mean_per_user, abs=1e-4)
+    assert there.tokens_trained == here.tokens_trained > 0
+
+
 class Stopping(Callback):
     """Ctrl-C when the first round is over."""
 

@@ -12,6 +12,7 @@ import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import psutil
@@ -216,23 +217,45 @@ import florilegium.simulation.cli.main
 
 @pytest.mark.slow
 def test_flwr_run_works_from_the_repository(tmp_path: Path) -> None:
-    """Four SuperNodes of Flower's own local deployment; the weights come from the installed distribution."""
+    """SuperNodes of Flower's own local deployment, as README has it and with settings and a policy of one's own.
+
+    The weights come from the installed distribution, the policy from a folder on PYTHONPATH.
+    """
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", 39091)) == 0:
             pytest.skip("a SuperLink of somebody else listens on port 39091")
-    home = {**os.environ, "HOME": str(tmp_path), "FLWR_HOME": str(tmp_path / ".flwr")}
+    (tmp_path / "own_lab.py").write_text(OWN_POLICY, encoding="utf-8")
+    bundled = (ROOT / "configs" / "flwr.toml").read_text(encoding="utf-8").replace("rounds = 2", "rounds = 1")
+    own = bundled.replace("[selection]", '[selection]\npolicy = "own_lab:SHORTEST"')
+    (tmp_path / "own.toml").write_text(own, encoding="utf-8")
+    home = {**os.environ, "HOME": str(tmp_path), "FLWR_HOME": str(tmp_path / ".flwr"), "PYTHONPATH": str(tmp_path)}
     home["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
     command = [BIN / "flwr", "run", ROOT, "--federation-config", "num-supernodes=4", "--stream"]
     try:
-        done = subprocess.run(command, cwd=tmp_path, env=home, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout + done.stderr
-        found = list((tmp_path / ".florilegium" / "runs").glob("flwr-*/summary.json"))
-        assert len(found) == 1, done.stdout + done.stderr
-        assert json.loads(found[0].read_text())["devices"] == 4
+        assert _flower_ran(command, tmp_path, home)["devices"] == 4
+        last = _flower_ran([*command, "--run-config", f'config="{tmp_path / "own.toml"}"'], tmp_path, home)
+        assert (last["devices"], last["rounds"], last["config"]["selection"]["policy"]) == (4, 1, "own_lab:SHORTEST")
     finally:
         for process in psutil.process_iter(["cmdline"]):
             if any("flower-superlink" in part for part in process.info["cmdline"] or ()) and _home(process) == tmp_path:
                 process.terminate()
+
+
+OWN_POLICY = """
+from florilegium.client.selection import Policy
+
+SHORTEST = Policy(lambda bins, newcomer, memory, rng: max(range(len(bins)), key=lambda i: len(bins[i].prompt)))
+"""
+
+
+def _flower_ran(command: list[Any], folder: Path, environment: dict[str, str]) -> Any:
+    """What the newest run of Flower's app wrote of itself."""
+    before = set((folder / ".florilegium" / "runs").glob("flwr-*"))
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = set((folder / ".florilegium" / "runs").glob("flwr-*")) - before
+    config = tomllib.loads((found / "config.toml").read_text(encoding="utf-8"))
+    return json.loads((found / "summary.json").read_text(encoding="utf-8")) | {"config": config}
 
 
 def _home(process: psutil.Process) -> Path | None:
