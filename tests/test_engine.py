@@ -32,6 +32,8 @@ from florilegium.client.lm.places import nano_folder
 from florilegium.client.lm.processor import multiplies_bfloat16
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.privacy.dpsgd import PrivateRow, clipped_sum
+from florilegium.simulation.benchmarks.engine import Estimate, plan
+from florilegium.simulation.benchmarks.engine_workload import Workload
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -524,9 +526,9 @@ def bench(folder: Path, *arguments: str, bare: bool = False) -> dict[str, object
 
 @pytest.mark.slow
 def test_the_benchmark_of_our_arm_needs_torch_and_transformers_only(tmp_path: Path) -> None:
-    asked = ("--devices", "2", "--steps", "1", "--repeats", "1", "--kinds", "training")
+    asked = ("--devices", "2", "--examples", "1", "--steps", "1", "--repeats", "1", "--kinds", "training")
     found = bench(tmp_path, *asked, "--dtypes", "float32,bfloat16", bare=True)
-    assert {row["arm"] for row in found["training"]} == {"florilegium"}  # type: ignore[attr-defined]
+    assert {row["arm"].partition("-")[0] for row in found["training"]} == {"florilegium"}  # type: ignore[attr-defined]
     assert set(found["absent"]) >= {"peft fp32", "pfl bf16", "flower fp32"}  # type: ignore[call-overload]
     assert "No module named 'peft'" in str(found["absent"])
     assert found["limit_gflops"]["fp32"] > 1  # type: ignore[index]
@@ -542,7 +544,8 @@ BOUNDS = {  # of the difference between arms: of losses, of embeddings' sums, of
 
 @pytest.mark.slow
 def test_the_benchmark_measures_every_arm_and_all_learn_the_same(tmp_path: Path) -> None:
-    found = bench(tmp_path, "--devices", "2", "--steps", "1", "--repeats", "1", "--dtypes", "float32")
+    asked = ("--devices", "2", "--examples", "1,4", "--steps", "1", "--repeats", "1", "--dtypes", "float32")
+    found = bench(tmp_path, *asked)
     for kind, bound in BOUNDS.items():
         rows: list[dict[str, Any]] = found[kind]  # type: ignore[assignment]
         assert {row["arm"] for row in rows} >= {"florilegium", "opacus" if kind == "dp_training" else "peft"}
@@ -550,4 +553,27 @@ def test_the_benchmark_measures_every_arm_and_all_learn_the_same(tmp_path: Path)
             assert row["devices_per_s"]["min"] > 0 and row["tokens_per_s"] > 0 and 0 < row["limit_share"] < 1.5
             for ratio in row.get("ratios", []):
                 assert ratio["result_difference"] <= bound, (kind, ratio)
-    assert "flower" in {row["arm"] for row in found["training"]}  # type: ignore[attr-defined]
+    arms = {row["arm"] for row in found["training"]}  # type: ignore[attr-defined]
+    assert arms >= {"flower", "peft-cores", "florilegium-cores", "florilegium-one-core"}
+
+
+def test_what_the_benchmark_measures() -> None:
+    """Every rival meets ours with as many texts a step; shares of processes are the same devices, each once."""
+    rows = plan(["training", "generation"], [1, 64, 256], [1, 4, 16], 4, ["float32"])
+    ours = [(r.work.kind, r.work.devices, r.work.examples_per_step) for r in rows if r.arm == "florilegium"]
+    alone, several = [("training", k, 1) for k in (1, 64, 256)], [("training", 64, 4), ("training", 16, 16)]
+    assert ours == [*alone, *several, ("generation", 64, 1), ("generation", 64, 4)]
+    each_core = [(r.work.devices, r.work.examples_per_step) for r in rows if r.arm == "florilegium-cores"]
+    assert sorted(each_core) == [(16, 16), (64, 1), (64, 4), (256, 1)]
+    work = Workload("training", 5, 2, 1)
+    shares = work.shares(2)
+    assert [(s.first, s.devices) for s in shares] == [(0, 2), (2, 3)] and len(work.shares(9)) == 5
+    assert [s.batches(k) for s in shares for k in range(s.devices)] == [work.batches(k) for k in range(5)]
+
+
+def test_how_long_a_benchmark_still_takes() -> None:
+    estimate = Estimate(repeats=3)
+    estimate.add(60.0, warming_up=True)
+    assert str(estimate) == ""
+    estimate.add(60.0, warming_up=False)
+    assert str(estimate) == " (about 2 min left)"

@@ -1,7 +1,8 @@
 """`florilegium bench engine`: how fast K devices are served, ours beside what a user would take instead.
 
 Arms take turns within each repeat, so that a busy machine is busy for all; ratios are of the same repeat. The
-machine's limit, a large product of matrices, is measured in every repeat too.
+machine's limit is measured in every repeat too: a large product of matrices on all threads, or one on each core side
+by side, whichever is the better.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -24,16 +26,18 @@ from florilegium.simulation.benchmarks.engine_worker import AbsentError, Answer,
 from florilegium.simulation.benchmarks.engine_workload import NODES, ModelSize, Workload
 
 OURS = "florilegium"
+CORES, ONE_CORE = "florilegium-cores", "florilegium-one-core"  # processes of one thread: as many as cores, or one
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 RIVALS = {
-    "training": ("peft", "pfl", "flower"),
+    "training": ("peft", "peft-cores", "pfl", "flower"),
     "embedding": ("peft",),
     "generation": ("peft",),
     "dp_training": ("opacus",),
 }
 ONE_BY_ONE = 8  # devices that a rival does in one repeat: one after the other, so their number does not matter
 COLUMNS = ("arm", "type", "devices", "examples", "devices / s", "tokens / s", "MB", "of limit", "times as fast as")
-SEVERAL = (4, 16)  # examples per step beside 1, for 64 devices
+MOST = 4  # examples a step of what is not training
+TOGETHER = 256  # examples a step of all devices, where each has several
 
 
 @dataclass
@@ -52,22 +56,31 @@ class Row:
         return [self.work.devices / a.seconds for a in self.answers]
 
 
-def plan(kinds: Sequence[str], devices: Sequence[int], steps: int, dtypes: Sequence[str]) -> list[Row]:
-    """Every line that is to be measured, the rivals first."""
+def plan(
+    kinds: Sequence[str], devices: Sequence[int], examples: Sequence[int], steps: int, dtypes: Sequence[str]
+) -> list[Row]:
+    """Every line that is to be measured, the rivals first.
+
+    All numbers of devices train with one example a step; with more of them, and in other kinds, 64 devices do.
+    """
     some = min(64, max(devices))
     rows = []
     for kind in kinds:
-        sizes = [(k, 1) for k in sorted(devices)] + [(some, e) for e in SEVERAL]
-        if kind != "training":
-            sizes = [(some, 1), (some, 4)]
+        beside = [(min(some, max(1, TOGETHER // e)), e) for e in examples if kind == "training" or e <= MOST]
+        alone = [(k, 1) for k in devices] if kind == "training" and 1 in examples else []
+        sizes = sorted({*alone, *beside}, key=lambda size: (size[1], size[0]))
         for each in sorted({e for _, e in sizes}):
             for arm in RIVALS[kind]:
                 if arm == "flower":
                     there = each == 1 and "float32" in dtypes
                     rows += [Row(arm, "float32", Workload(kind, NODES, each, steps))] if there else []
                 else:
-                    rows += [Row(arm, dtype, Workload(kind, min(ONE_BY_ONE, some), each, steps)) for dtype in dtypes]
+                    count = min(ONE_BY_ONE, some) * (cores() if arm == "peft-cores" else 1)
+                    rows += [Row(arm, dtype, Workload(kind, count, each, steps)) for dtype in dtypes]
         rows += [Row(OURS, dtype, Workload(kind, k, e, steps)) for k, e in sizes for dtype in dtypes]
+        if kind == "training":
+            each_core = [(ONE_CORE, s) for s in beside] + [(CORES, s) for s in sizes if s in beside or s[0] > some]
+            rows += [Row(arm, dtype, Workload(kind, k, e, steps)) for arm, (k, e) in each_core for dtype in dtypes]
     return rows
 
 
@@ -86,6 +99,7 @@ def measure(
     model: str,
     devices: Sequence[int],
     kinds: Sequence[str],
+    examples: Sequence[int],
     steps: int,
     repeats: int,
     dtypes: Sequence[str],
@@ -99,7 +113,7 @@ def measure(
     if not dtypes:
         absent |= emulated(device)
         dtypes = [dtype for dtype in DTYPES if SHORT[dtype] not in absent]
-    rows = plan(kinds, devices, steps, dtypes)
+    rows = plan(kinds, devices, examples, steps, dtypes)
     workers: dict[tuple[str, str], Worker] = {}
     limits: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
     try:
@@ -109,9 +123,11 @@ def measure(
                 workers[arm, dtype] = Worker(arm, model, dtype, device)
             except AbsentError as error:
                 absent[f"{arm} {SHORT[dtype]}"] = str(error)
+        estimate = Estimate(repeats)
         for repeat in range(-1, repeats):
             for row in [r for r in rows if (r.arm, r.dtype) in workers]:
-                tell(f"{'warming up' if repeat < 0 else f'repeat {repeat + 1} of {repeats}'}: {_title(row)}")
+                tell(f"{'warming up' if repeat < 0 else f'repeat {repeat + 1} of {repeats}'}: {_title(row)}{estimate}")
+                began = time.perf_counter()
                 try:
                     answer = workers[row.arm, row.dtype].measure(row.work, memory=repeat < 0)
                 except AbsentError as error:
@@ -122,8 +138,9 @@ def measure(
                     row.peak_bytes, row.first = answer.peak_bytes, answer.results
                 else:
                     row.answers.append(answer)
+                estimate.add(time.perf_counter() - began, warming_up=repeat < 0)
             for dtype in dtypes:
-                limits[dtype].append(limit_gflops(getattr(torch, dtype), device))
+                limits[dtype].append(limit_gflops(getattr(torch, dtype), device, on_each_core=True))
         ours = [w.size for (arm, _), w in workers.items() if arm == OURS]
     except BaseException:
         for worker in workers.values():
@@ -135,6 +152,25 @@ def measure(
         raise AbsentError(f"our own arm cannot run here: {absent}")
     measured = [r for r in rows if r.answers]
     return Outcome(measured, {d: median(v) for d, v in limits.items()}, absent, ours[0], machine(device))
+
+
+@dataclass
+class Estimate:
+    """How long a benchmark still takes, by what each of its parts took before; told once all were warmed up."""
+
+    repeats: int
+    warmed_up: float = 0.0  # seconds of all rows once
+    spent: float = 0.0  # since
+
+    def add(self, seconds: float, *, warming_up: bool) -> None:
+        if warming_up:
+            self.warmed_up += seconds
+        else:
+            self.spent += seconds
+
+    def __str__(self) -> str:
+        left = self.warmed_up * self.repeats - self.spent
+        return f" (about {max(left, 0) / 60:.0f} min left)" if self.spent else ""
 
 
 def emulated(device: str) -> dict[str, str]:
@@ -150,16 +186,31 @@ def emulated(device: str) -> dict[str, str]:
     return {SHORT[dtype]: told.format(speed, speeds["float32"]) for dtype, speed in slow.items()}
 
 
-def limit_gflops(dtype: torch.dtype, device: str, side: int = 0) -> float:
-    """The best of four products of two large square matrices, in 10⁹ operations a second."""
+def limit_gflops(dtype: torch.dtype, device: str, side: int = 0, *, on_each_core: bool = False) -> float:
+    """The best of four products of two large square matrices, in 10⁹ operations a second.
+
+    With `on_each_core` also of products on one thread each, side by side, if these come to more together.
+    """
     side = side or (2048 if device == "cpu" else 8192)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(4):
-        began = time.perf_counter()
-        float((a @ b)[0, 0])  # waits for it
-        best = max(best, 2.0 * side**3 / (time.perf_counter() - began) / 1e9)
-    return best
+
+    def best(threads: int = 0) -> float:
+        if threads:
+            torch.set_num_threads(threads)  # of this thread of Python's
+        found = 0.0
+        for _ in range(4):
+            began = time.perf_counter()
+            float((a @ b)[0, 0])  # waits for it
+            found = max(found, 2.0 * side**3 / (time.perf_counter() - began) / 1e9)
+        return found
+
+    together, threads = best(), torch.get_num_threads()
+    if not on_each_core or device != "cpu":
+        return together
+    with ThreadPoolExecutor(cores()) as pool:
+        apart = sum(pool.map(best, [1] * cores()))
+    torch.set_num_threads(threads)
+    return max(together, apart)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -211,7 +262,7 @@ def _entry(row: Row, outcome: Outcome) -> dict[str, Any]:
         "peak_bytes": row.peak_bytes,
         "limit_share": limit_share(row, outcome),
     }
-    if row.arm == OURS:
+    if row.arm in (OURS, CORES):
         entry["ratios"] = [
             {"to": rival.arm, "dtype": SHORT[rival.dtype], "times": times, "result_difference": difference(row, rival)}
             for rival, times in ratios(row, outcome.rows)
@@ -229,7 +280,7 @@ def ratios(row: Row, rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, float
     """How many times a rival's devices a second, repeat by repeat."""
     for rival in rows:
         same = rival.work.kind == row.work.kind and rival.work.examples_per_step == row.work.examples_per_step
-        if rival.arm != OURS and same:
+        if rival.arm not in (OURS, CORES) and same:
             times = [a / b for a, b in zip(row.devices_per_s, rival.devices_per_s, strict=True)]
             yield rival, {"median": median(times), "min": min(times), "max": max(times)}
 

@@ -35,7 +35,7 @@ class Cohort:
 
     def prepare(self, work: Workload) -> Callable[[], list[Any]]:
         batches = [work.batches(k) for k in range(work.devices)]
-        rows = adapter_rows(self.layout, work.devices).to(self.engine.device)
+        rows = adapter_rows(self.layout, work.devices, work.first).to(self.engine.device)
         run: Callable[..., list[Any]] = getattr(self, work.kind)
         return lambda: run(batches, Adapters(self.layout, rows))
 

@@ -52,7 +52,7 @@ class OneByOne:
 
     def prepare(self, work: Workload) -> Callable[[], list[Any]]:
         batches = [[self.padded(step) for step in work.batches(k)] for k in range(work.devices)]
-        rows = adapter_rows(self.layout, work.devices).to(self.device)
+        rows = adapter_rows(self.layout, work.devices, work.first).to(self.device)
         run: Callable[..., Any] = getattr(self, work.kind)
         return lambda: [run(row, steps) for row, steps in zip(rows, batches, strict=True)]
 

@@ -34,7 +34,7 @@ class Pfl(OneByOne):
 
     def prepare(self, work: Workload) -> Callable[[], list[Any]]:
         users = [self._user([e for step in work.batches(k) for e in step]) for k in range(work.devices)]
-        rows = adapter_rows(self.layout, work.devices).to(self.device)
+        rows = adapter_rows(self.layout, work.devices, work.first).to(self.device)
         size = work.examples_per_step
         return lambda: [self._train(row, user, size) for row, user in zip(rows, users, strict=True)]
 

@@ -23,9 +23,12 @@ from florilegium.privacy.common.errors import UserError
 from florilegium.simulation.benchmarks.engine_workload import Arm, ModelSize, Workload
 from florilegium.simulation.runs.stopping import end_all, end_with_parent
 
-ARMS = {  # name → module and class, imported in the arm's own process
+ARMS = {  # name → module and what makes it, imported in the arm's own process
     "florilegium": ("florilegium.simulation.benchmarks.engine_florilegium", "Cohort"),
+    "florilegium-cores": ("florilegium.simulation.benchmarks.engine_cores", "ours"),
+    "florilegium-one-core": ("florilegium.simulation.benchmarks.engine_cores", "ours_on_one"),
     "peft": ("florilegium.simulation.benchmarks.engine_peft", "OneByOne"),
+    "peft-cores": ("florilegium.simulation.benchmarks.engine_cores", "peft"),
     "opacus": ("florilegium.simulation.benchmarks.engine_peft", "OpacusOneByOne"),
     "pfl": ("florilegium.simulation.benchmarks.engine_pfl", "Pfl"),
     "flower": ("florilegium.simulation.benchmarks.engine_flower", "federate"),
@@ -124,7 +127,8 @@ def _answer(pipe: Connection, arm: Arm, device: str) -> None:
             began = time.perf_counter()
             results = run()
             seconds = time.perf_counter() - began
-            pipe.send(Answer(seconds, peak.bytes() if peak else None, results))
+            alone = peak is not None and not hasattr(arm, "pipes")  # of several processes nobody adds it up
+            pipe.send(Answer(seconds, peak.bytes() if peak and alone else None, results))
         except Exception as error:  # noqa: BLE001  # another process tells it, with its traceback
             traceback.print_exc()
             pipe.send(_reason(error))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,13 @@ class Workload:
     devices: int
     examples_per_step: int
     local_steps: int
+    first: int = 0  # of the devices, whose numbers follow
+
+    def shares(self, count: int) -> list[Workload]:
+        """The devices in so many parts of nearly one size, or in as many as there are devices."""
+        ends = [self.devices * part // count for part in range(count + 1)]
+        parts = [(begin, end) for begin, end in pairwise(ends) if end > begin]
+        return [replace(self, devices=end - begin, first=self.first + begin) for begin, end in parts]
 
     @property
     def steps(self) -> int:
@@ -39,7 +47,7 @@ class Workload:
 
     def batches(self, device: int) -> list[list[Example]]:
         """The examples of each step of a device; the same for every arm."""
-        rng = random.Random(device)
+        rng = random.Random(self.first + device)
         return [[_example(rng, self.kind) for _ in range(self.examples_per_step)] for _ in range(self.steps)]
 
     @property
@@ -99,9 +107,9 @@ def adapter_layout(layers: tuple[AdaptedLayer, ...]) -> AdapterLayout:
     return layout(layers, RANK, ALPHA)
 
 
-def adapter_rows(adapters: AdapterLayout, devices: int) -> torch.Tensor:
+def adapter_rows(adapters: AdapterLayout, devices: int, first: int = 0) -> torch.Tensor:
     """An adapter for each device (K, P), with B no longer zero so that every factor has a gradient."""
     rows = torch.empty(devices, adapters.width)
     for k in range(devices):
-        rows[k].uniform_(-0.02, 0.02, generator=torch.Generator().manual_seed(k))
+        rows[k].uniform_(-0.02, 0.02, generator=torch.Generator().manual_seed(first + k))
     return rows

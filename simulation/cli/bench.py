@@ -55,22 +55,28 @@ class Benchmark:
 
 def engine(
     model: Model = "nano",
-    devices: Annotated[str, typer.Option(help="How many devices in one pass, with commas.")] = "1,8,64,256,1024",
+    devices: Annotated[str, typer.Option(help="How many devices in one pass, with commas.")] = "1,8,64,256",
     kinds: Annotated[str, typer.Option(help="What to measure.")] = "training,embedding,generation,dp_training",
+    examples: Annotated[str, typer.Option(help="How many texts a device has in a step, with commas.")] = "1,4,16",
     steps: Annotated[int, typer.Option(min=1, help="Local steps of training.")] = 4,
-    repeats: InTurns = 5,
+    repeats: InTurns = 3,
     dtypes: Annotated[
         str, typer.Option(help="float32, bfloat16; empty: both, but for one that this machine only emulates.")
     ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="64 devices training with one text, in two turns.")] = False,
 ) -> Asked:
     """Train, embed and generate for many devices, beside what you would use instead: PEFT, Flower, pfl, Opacus.
+
+    Some of the arms that train are processes of one thread: one (-one-core), or as many as there are cores (-cores).
 
     Arms that are not installed are named as absent; pip install 'florilegium[bench]' adds pfl-research.
 
     florilegium bench engine --devices 64 --kinds training --repeats 3
     """
-    asked = arguments.numbers(devices, "--devices"), arguments.kinds(kinds), steps, repeats, arguments.dtypes(dtypes)
-    return arguments.model(model), *asked
+    if quick:
+        devices, kinds, examples, repeats = "64", "training", "1", 2
+    numbers = arguments.numbers(devices, "--devices"), arguments.kinds(kinds), arguments.numbers(examples, "--examples")
+    return arguments.model(model), *numbers, steps, repeats, arguments.dtypes(dtypes)
 
 
 def selection(
