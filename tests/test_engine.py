@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from florilegium.client.lm import layers
@@ -495,6 +496,28 @@ def test_there_are_few_rounded_sizes_and_little_is_filled_up() -> None:
     assert [rounded(n) for n in (1, 8, 9, 44, 64, 65, 1000, 2047)] == [8, 8, 16, 48, 64, 72, 1024, 2048]
     assert all(n <= rounded(n) <= max(n + 7, n * 1.125) for n in range(1, 5000))
     assert len({rounded(n) for n in range(1, 5000)}) < 80
+
+
+class ReadBack(TorchDispatchMode):
+    """Counts how often a number is read out of a tensor: on a GPU each of them waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_device_is_waited_for_by_itself(engine: Engine) -> None:
+    """As many numbers are read back for sixteen devices as for four: one a pass."""
+    shape, counted = layout_of(engine), []
+    for count in (4, 16):
+        sets = [TrainingSet([Example((k, 5, 6), (7, 8))], [[0]] * 3) for k in range(1, count + 1)]
+        rows = torch.stack([shape.start(seed=k) for k in range(count)])
+        with ReadBack() as reads:
+            engine.finetune(Adapters(shape, rows), [], sets, [[1e-3] * 3] * count)
+        counted.append(reads.count)
+    assert counted == [3, 3]
 
 
 # -- the benchmark --------------------------------------------------------------------------------------------------
