@@ -23,6 +23,7 @@ from florilegium.client.lm.soft_prompt import AdaptedEmbedding, PromptLayout
 from florilegium.privacy.common.errors import UserError
 
 ATTENDING = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # as configs name such layers
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")  # as configs name them
 LINEAR = (nn.Linear, QuantisedLinear)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as Llama and its kin name them
 
@@ -226,6 +227,16 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         raise UnsupportedModelError(f"the head of {type(model).__name__} is {type(head).__name__}, not nn.Linear")
     return head
+
+
+def logit_scales(model: PreTrainedModel) -> tuple[float, ...]:
+    """What the head's output may be multiplied by: 1, a number of the config that is named for it, or its inverse.
+
+    Granite divides by the number that HyperCLOVA X multiplies by, under one name: the engine takes what agrees.
+    """
+    config = model.config.get_text_config()
+    told = [getattr(config, name, None) for name in LOGIT_SCALES]
+    return (1.0, *(x for scale in told if scale for x in (float(scale), 1 / scale)))
 
 
 PROBES = tuple(Example(tuple(range(3, 3 + n)), (), (0, n), False) for n in (4, 9, 6))
