@@ -522,6 +522,8 @@ def test_the_real_pull_gives_a_model_that_answers(tmp_path: Path, monkeypatch: p
     reply = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
     text = tokenizer.decode(reply)
     assert "Paris" in text and text.endswith("<|im_end|>")
+    rounded = LanguageModel.load(ModelConfig(name="smollm2-135m", dtype="bfloat16", device="cpu"))
+    assert 0.001 < rounded.engine.error < 0.1
 
 
 # -- the doctor ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ def token_losses(
 ) -> torch.Tensor:
     """NLL (M,) in nats, float32, of `targets` (M,) given the last hidden states (M, H) before them.
 
-    The arguments beside them are those of `logits`. With a `piece` each product is of exactly so many tokens, the last filled up, whatever M is.
+    The arguments beside them are those of `logits`.
+    With a `piece` each product is of exactly so many tokens, the last filled up, whatever M is.
     """
     count = len(hidden)
     filler = -count % piece if piece else rounded(count) - count
