@@ -1,14 +1,15 @@
 """Loads language models from where they lie (`client.lm.places`).
 
-Only safetensors are ever read, and no code that comes with a model is ever run. Not covered: fetching `smollm2-135m`
-(see `client.lm.pull`), quantised weights, adapters.
+Only safetensors and GGUF are ever read, and no code that comes with a model is ever run. Not covered: fetching
+`smollm2-135m` (see `client.lm.pull`), adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from florilegium.client.lm.places import ModelError, check_weights, resolve
+from florilegium.client.lm import gguf_file
+from florilegium.client.lm.places import ModelError, check_weights, is_gguf, resolve
 from florilegium.client.lm.quantised import Weights, quantise
 from florilegium.privacy.common.errors import first_line
 
@@ -43,16 +45,20 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen model `name` in evaluation mode, and its tokenizer.
 
-    `name` is `nano`, `smollm2-135m`, a local folder or a hub id, in this order. `chat_template` replaces the
-    tokenizer's own: "plain" or a Jinja template; `weights` is what the linear layers are held in. Afterwards the
+    `name` is `nano`, `smollm2-135m`, a local folder, a GGUF file or a hub id, in this order. `chat_template` replaces
+    the tokenizer's own: "plain" or a Jinja template; `weights` is what the linear layers are held in. Afterwards the
     tokenizer has a chat template, an end-of-text and a padding token, and each of its ids has a row in the embedding.
     Raises `ModelError`.
     """
     _check_device(device)
     folder = resolve(name)
     check_weights(folder, name)
-    tokenizer = _load_tokenizer(folder, name, chat_template)
-    model = _load_model(folder, name, dtype)
+    if is_gguf(folder):
+        tokenizer, model = _load_gguf(folder, name, chat_template, dtype)
+    else:
+        where = {"pretrained_model_name_or_path": str(folder)}
+        tokenizer = _load_tokenizer(where, folder, name, chat_template)
+        model = _load_model(where, folder, name, dtype)
     embedding = torch.as_tensor(model.get_input_embeddings().weight)  # (V, H)
     rows, highest = len(embedding), max(tokenizer.get_vocab().values())
     if highest >= rows:
@@ -78,7 +84,19 @@ def _check_device(device: str) -> None:
         raise ModelError(f"device = {device!r}, but torch sees {seen} GPUs; {way_out}")
 
 
-def _load_tokenizer(folder: Path, name: str, chat_template: str) -> PreTrainedTokenizerBase:
+def _load_gguf(
+    path: Path, name: str, chat_template: str, dtype: torch.dtype
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """What a file holds, its weights made floats of `dtype`."""
+    reader = gguf_file.read(path, name)
+    with gguf_file.alone(path) as where, redirect_stderr(StringIO()):  # where a progress bar goes
+        tokenizer = gguf_file.only_its_tokens(_load_tokenizer(where, path, name, chat_template), reader)
+        model = _load_model(where, path, name, dtype)
+    gguf_file.check_all_taken(reader, model, name)
+    return tokenizer, model
+
+
+def _load_tokenizer(where: Mapping[str, str], folder: Path, name: str, chat_template: str) -> PreTrainedTokenizerBase:
     if package := _lacking(folder):  # without which transformers fails, or makes a tokenizer of something else
         raise ModelError(
             f"model {name!r}: no usable tokenizer in {folder} (tokenizer.model alone needs a package: pip install "
@@ -87,7 +105,7 @@ def _load_tokenizer(folder: Path, name: str, chat_template: str) -> PreTrainedTo
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
+                **where, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # the kinds of failure are those of many tokenizer libraries
         raise ModelError(
@@ -131,11 +149,11 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, name: str, chat_template: 
         raise ModelError(f"model {name!r}: its chat template fails ({first_line(error)}); {way_out}") from error
 
 
-def _load_model(folder: Path, name: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(where: Mapping[str, str], folder: Path, name: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder),
+                **where,
                 dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
