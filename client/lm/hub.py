@@ -109,7 +109,7 @@ def _load_tokenizer(where: Mapping[str, str], folder: Path, name: str, chat_temp
             )
     except Exception as error:  # the kinds of failure are those of many tokenizer libraries
         raise ModelError(
-            f"model {name!r}: no usable tokenizer in {folder} ({first_line(error)}); "
+            f"model {name!r}: no usable tokenizer in {folder} ({_reason(error)}); "
             "write it with tokenizer.save_pretrained(folder), as tokenizer.json"
         ) from error
     if tokenizer.eos_token_id is None:
@@ -121,6 +121,16 @@ def _load_tokenizer(where: Mapping[str, str], folder: Path, name: str, chat_temp
         tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is masked everywhere
     _set_template(tokenizer, name, chat_template)
     return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """What stopped transformers, without its advice to run the code of strangers."""
+    if "custom code" in str(error):
+        return (
+            "it needs code that comes with it, which is never run here; take a model of an architecture that "
+            "transformers has itself"
+        )
+    return first_line(error)
 
 
 def _lacking(folder: Path) -> str:
@@ -161,7 +171,7 @@ def _load_model(where: Mapping[str, str], folder: Path, name: str, dtype: torch.
                 output_loading_info=True,
             )
     except Exception as error:  # torn files, wrong shapes, unknown architectures: each library has its own kind
-        raise ModelError(f"model {name!r}: {folder} cannot be loaded ({first_line(error)})") from error
+        raise ModelError(f"model {name!r}: {folder} cannot be loaded ({_reason(error)})") from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
     if missing:  # transformers would go on with random numbers

@@ -231,6 +231,7 @@ def check_weights(folder: Path, name: str) -> None:
             f"model {name!r}: no model.safetensors in {folder}; other formats (.bin, .pt) are not read, "
             "write it with model.save_pretrained(folder); where there is a .gguf file, name that"
         )
+    _refuse_coded(folder, name)
     if (folder / "model.safetensors").is_file():
         return
     try:
@@ -241,3 +242,16 @@ def check_weights(folder: Path, name: str) -> None:
     for part in parts:
         if Path(part).name != part or not part.endswith(".safetensors") or not (folder / part).is_file():
             raise ModelError(f"model {name!r}: its index names {part!r}, which is not a .safetensors file in {folder}")
+
+
+def _refuse_coded(folder: Path, name: str) -> None:
+    """Raises `ModelError` where weights are codes of another library, whose layers adapters cannot change."""
+    try:
+        coded = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # which transformers will tell better
+    if coded:
+        raise ModelError(
+            f"model {name!r}: the weights in {folder} are quantised already ({coded.get('quant_method', 'somehow')}); "
+            "take the folder with the float ones, or a .gguf file, and set [model] weights to 'int8' or 'int4'"
+        )
