@@ -30,6 +30,7 @@ SOURCE = "source.json"  # beside pulled weights
 GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
 HUB_TIMEOUT_S = 5.0
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]  # nothing that holds a pickle
+CARDS = ["README.md", "LICENSE*"]  # which are not loaded, but say what may be done with what is
 HUB_SKIPPED = ["*/*", "consolidated*"]  # other formats of the same weights
 FINGERPRINT_STRIDE_BYTES, FINGERPRINT_PART_BYTES = 1 << 24, 1 << 16
 
@@ -115,9 +116,9 @@ def base_of(name: str) -> Base:
     """
     if name in NAMES:
         folder = resolve(name)
-        source = _source(folder)
-        if source.get("from") == "hub":
-            return Base(source["id"], source["revision"])
+        told = source(folder)
+        if told.get("from") == "hub":
+            return Base(told["id"], told["revision"])
         return Base(BESIDE, files=tuple(sorted(p for p in folder.iterdir() if p.is_file())))  # with its licence
     place = Path(name).expanduser()
     return (
@@ -125,7 +126,7 @@ def base_of(name: str) -> Base:
     )  # .../snapshots/<revision>
 
 
-def _source(folder: Path) -> dict[str, str]:
+def source(folder: Path) -> dict[str, str]:
     """Where a pulled model came from, as `client.lm.pull` noted it."""
     path = folder / SOURCE
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
@@ -193,7 +194,9 @@ def hub_folder(name: str) -> Path:
         raise ModelError(f"model {name!r} is not in the local cache and HF_HUB_OFFLINE is set; {way_out}")
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)  # asks once; the download would ask again for a minute
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED)).absolute()
+        return Path(
+            snapshot_download(name, allow_patterns=[*HUB_FILES, *CARDS], ignore_patterns=HUB_SKIPPED)
+        ).absolute()
     except RepositoryNotFoundError as error:
         raise ModelError(f"model {name!r}: no such folder, and the hub shows you no such model; {way_out}") from error
     except Exception as error:  # whatever stops the client of the hub, the user's ways out are the same
