@@ -124,6 +124,8 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<wrong>", "chat_template": "wrong"}')
     (folder / "chat_template.jinja").write_text("wrong")
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    other = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    (folder / "tokenizer.json").write_text(other.to_str())
     return write(folder / "tiny.gguf")
 
 

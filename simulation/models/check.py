@@ -38,7 +38,7 @@ FAMILIES = (  # by their type in transformers: those that `tests/test_families.p
     "llama", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "granite", "hyperclovax", "olmo",
     "olmo2", "gpt_neox", "mistral", "cohere", "cohere2",
 )  # fmt: skip
-ROOM = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # for differences by rounding, as a share
+ROOM = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # for differences by rounding, as a share
 SPREAD = 0.02  # of the numbers in the adapters that are tried
 LOST = {"int8": 0.1, "int4": 0.5}  # of the losses, where the base was in bits and PEFT's is not
 RANK, ALPHA = 2, 8.0
