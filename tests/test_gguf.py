@@ -100,6 +100,7 @@ def write(path: Path, kind: str = "F16", architecture: str = "llama", change: Ch
     writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].get))
     writer.add_token_types([3 if i < len(SPECIAL) else 1 for i in range(VOCABULARY)])  # control tokens, words
     writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_bos_token_id(0)  # without one, transformers 5.8 fails
     writer.add_pad_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template(TEMPLATE)

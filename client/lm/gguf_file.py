@@ -23,6 +23,7 @@ from florilegium.privacy.common.errors import first_line
 
 log = logging.getLogger(__name__)
 FREQUENCIES = ("rope_freqs.", "rope_factors_long.", "rope_factors_short.")  # tensors of these are no weights
+CONTROL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 NO_ARCHITECTURES = {"general", "tokenizer"}  # of the names that transformers lists
 
 
@@ -55,18 +56,16 @@ def read(path: Path, name: str) -> GGUFReader:
     return reader
 
 
-def only_its_tokens(tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> PreTrainedTokenizerBase:
-    """Without the tokens that transformers puts behind the file's own, which no model has a row for.
+def with_its_tokens(tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> PreTrainedTokenizerBase:
+    """The same with the control tokens that the file names, and none behind the file's own.
 
-    To each byte-level vocabulary it adds GPT-2's `<|endoftext|>`, whether the model has such a token or not.
+    transformers adds GPT-2's `<|endoftext|>` to each byte-level vocabulary, which may have no row for it; its version
+    5.8 takes the first control token for the end of text.
     """
-    count = len(reader.fields["tokenizer.ggml.tokens"].data)
-    if max(tokenizer.get_vocab().values()) < count:
-        return tokenizer
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < count]
-    ids = tokenizer.get_vocab()
-    named = {k: x for k, x in tokenizer.special_tokens_map.items() if isinstance(x, str) and ids[x] < count}
+    state, tokens = json.loads(tokenizer.backend_tokenizer.to_str()), reader.fields["tokenizer.ggml.tokens"].contents()
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(tokens)]
+    ids = {name: reader.fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in CONTROL.items()}
+    named = {name: tokens[found.contents()] for name, found in ids.items() if found is not None}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)), chat_template=tokenizer.chat_template, **named
     )

@@ -53,12 +53,8 @@ def load(
     _check_device(device)
     folder = resolve(name)
     check_weights(folder, name)
-    if is_gguf(folder):
-        tokenizer, model = _load_gguf(folder, name, chat_template, dtype)
-    else:
-        where = {"pretrained_model_name_or_path": str(folder)}
-        tokenizer = _load_tokenizer(where, folder, name, chat_template)
-        model = _load_model(where, folder, name, dtype)
+    load_both = _load_gguf if is_gguf(folder) else _load_folder
+    tokenizer, model = load_both(folder, name, chat_template, dtype)
     embedding = torch.as_tensor(model.get_input_embeddings().weight)  # (V, H)
     rows, highest = len(embedding), max(tokenizer.get_vocab().values())
     if highest >= rows:
@@ -84,19 +80,29 @@ def _check_device(device: str) -> None:
         raise ModelError(f"device = {device!r}, but torch sees {seen} GPUs; {way_out}")
 
 
+def _load_folder(
+    folder: Path, name: str, chat_template: str, dtype: torch.dtype
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    where = {"pretrained_model_name_or_path": str(folder)}
+    tokenizer = _load_tokenizer(where, folder, name)
+    _complete(tokenizer, f"eos_token in {folder}/tokenizer_config.json", name, chat_template)
+    return tokenizer, _load_model(where, folder, name, dtype)
+
+
 def _load_gguf(
     path: Path, name: str, chat_template: str, dtype: torch.dtype
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """What a file holds, its weights made floats of `dtype`."""
     reader = gguf_file.read(path, name)
     with gguf_file.alone(path) as where, redirect_stderr(StringIO()):  # where a progress bar goes
-        tokenizer = gguf_file.only_its_tokens(_load_tokenizer(where, path, name, chat_template), reader)
+        tokenizer = gguf_file.with_its_tokens(_load_tokenizer(where, path, name), reader)
+        _complete(tokenizer, f"tokenizer.ggml.eos_token_id in {path}", name, chat_template)
         model = _load_model(where, path, name, dtype)
     gguf_file.check_all_taken(reader, model, name)
     return tokenizer, model
 
 
-def _load_tokenizer(where: Mapping[str, str], folder: Path, name: str, chat_template: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(where: Mapping[str, str], folder: Path, name: str) -> PreTrainedTokenizerBase:
     if package := _lacking(folder):  # without which transformers fails, or makes a tokenizer of something else
         raise ModelError(
             f"model {name!r}: no usable tokenizer in {folder} (tokenizer.model alone needs a package: pip install "
@@ -112,15 +118,19 @@ def _load_tokenizer(where: Mapping[str, str], folder: Path, name: str, chat_temp
             f"model {name!r}: no usable tokenizer in {folder} ({_reason(error)}); "
             "write it with tokenizer.save_pretrained(folder), as tokenizer.json"
         ) from error
+    return tokenizer
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, eos_setting: str, name: str, chat_template: str) -> None:
+    """Gives it a token to pad with and a chat template; raises `ModelError` where it lacks what nothing replaces."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"model {name!r}: its tokenizer has no end-of-text token, so that replies would not end and there is "
-            f"nothing to pad with; set eos_token in {folder}/tokenizer_config.json"
+            f"nothing to pad with; set {eos_setting}"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is masked everywhere
     _set_template(tokenizer, name, chat_template)
-    return tokenizer
 
 
 def _reason(error: Exception) -> str:
