@@ -88,7 +88,7 @@ def test_the_list_is_a_line_a_model_or_json(monkeypatch: pytest.MonkeyPatch, fol
     monkeypatch.setenv("FLORILEGIUM_CACHE", str(tmp_path / "cache"))
     lines = CliRunner().invoke(app, ["models", "list"]).stdout.splitlines()
     assert lines[0].split()[:4] == ["nano", "5.4", "MB", "cc-by-sa-4.0"]
-    assert "fetch it with: florilegium models pull smollm2-135m" in lines[1]
+    assert "fetch it once with: florilegium models pull smollm2-135m" in lines[1]
     shutil.copytree(folder, tmp_path / "cache" / "smollm2-135m")
     (tmp_path / "cache" / "smollm2-135m" / "source.json").write_text('{"licence": "Apache-2.0"}')
     told = json.loads(CliRunner().invoke(app, ["models", "list", "--json"]).stdout)

@@ -76,7 +76,7 @@ class Engine:
         layers.refuse_states(model)
         self.head = layers.head_of(model)
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
-        probes = layers.probes(model, probe_ids)
+        probes = layers.probes(len(self.head.weight), probe_ids)
         expected = layers.own_logits(model, probes)
         self.modules, self.embedding = layers.adapt(model, targets), layers.adapt_embedding(model)
         self.adaptable = layers.Adaptable(self.modules, self.embedding)

@@ -242,13 +242,12 @@ def logit_scales(model: PreTrainedModel) -> tuple[float, ...]:
 PROBE_LENGTHS = (9, 6, 4)  # longest first, as the engine reads them
 
 
-def probes(model: PreTrainedModel, ids: Sequence[int] = ()) -> tuple[Example, ...]:
-    """What a model is tried with: pieces of these ids, without any of what is in the middle of the vocabulary.
+def probes(vocabulary: int, ids: Sequence[int] = ()) -> tuple[Example, ...]:
+    """What a model is tried with: pieces of these ids; without any, of what is in the middle of its vocabulary.
 
     At its ends are control tokens, of which many were never trained: in bfloat16 such tokens alone differ by a tenth.
     """
-    count = len(torch.as_tensor(model.get_input_embeddings().weight))
-    read = ids or [(count // 3 + k) % count for k in range(sum(PROBE_LENGTHS))]
+    read = ids or [(vocabulary // 3 + k) % vocabulary for k in range(sum(PROBE_LENGTHS))]
     starts = (sum(PROBE_LENGTHS[:k]) for k in range(len(PROBE_LENGTHS)))
     pieces = ([read[(start + k) % len(read)] for k in range(n)] for start, n in zip(starts, PROBE_LENGTHS, strict=True))
     return tuple(Example(tuple(piece), (), (0, len(piece)), False) for piece in pieces)

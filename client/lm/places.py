@@ -121,9 +121,9 @@ def base_of(name: str) -> Base:
             return Base(told["id"], told["revision"])
         return Base(BESIDE, files=tuple(sorted(p for p in folder.iterdir() if p.is_file())))  # with its licence
     place = Path(name).expanduser()
-    return (
-        Base(str(place)) if place.is_dir() or is_gguf(place) else Base(name, resolve(name).name)
-    )  # .../snapshots/<revision>
+    if place.is_dir() or is_gguf(place):
+        return Base(str(place))
+    return Base(name, resolve(name).name)  # .../snapshots/<revision>
 
 
 def source(folder: Path) -> dict[str, str]:
@@ -194,9 +194,8 @@ def hub_folder(name: str) -> Path:
         raise ModelError(f"model {name!r} is not in the local cache and HF_HUB_OFFLINE is set; {way_out}")
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)  # asks once; the download would ask again for a minute
-        return Path(
-            snapshot_download(name, allow_patterns=[*HUB_FILES, *CARDS], ignore_patterns=HUB_SKIPPED)
-        ).absolute()
+        wanted = [*HUB_FILES, *CARDS]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=HUB_SKIPPED)).absolute()
     except RepositoryNotFoundError as error:
         raise ModelError(f"model {name!r}: no such folder, and the hub shows you no such model; {way_out}") from error
     except Exception as error:  # whatever stops the client of the hub, the user's ways out are the same

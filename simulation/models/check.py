@@ -60,7 +60,7 @@ class WrongError(Exception):
 
 
 def check(config: ModelConfig) -> Iterator[Tried]:
-    """Each part of a model as it is tried; after the first two nothing where one of them does not work."""
+    """Each part of a model as it is tried; none after the first where it cannot be loaded."""
     found: list[LanguageModel] = []
     yield _tried("loading", lambda: _loaded(config, found))
     if not found:

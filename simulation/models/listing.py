@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import CachedRepoInfo, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
-from florilegium.client.lm.places import GGUF, HUB_FILES, NAMES, PULL, ModelError, check_weights, resolve, source
+from florilegium.client.lm.places import GGUF, HUB_FILES, NAMES, ModelError, check_weights, resolve, source
 
 CARD = "README.md"
 LICENCE = re.compile(r"^license:\s*['\"]?([^'\"\n]+?)['\"]?\s*$", re.MULTILINE)
@@ -41,8 +41,8 @@ def listed(cache: Path | None = None) -> list[Listed]:
 def _known(name: str) -> Listed:
     try:
         place = resolve(name)
-    except ModelError:
-        return Listed(name, "", 0, UNTOLD, f"not here; fetch it with: {PULL}")
+    except ModelError as error:
+        return Listed(name, "", 0, UNTOLD, _without_name(error, name))
     return _of_folder(name, place, source(place).get("licence", ""))
 
 
@@ -80,10 +80,14 @@ def _objection(place: Path, name: str) -> str:
     try:
         check_weights(place, name)
     except ModelError as error:
-        return str(error).removeprefix(f"model {name!r}: ")
+        return _without_name(error, name)
     if place.is_dir() and not any(place.glob("tokenizer*")):
         return "no tokenizer"
     return ""
+
+
+def _without_name(error: ModelError, name: str) -> str:
+    return str(error).removeprefix(f"model {name!r}").removeprefix(":").strip()
 
 
 def _licence(folder: Path) -> str:
