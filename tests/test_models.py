@@ -161,8 +161,10 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
 
 def test_nothing_that_holds_a_pickle_is_downloaded() -> None:
     safe = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
+    safe += ["README.md", "LICENSE"]
     other = ["pytorch_model.bin", "model.pt", "training_args.bin", "modeling.py", "onnx/model.safetensors", "x.gguf"]
-    chosen = filter_repo_objects(safe + other, allow_patterns=places.HUB_FILES, ignore_patterns=places.HUB_SKIPPED)
+    wanted = [*places.HUB_FILES, *places.CARDS]
+    chosen = filter_repo_objects(safe + other, allow_patterns=wanted, ignore_patterns=places.HUB_SKIPPED)
     assert list(chosen) == safe
 
 
