@@ -106,6 +106,8 @@ def refused(folder: Path) -> list[list[str]]:
         ["config", "show", "quickstart", "selection.policy=nope"],
         ["config", "describe", "selection.polcy"],
         ["models", "pull", "nope"],
+        ["models", "check", "nope"],
+        ["models", "check", "nano", "weights=int2"],
         ["models", "pretrain", f"{missing}.toml"],
         ["models", "pretrain", "quickstart"],
         ["data", "describe", "nope"],

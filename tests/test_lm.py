@@ -211,6 +211,7 @@ OTHER_FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "RwkvConfig": ({"attention_hidden_size": 32}, "carries a state .*its class says so"),
     "Lfm2Config": ({"layer_types": ["conv", "full_attention"]}, r"carries a state .*conv\.conv is Conv1d"),
     "FalconH1Config": ({"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}, "a state"),
+    "GraniteMoeHybridConfig": ({"mamba_n_heads": 8, "mamba_d_state": 4, "mamba_d_head": 8}, "carries a state"),
     "Qwen3NextConfig": ({**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16}, "carries a state"),
     "Qwen3_5TextConfig": (LINEAR, "carries a state"),
     "MiniMaxConfig": ({"num_local_experts": 2, "layer_types": LINEAR["layer_types"]}, "of the type linear_attention"),

@@ -31,9 +31,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm import convert, hub, places, processor, pull
 from florilegium.client.lm.adapter import AdaptedLayer, AdapterLayout
-from florilegium.client.lm.config import ModelConfig
+from florilegium.client.lm.config import ModelConfig, SamplingConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.peft_format import write_peft
 from florilegium.client.lm.places import Base, ModelError
@@ -160,8 +161,10 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
 
 def test_nothing_that_holds_a_pickle_is_downloaded() -> None:
     safe = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
+    safe += ["README.md", "LICENSE"]
     other = ["pytorch_model.bin", "model.pt", "training_args.bin", "modeling.py", "onnx/model.safetensors", "x.gguf"]
-    chosen = filter_repo_objects(safe + other, allow_patterns=places.HUB_FILES, ignore_patterns=places.HUB_SKIPPED)
+    wanted = [*places.HUB_FILES, *places.CARDS]
+    chosen = filter_repo_objects(safe + other, allow_patterns=wanted, ignore_patterns=places.HUB_SKIPPED)
     assert list(chosen) == safe
 
 
@@ -318,6 +321,72 @@ def test_a_torn_file_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match="cannot be loaded"):
         load(folder)
+
+
+def configured(folder: Path, file: str = "config.json", **changes: object) -> None:
+    """Writes other entries into a file of settings; None takes one out."""
+    told = {**json.loads((folder / file).read_text()), **changes}
+    (folder / file).write_text(json.dumps({key: x for key, x in told.items() if x is not None}))
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_a_model_that_needs_code_of_its_own_is_refused_and_the_code_is_not_run(folder: Path, part: str) -> None:
+    (folder / "strange.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\nclass X: pass\n")
+    if part == "model":
+        own = {"AutoConfig": "strange.X", "AutoModelForCausalLM": "strange.X"}
+        configured(folder, model_type="strange", auto_map=own)
+    else:
+        configured(
+            folder, "tokenizer_config.json", tokenizer_class="Strange", auto_map={"AutoTokenizer": ["strange.X", None]}
+        )
+    with pytest.raises(ModelError, match=r"needs code that comes with it, which is never run here; take a model of"):
+        load(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_code_beside_a_model_that_transformers_has_itself_is_left_alone(folder: Path) -> None:
+    (folder / "strange.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
+    configured(folder, auto_map={"AutoConfig": "strange.X", "AutoModelForCausalLM": "strange.X"})
+    model, _ = load(folder)
+    assert isinstance(model, LlamaForCausalLM) and not (folder / "ran").exists()
+
+
+def test_a_config_without_a_dtype_or_ids_of_tokens_loads(folder: Path) -> None:
+    configured(folder, dtype=None, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    model, tokenizer = load(folder)
+    assert model.dtype == torch.float32
+    assert (model.config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_with_spare_rows_tied_to_the_head_or_not_learns_and_answers(folder: Path, tied: bool) -> None:
+    """As after `resize_token_embeddings`, in parts: 300 rows for 262 tokens."""
+    configured(folder, tie_word_embeddings=True)
+    model, _ = load(folder)
+    model.resize_token_embeddings(300, mean_resizing=False)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="8KB")
+    lm = LanguageModel.load(ModelConfig(name=str(folder), dtype="float32", device="cpu"))
+    head, table = lm.engine.head.weight, lm.engine.embedding.weight
+    assert len(head) == len(table) == 300 and (head.data_ptr() == table.data_ptr()) == tied
+    examples = lm.format.dialogues([Dialogue("", "hello", "there")])
+    with torch.inference_mode():
+        ids = torch.tensor([examples[0].prompt + examples[0].reply])
+        logits = model(ids).logits[0, len(examples[0].prompt) - 1 : -1]
+    nll = torch.nn.functional.cross_entropy(logits, ids[0, len(examples[0].prompt) :], reduction="sum")
+    assert lm.score(examples, [0], [])[0].nll == pytest.approx(float(nll), abs=1e-3)
+    assert isinstance(lm.generate(["hello"], [0], [], SamplingConfig(max_new_tokens=3), [0])[0], str)
+
+
+def test_weights_that_are_codes_already_are_refused(folder: Path) -> None:
+    configured(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(
+        ModelError, match=r"quantised already \(bitsandbytes\); .*\.gguf file, and set \[model\] weights"
+    ):
+        places.check_model(str(folder))
 
 
 # -- the base of an exported adapter ------------------------------------------------------------------------------
@@ -522,6 +591,8 @@ def test_the_real_pull_gives_a_model_that_answers(tmp_path: Path, monkeypatch: p
     reply = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
     text = tokenizer.decode(reply)
     assert "Paris" in text and text.endswith("<|im_end|>")
+    rounded = LanguageModel.load(ModelConfig(name="smollm2-135m", dtype="bfloat16", device="cpu"))
+    assert 0.001 < rounded.engine.error < 0.1
 
 
 # -- the doctor ---------------------------------------------------------------------------------------------------

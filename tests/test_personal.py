@@ -23,7 +23,7 @@ from florilegium.client.personalization import kgt, per_pcs, rpo
 from florilegium.client.personalization.config import NAMES, MethodConfig, TrainingConfig
 from florilegium.client.personalization.history import Asked, Past, Person, Wording
 from florilegium.client.personalization.kgt import KnowledgeGraph, Triple
-from florilegium.client.personalization.method import Method, MethodContext
+from florilegium.client.personalization.method import Method, MethodContext, NoRoomError
 from florilegium.client.personalization.oppu import Oppu, Pooled
 from florilegium.client.personalization.per_pcs import Assembled, Pieces, assembled, wide
 from florilegium.client.personalization.pplug import TEMPERATURE, Pplug
@@ -435,6 +435,20 @@ def test_triples_are_tried_on_the_newest_replies_and_proposed_from_the_newest_it
         made._proposed(number)
     newest, next_one = (call["prompts"][0] for call in calls)
     assert texts[7][0] in newest and "likes" in newest and texts[6][0] in next_one and "dislikes" in next_one
+
+
+def test_a_graph_without_room_for_an_item_names_the_limit_that_it_needs(lm: LanguageModel) -> None:
+    def limited(tokens: int) -> LanguageModel:
+        limits = TextLimits(prompt_tokens=tokens, reply_tokens=16)
+        return LanguageModel.load(ModelConfig(dtype="float32", limits=limits))
+
+    least = lm.format.length(kgt.ASK) + len("talks about") + 2 + 8
+    for tokens in (16, least - 1):
+        with pytest.raises(NoRoomError, match=rf"prompt_tokens = {tokens} must be >= {least} for the method kgt"):
+            KnowledgeGraph(context(limited(tokens)))
+    made = KnowledgeGraph(context(limited(least)))
+    made.prepare(PEOPLE)
+    assert len(made.graphs) == len(PEOPLE)
 
 
 def test_triples_near_the_question_are_given() -> None:

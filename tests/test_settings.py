@@ -141,9 +141,9 @@ def handed_to_the_model(c: ExperimentConfig, tools: Tools) -> Any:
     """What loads it, and what makes its engine."""
     calls: list[Any] = []
 
-    def load(*given: Any, **named: Any) -> tuple[None, None]:
+    def load(*given: Any, **named: Any) -> tuple[None, Callable[..., dict[str, list[int]]]]:
         calls.append((given, named))
-        return None, None
+        return None, lambda *given, **named: {"input_ids": []}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "load", load)

@@ -41,7 +41,7 @@ class TextLimits(Config):
 class ModelConfig(Config):
     """Which language model, and how it reads."""
 
-    name: str = Field("nano", description="nano, smollm2-135m, a hub id or a folder")
+    name: str = Field("nano", description="nano, smollm2-135m, a hub id, a folder or a .gguf file")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is fast")
     weights: Literal["float", "int8", "int4"] = Field(
         "float", description="of the frozen base's linear layers: as dtype says, or in 8 or 4 bits"

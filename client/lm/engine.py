@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import nn
@@ -60,8 +61,12 @@ class Engine:
         targets: Sequence[str] = (),
         max_batch_tokens: int = 0,
         checkpointing: bool = False,
+        probe_ids: Sequence[int] = (),
     ) -> None:
-        """Adapts the model in place; raises `UnsupportedModelError` for one that it cannot reproduce."""
+        """Adapts the model in place; raises `UnsupportedModelError` for one that it cannot reproduce.
+
+        That is tried with the tokens `probe_ids` of a text; without any, with some from the middle of the vocabulary.
+        """
         model.train(False)
         self.model = model.requires_grad_(False)
         self.device, self.dtype = model.device, model.dtype
@@ -71,7 +76,8 @@ class Engine:
         layers.refuse_states(model)
         self.head = layers.head_of(model)
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
-        expected = layers.probe(model)
+        probes = layers.probes(len(self.head.weight), probe_ids)
+        expected = layers.own_logits(model, probes)
         self.modules, self.embedding = layers.adapt(model, targets), layers.adapt_embedding(model)
         self.adaptable = layers.Adaptable(self.modules, self.embedding)
         replace_norms(model)
@@ -81,7 +87,7 @@ class Engine:
         self.token_budget = TokenBudget(max_batch_tokens or TOKENS.get((self.device.type, self.dtype), 2048))
         self.most_tokens = self.token_budget.tokens  # as set: what is left of them when memory was short says something
         self._apart: dict[tuple[object, ...], bool] = {}  # whether rows of a kind of pass do not reach each other
-        self._check(expected)
+        self._check(probes, expected)
 
     def pack(self, examples: Sequence[Example], slots: Sequence[int]) -> Pack:
         """The examples as one pass; those of one device follow each other."""
@@ -463,7 +469,7 @@ class Engine:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, V) of hidden states (N, H) in the model's type."""
-        return logits(hidden.to(self.dtype), self.head.weight, self.head.bias, self.softcap)
+        return logits(hidden.to(self.dtype), self.head.weight, self.head.bias, self.softcap, self.scale)
 
     def losses(self, pack: Pack) -> torch.Tensor:
         """Σ NLL over the targets of each example, (R,) nats; only targets pass the head."""
@@ -474,12 +480,12 @@ class Engine:
         )
 
     def _token_losses(self, hidden: torch.Tensor, targets: torch.Tensor, piece: int = 0) -> torch.Tensor:
-        return token_losses(hidden, self.head.weight, self.head.bias, targets, self.softcap, piece)
+        return token_losses(hidden, self.head.weight, self.head.bias, targets, self.softcap, piece, self.scale)
 
     @torch.inference_mode()
-    def _check(self, expected: torch.Tensor) -> None:
+    def _check(self, probes: Sequence[Example], expected: torch.Tensor) -> None:
         """Refuses a model that packed texts and our own loss do not reproduce."""
-        found = [self.logits(h) for _, h in self.hidden(layers.PROBES)]
+        hidden = torch.cat([h for _, h in self.hidden(probes)])
         count, windows = self.model.config.get_text_config().num_hidden_layers, self.reading.windows
         if len(windows) < count:
             raise layers.UnsupportedModelError(
@@ -491,12 +497,20 @@ class Engine:
                 f"layer {untold[0]} of {type(self.model).__name__} attends within a window or chunk that it does not "
                 f"tell: longer texts would be read otherwise than it was trained to"
             )
-        error = float((torch.cat(found).float() - expected).norm() / expected.norm())
-        if not error < (1e-3 if self.dtype == torch.float32 else 0.3):  # bfloat16 in 30 layers: 0.11 by rounding
+        self.scale, self.error = self._nearest_scale(hidden, expected)
+        if not self.error < (1e-3 if self.dtype == torch.float32 else 0.3):  # bfloat16 in 30 layers: 0.02 of a text
             raise layers.UnsupportedModelError(
                 f"{type(self.model).__name__} computes attention or logits in a way that is not supported: "
-                f"packed texts differ by {error:.2g} of the logits' norm"
+                f"packed texts differ by {self.error:.2g} of the logits' norm"
             )
+
+    def _nearest_scale(self, hidden: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+        """The scale with which our logits of hidden states are the model's own, and how far they are then."""
+        errors = {}
+        for scale in layers.logit_scales(self.model):
+            found = logits(hidden, self.head.weight, self.head.bias, self.softcap, scale).float()
+            errors[scale] = float((found - expected).norm() / expected.norm())
+        return min(errors.items(), key=itemgetter(1))
 
 
 def _filled(adapters: Adapters, rows: int) -> Adapters:

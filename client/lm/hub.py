@@ -1,14 +1,15 @@
 """Loads language models from where they lie (`client.lm.places`).
 
-Only safetensors are ever read, and no code that comes with a model is ever run. Not covered: fetching `smollm2-135m`
-(see `client.lm.pull`), quantised weights, adapters.
+Only safetensors and GGUF are ever read, and no code that comes with a model is ever run. Not covered: fetching
+`smollm2-135m` (see `client.lm.pull`), adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from florilegium.client.lm.places import ModelError, check_weights, resolve
+from florilegium.client.lm import gguf_file
+from florilegium.client.lm.places import ModelError, check_weights, is_gguf, resolve
 from florilegium.client.lm.quantised import Weights, quantise
 from florilegium.privacy.common.errors import first_line
 
@@ -43,16 +45,16 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen model `name` in evaluation mode, and its tokenizer.
 
-    `name` is `nano`, `smollm2-135m`, a local folder or a hub id, in this order. `chat_template` replaces the
-    tokenizer's own: "plain" or a Jinja template; `weights` is what the linear layers are held in. Afterwards the
+    `name` is `nano`, `smollm2-135m`, a local folder, a GGUF file or a hub id, in this order. `chat_template` replaces
+    the tokenizer's own: "plain" or a Jinja template; `weights` is what the linear layers are held in. Afterwards the
     tokenizer has a chat template, an end-of-text and a padding token, and each of its ids has a row in the embedding.
     Raises `ModelError`.
     """
     _check_device(device)
     folder = resolve(name)
     check_weights(folder, name)
-    tokenizer = _load_tokenizer(folder, name, chat_template)
-    model = _load_model(folder, name, dtype)
+    load_both = _load_gguf if is_gguf(folder) else _load_folder
+    tokenizer, model = load_both(folder, name, chat_template, dtype)
     embedding = torch.as_tensor(model.get_input_embeddings().weight)  # (V, H)
     rows, highest = len(embedding), max(tokenizer.get_vocab().values())
     if highest >= rows:
@@ -78,7 +80,29 @@ def _check_device(device: str) -> None:
         raise ModelError(f"device = {device!r}, but torch sees {seen} GPUs; {way_out}")
 
 
-def _load_tokenizer(folder: Path, name: str, chat_template: str) -> PreTrainedTokenizerBase:
+def _load_folder(
+    folder: Path, name: str, chat_template: str, dtype: torch.dtype
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    where = {"pretrained_model_name_or_path": str(folder)}
+    tokenizer = _load_tokenizer(where, folder, name)
+    _complete(tokenizer, f"eos_token in {folder}/tokenizer_config.json", name, chat_template)
+    return tokenizer, _load_model(where, folder, name, dtype)
+
+
+def _load_gguf(
+    path: Path, name: str, chat_template: str, dtype: torch.dtype
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """What a file holds, its weights made floats of `dtype`."""
+    reader = gguf_file.read(path, name)
+    with gguf_file.alone(path) as where, redirect_stderr(StringIO()):  # where a progress bar goes
+        tokenizer = gguf_file.with_its_tokens(_load_tokenizer(where, path, name), reader)
+        _complete(tokenizer, f"tokenizer.ggml.eos_token_id in {path}", name, chat_template)
+        model = _load_model(where, path, name, dtype)
+    gguf_file.check_all_taken(reader, model, name)
+    return tokenizer, model
+
+
+def _load_tokenizer(where: Mapping[str, str], folder: Path, name: str) -> PreTrainedTokenizerBase:
     if package := _lacking(folder):  # without which transformers fails, or makes a tokenizer of something else
         raise ModelError(
             f"model {name!r}: no usable tokenizer in {folder} (tokenizer.model alone needs a package: pip install "
@@ -87,22 +111,36 @@ def _load_tokenizer(folder: Path, name: str, chat_template: str) -> PreTrainedTo
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
+                **where, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # the kinds of failure are those of many tokenizer libraries
         raise ModelError(
-            f"model {name!r}: no usable tokenizer in {folder} ({first_line(error)}); "
+            f"model {name!r}: no usable tokenizer in {folder} ({_reason(error)}); "
             "write it with tokenizer.save_pretrained(folder), as tokenizer.json"
         ) from error
+    return tokenizer
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, eos_setting: str, name: str, chat_template: str) -> None:
+    """Gives it a token to pad with and a chat template; raises `ModelError` where it lacks what nothing replaces."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"model {name!r}: its tokenizer has no end-of-text token, so that replies would not end and there is "
-            f"nothing to pad with; set eos_token in {folder}/tokenizer_config.json"
+            f"nothing to pad with; set {eos_setting}"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is masked everywhere
     _set_template(tokenizer, name, chat_template)
-    return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """What stopped transformers, without its advice to run the code of strangers."""
+    if "custom code" in str(error):
+        return (
+            "it needs code that comes with it, which is never run here; take a model of an architecture that "
+            "transformers has itself"
+        )
+    return first_line(error)
 
 
 def _lacking(folder: Path) -> str:
@@ -131,11 +169,11 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, name: str, chat_template: 
         raise ModelError(f"model {name!r}: its chat template fails ({first_line(error)}); {way_out}") from error
 
 
-def _load_model(folder: Path, name: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(where: Mapping[str, str], folder: Path, name: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder),
+                **where,
                 dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
@@ -143,7 +181,7 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype) -> PreTrainedModel:
                 output_loading_info=True,
             )
     except Exception as error:  # torn files, wrong shapes, unknown architectures: each library has its own kind
-        raise ModelError(f"model {name!r}: {folder} cannot be loaded ({first_line(error)})") from error
+        raise ModelError(f"model {name!r}: {folder} cannot be loaded ({_reason(error)})") from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
     if missing:  # transformers would go on with random numbers

@@ -23,6 +23,7 @@ from florilegium.client.lm.soft_prompt import AdaptedEmbedding, PromptLayout
 from florilegium.privacy.common.errors import UserError
 
 ATTENDING = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # as configs name such layers
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")  # as configs name them
 LINEAR = (nn.Linear, QuantisedLinear)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as Llama and its kin name them
 
@@ -228,13 +229,34 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-PROBES = tuple(Example(tuple(range(3, 3 + n)), (), (0, n), False) for n in (4, 9, 6))
+def logit_scales(model: PreTrainedModel) -> tuple[float, ...]:
+    """What the head's output may be multiplied by: 1, a number of the config that is named for it, or its inverse.
+
+    Granite divides by the number that HyperCLOVA X multiplies by, under one name: the engine takes what agrees.
+    """
+    config = model.config.get_text_config()
+    told = [getattr(config, name, None) for name in LOGIT_SCALES]
+    return (1.0, *(x for scale in told if scale for x in (float(scale), 1 / scale)))
+
+
+PROBE_LENGTHS = (9, 6, 4)  # longest first, as the engine reads them
+
+
+def probes(vocabulary: int, ids: Sequence[int] = ()) -> tuple[Example, ...]:
+    """What a model is tried with: pieces of these ids; without any, of what is in the middle of its vocabulary.
+
+    At its ends are control tokens, of which many were never trained: in bfloat16 such tokens alone differ by a tenth.
+    """
+    read = ids or [(vocabulary // 3 + k) % vocabulary for k in range(sum(PROBE_LENGTHS))]
+    starts = (sum(PROBE_LENGTHS[:k]) for k in range(len(PROBE_LENGTHS)))
+    pieces = ([read[(start + k) % len(read)] for k in range(n)] for start, n in zip(starts, PROBE_LENGTHS, strict=True))
+    return tuple(Example(tuple(piece), (), (0, len(piece)), False) for piece in pieces)
 
 
 @torch.inference_mode()
-def probe(model: PreTrainedModel) -> torch.Tensor:
-    """Logits of `PROBES` one after the other, by the model as it is; (N, V)."""
-    ids = [torch.tensor([x.prompt], device=model.device) for x in sorted(PROBES, key=lambda x: -x.length)]
+def own_logits(model: PreTrainedModel, texts: Sequence[Example]) -> torch.Tensor:
+    """Logits of texts one after the other, by the model as it is; (N, V)."""
+    ids = [torch.tensor([x.prompt], device=model.device) for x in texts]
     return torch.cat([model(i, use_cache=False).logits[0] for i in ids]).float()
 
 

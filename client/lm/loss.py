@@ -20,24 +20,32 @@ def token_losses(
     targets: torch.Tensor,
     softcap: float | None,
     piece: int = 0,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """NLL (M,) in nats, float32, of `targets` (M,) given the last hidden states (M, H) before them.
 
+    The arguments beside them are those of `logits`.
     With a `piece` each product is of exactly so many tokens, the last filled up, whatever M is.
     """
     count = len(hidden)
     filler = -count % piece if piece else rounded(count) - count
     hidden, targets = F.pad(hidden, (0, 0, 0, filler)), F.pad(targets, (0, filler))
     step = piece or max(16, PIECE // len(weight) // 16 * 16)  # no piece is of fewer rows, but the last
-    losses: torch.Tensor = _TokenLosses.apply(hidden, weight, bias, targets, softcap, step)  # type: ignore[no-untyped-call]
+    losses: torch.Tensor = _TokenLosses.apply(hidden, weight, bias, targets, softcap, scale, step)  # type: ignore[no-untyped-call]
     return losses[:count]
 
 
 def logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """(M, H) → (M, V)."""
+    """(M, H) → (M, V): what the head gives, times `scale` (Cohere, Granite), then capped (Gemma 2)."""
     scores = F.linear(hidden, weight, bias)
+    if scale != 1:
+        scores.mul_(scale)
     return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
 
 
@@ -52,13 +60,14 @@ class _TokenLosses(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         softcap: float | None,
+        scale: float,
         step: int,
     ) -> torch.Tensor:
         losses = torch.empty(len(hidden), device=hidden.device)
         derivative = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), step):
             piece = slice(start, start + step)
-            scores, target = logits(hidden[piece], weight, bias, softcap), targets[piece, None]
+            scores, target = logits(hidden[piece], weight, bias, softcap, scale), targets[piece, None]
             chances = torch.softmax(scores, -1, dtype=torch.float32)
             log_sum = scores.amax(-1).float() - chances.amax(-1).log()  # the largest chance is exp(0) / Σ
             losses[piece] = log_sum - scores.gather(1, target)[:, 0]
@@ -66,6 +75,8 @@ class _TokenLosses(torch.autograd.Function):
                 slope = chances.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
                 if softcap:
                     slope.mul_(1 - (scores.float() / softcap).square_())
+                if scale != 1:
+                    slope.mul_(scale)
                 torch.mm(slope.to(weight.dtype), weight, out=derivative[piece])
         if derivative is not None:
             ctx.save_for_backward(derivative)
@@ -75,4 +86,4 @@ class _TokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (derivative,) = ctx.saved_tensors
-        return derivative * grad[:, None].to(derivative.dtype), None, None, None, None, None
+        return derivative * grad[:, None].to(derivative.dtype), *[None] * 6

@@ -24,6 +24,7 @@ from florilegium.client.lm.soft_prompt import PromptLayout
 from florilegium.client.lm.text import ChatFormat
 
 log = logging.getLogger(__name__)
+PROBE = "The weather was fine on Monday, so we walked along the river and bought bread."  # what an engine is tried with
 MEASURED = 128  # rows and columns of the matrices whose product is timed
 
 
@@ -70,7 +71,8 @@ class LanguageModel:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.engine = Engine(model, config.targets, config.max_batch_tokens, config.checkpointing)
+        words: list[int] = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        self.engine = Engine(model, config.targets, config.max_batch_tokens, config.checkpointing, words)
         self.format = ChatFormat(tokenizer, config)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Where language models lie: the bundled `nano`, the cache, a folder, or the Hugging Face hub.
+"""Where language models lie: the bundled `nano`, the cache, a folder, a GGUF file, or the Hugging Face hub.
 
 Knows names and folders without any model library, so that a wrong name is told at once. A model of the hub that is in
 the local cache is used as it is, so that the driver and its workers agree. Not covered: loading (`client.lm.hub`),
@@ -27,8 +27,10 @@ from florilegium.privacy.common.suggestions import did_you_mean
 NAMES = ("nano", "smollm2-135m")
 PULL = "florilegium models pull smollm2-135m"
 SOURCE = "source.json"  # beside pulled weights
+GGUF, GGUF_MAGIC = ".gguf", b"GGUF"
 HUB_TIMEOUT_S = 5.0
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]  # nothing that holds a pickle
+CARDS = ["README.md", "LICENSE*"]  # which are not loaded, but say what may be done with what is
 HUB_SKIPPED = ["*/*", "consolidated*"]  # other formats of the same weights
 FINGERPRINT_STRIDE_BYTES, FINGERPRINT_PART_BYTES = 1 << 24, 1 << 16
 
@@ -47,7 +49,7 @@ def cache_folder() -> Path:
 
 
 def resolve(name: str) -> Path:
-    """The folder of the model `name`; a model of the hub is downloaded if it is not in the cache."""
+    """The folder, or the GGUF file, of the model `name`; one of the hub is downloaded if it is not in the cache."""
     if name == "nano":
         return nano_folder()
     if name == "smollm2-135m":
@@ -56,26 +58,33 @@ def resolve(name: str) -> Path:
             raise ModelError(f"model {name!r} is not in {cache_folder()}; fetch it once with: {PULL}")
         return folder
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or is_gguf(folder):
         return folder
+    if folder.suffix.lower() == GGUF:
+        raise ModelError(f"model {name!r}: there is no such file; a GGUF file of the hub has to be fetched first")
     if name.count("/") == 1 and name[0] not in "./~" and not name.endswith("/"):
         return hub_folder(name)
     if "/" in name or os.sep in name:
-        raise ModelError(f"model {name!r} is not a folder, nor a hub id like owner/name")
+        raise ModelError(f"model {name!r} is not a folder, a .gguf file, nor a hub id like owner/name")
     near = did_you_mean(name.lower(), NAMES, 0.4)
     hint = f"{near} " if near else ""
     raise ModelError(f"unknown model {name!r}; {hint}use {', '.join(NAMES)}, a folder, or a hub id like owner/name")
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a model is a file of that name."""
+    return path.suffix.lower() == GGUF and path.is_file()
+
+
 def check_model(name: str) -> None:
-    """Raises `ModelError` where there is no such model, or a folder does not hold whole weights."""
+    """Raises `ModelError` where there is no such model, a folder does not hold whole weights, or a file is no GGUF."""
     check_weights(resolve(name), name)
 
 
 def base_hash(name: str) -> str:
     """SHA-256 of a model's weights: what an adapter was trained on."""
-    found = sha256()
-    for path in sorted(resolve(name).glob("*.safetensors")):
+    found, place = sha256(), resolve(name)
+    for path in [place] if is_gguf(place) else sorted(place.glob("*.safetensors")):
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 found.update(block)
@@ -103,19 +112,21 @@ BESIDE = f"./{ADAPTERS}/{BASE_FOLDER}"  # from the folder that holds both; with 
 def base_of(name: str) -> Base:
     """The base `name` as another machine finds it: the hub's id and revision, or a copy beside the adapters.
 
-    A folder of the user's stays its path, which holds on this machine alone.
+    A folder or a file of the user's stays its path, which holds on this machine alone.
     """
     if name in NAMES:
         folder = resolve(name)
-        source = _source(folder)
-        if source.get("from") == "hub":
-            return Base(source["id"], source["revision"])
+        told = source(folder)
+        if told.get("from") == "hub":
+            return Base(told["id"], told["revision"])
         return Base(BESIDE, files=tuple(sorted(p for p in folder.iterdir() if p.is_file())))  # with its licence
-    folder = Path(name).expanduser()
-    return Base(str(folder)) if folder.is_dir() else Base(name, resolve(name).name)  # .../snapshots/<revision>
+    place = Path(name).expanduser()
+    if place.is_dir() or is_gguf(place):
+        return Base(str(place))
+    return Base(name, resolve(name).name)  # .../snapshots/<revision>
 
 
-def _source(folder: Path) -> dict[str, str]:
+def source(folder: Path) -> dict[str, str]:
     """Where a pulled model came from, as `client.lm.pull` noted it."""
     path = folder / SOURCE
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
@@ -129,10 +140,11 @@ def copy_base(base: Base, folder: Path) -> None:
         shutil.copyfile(path, folder / BASE_FOLDER / path.name)
 
 
-def fingerprint(folder: Path) -> str:
-    """A hash of what is loaded from the folder of a model: of large files their sizes and a part in every 16 MB."""
+def fingerprint(model: Path) -> str:
+    """A hash of what is loaded of a folder or a file: of large files their sizes and a part in every 16 MB."""
     digest = sha256()
-    for path in sorted(p for p in folder.iterdir() if any(p.match(pattern) for pattern in HUB_FILES)):
+    loaded = [p for p in model.iterdir() if any(p.match(x) for x in HUB_FILES)] if model.is_dir() else [model]
+    for path in sorted(loaded):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -182,7 +194,8 @@ def hub_folder(name: str) -> Path:
         raise ModelError(f"model {name!r} is not in the local cache and HF_HUB_OFFLINE is set; {way_out}")
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)  # asks once; the download would ask again for a minute
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED)).absolute()
+        wanted = [*HUB_FILES, *CARDS]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=HUB_SKIPPED)).absolute()
     except RepositoryNotFoundError as error:
         raise ModelError(f"model {name!r}: no such folder, and the hub shows you no such model; {way_out}") from error
     except Exception as error:  # whatever stops the client of the hub, the user's ways out are the same
@@ -208,13 +221,19 @@ def _cached(name: str) -> Path | None:
 
 def check_weights(folder: Path, name: str) -> None:
     """Refuses anything through which transformers would read a pickle, another model, or half a model."""
+    if is_gguf(folder):
+        with folder.open("rb") as file:
+            if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+                raise ModelError(f"model {name!r}: {folder} does not begin as a GGUF file does")
+        return
     if (folder / "adapter_config.json").exists():  # transformers would fetch its base, and load adapter_model.bin
         raise ModelError(f"model {name!r}: {folder} holds an adapter; name the folder of a whole model")
     if not has_weights(folder):
         raise ModelError(
-            f"model {name!r}: no model.safetensors in {folder}; other formats (.bin, .pt, .gguf) are not read, "
-            "write it with model.save_pretrained(folder)"
+            f"model {name!r}: no model.safetensors in {folder}; other formats (.bin, .pt) are not read, "
+            "write it with model.save_pretrained(folder); where there is a .gguf file, name that"
         )
+    _refuse_coded(folder, name)
     if (folder / "model.safetensors").is_file():
         return
     try:
@@ -225,3 +244,16 @@ def check_weights(folder: Path, name: str) -> None:
     for part in parts:
         if Path(part).name != part or not part.endswith(".safetensors") or not (folder / part).is_file():
             raise ModelError(f"model {name!r}: its index names {part!r}, which is not a .safetensors file in {folder}")
+
+
+def _refuse_coded(folder: Path, name: str) -> None:
+    """Raises `ModelError` where weights are codes of another library, whose layers adapters cannot change."""
+    try:
+        coded = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # which transformers will tell better
+    if coded:
+        raise ModelError(
+            f"model {name!r}: the weights in {folder} are quantised already ({coded.get('quant_method', 'somehow')}); "
+            "take the folder with the float ones, or a .gguf file, and set [model] weights to 'int8' or 'int4'"
+        )

@@ -1,4 +1,8 @@
-"""Chat templates, rendered without a clock: where one asks for the date, it is told the one of the settings."""
+"""Chat templates, rendered without a clock and without thinking.
+
+Where one asks for the date, it is told the one of the settings. Where one can be told not to think before a reply
+(`enable_thinking`), it is: recorded replies hold no thoughts, and short ones have no room for any.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +24,15 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, reply: str, today: s
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
     template = tokenizer.get_chat_template()
     if "strftime_now" not in template:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False))
     # A function of ours would not do: transformers gives templates plain data only, and its own clock.
     return str(
         tokenizer.apply_chat_template(
-            messages, chat_template=CLOCK + template, strftime_codes=_codes(today), tokenize=False
+            messages,
+            chat_template=CLOCK + template,
+            strftime_codes=_codes(today),
+            tokenize=False,
+            enable_thinking=False,
         )
     )
 

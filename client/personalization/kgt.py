@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.personalization.history import Asked, Person
-from florilegium.client.personalization.method import SPARE, Method, MethodContext
+from florilegium.client.personalization.method import LEAST, SPARE, Method, MethodContext, NoRoomError
 from florilegium.client.words import words
 from florilegium.privacy.seeds import derive_seed
 
@@ -38,8 +38,16 @@ class KnowledgeGraph(Method):
     """The nearest of a person's triples before the question."""
 
     def __init__(self, context: MethodContext) -> None:
+        """Raises `NoRoomError` where the model could not be shown an item of a history to propose from."""
         super().__init__(context)
         self.graphs: list[list[Triple]] = []
+        if (lacking := LEAST - min(map(self._room, RELATIONS))) > 0:
+            limit = context.lm.config.limits.prompt_tokens
+            raise NoRoomError(
+                f"[model] limits.prompt_tokens = {limit} must be >= {limit + lacking} for the method kgt: it shows the "
+                f"model an item of the history before it asks what the person likes, and below {LEAST} tokens an item "
+                f"says nothing"
+            )
 
     def prepare(self, people: Sequence[Person]) -> None:
         super().prepare(people)
@@ -59,13 +67,18 @@ class KnowledgeGraph(Method):
     def _with(self, prompt: str, triples: Sequence[Triple]) -> str:
         return "\n".join([*map(str, triples), prompt])
 
+    def _room(self, relation: str) -> int:
+        """Tokens for an item of a history where it is asked for a relation; at least so many."""
+        lm = self.context.lm
+        return lm.config.limits.prompt_tokens - lm.format.length(ASK) - len(relation) - SPARE
+
     def _proposed(self, round_number: int) -> list[Triple | None]:
         """Of each person one more triple, from another item; None where the model has nothing new to say."""
         histories = [person.history for person in self.people]
         items = [h[-1 - round_number * max(1, len(h) // PROPOSED) % len(h)].shown if h else "" for h in histories]
         relation = RELATIONS[round_number % len(RELATIONS)]
         lm = self.context.lm
-        room = lm.config.limits.prompt_tokens - lm.format.length(ASK) - len(relation) - SPARE
+        room = self._room(relation)
         prompts = [ASK.format(item=lm.format.beginning(item, room), relation=relation) for item in items]
         seeds = [derive_seed(self.context.seed, p.id, "kgt", round_number) >> 1 for p in self.people]
         sampling = SamplingConfig(max_new_tokens=8)

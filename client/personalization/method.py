@@ -21,12 +21,16 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization.config import MethodConfig, TrainingConfig
 from florilegium.client.personalization.history import Asked, Past, Person, Wording
-from florilegium.privacy.common.errors import DeviceFaultError
+from florilegium.privacy.common.errors import DeviceFaultError, UserError
 from florilegium.privacy.common.registry import UnexpectedError, calling
 from florilegium.privacy.seeds import derive_seed
 
 LEAST = 8  # tokens of a person's item below which it says nothing
 SPARE = 2  # tokens that a text may have more in company than alone
+
+
+class NoRoomError(UserError):
+    """The limit on prompts leaves no room for what a method has to show the model."""
 
 
 class TrainingFailedError(DeviceFaultError):

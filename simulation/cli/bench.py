@@ -17,7 +17,7 @@ from florilegium.simulation.benchmarks import arguments
 from florilegium.simulation.cli.app import console, interruptible
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine with what it is asked to do.")
-Model = Annotated[str, typer.Option(help="nano, smollm2-135m, a hub id or a folder")]
+Model = Annotated[str, typer.Option(help="nano, smollm2-135m, a hub id, a folder or a .gguf file")]
 InTurns = Annotated[int, typer.Option(min=1, help="In each of them every arm has its turn.")]
 Asked = Sequence[Any]
 

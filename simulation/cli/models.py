@@ -1,23 +1,69 @@
-"""`florilegium models`: the language models that there are; one pulled, one trained."""
+"""`florilegium models`: the language models that there are; one pulled, one tried, one trained."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from florilegium.simulation.cli.app import console, interruptible
 
-app = typer.Typer(no_args_is_help=True, help="Language models: what there is, pull one, train one.")
+app = typer.Typer(no_args_is_help=True, help="Language models: what there is, pull one, try one, train one.")
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 @app.command("list")
-def list_models() -> None:
-    """The models known by name; a hub id or a folder will do as well."""
-    from florilegium.client.lm.places import NAMES
+def list_models(as_json: AsJson = False) -> None:
+    """The models on this machine, with their sizes and what their cards say of a licence.
 
-    for name in NAMES:
-        console.print(name)
+    Those known by name and those in the Hugging Face cache; a hub id, a folder or a .gguf file will do as well.
+    """
+    from florilegium.simulation.models.listing import listed
+
+    found = listed()
+    if as_json:
+        typer.echo(json.dumps([asdict(model) for model in found], indent=1, ensure_ascii=False))
+        return
+    width = max(len(model.name) for model in found)
+    for model in found:
+        size = f"{model.bytes / 1e6:,.1f} MB" if model.place else ""
+        told = f"{model.name:{width}}  {size:>12}  {model.licence if model.place else '':16} {model.why_not}"
+        console.print(Text(told.rstrip()), soft_wrap=True)
+
+
+@app.command()
+def check(name: str, overrides: Annotated[list[str] | None, typer.Argument()] = None, as_json: AsJson = False) -> None:
+    """Try what will work with a model: adapters of many devices, DP, writing, weights in bits, export.
+
+    NAME is nano, smollm2-135m, a hub id, a folder or a .gguf file; OVERRIDES are settings of a run's section model:
+
+    florilegium models check owner/name dtype=float32 targets=q_proj,v_proj
+
+    Ends with exit code 1 where a part that a run needs does not work, with 2 where there is no such model.
+    """
+    from florilegium.client.lm.places import resolve
+    from florilegium.simulation.models.config import model_config
+
+    settings = model_config(name, overrides or [])
+    resolve(settings.name)
+
+    from florilegium.simulation.models.check import check as tried  # and with it torch
+
+    found = []
+    with interruptible():
+        for part in tried(settings):
+            found.append(part)
+            verdict = "yes" if part.works else "no" if part.needed else "(no)"
+            if not as_json:
+                console.print(Text(f"{part.part:18}{verdict:5}{part.told}"), soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps([asdict(part) for part in found], indent=1, ensure_ascii=False))
+    if not all(part.works for part in found if part.needed):
+        raise typer.Exit(1)
 
 
 @app.command()

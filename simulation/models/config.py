@@ -1,13 +1,16 @@
-"""The settings of `florilegium models pretrain`."""
+"""The settings of `florilegium models pretrain`, and those of a model alone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from florilegium.client.lm.config import ModelConfig
 from florilegium.privacy.common.base_config import Config, Names
+from florilegium.simulation.settings import parse_override, set_value, validate
 
 
 class ModelShape(Config):
@@ -43,3 +46,12 @@ class PretrainConfig(Config):
     compile: bool = Field(False, description="by torch.compile")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     seed: int = Field(0, description="of weights and of what is drawn")
+
+
+def model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
+    """The settings of a model alone; in `overrides` they may stand as in a run's config, with `model.` before."""
+    tree: dict[str, Any] = {"name": name}
+    for override in overrides:
+        key, value = parse_override(override)
+        set_value(tree, key.removeprefix("model."), value)
+    return validate(ModelConfig, tree, f"model {name}")

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from florilegium.simulation.data.conversations import READERS, Conversation
 from florilegium.simulation.models.config import ModelShape, PretrainConfig
+from florilegium.simulation.settings import ConfigError
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 ROLES = ("<|user|>", "<|assistant|>", "<|system|>")
@@ -92,12 +93,21 @@ class Corpus:
         return np.array(out, dtype=np.uint16)
 
     def batches(self, start: int) -> Iterator[torch.Tensor]:
-        """Batches `start`, `start + 1`, … of windows; (B, window + 1) ids."""
+        """Batches `start`, `start + 1`, … of windows; (B, window + 1) ids.
+
+        Raises `ConfigError` where all conversations together have fewer windows than a batch.
+        """
         size, window = self.config.batch_tokens // self.config.window, self.config.window
         number, epoch = 0, 0
         while True:
             tokens = self.epoch(epoch)
             windows = (len(tokens) - 1) // window
+            if not 0 < size <= windows:
+                raise ConfigError(
+                    f"batch_tokens = {self.config.batch_tokens} makes {size} windows of {window} tokens, and must make "
+                    f"1 to {windows}, of which all conversations together are: set batch_tokens or window, or name "
+                    f"more corpora"
+                )
             order = np.random.default_rng((self.config.seed, 3, epoch)).permutation(windows)
             for first in range(0, windows - size + 1, size):
                 if number >= start:
