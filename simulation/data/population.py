@@ -29,6 +29,7 @@ from florilegium.simulation.data.formats.reading import FieldNames, Reading
 from florilegium.simulation.data.formats.reading import Replies as RepliesOf
 from florilegium.simulation.data.formats.recognise import read_source
 from florilegium.simulation.data.hub import HubFields, read_hub
+from florilegium.simulation.data.partition import PartitionConfig, check_labels, rows_by_user
 
 Half = Literal["development", "test"]
 Split = Literal["development", "test", "all"]
@@ -52,6 +53,7 @@ class DataConfig(Config):
     context_turns: int = Field(
         default=1, ge=1, description="turns before a reply in its prompt; long ones lose their beginning"
     )
+    partition: PartitionConfig = PartitionConfig()
     order: Order = Field(default="recorded", description="of a stream; sticky: Markov over its domains")
     stickiness: float = Field(default=0.9, ge=0, le=1, description="chance that the next dialogue stays in the domain")
     hub_fields: HubFields = HubFields()
@@ -78,6 +80,21 @@ class DataConfig(Config):
         if self.max_pairs < self.min_pairs:
             raise ValueError(f"max_pairs = {self.max_pairs} must be >= min_pairs = {self.min_pairs}")
         return self
+
+    @model_validator(mode="after")
+    def _labels_are_the_domain(self) -> Self:
+        by, hub = self.partition.by, self.name.startswith(HUB)
+        domain = self.hub_fields.domain if hub else self.fields.domain
+        if by and domain not in ("", by):
+            where = "hub_fields" if hub else "fields"
+            raise ValueError(f"partition.by = {by!r} is what is read as the domain; leave out {where}.domain")
+        if by not in ("", "domain") and not hub and self._is_known():
+            raise ValueError(f"partition.by = {by!r}: {self.name} has no columns, only domains; leave partition.by out")
+        return self
+
+    def _is_known(self) -> bool:
+        """Whether a reader of ours, or of the user's, is meant: an existing file wins."""
+        return (self.name in READERS or is_extension(self.name)) and not Path(self.name).expanduser().is_file()
 
 
 @dataclass(frozen=True)
@@ -155,13 +172,27 @@ def is_whole(text: str) -> bool:
 
 def streams(replies: Replies, config: DataConfig, seed: int) -> dict[str, tuple[Dialogue, ...]]:
     """What each eligible user of the split has said, capped: `min_pairs <= len(stream) <= max_pairs`."""
-    if replies.anonymous:
+    everybody = users_of(replies, config, seed)
+    return {user: said[: config.max_pairs] for user, said in everybody.items() if len(said) >= config.min_pairs}
+
+
+def users_of(replies: Replies, config: DataConfig, seed: int) -> dict[str, tuple[Dialogue, ...]]:
+    """All that each user of the split has said, however little: recorded users, or those whom it is dealt to.
+
+    Raises `DataError` for data that has users and is to be parted among others.
+    """
+    kind = config.partition.kind
+    if kind not in ("", "natural") and not replies.anonymous:
+        raise DataError(
+            f"data.partition.kind = {kind!r} is for data that names no users, and {config.name} has "
+            f"{len(replies.by_user):,}; leave it out, or use 'natural'"
+        )
+    if replies.anonymous and kind != "natural":
         return _deal(replies.by_user.get("", ()), config, seed)
-    return {
-        user: said[: config.max_pairs]
-        for user, said in replies.by_user.items()
-        if len(said) >= config.min_pairs and config.split in (half_of(user), "all")
-    }
+    by_user = replies.by_user
+    if replies.anonymous or config.partition.by:
+        by_user = _by_label(by_user, config)
+    return {user: said for user, said in by_user.items() if config.split in (half_of(user), "all")}
 
 
 def draw(replies: Replies, config: DataConfig, seed: int) -> Sequence[User]:
@@ -271,8 +302,11 @@ def _meant(name: str) -> str:
 
 
 def reading_of(config: DataConfig) -> Reading:
-    """How the settings say that a file is to be read."""
-    return Reading(config.fields, config.replies, config.reply_within_s)
+    """How the settings say that a file is to be read; labels that it is parted by are read as domains."""
+    fields, by = config.fields, config.partition.by
+    if by:
+        fields = fields.model_copy(update={"domain": by})
+    return Reading(fields, config.replies, config.reply_within_s, labelled=bool(by))
 
 
 def _conversations(config: DataConfig, reading: Reading, named: str) -> Iterator[Conversation]:
@@ -305,21 +339,34 @@ def _in_order(said: list[Dialogue]) -> tuple[Dialogue, ...]:
 
 
 def _deal(replies: tuple[Dialogue, ...], config: DataConfig, seed: int) -> dict[str, tuple[Dialogue, ...]]:
-    """Shuffled conversations, dealt out in equal runs; each lies in one half. Times become running numbers.
+    """Shuffled conversations, dealt out as data.partition says, else in equal runs; each lies in one half.
 
-    Replies of one conversation follow each other, so that its context is not met before or after on another device
-    (but for the one that a run ends in).
+    Replies of one conversation follow each other, so that in equal runs its context is not met before or after on
+    another device (but for the one that a run ends in). Times become running numbers.
     """
     half = [reply for reply in replies if config.split in (half_of(_conversation_of(reply)), "all")]
-    shuffled = sorted(half, key=lambda reply: derive_seed(seed, "deal", _conversation_of(reply)))
+    drawn_by = seed if config.partition.seed == "run" else config.partition.seed
+    shuffled = sorted(half, key=lambda reply: derive_seed(drawn_by, "deal", _conversation_of(reply)))
     devices = min(config.users, len(half) // config.min_pairs)
-    runs = [shuffled[i * len(half) // devices : (i + 1) * len(half) // devices] for i in range(devices)]
+    if config.partition.kind:
+        users, labels = config.partition.users or config.users, [reply.domain for reply in shuffled]
+        of_user = rows_by_user(labels, config.partition, users, config.min_pairs, derive_seed(drawn_by, "partition"))
+        hands = [[shuffled[row] for row in rows] for rows in of_user]
+    else:
+        hands = [shuffled[i * len(half) // devices : (i + 1) * len(half) // devices] for i in range(devices)]
     return {
-        f"{config.split}-{i:05d}": tuple(
-            replace(reply, time=float(n)) for n, reply in enumerate(run[: config.max_pairs])
-        )
-        for i, run in enumerate(runs)
+        f"{config.split}-{i:05d}": tuple(replace(reply, time=float(n)) for n, reply in enumerate(hand))
+        for i, hand in enumerate(hands)
     }
+
+
+def _by_label(by_user: dict[str, tuple[Dialogue, ...]], config: DataConfig) -> dict[str, tuple[Dialogue, ...]]:
+    """A user for each label, which is the domain of what was said."""
+    found: dict[str, list[Dialogue]] = {}
+    for reply in (reply for said in by_user.values() for reply in said):
+        found.setdefault(reply.domain, []).append(reply)
+    check_labels([reply.domain for said in found.values() for reply in said], config.partition)
+    return {label: _in_order(found[label]) for label in sorted(found)}
 
 
 def cut(said: tuple[Dialogue, ...], config: DataConfig) -> tuple[tuple[Dialogue, ...], tuple[Dialogue, ...]]:
@@ -346,6 +393,9 @@ def _user(identity: str, said: tuple[Dialogue, ...], config: DataConfig, seed: i
 def _too_few(replies: Replies, config: DataConfig, eligible: int) -> str:
     asked = f"data.users = {config.users}, but the {config.split} half of {config.name!r} has"
     remedy = f"set users <= {eligible}, lower min_pairs" if eligible else "lower min_pairs"
+    if kind := config.partition.kind:
+        had = f"{eligible} users with min_pairs = {config.min_pairs} replies or more after its partition ({kind})"
+        return f"{asked} {had}; {remedy}"
     if replies.anonymous:
         return f"{asked} replies for {eligible} devices of min_pairs = {config.min_pairs}; {remedy}"
     return (

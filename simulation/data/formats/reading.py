@@ -48,6 +48,7 @@ class Reading:
     fields: FieldNames = field(default_factory=FieldNames)
     replies: Replies = "assistant"
     reply_within_s: float = 3600.0
+    labelled: bool = False  # whether rows must have a domain: they are parted by it
     read_as: str = ""
     by_role: bool = False
     conversations: int = 0
@@ -79,9 +80,11 @@ class Reading:
     def check_named(self, row: Row, where: str) -> None:
         """Raises `DataError` for a name of the settings that the first row does not have."""
         for role, named in self.fields:
-            if named and role not in MAY_BE_ABSENT and not self.key(role, row):
+            label = role == "domain" and self.labelled
+            if named and (label or role not in MAY_BE_ABSENT) and not self.key(role, row):
+                setting = "data.partition.by" if label else f"data.fields.{role}"
                 columns = ", ".join(str(key) for key in row)
-                raise DataError(f"{where}: data.fields.{role} = {named!r} is none of its columns: {columns}")
+                raise DataError(f"{where}: {setting} = {named!r} is none of its columns: {columns}")
 
     def user(self, row: Row, where: str) -> str:
         """Whose row this is: "" in a file that names nobody. Raises `DataError` where only some rows name somebody."""
