@@ -25,7 +25,7 @@ from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.data.conversations import READERS, Conversation, read
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import is_file_name
-from florilegium.simulation.data.formats.reading import FieldNames, Reading
+from florilegium.simulation.data.formats.reading import Dates, FieldNames, Reading
 from florilegium.simulation.data.formats.reading import Replies as RepliesOf
 from florilegium.simulation.data.formats.recognise import read_source
 from florilegium.simulation.data.hub import HubFields, read_hub
@@ -63,6 +63,10 @@ class DataConfig(Config):
         default=3600.0, gt=0, description="of a log: what comes later than this after a message does not answer it"
     )
 
+    dates: Dates = Field(
+        default="auto", description="of WhatsApp: whether day or month comes first, where a file does not say"
+    )
+
     def extensions(self) -> list[str]:
         return [] if self.name.startswith(HUB) else super().extensions()
 
@@ -88,11 +92,11 @@ class DataConfig(Config):
         if by and domain not in ("", by):
             where = "hub_fields" if hub else "fields"
             raise ValueError(f"partition.by = {by!r} is what is read as the domain; leave out {where}.domain")
-        if by not in ("", "domain") and not hub and self._is_known():
+        if by not in ("", "domain") and not hub and self.is_known():
             raise ValueError(f"partition.by = {by!r}: {self.name} has no columns, only domains; leave partition.by out")
         return self
 
-    def _is_known(self) -> bool:
+    def is_known(self) -> bool:
         """Whether a reader of ours, or of the user's, is meant: an existing file wins."""
         return (self.name in READERS or is_extension(self.name)) and not Path(self.name).expanduser().is_file()
 
@@ -304,9 +308,9 @@ def _meant(name: str) -> str:
 def reading_of(config: DataConfig) -> Reading:
     """How the settings say that a file is to be read; labels that it is parted by are read as domains."""
     fields, by = config.fields, config.partition.by
-    if by:
+    if by and not config.is_known():
         fields = fields.model_copy(update={"domain": by})
-    return Reading(fields, config.replies, config.reply_within_s, labelled=bool(by))
+    return Reading(fields, config.replies, config.reply_within_s, config.dates, labelled=bool(by))
 
 
 def _conversations(config: DataConfig, reading: Reading, named: str) -> Iterator[Conversation]:
@@ -316,6 +320,9 @@ def _conversations(config: DataConfig, reading: Reading, named: str) -> Iterator
     if config.name.startswith(HUB):
         return read_hub(config.name.removeprefix(HUB), config.hub_fields)
     if config.name in READERS or is_extension(config.name):
+        reading.take_for(f"the data set {config.name}")
+        reading.check_replies()
+        reading.read_as = ""  # its own description says more
         return read(config.name)
     return read_source(path, reading, named)
 

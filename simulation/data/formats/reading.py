@@ -24,6 +24,11 @@ ROLES = {
 }
 MAY_BE_ABSENT = ("domain", "id", "reply_to")  # from a row
 Replies = Literal["assistant", "user"]
+WHOSE: dict[Replies, str] = {
+    "assistant": "replies are the assistant's; data.replies=user for the human's",
+    "user": "replies are the human's; data.replies=assistant for the assistant's",
+}
+Dates = Literal["auto", "day-first", "month-first"]
 Located = tuple[str, Row]  # where a row stands, for errors, and the row
 
 
@@ -48,10 +53,12 @@ class Reading:
     fields: FieldNames = field(default_factory=FieldNames)
     replies: Replies = "assistant"
     reply_within_s: float = 3600.0
+    dates: Dates = "auto"
     labelled: bool = False  # whether rows must have a domain: they are parted by it
     read_as: str = ""
     by_role: bool = False
     conversations: int = 0
+    notes: list[str] = field(default_factory=list)  # of what was taken for granted, for people
     left_out: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)  # where each reason was met first
     _known: dict[tuple[str, tuple[str, ...]], str] = field(default_factory=dict)
@@ -89,6 +96,8 @@ class Reading:
     def user(self, row: Row, where: str) -> str:
         """Whose row this is: "" in a file that names nobody. Raises `DataError` where only some rows name somebody."""
         found = name(self.get("user", row), where, "user")
+        if self.fields.user and not found:
+            raise DataError(f"{where}: data.fields.user = {self.fields.user!r} is empty; name a user in every row")
         if self._named is not None and self._named != bool(found):
             raise DataError(f"{where}: a user is named in some rows only; name one in every row, or in none")
         self._named = bool(found)
@@ -105,10 +114,24 @@ class Reading:
     def told(self) -> str:
         """One line for people: what a file was taken for, how much was read, and whose replies are learned."""
         line = f"read as {self.read_as}: {self.conversations:,} conversations"
-        if not self.by_role:
-            return line
-        other = "data.replies=user for the human's" if self.replies == "assistant" else "data.replies=assistant else"
-        return f"{line}, replies are the {'assistant' if self.replies == 'assistant' else 'human'}'s; {other}"
+        if self.by_role:
+            line += f", {WHOSE[self.replies]}"
+        return "; ".join([line, *self.notes])
+
+    def take_for(self, told: str) -> None:
+        """Notes what a file is; raises `DataError` where the settings name columns and it has none."""
+        if named := [role for role, name in self.fields if name]:
+            setting = "data.partition.by" if self.labelled and named == ["domain"] else f"data.fields.{named[0]}"
+            raise DataError(f"{setting} = {getattr(self.fields, named[0])!r}: {told} has no columns; leave it out")
+        self.read_as = told
+
+    def check_replies(self) -> None:
+        """Raises `DataError` where the human's replies are asked for and nothing says who is human."""
+        if self.replies == "user" and not self.by_role:
+            raise DataError(
+                f"data.replies = 'user' is of chats whose turns have roles; {self.read_as} has none: leave it out"
+                + (", or swap data.fields.prompt and data.fields.response" if "respon" in self.read_as else "")
+            )
 
     def problems(self) -> Iterator[str]:
         """The five commonest reasons for leaving something out, each with the place where it was met first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -16,8 +17,9 @@ from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import Row, shown
 from florilegium.simulation.data.formats.exports import discord, is_discord, is_slack, is_telegram, slack, telegram
 from florilegium.simulation.data.formats.mail import mails
+from florilegium.simulation.data.formats.media import but_media, texts_of
 from florilegium.simulation.data.formats.messages import Message, paired, read_log
-from florilegium.simulation.data.formats.opened import UTF16, is_json_lines, json_values, start_of
+from florilegium.simulation.data.formats.opened import ARROW, PARQUET, UTF16, ZIP, is_json_lines, json_values, start_of
 from florilegium.simulation.data.formats.reading import FieldNames, Located, Reading
 from florilegium.simulation.data.formats.rows import (
     read_alpaca,
@@ -32,7 +34,8 @@ from florilegium.simulation.data.jsonl import KEYS, read_jsonl
 
 OURS = "jsonl"
 OURS_TOLD = "JSON Lines of user, prompt and response"
-ARROW_STREAM = b"\xff\xff\xff\xff"
+SLACK_DAY = re.compile(r"\d{4}-\d{2}-\d{2}\.json")  # a day, in the folder of its channel
+LOOKED_AT = 8  # days can be empty
 
 
 class RowFormat(NamedTuple):
@@ -91,6 +94,7 @@ def read_source(path: Path, reading: Reading, named: str = "") -> Iterator[Conve
     straight = path.is_file() and not is_zipfile(path)
     for conversation in _read(path, reading, named):
         reading.conversations += 1
+        reading.check_replies()
         ours = straight and reading.read_as == OURS_TOLD  # whose ids are of its lines
         yield conversation if ours else replace(conversation, id=f"{path.name}:{reading.conversations}")
 
@@ -101,16 +105,16 @@ def _read(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
     if not path.exists():
         raise DataError(f"{path} does not exist; give the path of a file or a folder")
     start = start_of(path)
-    if start.startswith(b"PK\x03\x04"):
+    if start.startswith(ZIP):
         return _zip(path, reading, named)
     if rows := _table(path, start):
         return _of_rows(path, rows, reading, named)
     text = start.decode("utf-16" if start[:2] in UTF16 else "utf-8-sig", "replace").lstrip()
     if named == "whatsapp" or (not named and looks_like_whatsapp(text)):
-        reading.read_as = "a WhatsApp chat"
+        reading.take_for("a WhatsApp chat")
         return read_whatsapp(path, reading)
     if named == "mbox" or (not named and text.startswith("From ") and "\nFrom:" in text.replace("\r", "")):
-        reading.read_as = "mail in mbox"
+        reading.take_for("mail in mbox")
         return paired(mails(path, reading), reading)
     if text.startswith(("{", "[")):
         return _json(path, reading, named)
@@ -126,9 +130,9 @@ def _ours(path: Path, reading: Reading) -> Iterator[Conversation]:
 
 
 def _table(path: Path, start: bytes) -> Iterator[Located] | None:
-    if start.startswith(b"PAR1"):
+    if start.startswith(PARQUET):
         return read_parquet(path)
-    return read_arrow(path) if start.startswith((b"ARROW1", ARROW_STREAM)) else None
+    return read_arrow(path) if start.startswith(ARROW) else None
 
 
 def _json(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
@@ -138,7 +142,7 @@ def _json(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
     documents: Iterator[tuple[str, Any]] = chain([first], [second] if second else [], values)
     for key, export in EXPORTS.items():
         if named == key or (not named and export.fits(first[1])):
-            reading.read_as = export.told
+            reading.take_for(export.told)
             return paired(export.messages(documents, reading), reading)
     wrapped = second is None and _is_wrapped(first[1], reading)
     if named == OURS or (not named and not wrapped and _is_ours(path, first[1], reading)):
@@ -195,18 +199,22 @@ def _of_rows(path: Path, rows: Iterator[Located], reading: Reading, named: str) 
 
 
 def _folder(folder: Path, reading: Reading, named: str) -> Iterator[Conversation]:
-    """The files of a folder one after the other; of a Slack export, each folder in it is a channel."""
+    """The files of a folder one after the other; of a Slack export, each folder with days in it is a channel."""
     if saved := saved_files(folder):
         rows = chain.from_iterable(read_arrow(path) for path in saved)
         return _of_rows(folder, rows, reading, named)
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith((".", "README", "LICENSE")))
+    paths = texts_of(folder, reading)
     if not paths:
-        raise DataError(f"{folder} holds no file")
-    days = [path for path in paths if path.suffix == ".json" and path.parent != folder]
-    if named == "slack" or (not named and days and is_slack(next(json_values(days[0]), ("", None))[1])):
-        reading.read_as = EXPORTS["slack"].told
+        raise DataError(f"{folder} holds no file that is a text or a table")
+    days = [path for path in paths if SLACK_DAY.fullmatch(path.name)]
+    if days and (named == "slack" or (not named and any(map(_is_of_slack, days[:LOOKED_AT])))):
+        reading.take_for(EXPORTS["slack"].told)
         return paired(chain.from_iterable(slack(json_values(p), reading, p.parent.name) for p in days), reading)
     return _one_by_one(paths, reading, named)
+
+
+def _is_of_slack(path: Path) -> bool:
+    return is_slack(next(json_values(path), ("", None))[1])
 
 
 def _one_by_one(paths: list[Path], reading: Reading, named: str) -> Iterator[Conversation]:
@@ -221,9 +229,10 @@ def _one_by_one(paths: list[Path], reading: Reading, named: str) -> Iterator[Con
 def _zip(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / path.stem
+        folder.mkdir()
         try:
             with ZipFile(path) as archive:
-                archive.extractall(folder)
+                archive.extractall(folder, but_media(archive.namelist(), path, reading))
         except (BadZipFile, OSError, RuntimeError, NotImplementedError, zlib.error) as error:
             raise DataError(f"{path} cannot be read as a zip archive ({error}); is the file whole?") from None
         files = [p for p in folder.rglob("*") if p.is_file()]
