@@ -591,3 +591,79 @@ def test_without_a_reader_of_zstd_it_is_told_what_to_install(tmp_path: Path, mon
     (path := tmp_path / "x").write_bytes(b"\x28\xb5\x2f\xfd\0\0")
     with pytest.raises(DataError, match=r"compressed with zstd: pip install 'florilegium\[tables\]'"):
         said(path)
+
+
+# Signal
+
+
+def item(number: int, author: str, body: str, **quote: str) -> dict[str, Any]:
+    text = {"text": {"body": body}} | ({"quote": quote} if quote else {})
+    return {
+        "chatItem": {"chatId": "1", "authorId": author, "dateSent": f"171455400000{number}", "standardMessage": text}
+    }
+
+
+SIGNAL = [
+    {"version": "1", "backupTimeMs": "1714554999000"},
+    {"account": {"givenName": "A"}},
+    {"recipient": {"id": "2", "self": {}}},
+    {"recipient": {"id": "3", "contact": {"profileGivenName": "B"}}},
+    {"chat": {"id": "1", "recipientId": "3"}},
+    item(1, "2", "Tea?"),
+    item(2, "4", "Hm"),
+    {"chatItem": {"chatId": "1", "authorId": "3", "dateSent": "1714554000003", "updateMessage": {"simpleUpdate": {}}}},
+    item(4, "3", "Green.", authorId="2", targetSentTimestamp="1714554000001"),
+]
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+def test_what_signal_exports_itself(tmp_path: Path, skipped: int) -> None:
+    """Among the media that it lays beside; a quote says which message is answered."""
+    (tmp_path / "export" / "files" / "ab").mkdir(parents=True)
+    (tmp_path / "export" / "files" / "ab" / "note.txt").write_text("an attachment")
+    (tmp_path / "export" / "metadata.json").write_text('{"version": 1}')
+    (path := tmp_path / "export" / "main.jsonl").write_text("\n".join(map(json.dumps, SIGNAL[skipped:])))
+    for source in (path, tmp_path / "export"):
+        reading = Reading()
+        assert said(source, reading) == [("3", "Tea?", "Green."), ("4", "Tea?", "Hm")]
+        assert reading.read_as == "Signal's own export"
+        assert reading.left_out["notice of the app, or a sticker, call or deleted message"] == 1
+
+
+def sent(time: str, sender: str, body: str, **more: Any) -> dict[str, Any]:
+    row = {"date": f"2024-05-01T09:{time}", "sender": sender, "body": f"{body}  ", "quote": "", "sticker": None}
+    return {**row, "reactions": [], "attachments": [], "deleted": False, "call": False, **more}
+
+
+CHAT_MD = """[2024-05-01 09:00:00] Me: Tea?
+
+[2024-05-01 09:01:00] Ben: \n\n> Tea?\n\nGreen.
+With lemon: yes.  ![a.jpg](./media/a.jpg)  
+(- Me: 👍 -)
+
+[2024-05-01 09:02:00] Me: (This message was deleted)
+
+[2024-05-01 09:03:00] Ben:   
+(( 🍵 ))
+
+"""
+
+
+def test_what_signal_export_writes(tmp_path: Path) -> None:
+    """JSON, Markdown and a page of a chat say the same: the first is read, the Markdown where it has no JSON beside."""
+    rows = [
+        sent("00", "Me", "Tea?"), sent("01", "Ben", "Green.\nWith lemon: yes.", quote="\n\n> Tea?\n\n"),
+        sent("02", "Me", "gone", deleted=True), sent("03", "Ben", "", sticker={"emoji": "🍵"}),
+    ]  # fmt: skip
+    (chat := tmp_path / "export" / "Ben").mkdir(parents=True)
+    (chat / "index.html").write_text("<html>")
+    (chat / "chat.md").write_text(CHAT_MD)
+    expected = [("Ben", "Tea?", "Green.\nWith lemon: yes.")]
+    for source, written in ((tmp_path / "export", False), (tmp_path / "export", True), (chat / "data.json", True)):
+        if written:
+            (chat / "data.json").write_text("\n".join(map(json.dumps, rows)))
+        reading = Reading()
+        assert said(source, reading) == expected and reading.read_as == "chats of signal-export"
+        assert reading.left_out["call or deleted message"] == reading.left_out["message without text"] == 1
+    assert {talk.domain for talk in read_source(tmp_path / "export", Reading())} == {"Ben"}
+    assert said(chat / "chat.md") == expected

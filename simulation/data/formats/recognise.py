@@ -28,14 +28,20 @@ from florilegium.simulation.data.formats.rows import (
     read_preferences,
     read_sharegpt,
 )
+from florilegium.simulation.data.formats.signal import (
+    is_signal,
+    is_signal_export,
+    signal,
+    signal_export,
+    signal_markdown,
+)
 from florilegium.simulation.data.formats.tables import delimiter_of, read_arrow, read_csv, read_parquet, saved_files
 from florilegium.simulation.data.formats.whatsapp import looks_like_whatsapp, read_whatsapp
 from florilegium.simulation.data.jsonl import KEYS, read_jsonl
 
 OURS = "jsonl"
 OURS_TOLD = "JSON Lines of user, prompt and response"
-SLACK_DAY = re.compile(r"\d{4}-\d{2}-\d{2}\.json")  # a day, in the folder of its channel
-LOOKED_AT = 8  # days can be empty
+LOOKED_AT = 8  # files of an export: some can be empty
 
 
 class RowFormat(NamedTuple):
@@ -51,7 +57,8 @@ class Export(NamedTuple):
 
     told: str
     fits: Callable[[Any], bool]
-    messages: Callable[[Iterable[tuple[str, Any]], Reading], Iterator[Message]]
+    messages: Callable[..., Iterator[Message]]  # of documents, the reading and, in a folder, what a chat is called
+    files: re.Pattern[str] | None = None  # how its files in folders are called, where other files lie beside them
 
 
 def _has(*keys: str) -> Callable[[Row, Reading], bool]:
@@ -81,8 +88,11 @@ ROW_FORMATS: dict[str, RowFormat] = {
 EXPORTS: dict[str, Export] = {
     "telegram": Export("a Telegram export", is_telegram, telegram),
     "discord": Export("a Discord export", is_discord, discord),
-    "slack": Export("a Slack export", is_slack, slack),
+    "slack": Export("a Slack export", is_slack, slack, re.compile(r"\d{4}-\d{2}-\d{2}\.json")),
+    "signal": Export("Signal's own export", is_signal, signal, re.compile(r"main\.jsonl")),
+    "signal-export": Export("chats of signal-export", is_signal_export, signal_export, re.compile(r"data\.json")),
 }
+SIGNAL_CHAT = "chat.md"  # beside data.json, or alone
 FORMATS = (OURS, *ROW_FORMATS, *EXPORTS, "whatsapp", "mbox")
 
 
@@ -110,6 +120,9 @@ def _read(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
     if rows := _table(path, start):
         return _of_rows(path, rows, reading, named)
     text = start.decode("utf-16" if start[:2] in UTF16 else "utf-8-sig", "replace").lstrip()
+    if named in ("", "signal-export") and path.suffix == ".md" and looks_like_whatsapp(text):
+        reading.take_for(EXPORTS["signal-export"].told)
+        return paired(signal_markdown(path, reading), reading)
     if named == "whatsapp" or (not named and looks_like_whatsapp(text)):
         reading.take_for("a WhatsApp chat")
         return read_whatsapp(path, reading)
@@ -199,22 +212,27 @@ def _of_rows(path: Path, rows: Iterator[Located], reading: Reading, named: str) 
 
 
 def _folder(folder: Path, reading: Reading, named: str) -> Iterator[Conversation]:
-    """The files of a folder one after the other; of a Slack export, each folder with days in it is a channel."""
+    """The files of a folder one after the other; of an export, its own files, each folder of which is a chat."""
     if saved := saved_files(folder):
         rows = chain.from_iterable(read_arrow(path) for path in saved)
         return _of_rows(folder, rows, reading, named)
     paths = texts_of(folder, reading)
     if not paths:
         raise DataError(f"{folder} holds no file that is a text or a table")
-    days = [path for path in paths if SLACK_DAY.fullmatch(path.name)]
-    if days and (named == "slack" or (not named and any(map(_is_of_slack, days[:LOOKED_AT])))):
-        reading.take_for(EXPORTS["slack"].told)
-        return paired(chain.from_iterable(slack(json_values(p), reading, p.parent.name) for p in days), reading)
+    for key, export in EXPORTS.items():
+        files = [path for path in paths if export.files and export.files.fullmatch(path.name)]
+        if files and (named == key or (not named and any(_is_of(export, path) for path in files[:LOOKED_AT]))):
+            reading.take_for(export.told)
+            each = (export.messages(json_values(path), reading, path.parent.name) for path in files)
+            return paired(chain.from_iterable(each), reading)
+    if named in ("", "signal-export") and (chats := [path for path in paths if path.name == SIGNAL_CHAT]):
+        reading.take_for(EXPORTS["signal-export"].told)
+        return paired(chain.from_iterable(signal_markdown(p, reading, p.parent.name) for p in chats), reading)
     return _one_by_one(paths, reading, named)
 
 
-def _is_of_slack(path: Path) -> bool:
-    return is_slack(next(json_values(path), ("", None))[1])
+def _is_of(export: Export, path: Path) -> bool:
+    return export.fits(next(json_values(path), ("", None))[1])
 
 
 def _one_by_one(paths: list[Path], reading: Reading, named: str) -> Iterator[Conversation]:

@@ -40,12 +40,13 @@ def looks_like_whatsapp(start: str) -> bool:
 
 def read_whatsapp(path: Path, reading: Reading) -> Iterator[Conversation]:
     """The file is one conversation; notices of the app and what was left out of the export are counted."""
-    stamped = list(_stamped(path))
+    stamped = list(stamped_lines(path))
     order = _order(path, stamped, reading)
     return paired(_messages(path, stamped, order, reading), reading)
 
 
-def _stamped(path: Path) -> Iterator[Stamped]:
+def stamped_lines(path: Path) -> Iterator[Stamped]:
+    """Messages with the number of their first line, their stamp, and name and text over all their lines."""
     held: Stamped | None = None
     for number, raw in lines_of(path):
         line = MARKS.sub("", raw).replace("\u202f", " ").replace("\xa0", " ")
@@ -93,7 +94,7 @@ def _order(path: Path, stamped: list[Stamped], reading: Reading) -> str:
 
 def _steps_back(path: Path, stamped: list[Stamped], order: str) -> int:
     """How many messages are of an earlier day than the one before them."""
-    times = [_time(stamp, order, f"{path}, line {number}") // DAY_S for number, stamp, _ in stamped]
+    times = [time_of(stamp, order, f"{path}, line {number}") // DAY_S for number, stamp, _ in stamped]
     return sum(later < earlier for earlier, later in pairwise(times))
 
 
@@ -107,10 +108,11 @@ def _messages(path: Path, stamped: list[Stamped], order: str, reading: Reading) 
         elif MEDIA.match(said.strip()):
             reading.leave_out("media left out of the export, or a deleted message", where)
         else:
-            yield Message(who.strip(), said, _time(stamp, order, where), where)
+            yield Message(who.strip(), said, time_of(stamp, order, where), where)
 
 
-def _time(stamp: re.Match[str], order: str, where: str) -> float:
+def time_of(stamp: re.Match[str], order: str, where: str) -> float:
+    """Seconds since the epoch, given which of day, month and year comes first."""
     numbers = dict(zip(order, (int(stamp[1]), int(stamp[3]), int(stamp[4])), strict=True))
     year = numbers["y"] + (2000 if numbers["y"] < 100 else 0)
     hour = int(stamp[5])
