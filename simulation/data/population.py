@@ -8,7 +8,7 @@ they stand in the file. Not covered: which user joins which round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -131,7 +131,10 @@ def load_population(config: DataConfig, seed: int) -> Sequence[User]:
     The halves are disjoint whatever the seed. Every device of an anonymous data set is a random hand of replies.
     Where users are too few, `bootstrap` adds resampled ones; without it `DataError` tells the number there is.
     """
-    return draw(collect(config), config, seed)
+    reading = reading_of(config)
+    found = draw(collect(config, reading), config, seed)
+    told = (reading.told(), *reading.problems()) if reading.read_as else ()
+    return replace(found, told=told) if isinstance(found, Bootstrapped) else Drawn(found, told)
 
 
 def collect(config: DataConfig, reading: Reading | None = None, named: str = "") -> Replies:
@@ -209,6 +212,19 @@ def draw(replies: Replies, config: DataConfig, seed: int) -> Sequence[User]:
     return people if len(people) == config.users else Bootstrapped(people, config.users, seed)
 
 
+class Drawn(list[User]):
+    """Users, and what is to be told of how the data was read that they are drawn from."""
+
+    def __init__(self, users: Iterable[User], told: Sequence[str]) -> None:
+        super().__init__(users)
+        self.told = tuple(told)
+
+
+def told_of(population: Sequence[User]) -> tuple[str, ...]:
+    """What a file was taken for, and what was left out of it: lines for people; () of what was not read just now."""
+    return population.told if isinstance(population, Drawn | Bootstrapped) else ()
+
+
 @dataclass(frozen=True)
 class Bootstrapped(Sequence[User]):
     """People, and behind them devices whose streams are drawn, with replacement, from the stream of one of them.
@@ -221,6 +237,7 @@ class Bootstrapped(Sequence[User]):
     devices: int
     seed: int
     apart: Sequence[User] = ()
+    told: tuple[str, ...] = ()  # of how the data was read
 
     def __len__(self) -> int:
         return self.devices + len(self.apart)
@@ -230,7 +247,7 @@ class Bootstrapped(Sequence[User]):
         if count >= len(self.people):
             raise DataError(f"{count} newcomers leave none of {len(self.people)} people to resample; lower newcomers")
         people, apart = self.people[: len(self.people) - count], self.people[len(self.people) - count :]
-        return Bootstrapped(people, self.devices - count, self.seed, apart)
+        return Bootstrapped(people, self.devices - count, self.seed, apart, self.told)
 
     @overload
     def __getitem__(self, index: int) -> User: ...
@@ -318,7 +335,7 @@ def _conversations(config: DataConfig, reading: Reading, named: str) -> Iterator
     if path.is_file():
         return read_source(path, reading, named)
     if config.name.startswith(HUB):
-        return read_hub(config.name.removeprefix(HUB), config.hub_fields)
+        return read_hub(config.name.removeprefix(HUB), config.hub_fields, reading)
     if config.name in READERS or is_extension(config.name):
         reading.take_for(f"the data set {config.name}")
         reading.check_replies()

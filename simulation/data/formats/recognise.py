@@ -118,7 +118,7 @@ def _read(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
     if start.startswith(ZIP):
         return _zip(path, reading, named)
     if rows := _table(path, start):
-        return _of_rows(path, rows, reading, named)
+        return of_rows(path, rows, reading, named)
     text = start.decode("utf-16" if start[:2] in UTF16 else "utf-8-sig", "replace").lstrip()
     if named in ("", "signal-export") and path.suffix == ".md" and looks_like_whatsapp(text):
         reading.take_for(EXPORTS["signal-export"].told)
@@ -133,7 +133,7 @@ def _read(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
         return _json(path, reading, named)
     header = text.splitlines()[0] if text.strip() else ""
     if named != OURS and delimiter_of(header):
-        return _of_rows(path, read_csv(path), reading, named)
+        return of_rows(path, read_csv(path), reading, named)
     return _ours(path, reading)
 
 
@@ -162,7 +162,7 @@ def _json(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
         return _ours(path, reading)
     if wrapped:
         documents = iter([(first[0], _rows_in(first[1]))])
-    return _of_rows(path, _unpacked(documents), reading, named)
+    return of_rows(path, _unpacked(documents), reading, named)
 
 
 def _is_ours(path: Path, first: Any, reading: Reading) -> bool:
@@ -170,7 +170,7 @@ def _is_ours(path: Path, first: Any, reading: Reading) -> bool:
     if not isinstance(first, dict) or not is_json_lines(path):
         return False
     ours = {"user", "prompt", "response"} <= first.keys() and reading.fields == FieldNames()
-    return ours or not any(form.fits(first, reading) for form in ROW_FORMATS.values())
+    return ours or not fits(first, reading)
 
 
 def _is_wrapped(document: Any, reading: Reading) -> bool:
@@ -196,10 +196,16 @@ def _unpacked(documents: Iterable[tuple[str, Any]]) -> Iterator[Located]:
             yield where, row
 
 
-def _of_rows(path: Path, rows: Iterator[Located], reading: Reading, named: str) -> Iterator[Conversation]:
+def fits(row: Row, reading: Reading) -> bool:
+    """Whether a row is of a known format."""
+    return any(form.fits(row, reading) for form in ROW_FORMATS.values())
+
+
+def of_rows(source: object, rows: Iterator[Located], reading: Reading, named: str = "") -> Iterator[Conversation]:
+    """The conversations of rows, of the format that is named or that the first of them has."""
     first = next(rows, None)
     if first is None:
-        raise DataError(f"{path} holds no row")
+        raise DataError(f"{source} holds no row")
     reading.check_named(first[1], first[0])
     for key, form in ROW_FORMATS.items():
         if named == key or (not named and form.fits(first[1], reading)):
@@ -215,7 +221,7 @@ def _folder(folder: Path, reading: Reading, named: str) -> Iterator[Conversation
     """The files of a folder one after the other; of an export, its own files, each folder of which is a chat."""
     if saved := saved_files(folder):
         rows = chain.from_iterable(read_arrow(path) for path in saved)
-        return _of_rows(folder, rows, reading, named)
+        return of_rows(folder, rows, reading, named)
     paths = texts_of(folder, reading)
     if not paths:
         raise DataError(f"{folder} holds no file that is a text or a table")
