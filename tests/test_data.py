@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import florilegium
 from florilegium.client.dialogue import Dialogue
 from florilegium.simulation.cli.main import app
-from florilegium.simulation.config import ExperimentConfig, data_config
+from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data import conversations, hub
 from florilegium.simulation.data.conversations import READERS, Conversation, Turn, merge_turns, read_chitchat
 from florilegium.simulation.data.describe import describe, names, quantiles, render
@@ -46,7 +46,7 @@ from florilegium.simulation.data.population import (
 )
 from florilegium.simulation.devices.people import UsersByDevice
 from florilegium.simulation.recorder import people
-from florilegium.simulation.settings import ConfigError
+from florilegium.simulation.settings import ConfigError, data_config
 
 needs_folder = pytest.mark.skipif(
     not os.environ.get("FLORILEGIUM_DATA"), reason="FLORILEGIUM_DATA is unset; set it to the folder of .jsonl.xz files"

@@ -41,8 +41,8 @@ def describe_data(
 
     florilegium data describe hub:owner/dataset data.hub_fields.prompt=question data.hub_fields.response=answer
     """
-    from florilegium.simulation.config import data_config
     from florilegium.simulation.data.describe import describe, render
+    from florilegium.simulation.settings import data_config
 
     found = describe(data_config(name, overrides or []), seed=0)
     console.print(render(found))
@@ -66,8 +66,8 @@ def import_data(
 
     florilegium data import export.json chats.jsonl reply_within_s=600
     """
-    from florilegium.simulation.config import data_config
     from florilegium.simulation.data.convert import convert
+    from florilegium.simulation.settings import data_config
 
     reading = convert(data_config(str(file), overrides or []), out, named)
     for told in (reading.told(), *reading.problems()):

@@ -33,6 +33,7 @@ from florilegium.simulation.data.population import (
     streams,
     users_of,
 )
+from florilegium.simulation.data.problems import problems_of
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 Quantiles = tuple[int, ...]
@@ -86,7 +87,10 @@ def names() -> list[Listed]:
 def describe(config: DataConfig, seed: int) -> Description:
     """Reads the data set and counts. Too few users is no error here: that is what one came to see."""
     reading = reading_of(config)
-    replies = collect(config, reading)
+    try:
+        replies = collect(config, reading)
+    except DataError as error:
+        raise DataError("\n".join([str(error), *_all_problems(config)])) from None
     eligible = streams(replies, config, seed)
     pairs = [reply for said in eligible.values() for reply in said]
     cuts = [cut(said, config) for said in eligible.values()]
@@ -115,6 +119,13 @@ def describe(config: DataConfig, seed: int) -> Description:
         users=shares(users_of(replies, config, seed)),
         min_pairs=config.min_pairs,
     )
+
+
+def _all_problems(config: DataConfig) -> list[str]:
+    """Those of a file whose first problem has ended its reading; [] where rows cannot be tried one by one."""
+    path = Path(config.name).expanduser()
+    found = problems_of(path, reading_of(config)) if path.is_file() else []
+    return ["the commonest problems of its lines:", *found] if found else []
 
 
 def quantiles(counts: Iterable[int]) -> Quantiles:

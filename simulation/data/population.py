@@ -156,16 +156,26 @@ def collect(config: DataConfig, reading: Reading | None = None, named: str = "")
             if not reply.prompt or not reply.response:
                 empty += 1
                 silent.add(user)
+                _leave_out("line without prompt or response", conversation, reading)
             elif not all(map(is_whole, (user, reply.prompt, reply.response, reply.domain))):
                 broken += 1
                 silent.add(user)
+                _leave_out("line with half a character", conversation, reading)
             elif record in seen:
                 repeated += 1
+                _leave_out("line recorded before", conversation, reading)
             else:
                 seen.add(record)
                 found.setdefault(user, []).append(reply)
     in_order = {user: _in_order(found[user]) for user in sorted(found)}
     return Replies(in_order, anonymous, empty, repeated, len(silent - found.keys()), broken)
+
+
+def _leave_out(reason: str, conversation: Conversation, reading: Reading) -> None:
+    """Notes the line of a file of ours, whose conversations are called after their lines; others note their rows."""
+    if reading.by_line:
+        source, _, number = conversation.id.rpartition(":")
+        reading.leave_out(reason, f"{source}, line {number}")
 
 
 def is_whole(text: str) -> bool:

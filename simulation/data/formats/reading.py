@@ -57,6 +57,7 @@ class Reading:
     labelled: bool = False  # whether rows must have a domain: they are parted by it
     read_as: str = ""
     by_role: bool = False
+    by_line: bool = False  # whether conversations are called after their lines
     conversations: int = 0
     notes: list[str] = field(default_factory=list)  # of what was taken for granted, for people
     left_out: Counter[str] = field(default_factory=Counter)

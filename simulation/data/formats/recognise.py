@@ -105,8 +105,8 @@ def read_source(path: Path, reading: Reading, named: str = "") -> Iterator[Conve
     for conversation in _read(path, reading, named):
         reading.conversations += 1
         reading.check_replies()
-        ours = straight and reading.read_as == OURS_TOLD  # whose ids are of its lines
-        yield conversation if ours else replace(conversation, id=f"{path.name}:{reading.conversations}")
+        reading.by_line = straight and reading.read_as == OURS_TOLD
+        yield conversation if reading.by_line else replace(conversation, id=f"{path.name}:{reading.conversations}")
 
 
 def _read(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
