@@ -76,6 +76,14 @@ def test_a_pathological_user_has_as_many_labels_as_asked(tmp_path: Path) -> None
     assert {len({label for _, label in said}) for said in two.values()} == {2}
 
 
+def test_a_user_of_shards_has_as_many_labels_as_shards(tmp_path: Path) -> None:
+    """Where a shard is a label: four users of one, two users of two."""
+    one = parted(settings(write(tmp_path / "x"), kind="shard", shards_per_user=1))
+    assert {len({label for _, label in said}) for said in one.values()} == {1}
+    two = parted(settings(tmp_path / "x", devices=2, kind="shard", shards_per_user=2))
+    assert [len({label for _, label in said}) for said in two.values()] == [2, 2]
+
+
 def test_a_small_alpha_leaves_a_user_with_few_labels_and_a_large_one_with_all(tmp_path: Path) -> None:
     """The share of a user's commonest label: a quarter where all users are alike."""
     write(tmp_path / "x", 400)
