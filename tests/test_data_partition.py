@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,7 @@ from florilegium.simulation.experiment import run_experiment
 from florilegium.simulation.reports.partition_figure import LABELS_DRAWN, partition_figure
 from florilegium.simulation.settings import find_config
 
-pytestmark = pytest.mark.skipif(
+needs_partitioners = pytest.mark.skipif(
     not find_spec("flwr_datasets"), reason="flwr-datasets is not installed; pip install 'florilegium[partition]'"
 )
 LABELS = ("films", "food", "music", "travel")
@@ -49,6 +50,7 @@ def parted(config: DataConfig, seed: int = 0) -> dict[str, list[tuple[str, str]]
     return {user: [(reply.response, reply.domain) for reply in said] for user, said in users.items()}
 
 
+@needs_partitioners
 @pytest.mark.parametrize("kind", ["iid", "linear", "square", "dirichlet", "pathological", "shard"])
 def test_each_reply_goes_to_one_user_and_the_seed_alone_decides(tmp_path: Path, kind: str) -> None:
     config = settings(write(tmp_path / "x"), kind=kind)
@@ -60,6 +62,7 @@ def test_each_reply_goes_to_one_user_and_the_seed_alone_decides(tmp_path: Path, 
     assert list(users) == [f"all-{i:05d}" for i in range(4)]
 
 
+@needs_partitioners
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [("iid", [20] * 4), ("linear", [8, 16, 24, 32]), ("square", [2, 10, 24, 44]), ("shard", [20] * 4)],
@@ -69,6 +72,7 @@ def test_sizes_are_as_the_kind_says(tmp_path: Path, kind: str, sizes: list[int])
     assert [len(said) for said in parted(settings(write(tmp_path / "x"), kind=kind)).values()] == sizes
 
 
+@needs_partitioners
 def test_a_pathological_user_has_as_many_labels_as_asked(tmp_path: Path) -> None:
     users = parted(settings(write(tmp_path / "x"), kind="pathological", labels_per_user=1))
     assert [{label for _, label in said} for said in users.values()] == [{label} for label in LABELS]
@@ -76,6 +80,7 @@ def test_a_pathological_user_has_as_many_labels_as_asked(tmp_path: Path) -> None
     assert {len({label for _, label in said}) for said in two.values()} == {2}
 
 
+@needs_partitioners
 def test_a_user_of_shards_has_as_many_labels_as_shards(tmp_path: Path) -> None:
     """Where a shard is a label: four users of one, two users of two."""
     one = parted(settings(write(tmp_path / "x"), kind="shard", shards_per_user=1))
@@ -84,6 +89,7 @@ def test_a_user_of_shards_has_as_many_labels_as_shards(tmp_path: Path) -> None:
     assert [len({label for _, label in said}) for said in two.values()] == [2, 2]
 
 
+@needs_partitioners
 def test_a_small_alpha_leaves_a_user_with_few_labels_and_a_large_one_with_all(tmp_path: Path) -> None:
     """The share of a user's commonest label: a quarter where all users are alike."""
     write(tmp_path / "x", 400)
@@ -111,6 +117,7 @@ def test_data_with_users_is_parted_by_nothing_but_natural(tmp_path: Path) -> Non
     assert list(parted(settings(tmp_path / "x", kind="natural"))) == list(LABELS)
 
 
+@needs_partitioners
 @pytest.mark.parametrize(
     ("partition", "users", "told"),
     [
@@ -125,6 +132,12 @@ def test_data_with_users_is_parted_by_nothing_but_natural(tmp_path: Path) -> Non
 def test_what_cannot_be_parted_is_refused(tmp_path: Path, partition: dict[str, Any], users: int, told: str) -> None:
     with pytest.raises(DataError, match=told):
         load_population(settings(write(tmp_path / "x"), users, **partition), 0)
+
+
+def test_without_the_package_it_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flwr_datasets.partitioner", None)
+    with pytest.raises(DataError, match=r"needs the package flwr-datasets: pip install 'florilegium\[partition\]'"):
+        load_population(settings(write(tmp_path / "x"), kind="iid"), 0)
 
 
 def test_a_row_without_a_label_is_counted(tmp_path: Path) -> None:
@@ -148,11 +161,13 @@ def test_settings_that_mean_nothing_are_refused(tmp_path: Path, partition: dict[
         settings(write(tmp_path / "x"), **partition)
 
 
+@needs_partitioners
 def test_more_users_than_are_drawn_can_be_made(tmp_path: Path) -> None:
     config = settings(write(tmp_path / "x"), devices=3, kind="iid", users=10)
     assert [len(user.stream) + len(user.held_out) for user in load_population(config, 0)] == [8, 8, 8]
 
 
+@needs_partitioners
 def test_a_description_shows_the_parts_and_draws_them(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl")
     told = describe(settings(tmp_path / "x.jsonl", kind="pathological", labels_per_user=1), seed=0)
@@ -178,6 +193,7 @@ def test_a_partition_is_no_import(tmp_path: Path) -> None:
         convert(settings(write(tmp_path / "x"), kind="iid"), tmp_path / "out")
 
 
+@needs_partitioners
 def test_a_run_over_a_partition_comes_to_its_end(tmp_path: Path) -> None:
     data = [f"data.name={write(tmp_path / 'faq.jsonl')}", "data.split=all", "data.min_pairs=4", "data.users=2"]
     kind = ["data.partition.kind=dirichlet", "data.partition.by=colour", "rounds=1"]

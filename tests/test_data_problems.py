@@ -60,6 +60,13 @@ def test_what_has_no_rows_or_no_wrong_ones_has_no_list(tmp_path: Path, content: 
     assert problems_of(written(tmp_path / "x", content), Reading()) == []
 
 
+def test_a_column_that_is_not_there_is_one_problem_of_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path / "x", *['{"q": "Tea?", "a": "Green."}'] * 3)
+    assert problems_of(path, Reading(FieldNames(user="who"))) == []
+    with pytest.raises(DataError, match=r"data.fields.user = 'who' is none of its columns: q, a$"):
+        describe(DataConfig(name=str(path), fields=FieldNames(user="who")), seed=0)
+
+
 def test_of_a_file_that_is_read_the_lines_left_out_are_told(tmp_path: Path) -> None:
     path = written(tmp_path / "x.jsonl", GOOD, GOOD, GOOD, '{"user": "ben", "prompt": "", "response": "r"}')
     told = describe(DataConfig(name=str(path)), seed=0)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from florilegium.client.terminal import telling
 from florilegium.simulation.cli.app import console, interruptible
@@ -39,12 +38,11 @@ def run(
     from florilegium.simulation.data.population import told_of
     from florilegium.simulation.devices.preflight import ready
     from florilegium.simulation.runs.folder import find_run
-    from florilegium.simulation.runs.progress import progress_line
+    from florilegium.simulation.runs.progress import progress_line, tell_data
 
     settings, folder = find_run(config, overrides or [], runs, resuming=resume)
     people = ready(settings, folder, resuming=resume, overwrite=overwrite)
-    for line in told_of(people):
-        console.print(Text(f"data: {line}"), soft_wrap=True)
+    tell_data(told_of(people), console)
 
     from florilegium.simulation.experiment import (
         run_experiment,  # and with it torch, now that nothing is left to refuse

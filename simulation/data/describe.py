@@ -141,7 +141,7 @@ def quantiles(counts: Iterable[int]) -> Quantiles:
 def render(description: Description) -> RenderableType:
     """A table of the figures, and one exchange."""
     d = description
-    dealt = "none known: replies are dealt to devices"
+    dealt = f"none known: replies are {'parted' if d.partition else 'dealt to devices'}"
     users = dealt if d.anonymous else f"{d.users_found:,} in both halves"
     table = Table.grid(padding=(0, 2))
     for label, value in (

@@ -78,7 +78,7 @@ def _conversations(dataset: str, table: Any, fields: HubFields, reading: Reading
     reading.read_as = f"columns {fields.prompt} and {fields.response}"
     likely = [] if fields.user else columns_for("user", table.column_names)
     if likely:
-        reading.notes.append(f"its column {likely[0]!r} may name users; data.hub_fields.user={likely[0]} for that")
+        reading.note(f"its column {likely[0]!r} may name users; data.hub_fields.user={likely[0]} for that")
     return _exchanges(dataset, table, fields)
 
 

@@ -62,7 +62,6 @@ class DataConfig(Config):
     reply_within_s: float = Field(
         default=3600.0, gt=0, description="of a log: what comes later than this after a message does not answer it"
     )
-
     dates: Dates = Field(
         default="auto", description="of WhatsApp: whether day or month comes first, where a file does not say"
     )

@@ -51,6 +51,7 @@ def problems_of(path: Path, reading: Reading) -> list[str]:
         first = next(rows, None)
         if first is None:
             return []
+        reading.check_named(first[1][1], first[1][0])
         read = _reader(first[1][1], reading)
         for number, located in chain([first], rows):
             try:

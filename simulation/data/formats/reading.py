@@ -70,6 +70,11 @@ class Reading:
         self.left_out[reason] += 1
         self.first.setdefault(reason, where)
 
+    def note(self, told: str) -> None:
+        """Says something once, of however many files it is true."""
+        if told not in self.notes:
+            self.notes.append(told)
+
     def key(self, role: str, row: Row) -> str:
         """The key under which a row holds a role; "" where it holds none."""
         keys = tuple(row)

@@ -85,7 +85,7 @@ def _order(path: Path, stamped: list[Stamped], reading: Reading) -> str:
     if back["dmy"] != back["mdy"]:
         return min(back, key=lambda order: back[order])
     american = any(stamp[2] == "/" and stamp[8] for _, stamp, _ in stamped)
-    reading.notes.append(
+    reading.note(
         "nothing says whether day or month comes first in its dates: taken are "
         + ("months; data.dates=day-first else" if american else "days; data.dates=month-first else")
     )
