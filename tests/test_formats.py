@@ -501,6 +501,8 @@ def test_a_preference_between_two_talks_has_the_chosen_ones_replies(tmp_path: Pa
     reading = Reading()
     assert said(path, reading) == BOTH and reading.read_as == "preference pairs" and reading.by_role
     assert said(path, replies="user") == [("", "Green.", "Sugar?")]
+    path.write_text(json.dumps({"prompt": "Tea?", "chosen": HH + "No.", "rejected": HH}))
+    assert said(path) == BOTH  # the question stands before and in the talk, and counts once
     path.write_text(json.dumps({"prompt": "Say Human: or not", "chosen": "Human: is a word.", "rejected": ""}))
     assert said(path) == [("", "Say Human: or not", "Human: is a word.")]
 

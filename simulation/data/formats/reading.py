@@ -136,7 +136,7 @@ class Reading:
         if self.replies == "user" and not self.by_role:
             raise DataError(
                 f"data.replies = 'user' is of chats whose turns have roles; {self.read_as} has none: leave it out"
-                + (", or swap data.fields.prompt and data.fields.response" if "respon" in self.read_as else "")
+                + (", or swap which columns are prompt and response" if "respon" in self.read_as else "")
             )
 
     def problems(self) -> Iterator[str]:

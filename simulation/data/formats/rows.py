@@ -111,12 +111,13 @@ def transcript(text: str) -> list[Row]:
     """The turns of a talk that was written down as one text, as that of hh-rlhf; [] of any other text.
 
     >>> transcript("\\n\\nHuman: Tea?\\n\\nAssistant: Green.")
-    [{'role': 'human', 'content': 'Tea?'}, {'role': 'assistant', 'content': 'Green.'}]
+    [{'role': 'user', 'content': 'Tea?'}, {'role': 'assistant', 'content': 'Green.'}]
     """
     before, *said = SPEAKER.split(text)
     if before.strip() or "Human" not in said[::2] or "Assistant" not in said[::2]:
         return []
-    return [{"role": who.lower(), "content": what.strip()} for who, what in zip(said[::2], said[1::2], strict=True)]
+    roles = ("user" if who == "Human" else "assistant" for who in said[::2])
+    return [{"role": role, "content": what.strip()} for role, what in zip(roles, said[1::2], strict=True)]
 
 
 def _asked(row: Row, turns: list[Row]) -> list[Row]:

@@ -1,7 +1,8 @@
 """Signal: what the app exports itself (`main.jsonl`), and what the program signal-export writes (JSON or Markdown).
 
 The app's lines are the frames of its backups (`Backups.proto` of Signal-Desktop) in protobuf's JSON, where whole
-numbers are texts. Not covered: encrypted backups, which hold no text without their key.
+numbers are texts. Not covered: encrypted backups, which hold no text without their key, and what of a very long
+message lies in a file of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def is_signal(value: Any) -> bool:
     """A frame of the app's export, or what stands before the first."""
     if not isinstance(value, dict):
         return False
-    return (len(value) == 1 and value.keys() <= FRAMES) or {"version", "backupTimeMs"} <= value.keys()
+    frame = len(value) == 1 and value.keys() <= FRAMES and all(isinstance(part, dict) for part in value.values())
+    return frame or {"version", "backupTimeMs"} <= value.keys()
 
 
 def is_signal_export(value: Any) -> bool:
