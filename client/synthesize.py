@@ -16,7 +16,6 @@ from pydantic import Field, model_validator
 
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.pii import personal_data
-from florilegium.client.rouge import rouge1
 from florilegium.client.words import count, words
 from florilegium.privacy.common.base_config import Config
 
@@ -98,6 +97,8 @@ def synthesize(
 
 def objection(made: Pair, request: Request, seen: set[tuple[str, str]], config: SynthesisConfig) -> str:
     """Why a synthetic dialogue is thrown away; empty when it may stay. Only what was written anew is judged."""
+    from florilegium.client.rouge import rouge1  # and with it nltk and scipy, which settings alone need not
+
     for text, original in zip(_new(made, config), _new(request.original, config), strict=True):
         length, before = count(text), max(1, count(original))
         score = rouge1(original, text)

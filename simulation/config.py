@@ -18,7 +18,7 @@ from florilegium.privacy.common.registry import check
 from florilegium.server.config import ServerConfig, devices_to_ask
 from florilegium.simulation.data.conversations import READERS
 from florilegium.simulation.data.population import DataConfig
-from florilegium.simulation.settings import ConfigError, find_config, parse_override, read_tree, set_value, validate
+from florilegium.simulation.settings import ConfigError, find_config, read_tree, validate
 
 ENGINES = ("cohort", "flower")  # of `simulation.experiment`
 TRACKERS = {"tensorboard": "TensorBoard", "mlflow": "Mlflow", "wandb": "Wandb"}  # of `simulation.runs.trackers`
@@ -324,15 +324,6 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         raise ConfigError(f"{path}: is a study of several experiments; run it with: florilegium study {path}")
     given = " ".join(o if len(o) <= 60 else f"{o[:60]}…" for o in overrides)
     return validate(ExperimentConfig, tree, f"{path.name} with {given}" if given else str(path))
-
-
-def data_config(name: str, overrides: Sequence[str] = ()) -> DataConfig:
-    """The settings of a data set alone; in `overrides` they may stand as in a run's config, with `data.` before."""
-    tree: dict[str, Any] = {"name": name}
-    for override in overrides:
-        key, value = parse_override(override)
-        set_value(tree, key.removeprefix("data."), value)
-    return validate(DataConfig, tree, f"data set {name}")
 
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:

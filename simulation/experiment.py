@@ -26,7 +26,7 @@ from florilegium.privacy.common.registry import ExtensionError, calling, import_
 from florilegium.privacy.ledger import LedgerError
 from florilegium.simulation.baselines.devices import load_run_devices, run_devices_of_worker
 from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
-from florilegium.simulation.data.population import User
+from florilegium.simulation.data.population import User, told_of
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.preflight import ready
 from florilegium.simulation.engines.cohort_grid import CohortGrid
@@ -40,7 +40,7 @@ from florilegium.simulation.results import Result, load_run
 from florilegium.simulation.runs.callbacks import Callback, named_callbacks
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.folder import RunFolder, create, resume, settle
-from florilegium.simulation.runs.progress import RunProgress, progress_line
+from florilegium.simulation.runs.progress import RunProgress, progress_line, tell_data
 from florilegium.simulation.runs.summary import RunSummary, write_summary
 
 
@@ -64,7 +64,9 @@ class Experiment:
         forbid_dumps()  # what people said is in memory
         folder = Path(self.folder)
         people = ready(self.config, folder, resuming=resume, overwrite=overwrite)
-        with progress_line(self.config, Console(quiet=quiet)) as progress:
+        console = Console(quiet=quiet)
+        tell_data(told_of(people), console)
+        with progress_line(self.config, console) as progress:
             run_experiment(
                 self.config, folder, resuming=resume, overwrite=overwrite, progress=progress, callbacks=callbacks,
                 people=people,

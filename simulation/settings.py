@@ -16,6 +16,7 @@ from florilegium.privacy.common.base_config import Config
 from florilegium.privacy.common.errors import UserError
 from florilegium.privacy.common.suggestions import did_you_mean
 from florilegium.simulation.data.folder import shown
+from florilegium.simulation.data.population import DataConfig
 
 SAID = {  # of what pydantic says in words of Python
     "string_type": 'must be a text; in quotes if it looks like something else, as "3", on a command line \'"3"\'',
@@ -137,6 +138,15 @@ def _explain(error: Any) -> str:
     if isinstance(error.get("input"), dict | Config):
         return f"{where}: {message}"
     return f"{where} = {shown(error.get('input'))}: {message}"
+
+
+def data_config(name: str, overrides: Sequence[str] = ()) -> DataConfig:
+    """The settings of a data set alone; in `overrides` they may stand as in a run's config, with `data.` before."""
+    tree: dict[str, Any] = {"name": name}
+    for override in overrides:
+        key, value = parse_override(override)
+        set_value(tree, key.removeprefix("data."), value)
+    return validate(DataConfig, tree, f"data set {name}")
 
 
 def dump_config(config: Config) -> str:

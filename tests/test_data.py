@@ -15,18 +15,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from rich.console import Console
+from typer.testing import CliRunner
 
 import florilegium
 from florilegium.client.dialogue import Dialogue
-from florilegium.simulation.config import ExperimentConfig, data_config
+from florilegium.simulation.cli.main import app
+from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data import conversations, hub
 from florilegium.simulation.data.conversations import READERS, Conversation, Turn, merge_turns, read_chitchat
 from florilegium.simulation.data.describe import describe, names, quantiles, render
 from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.formats.reading import FieldNames, Reading
 from florilegium.simulation.data.hub import HubFields, read_hub
 from florilegium.simulation.data.jsonl import read_jsonl, seconds
 from florilegium.simulation.data.population import (
@@ -42,7 +46,7 @@ from florilegium.simulation.data.population import (
 )
 from florilegium.simulation.devices.people import UsersByDevice
 from florilegium.simulation.recorder import people
-from florilegium.simulation.settings import ConfigError
+from florilegium.simulation.settings import ConfigError, data_config
 
 needs_folder = pytest.mark.skipif(
     not os.environ.get("FLORILEGIUM_DATA"), reason="FLORILEGIUM_DATA is unset; set it to the folder of .jsonl.xz files"
@@ -183,10 +187,13 @@ def test_half_a_character_leaves_a_dialogue_out_and_is_counted(tmp_path: Path) -
         ({"author": "u", "prompt": "p", "response": "r"}, "unknown key 'author'; it is called 'user' here"),
         ({"user": "u", "prompt": "p", "response": "r", "timestamp": 1}, "'timestamp'; it is called 'time' here"),
         ({"instruction": "i", "input": "", "output": "o"}, "Alpaca's instruction and input, one after the other"),
-        ({"messages": [{"role": "user", "content": "p"}]}, "'messages'; OpenAI's format of chats is not read"),
+        (
+            {"messages": [{"role": "user", "content": "p"}]},
+            "'messages'; OpenAI's chats are read where",
+        ),
         ({"id": 1, "prompt": "p", "response": "r"}, "unknown key 'id'; leave it out; known keys: user, time"),
-        ({"id": 1, "conversations": []}, "'conversations'; ShareGPT's format of chats is not read"),
-        ({"chosen": "a", "rejected": "b"}, "'chosen'; a format of preferences is not read"),
+        ({"id": 1, "conversations": []}, "'conversations'; ShareGPT's chats are read where"),
+        ({"chosen": "a", "rejected": "b"}, "'chosen'; preferences are read where the first line has 'chosen' and"),
         ({"prompt": "p", "Response": "r"}, "unknown key 'Response'; it is called 'response' here"),
         ({"prompt": "p", "response": "r"}, "'user' is missing. .* give lines that are to be on one device the same"),
     ],
@@ -590,9 +597,67 @@ def test_numbers_and_dates_of_a_column_are_texts(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_column_is_looked_for_by_what_other_data_sets_call_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_load", lambda dataset, fields: FakeTable([{"prompt": "?", "completion": "!"}]))
+    row = {"prompt": "?", "completion": "!", "kind": "k"}
+    monkeypatch.setattr(hub, "_load", lambda dataset, fields: FakeTable([row]))
     with pytest.raises(DataError, match=r"no column 'response'; did you mean 'completion'\? set hub_fields.response"):
-        list(read_hub("owner/talks", HubFields()))
+        list(read_hub("owner/talks", HubFields(domain="kind")))
+    assert [talk.turns[1].text for talk in read_hub("owner/talks", HubFields())] == ["!"]
+
+
+TURNS = [("user", "Tea?"), ("assistant", "Green."), ("user", "Sugar?"), ("assistant", "No.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "read_as"),
+    [
+        ({"messages": [{"role": who, "content": what} for who, what in TURNS], "id": 3}, "OpenAI messages"),
+        ({"conversations": [{"from": who, "value": what} for who, what in TURNS]}, "ShareGPT"),
+        ({"chosen": [{"role": who, "content": what} for who, what in TURNS], "rejected": []}, "preference pairs"),
+    ],
+)
+def test_rows_of_the_hub_are_recognised_as_those_of_files_are(
+    monkeypatch: pytest.MonkeyPatch, row: dict[str, Any], read_as: str
+) -> None:
+    monkeypatch.setattr(hub, "_load", lambda dataset, fields: FakeTable([row, row]))
+    reading = Reading()
+    replies = collect(DataConfig(name="hub:owner/talks"), reading)
+    assert replies.anonymous and replies.repeated == 2
+    assert [(r.id, r.prompt, r.response) for r in replies.by_user[""]] == [
+        ("owner/talks:0:1", "Tea?", "Green."), ("owner/talks:0:3", "Sugar?", "No."),
+    ]  # fmt: skip
+    told = "replies are the assistant's; data.replies=user for the human's"
+    assert reading.told() == f"read as {read_as}: 2 conversations, {told}"
+    only = collect(DataConfig(name="hub:owner/talks", replies="user"))
+    assert [r.response for r in only.by_user[""]] == ["Sugar?"]
+
+
+def test_columns_of_the_hub_are_named_in_one_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"prompt": "Tea?", "response": "Green.", "author": "ana", "kind": "k"}
+    monkeypatch.setattr(hub, "_load", lambda dataset, fields: FakeTable([row]))
+    reading = Reading()
+    assert collect(DataConfig(name="hub:a/b"), reading).anonymous
+    assert reading.told().endswith("its column 'author' may name users; data.hub_fields.user=author for that")
+    named = DataConfig(name="hub:a/b", fields=FieldNames(user="author"))
+    assert list(collect(named).by_user) == ["ana"]
+    for fields in ({"user": "autor"}, {"prompt": "q"}):
+        with pytest.raises(DataError, match=rf"data.fields.{next(iter(fields))} = .* is none of its columns"):
+            collect(DataConfig(name="hub:a/b", fields=FieldNames(**fields)))
+    with pytest.raises(DataError, match=r"data.fields.user = 'author' beside data.hub_fields.domain"):
+        collect(named.model_copy(update={"hub_fields": HubFields(domain="kind")}))
+
+
+def test_what_a_file_was_taken_for_is_told_by_a_run_and_kept_in_its_folder(tmp_path: Path) -> None:
+    """Ten chats, each of a system's turn, which is left out, and two replies of the assistant's."""
+    turns = [{"from": who, "value": what} for who, what in [("system", "Be kind."), *TURNS]]
+    chats = [{"conversations": [t | {"value": f"{t['value']} {n}"} for t in turns]} for n in range(10)]
+    data = write(tmp_path / "chats.json", *map(json.dumps, chats))
+    words = [f"data.name={data}", "data.split=all", "data.min_pairs=4", "data.users=3", "rounds=1", "name=run"]
+    asked = [*SMALL, "evaluation.rouge_queries_per_user=0", *words]
+    done = CliRunner().invoke(app, ["run", "quickstart", *asked, "--runs", str(tmp_path)])
+    told = "read as ShareGPT: 10 conversations, replies are the assistant's; data.replies=user for the human's"
+    left_out = f"10 × turn of the role 'system', first {data}, line 1, turn 1"
+    assert f"data: {told}" in done.output.splitlines() and left_out in done.output
+    assert json.loads((tmp_path / "run" / "inputs.json").read_text())["read"] == [told, left_out]
 
 
 def test_a_missing_hub_column_is_named(table: FakeTable) -> None:

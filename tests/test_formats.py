@@ -7,8 +7,11 @@ import csv
 import gzip
 import json
 import lzma
+import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from time import process_time
 from typing import Any
 from zipfile import ZipFile
 
@@ -16,6 +19,7 @@ import pytest
 
 from florilegium.simulation.data.convert import convert
 from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.formats.opened import json_values
 from florilegium.simulation.data.formats.reading import FieldNames, Reading, moment
 from florilegium.simulation.data.formats.recognise import read_source
 from florilegium.simulation.data.formats.tables import delimiter_of
@@ -390,3 +394,278 @@ def test_only_a_persons_own_words_are_theirs(tmp_path: Path, content: str, expec
     path = tmp_path / "data"
     path.write_text(content)
     assert said(path, reply_within_s=1e6) == expected
+
+
+# What a file holds twice, beside its data, or in a program's own marks
+
+
+def test_a_message_that_is_recorded_twice_counts_once(tmp_path: Path) -> None:
+    columns = "user,time,text,conversation,id,reply_to"
+    rows = [("a", 100, "Tea?", "t", 1, ""), ("a", 100, "Tea?", "t", 1, ""), ("b", 160, "Green.", "t", 2, 1)]
+    reading = Reading()
+    assert said(log(tmp_path / "log", *rows, columns=columns), reading) == A_B
+    assert reading.left_out["message recorded twice"] == 1
+    other_ids = [rows[0], ("a", 100, "Tea?", "t", 7, ""), ("c", 150, "Hm", "t", 3, ""), ("b", 160, "Green.", "t", 2, 7)]
+    assert ("b", "Tea?", "Green.") in said(log(tmp_path / "log", *other_ids, columns=columns))  # names what is left out
+    elsewhere = [("a", 100, "Tea?", "t"), ("a", 100, "Tea?", "u"), ("b", 160, "Green.", "t"), ("b", 160, "No.", "u")]
+    assert len(said(log(tmp_path / "log", *elsewhere, columns="user,time,text,conversation"))) == 2
+
+
+def test_without_times_only_what_follows_itself_is_recorded_twice(tmp_path: Path) -> None:
+    rows = [("a", "Tea?"), ("b", "Ok"), ("b", "Ok"), ("a", "Milk?"), ("b", "Ok")]
+    assert said(log(tmp_path / "log", *rows, columns="user,text")) == [
+        ("a", "Ok", "Milk?"), ("b", "Tea?", "Ok"), ("b", "Milk?", "Ok"),
+    ]  # fmt: skip
+
+
+def whatsapp(path: Path, *dates: str, mark: str = "21:00 -") -> Path:
+    path.write_text("".join(f"{date}, {mark} {'ab'[i % 2]}: m{i}\n" for i, date in enumerate(dates)))
+    return path
+
+
+def days(path: Path, **settings: Any) -> tuple[list[str], str]:
+    """Month and day of each reply, and what is told."""
+    reading = Reading(reply_within_s=1e9, **settings)
+    times = [datetime.fromtimestamp(talk.turns[-1].time, UTC) for talk in read_source(path, reading)]
+    return [f"{time:%m-%d}" for time in times], reading.told()
+
+
+def test_the_whole_file_decides_whether_day_or_month_comes_first(tmp_path: Path) -> None:
+    path = tmp_path / "chat.txt"
+    unsure = "nothing says whether day or month comes first"
+    assert days(whatsapp(path, "01/05/24", "02/05/24", "03/05/24", "13/05/24"))[0] == ["05-02", "05-03", "05-13"]
+    found, told = days(whatsapp(path, "11/05/24", "12/05/24", "01/06/24"))  # else it would run back
+    assert found == ["05-12", "06-01"] and unsure not in told
+    found, told = days(whatsapp(path, "5/11/24", "5/12/24", "6/1/24", mark="9:00 PM -"))
+    assert found == ["05-12", "06-01"] and unsure not in told
+    found, told = days(whatsapp(path, "01/05/24", "02/06/24"))
+    assert found == ["06-02"] and told.endswith("taken are days; data.dates=month-first else") and unsure in told
+    assert days(path, dates="month-first")[0] == ["02-06"]
+    found, told = days(whatsapp(path, "1/5/24", "2/6/24", mark="9:00 PM -"))
+    assert found == ["02-06"] and told.endswith("taken are months; data.dates=day-first else")
+    assert days(path, dates="day-first")[0] == ["06-02"]
+    assert unsure not in days(whatsapp(path, "05/05/24", "06/06/24"))[1]
+    with pytest.raises(DataError, match="line 2: no such date"):
+        days(whatsapp(path, "01/05/24", "01/13/24"), dates="day-first")
+
+
+def test_an_archive_with_pictures_is_read_without_them(tmp_path: Path) -> None:
+    media, beside = "file that is a picture, a recording or a document", "__MACOSX/._00000001-PHOTO.jpg"
+    with ZipFile(tmp_path / "chat.zip", "w") as archive:
+        archive.writestr("_chat.txt", "[13.05.24, 21:00:00] a: Tea?\n[13.05.24, 21:01:00] b: Green.\n")
+        for name in ("00000001-PHOTO.jpg", "00000002-AUDIO.opus", "note.pdf", "unknown", beside):
+            archive.writestr(name, b"\x89\0\1\2")
+    reading = Reading()
+    assert said(tmp_path / "chat.zip", reading) == A_B
+    assert reading.left_out[media] == 4
+    assert reading.first[media].endswith("chat.zip/00000001-PHOTO.jpg")
+    with ZipFile(tmp_path / "none.zip", "w") as archive:
+        archive.writestr("a.png", b"\0")
+    with pytest.raises(DataError, match=r"none\.zip holds no file that is a text"):
+        said(tmp_path / "none.zip")
+
+
+def test_a_slack_archive_may_have_a_folder_around_all_others(tmp_path: Path) -> None:
+    with ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr("export/channels.json", '[{"id": "C1"}]')
+        archive.writestr("export/users.json", "[]")
+        archive.writestr("export/general/2024-04-30.json", "[]")
+        archive.writestr("export/general/2024-05-01.json", json.dumps(SLACK))
+        archive.writestr("export/random/2024-05-01.json", json.dumps([SLACK[0] | {"text": "Hm"}]))
+    reading = Reading()
+    assert said(tmp_path / "z.zip", reading) == A_B and reading.read_as == "a Slack export"
+    assert {talk.domain for talk in read_source(tmp_path / "z.zip", Reading())} == {"general"}
+
+
+def test_slacks_marks_are_shown_as_a_reader_sees_them(tmp_path: Path) -> None:
+    marked = (
+        "<@U1> &lt;b&gt; R&amp;D &amp;lt; <http://x.org/a?b=1&amp;c=2|the page> <http://y.org> <#C1|tea> <!here> "
+        "<!subteam^S1|@team> <mailto:a@b|a@b>"
+    )
+    (path := tmp_path / "x").write_text(json.dumps([SLACK[0], SLACK[2] | {"text": marked}]))
+    assert said(path) == [("b", "Tea?", "@U1 <b> R&D &lt; the page http://y.org #tea @here @team a@b")]
+
+
+def test_a_line_of_mail_that_begins_with_from_is_the_persons_own(tmp_path: Path) -> None:
+    """Programs write a mark before it; a quoted one has two marks then, and stays a quotation."""
+    body = "\n>From China.\n>>From you?\n> From me?\n\nOn"
+    (path := tmp_path / "box").write_text(MBOX.replace("\nGreen.\n\nOn", body))
+    assert said(path)[0] == ("ben@x.org", "Tea?", "From China.")
+
+
+HH = "\n\nHuman: Tea?\n\nAssistant: Green.\n\nHuman: Sugar?\n\nAssistant: "
+
+
+def test_a_preference_between_two_talks_has_the_chosen_ones_replies(tmp_path: Path) -> None:
+    (path := tmp_path / "x").write_text(json.dumps({"chosen": HH + "No.", "rejected": HH + "Two\n\nspoons."}))
+    reading = Reading()
+    assert said(path, reading) == BOTH and reading.read_as == "preference pairs" and reading.by_role
+    assert said(path, replies="user") == [("", "Green.", "Sugar?")]
+    path.write_text(json.dumps({"prompt": "Tea?", "chosen": HH + "No.", "rejected": HH}))
+    assert said(path) == BOTH  # the question stands before and in the talk, and counts once
+    path.write_text(json.dumps({"prompt": "Say Human: or not", "chosen": "Human: is a word.", "rejected": ""}))
+    assert said(path) == [("", "Say Human: or not", "Human: is a word.")]
+
+
+@pytest.mark.parametrize(
+    ("content", "read_as"),
+    [
+        ('{"q": "Tea?", "a": "Green."}', "prompts and responses has none: leave it out, or swap"),
+        ('{"prompt": "Tea?", "chosen": "Green.", "rejected": "X"}', "preference pairs has none"),
+        ('{"instruction": "Tea?", "output": "Green."}', "Alpaca has none"),
+        ('{"user": "b", "prompt": "Tea?", "response": "Green."}', "JSON Lines of user, prompt and response has none"),
+        (json.dumps(SLACK), "a Slack export has none"),
+        (WHATSAPP, "a WhatsApp chat has none"),
+    ],
+)
+def test_the_humans_replies_are_refused_where_nothing_says_who_that_is(
+    tmp_path: Path, content: str, read_as: str
+) -> None:
+    (path := tmp_path / "x").write_text(content)
+    with pytest.raises(DataError, match=f"data.replies = 'user' is of chats whose turns have roles; {read_as}"):
+        said(path, replies="user", reply_within_s=1e6)
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "told"),
+    [
+        ('{"author": "b", "q": "?", "a": "!"}', {"user": "autor"}, "line 1: data.fields.user = 'autor' is none of"),
+        ('{"author": null, "q": "?", "a": "!"}', {"user": "author"}, "line 1: data.fields.user = 'author' is empty"),
+        (json.dumps(OPENAI), {"user": "autor"}, "line 1: data.fields.user = 'autor' is none of its columns: messages"),
+        (json.dumps([{"q": "Tea?", "a": "Green."}]), {"user": "autor"}, "data.fields.user = 'autor' is none of"),
+        ("q,a\nTea?,Green.\n", {"user": "autor"}, "line 2: data.fields.user = 'autor' is none of its columns: q, a"),
+        (json.dumps(SLACK), {"user": "autor"}, "data.fields.user = 'autor': a Slack export has no columns"),
+        (WHATSAPP, {"user": "autor"}, "data.fields.user = 'autor': a WhatsApp chat has no columns"),
+        (MBOX, {"domain": "list"}, "data.fields.domain = 'list': mail in mbox has no columns"),
+    ],
+    ids=range(8),
+)
+def test_a_column_that_is_not_there_never_makes_people_nameless(
+    tmp_path: Path, content: str, fields: dict[str, str], told: str
+) -> None:
+    (path := tmp_path / "x").write_text(content)
+    with pytest.raises(DataError, match=told):
+        said(path, fields=fields)
+
+
+def test_a_known_data_set_has_no_columns_and_no_roles() -> None:
+    with pytest.raises(DataError, match=r"data\.fields\.user = 'who': the data set dolly has no columns"):
+        collect(DataConfig(name="dolly", fields=FieldNames(user="who")))
+    with pytest.raises(DataError, match="the data set dolly has none"):
+        collect(DataConfig(name="dolly", replies="user"))
+
+
+def seconds_to_read(path: Path) -> float:
+    """Of this process, the least of three."""
+
+    def once() -> float:
+        began = process_time()
+        assert sum(1 for _ in json_values(path)) > 0
+        return process_time() - began
+
+    return min(once() for _ in range(3))
+
+
+def test_ten_times_the_documents_take_ten_times_as_long(tmp_path: Path) -> None:
+    """Of documents over several lines, one after the other; twice that is allowed, and a square would be a hundred."""
+    one = json.dumps({"prompt": "Tea?", "response": "Green."}, indent=1) + "\n"
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_text(one * 4_000)
+    large.write_text(one * 40_000)
+    assert seconds_to_read(large) < 20 * seconds_to_read(small)
+    assert [where for where, _ in json_values(small)][1] == f"{small}, line 5"
+
+
+def test_a_file_in_zstd_is_read_whole_or_refused(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed; pip install 'florilegium[tables]'")
+    rows = "".join(json.dumps({"user": "b", "prompt": f"{i}?", "response": "Green."}) + "\n" for i in range(20_000))
+    packed = pa.Codec("zstd").compress(rows.encode(), asbytes=True)
+    (path := tmp_path / "x.jsonl.zst").write_bytes(packed)
+    assert len(said(path)) == 20_000
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match=r"cannot be read .* is the file whole"):
+        said(path)
+
+
+def test_without_a_reader_of_zstd_it_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pyarrow", "compression.zstd"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (path := tmp_path / "x").write_bytes(b"\x28\xb5\x2f\xfd\0\0")
+    with pytest.raises(DataError, match=r"compressed with zstd: pip install 'florilegium\[tables\]'"):
+        said(path)
+
+
+# Signal
+
+
+def item(number: int, author: str, body: str, **quote: str) -> dict[str, Any]:
+    text = {"text": {"body": body}} | ({"quote": quote} if quote else {})
+    return {
+        "chatItem": {"chatId": "1", "authorId": author, "dateSent": f"171455400000{number}", "standardMessage": text}
+    }
+
+
+SIGNAL = [
+    {"version": "1", "backupTimeMs": "1714554999000"},
+    {"account": {"givenName": "A"}},
+    {"recipient": {"id": "2", "self": {}}},
+    {"recipient": {"id": "3", "contact": {"profileGivenName": "B"}}},
+    {"chat": {"id": "1", "recipientId": "3"}},
+    item(1, "2", "Tea?"),
+    item(2, "4", "Hm"),
+    {"chatItem": {"chatId": "1", "authorId": "3", "dateSent": "1714554000003", "updateMessage": {"simpleUpdate": {}}}},
+    item(4, "3", "Green.", authorId="2", targetSentTimestamp="1714554000001"),
+]
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+def test_what_signal_exports_itself(tmp_path: Path, skipped: int) -> None:
+    """Among the media that it lays beside; a quote says which message is answered."""
+    (tmp_path / "export" / "files" / "ab").mkdir(parents=True)
+    (tmp_path / "export" / "files" / "ab" / "note.txt").write_text("an attachment")
+    (tmp_path / "export" / "metadata.json").write_text('{"version": 1}')
+    (path := tmp_path / "export" / "main.jsonl").write_text("\n".join(map(json.dumps, SIGNAL[skipped:])))
+    for source in (path, tmp_path / "export"):
+        reading = Reading()
+        assert said(source, reading) == [("3", "Tea?", "Green."), ("4", "Tea?", "Hm")]
+        assert reading.read_as == "Signal's own export"
+        assert reading.left_out["notice of the app, or a sticker, call or deleted message"] == 1
+
+
+def sent(time: str, sender: str, body: str, **more: Any) -> dict[str, Any]:
+    row = {"date": f"2024-05-01T09:{time}", "sender": sender, "body": f"{body}  ", "quote": "", "sticker": None}
+    return {**row, "reactions": [], "attachments": [], "deleted": False, "call": False, **more}
+
+
+CHAT_MD = """[2024-05-01 09:00:00] Me: Tea?
+
+[2024-05-01 09:01:00] Ben: \n\n> Tea?\n\nGreen.
+With lemon: yes.  ![a.jpg](./media/a.jpg)  
+(- Me: 👍 -)
+
+[2024-05-01 09:02:00] Me: (This message was deleted)
+
+[2024-05-01 09:03:00] Ben:   
+(( 🍵 ))
+
+"""
+
+
+def test_what_signal_export_writes(tmp_path: Path) -> None:
+    """JSON, Markdown and a page of a chat say the same: the first is read, the Markdown where it has no JSON beside."""
+    rows = [
+        sent("00", "Me", "Tea?"), sent("01", "Ben", "Green.\nWith lemon: yes.", quote="\n\n> Tea?\n\n"),
+        sent("02", "Me", "gone", deleted=True), sent("03", "Ben", "", sticker={"emoji": "🍵"}),
+    ]  # fmt: skip
+    (chat := tmp_path / "export" / "Ben").mkdir(parents=True)
+    (chat / "index.html").write_text("<html>")
+    (chat / "chat.md").write_text(CHAT_MD)
+    expected = [("Ben", "Tea?", "Green.\nWith lemon: yes.")]
+    for source, written in ((tmp_path / "export", False), (tmp_path / "export", True), (chat / "data.json", True)):
+        if written:
+            (chat / "data.json").write_text("\n".join(map(json.dumps, rows)))
+        reading = Reading()
+        assert said(source, reading) == expected and reading.read_as == "chats of signal-export"
+        assert reading.left_out["call or deleted message"] == reading.left_out["message without text"] == 1
+    assert {talk.domain for talk in read_source(tmp_path / "export", Reading())} == {"Ben"}
+    assert said(chat / "chat.md") == expected

@@ -378,6 +378,9 @@ CALLED = "test_extensions.py::test_a_run_with_extensions_ends_with_what_is_wrong
 COUNTED = "test_faults.py::test_too_many_faults_end_the_run"
 HUB = "test_data.py::test_hub_rows_are_read_by_the_columns_named"
 HUBS_OWN = "test_data.py::test_a_hub_row_has_its_domain_and_comes_of_the_part_asked_for"
+PARTED = "test_data_partition.py::test_each_reply_goes_to_one_user_and_the_seed_alone_decides"
+NATURAL = "test_data_partition.py::test_natural_makes_a_user_of_each_label_and_halves_them"
+IID = {"data.partition.kind": "iid"}
 OTHER_NAMES = "test_formats.py::test_every_field_may_be_called_otherwise"
 
 RUNS: dict[str, Row] = {
@@ -491,6 +494,23 @@ RUNS: dict[str, Row] = {
     "data.reply_within_s": In(
         9.0, "test_formats.py::test_a_log_is_paired_by_what_a_message_names_else_by_the_last_of_somebody_else"
     ),
+    "data.dates": In("day-first", "test_formats.py::test_the_whole_file_decides_whether_day_or_month_comes_first"),
+    "data.partition.kind": In("iid", PARTED),
+    "data.partition.by": In("domain", NATURAL, IID),
+    "data.partition.users": In(9, "test_data_partition.py::test_more_users_than_are_drawn_can_be_made", IID),
+    "data.partition.alpha": In(
+        0.1, "test_data_partition.py::test_a_small_alpha_leaves_a_user_with_few_labels_and_a_large_one_with_all",
+        {"data.partition.kind": "dirichlet"},
+    ),
+    "data.partition.labels_per_user": In(
+        1, "test_data_partition.py::test_a_pathological_user_has_as_many_labels_as_asked",
+        {"data.partition.kind": "pathological"},
+    ),
+    "data.partition.shards_per_user": In(
+        1, "test_data_partition.py::test_a_user_of_shards_has_as_many_labels_as_shards",
+        {"data.partition.kind": "shard"},
+    ),
+    "data.partition.seed": In(5, PARTED, IID),
     "server.sampled_share": Seen(0.3, served),
     "server.rule": Seen("trimmed-mean", served, {"data.users": 11}),
     "server.trimmed_share": Seen(0.4, served, {"server.rule": "trimmed-mean", "data.users": 11}),

@@ -386,7 +386,8 @@ def test_a_run_whose_data_was_changed_does_not_go_on(of_chats: Path, tmp_path: P
 def test_whatever_a_run_reads_has_a_hash(of_chats: Path) -> None:
     config, noted = RunFolder(of_chats / "run").config, json.loads((of_chats / "run" / "inputs.json").read_text())
     people = load_population(config.data, config.seed)
-    assert hashes(config, people) == noted
+    read = ["read as JSON Lines of user, prompt and response: 48 conversations"]
+    assert {**hashes(config, people), "read": read} == noted
     other = config.model_copy(update={"selection": config.selection.model_copy(update={"lexicons": ("medical",)})})
     assert differing(noted, hashes(other, people)) == ["lexicons"]
     first, *rest = people

@@ -23,20 +23,34 @@ def list_data() -> None:
 
 
 @app.command("describe")
-def describe_data(name: str, overrides: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-    """Users, pairs, quantiles and an example of a data set.
+def describe_data(
+    name: str,
+    overrides: Annotated[list[str] | None, typer.Argument()] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw who has how many replies of which label to this new HTML file.")
+    ] = None,
+) -> None:
+    """Users, pairs, quantiles and an example of a data set, and how a partition comes out.
 
     NAME is one of florilegium data list, a file or a folder, or hub:owner/dataset. OVERRIDES are settings of a run's
     section data:
 
     florilegium data describe chats.jsonl min_pairs=8 split=all
 
+    florilegium data describe faq.csv partition.kind=dirichlet partition.by=topic users=8 --picture faq.html
+
     florilegium data describe hub:owner/dataset data.hub_fields.prompt=question data.hub_fields.response=answer
     """
-    from florilegium.simulation.config import data_config
     from florilegium.simulation.data.describe import describe, render
+    from florilegium.simulation.settings import data_config
 
-    console.print(render(describe(data_config(name, overrides or []), seed=0)))
+    found = describe(data_config(name, overrides or []), seed=0)
+    console.print(render(found))
+    if picture:
+        from florilegium.simulation.reports.partition_figure import write_picture
+
+        write_picture(picture, found.users)
+        console.print(f"picture: {picture}", soft_wrap=True)
 
 
 @app.command("import")
@@ -52,8 +66,8 @@ def import_data(
 
     florilegium data import export.json chats.jsonl reply_within_s=600
     """
-    from florilegium.simulation.config import data_config
     from florilegium.simulation.data.convert import convert
+    from florilegium.simulation.settings import data_config
 
     reading = convert(data_config(str(file), overrides or []), out, named)
     for told in (reading.told(), *reading.problems()):

@@ -35,12 +35,14 @@ def run(
 
     florilegium run --resume runs/quickstart
     """
+    from florilegium.simulation.data.population import told_of
     from florilegium.simulation.devices.preflight import ready
     from florilegium.simulation.runs.folder import find_run
-    from florilegium.simulation.runs.progress import progress_line
+    from florilegium.simulation.runs.progress import progress_line, tell_data
 
     settings, folder = find_run(config, overrides or [], runs, resuming=resume)
     people = ready(settings, folder, resuming=resume, overwrite=overwrite)
+    tell_data(told_of(people), console)
 
     from florilegium.simulation.experiment import (
         run_experiment,  # and with it torch, now that nothing is left to refuse

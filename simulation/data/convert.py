@@ -18,6 +18,10 @@ def convert(config: DataConfig, out: Path, named: str = "") -> Reading:
     """
     if named and named not in FORMATS:
         raise DataError(f"--as {named} must be one of {', '.join(FORMATS)}")
+    if config.partition.kind:
+        raise DataError(
+            "a partition is drawn anew for each run's users and split; leave data.partition out of an import"
+        )
     if out.exists():
         raise DataError(f"{out} exists; name a new file")
     if not out.parent.is_dir():

@@ -22,7 +22,18 @@ from florilegium.client.words import count
 from florilegium.privacy.common.registry import is_extension, resolve
 from florilegium.simulation.data.conversations import READERS, locate
 from florilegium.simulation.data.errors import DataError
-from florilegium.simulation.data.population import HUB, DataConfig, collect, cut, met_before, reading_of, streams
+from florilegium.simulation.data.partition_table import Share, as_table, listed, shares
+from florilegium.simulation.data.population import (
+    HUB,
+    DataConfig,
+    collect,
+    cut,
+    met_before,
+    reading_of,
+    streams,
+    users_of,
+)
+from florilegium.simulation.data.problems import problems_of
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 Quantiles = tuple[int, ...]
@@ -63,6 +74,9 @@ class Description:
     held_out_met: int  # word for word in the same user's stream
     read_as: str = ""  # what a file was taken for
     problems: tuple[str, ...] = ()  # the commonest reasons for leaving something out of it, with places
+    partition: str = ""  # how users were made of it
+    users: tuple[Share, ...] = ()  # of the split, also those with too few replies
+    min_pairs: int = 0
 
 
 def names() -> list[Listed]:
@@ -73,7 +87,10 @@ def names() -> list[Listed]:
 def describe(config: DataConfig, seed: int) -> Description:
     """Reads the data set and counts. Too few users is no error here: that is what one came to see."""
     reading = reading_of(config)
-    replies = collect(config, reading)
+    try:
+        replies = collect(config, reading)
+    except DataError as error:
+        raise DataError("\n".join([str(error), *_all_problems(config)])) from None
     eligible = streams(replies, config, seed)
     pairs = [reply for said in eligible.values() for reply in said]
     cuts = [cut(said, config) for said in eligible.values()]
@@ -98,7 +115,17 @@ def describe(config: DataConfig, seed: int) -> Description:
         held_out_met=sum(met_before(stream, held_out) for stream, held_out in cuts),
         read_as=reading.told() if reading.read_as else "",
         problems=tuple(reading.problems()),
+        partition=config.partition.told(),
+        users=shares(users_of(replies, config, seed)),
+        min_pairs=config.min_pairs,
     )
+
+
+def _all_problems(config: DataConfig) -> list[str]:
+    """Those of a file whose first problem has ended its reading; [] where rows cannot be tried one by one."""
+    path = Path(config.name).expanduser()
+    found = problems_of(path, reading_of(config)) if path.is_file() else []
+    return ["the commonest problems of its lines:", *found] if found else []
 
 
 def quantiles(counts: Iterable[int]) -> Quantiles:
@@ -114,32 +141,41 @@ def quantiles(counts: Iterable[int]) -> Quantiles:
 def render(description: Description) -> RenderableType:
     """A table of the figures, and one exchange."""
     d = description
-    users = "none known: replies are dealt to devices" if d.anonymous else f"{d.users_found:,} in both halves"
+    dealt = f"none known: replies are {'parted' if d.partition else 'dealt to devices'}"
+    users = dealt if d.anonymous else f"{d.users_found:,} in both halves"
     table = Table.grid(padding=(0, 2))
     for label, value in (
         ("data set", d.name),
         ("about", d.read_as or d.about),
         ("users", users),
         (f"eligible ({d.split})", f"{d.users_eligible:,} {'devices' if d.anonymous else 'users'}, {d.pairs:,} pairs"),
+        *((("partition", _partition(d)),) if d.partition else ()),
         ("pairs per user", _spread(d.pairs_per_user)),
         ("words per prompt", _spread(d.words_per_prompt)),
         ("words per response", _spread(d.words_per_response)),
-        ("domains", _domains(d.domains)),
+        ("domains", listed(d.domains, 8)),
         ("held out", told_before(d.held_out, d.held_out_met)),
         ("left out", _left_out(d)),
         *(("", problem) for problem in d.problems),
     ):
         table.add_row(Text(label, style="bold"), Text(value))
+    parts = (Text(), as_table(d.users, d.min_pairs), Text()) if d.partition else ()
     if d.example is None:
-        return Group(table, Text("No user is eligible: lower data.min_pairs.", style="yellow"))
+        return Group(table, *parts, Text("No user is eligible: lower data.min_pairs.", style="yellow"))
     exchange = Text.assemble((_start(d.example.prompt), "cyan"), "\n", (_start(d.example.response), "green"))
-    return Group(table, Panel(exchange, title="a prompt and the user's reply", title_align="left"))
+    return Group(table, *parts, Panel(exchange, title="a prompt and the user's reply", title_align="left"))
 
 
 def told_before(held_out: int, met: int) -> str:
     """How many replies are held out and which share of them the devices have met, for people."""
     share = f"{met / held_out:.0%}" if held_out else "none"
     return f"{held_out:,} pairs; {met:,} of them ({share}) stand word for word in the same user's stream"
+
+
+def _partition(d: Description) -> str:
+    few = sum(user.replies < d.min_pairs for user in d.users)
+    told = f", {few:,} of them with fewer than min_pairs = {d.min_pairs} replies" if few else ""
+    return f"{d.partition}: {len(d.users):,} users{told}"
 
 
 def _left_out(d: Description) -> str:
@@ -172,10 +208,3 @@ def _spread(values: Quantiles) -> str:
         return "none"
     least, quarter, median, three_quarters, most = values
     return f"median {median:,} (half of them {quarter:,} to {three_quarters:,}; all {least:,} to {most:,})"
-
-
-def _domains(domains: tuple[tuple[str, int], ...], shown: int = 8) -> str:
-    if not domains:
-        return "none named"
-    rest = f" and {len(domains) - shown} more" if len(domains) > shown else ""
-    return ", ".join(f"{domain} {n:,}" for domain, n in domains[:shown]) + rest

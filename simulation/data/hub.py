@@ -1,13 +1,15 @@
 """Reader of a data set of the Hugging Face hub, through the optional package `datasets`.
 
-Each row is one exchange. Rows without a column for users are anonymous and are dealt to devices later. Columns of
-messages, streaming and data sets that run code of their own are not covered: turn such data into a jsonl file.
+Rows are recognised as those of files are, or read as one exchange each where `hub_fields` names columns. Rows without
+a column for users are anonymous and are dealt to devices later. Streaming and data sets that run code of their own are
+not covered: turn such data into a jsonl file.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from importlib import import_module
 from typing import Any
@@ -20,6 +22,8 @@ from florilegium.privacy.common.suggestions import did_you_mean
 from florilegium.simulation.data.conversations import Conversation, Turn
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import shown
+from florilegium.simulation.data.formats.reading import FieldNames, Reading
+from florilegium.simulation.data.formats.recognise import fits, of_rows
 from florilegium.simulation.data.jsonl import seconds
 from florilegium.simulation.data.synonyms import columns_for
 
@@ -40,14 +44,50 @@ class HubFields(Config):
     part: str = Field(default="train", description="the hub's own split that is read")
     revision: str = Field(default="main", description="branch, tag or commit; a commit makes a run repeatable")
 
+    def named(self) -> list[str]:
+        """The roles whose columns are others than a data set has without more words."""
+        return [role for role in ROLES if getattr(self, role) != type(self).model_fields[role].default]
 
-def read_hub(dataset: str, fields: HubFields) -> Iterator[Conversation]:
-    """Each row as a conversation of two turns: the prompt, and the reply.
+
+def read_hub(dataset: str, fields: HubFields, reading: Reading | None = None) -> Iterator[Conversation]:
+    """The conversations of its rows: of a known format, or of two turns each, the prompt and the reply.
 
     Raises `DataError` at once where the package, the network, the data set or a column is missing. With
     `HF_HUB_OFFLINE=1` only a copy that was downloaded before is read.
     """
+    reading = reading or Reading()
     table = _load(dataset, fields)
+    for n, conversation in enumerate(_conversations(dataset, table, fields, reading)):
+        reading.conversations += 1
+        reading.check_replies()
+        yield replace(conversation, id=f"{dataset}:{n}")
+
+
+def _conversations(dataset: str, table: Any, fields: HubFields, reading: Reading) -> Iterator[Conversation]:
+    exchanges = {fields.prompt, fields.response} <= set(table.column_names)
+    if not fields.named() and (reading.fields != FieldNames() or (not exchanges and _is_known(table, reading))):
+        rows = ((f"hub data set {dataset!r}, row {i}", row) for i, row in enumerate(table))
+        return of_rows(f"hub data set {dataset!r}", rows, reading)
+    if reading.labelled:
+        fields = fields.model_copy(update={"domain": reading.fields.domain})
+    if also := [role for role, name in reading.fields if name and not (role == "domain" and reading.labelled)]:
+        raise DataError(
+            f"data.fields.{also[0]} = {getattr(reading.fields, also[0])!r} beside data.hub_fields.{fields.named()[0]}; "
+            f"name columns in one of the two sections"
+        )
+    reading.read_as = f"columns {fields.prompt} and {fields.response}"
+    likely = [] if fields.user else columns_for("user", table.column_names)
+    if likely:
+        reading.note(f"its column {likely[0]!r} may name users; data.hub_fields.user={likely[0]} for that")
+    return _exchanges(dataset, table, fields)
+
+
+def _is_known(table: Any, reading: Reading) -> bool:
+    first = next(iter(table), None)
+    return first is not None and fits(first, reading)
+
+
+def _exchanges(dataset: str, table: Any, fields: HubFields) -> Iterator[Conversation]:
     _check_columns(dataset, fields, table.column_names)
     for i, row in enumerate(table):
         where = f"hub data set {dataset!r}, row {i}"

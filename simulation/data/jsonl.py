@@ -29,18 +29,28 @@ def read_jsonl(path: Path) -> Iterator[Conversation]:
     """
     timed: bool | None = None
     for number, row in json_lines(path):
-        where = f"{path}, line {number}"
-        _check(row, where)
-        has_time = row.get("time") is not None
-        if timed is not None and has_time != timed:
-            other = "has a time, but the lines before have none" if has_time else "has no time, but the lines before do"
-            raise DataError(f"{where}: {other}; give `time` on every line or on none")
-        timed = has_time
-        time = _time(row, where) if has_time else 0.0
-        turns = (Turn("", row["prompt"] or "", time), Turn(str(row["user"]), row["response"] or "", time))
-        yield Conversation(f"{path.name}:{number}", turns, row.get("domain") or "")
+        yield exchange(row, f"{path}, line {number}", timed, f"{path.name}:{number}")
+        timed = has_time(row)
     if timed is None:
         raise DataError(f"{path} holds no line; expected one JSON object a line with user, prompt and response")
+
+
+def exchange(row: Row, where: str, timed: bool | None, identity: str = "") -> Conversation:
+    """The conversation of one line; `timed` says whether the lines before have times, None where there are none.
+
+    Raises `DataError` for a line outside the schema.
+    """
+    _check(row, where)
+    if timed is not None and has_time(row) != timed:
+        other = "has no time, but the lines before do" if timed else "has a time, but the lines before have none"
+        raise DataError(f"{where}: {other}; give `time` on every line or on none")
+    time = _time(row, where) if has_time(row) else 0.0
+    turns = (Turn("", row["prompt"] or "", time), Turn(str(row["user"]), row["response"] or "", time))
+    return Conversation(identity, turns, row.get("domain") or "")
+
+
+def has_time(row: Row) -> bool:
+    return row.get("time") is not None
 
 
 def seconds(value: object) -> float:

@@ -8,7 +8,7 @@ they stand in the file. Not covered: which user joins which round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,10 +25,11 @@ from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.data.conversations import READERS, Conversation, read
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import is_file_name
-from florilegium.simulation.data.formats.reading import FieldNames, Reading
+from florilegium.simulation.data.formats.reading import Dates, FieldNames, Reading
 from florilegium.simulation.data.formats.reading import Replies as RepliesOf
 from florilegium.simulation.data.formats.recognise import read_source
 from florilegium.simulation.data.hub import HubFields, read_hub
+from florilegium.simulation.data.partition import PartitionConfig, check_labels, rows_by_user
 
 Half = Literal["development", "test"]
 Split = Literal["development", "test", "all"]
@@ -52,6 +53,7 @@ class DataConfig(Config):
     context_turns: int = Field(
         default=1, ge=1, description="turns before a reply in its prompt; long ones lose their beginning"
     )
+    partition: PartitionConfig = PartitionConfig()
     order: Order = Field(default="recorded", description="of a stream; sticky: Markov over its domains")
     stickiness: float = Field(default=0.9, ge=0, le=1, description="chance that the next dialogue stays in the domain")
     hub_fields: HubFields = HubFields()
@@ -59,6 +61,9 @@ class DataConfig(Config):
     replies: RepliesOf = Field(default="assistant", description="whose replies are learned, where a file says roles")
     reply_within_s: float = Field(
         default=3600.0, gt=0, description="of a log: what comes later than this after a message does not answer it"
+    )
+    dates: Dates = Field(
+        default="auto", description="of WhatsApp: whether day or month comes first, where a file does not say"
     )
 
     def extensions(self) -> list[str]:
@@ -78,6 +83,21 @@ class DataConfig(Config):
         if self.max_pairs < self.min_pairs:
             raise ValueError(f"max_pairs = {self.max_pairs} must be >= min_pairs = {self.min_pairs}")
         return self
+
+    @model_validator(mode="after")
+    def _labels_are_the_domain(self) -> Self:
+        by, hub = self.partition.by, self.name.startswith(HUB)
+        domain = self.hub_fields.domain if hub else self.fields.domain
+        if by and domain not in ("", by):
+            where = "hub_fields" if hub else "fields"
+            raise ValueError(f"partition.by = {by!r} is what is read as the domain; leave out {where}.domain")
+        if by not in ("", "domain") and not hub and self.is_known():
+            raise ValueError(f"partition.by = {by!r}: {self.name} has no columns, only domains; leave partition.by out")
+        return self
+
+    def is_known(self) -> bool:
+        """Whether a reader of ours, or of the user's, is meant: an existing file wins."""
+        return (self.name in READERS or is_extension(self.name)) and not Path(self.name).expanduser().is_file()
 
 
 @dataclass(frozen=True)
@@ -110,7 +130,10 @@ def load_population(config: DataConfig, seed: int) -> Sequence[User]:
     The halves are disjoint whatever the seed. Every device of an anonymous data set is a random hand of replies.
     Where users are too few, `bootstrap` adds resampled ones; without it `DataError` tells the number there is.
     """
-    return draw(collect(config), config, seed)
+    reading = reading_of(config)
+    found = draw(collect(config, reading), config, seed)
+    told = (reading.told(), *reading.problems()) if reading.read_as else ()
+    return replace(found, told=told) if isinstance(found, Bootstrapped) else Drawn(found, told)
 
 
 def collect(config: DataConfig, reading: Reading | None = None, named: str = "") -> Replies:
@@ -132,16 +155,26 @@ def collect(config: DataConfig, reading: Reading | None = None, named: str = "")
             if not reply.prompt or not reply.response:
                 empty += 1
                 silent.add(user)
+                _leave_out("line without prompt or response", conversation, reading)
             elif not all(map(is_whole, (user, reply.prompt, reply.response, reply.domain))):
                 broken += 1
                 silent.add(user)
+                _leave_out("line with half a character", conversation, reading)
             elif record in seen:
                 repeated += 1
+                _leave_out("line recorded before", conversation, reading)
             else:
                 seen.add(record)
                 found.setdefault(user, []).append(reply)
     in_order = {user: _in_order(found[user]) for user in sorted(found)}
     return Replies(in_order, anonymous, empty, repeated, len(silent - found.keys()), broken)
+
+
+def _leave_out(reason: str, conversation: Conversation, reading: Reading) -> None:
+    """Notes the line of a file of ours, whose conversations are called after their lines; others note their rows."""
+    if reading.by_line:
+        source, _, number = conversation.id.rpartition(":")
+        reading.leave_out(reason, f"{source}, line {number}")
 
 
 def is_whole(text: str) -> bool:
@@ -155,13 +188,27 @@ def is_whole(text: str) -> bool:
 
 def streams(replies: Replies, config: DataConfig, seed: int) -> dict[str, tuple[Dialogue, ...]]:
     """What each eligible user of the split has said, capped: `min_pairs <= len(stream) <= max_pairs`."""
-    if replies.anonymous:
+    everybody = users_of(replies, config, seed)
+    return {user: said[: config.max_pairs] for user, said in everybody.items() if len(said) >= config.min_pairs}
+
+
+def users_of(replies: Replies, config: DataConfig, seed: int) -> dict[str, tuple[Dialogue, ...]]:
+    """All that each user of the split has said, however little: recorded users, or those whom it is dealt to.
+
+    Raises `DataError` for data that has users and is to be parted among others.
+    """
+    kind = config.partition.kind
+    if kind not in ("", "natural") and not replies.anonymous:
+        raise DataError(
+            f"data.partition.kind = {kind!r} is for data that names no users, and {config.name} has "
+            f"{len(replies.by_user):,}; leave it out, or use 'natural'"
+        )
+    if replies.anonymous and kind != "natural":
         return _deal(replies.by_user.get("", ()), config, seed)
-    return {
-        user: said[: config.max_pairs]
-        for user, said in replies.by_user.items()
-        if len(said) >= config.min_pairs and config.split in (half_of(user), "all")
-    }
+    by_user = replies.by_user
+    if replies.anonymous or config.partition.by:
+        by_user = _by_label(by_user, config)
+    return {user: said for user, said in by_user.items() if config.split in (half_of(user), "all")}
 
 
 def draw(replies: Replies, config: DataConfig, seed: int) -> Sequence[User]:
@@ -172,6 +219,19 @@ def draw(replies: Replies, config: DataConfig, seed: int) -> Sequence[User]:
     chosen = sorted(eligible, key=lambda user: derive_seed(seed, "draw", user))[: config.users]
     people = [_user(user, eligible[user], config, seed) for user in chosen]
     return people if len(people) == config.users else Bootstrapped(people, config.users, seed)
+
+
+class Drawn(list[User]):
+    """Users, and what is to be told of how the data was read that they are drawn from."""
+
+    def __init__(self, users: Iterable[User], told: Sequence[str]) -> None:
+        super().__init__(users)
+        self.told = tuple(told)
+
+
+def told_of(population: Sequence[User]) -> tuple[str, ...]:
+    """What a file was taken for, and what was left out of it: lines for people; () of what was not read just now."""
+    return population.told if isinstance(population, Drawn | Bootstrapped) else ()
 
 
 @dataclass(frozen=True)
@@ -186,6 +246,7 @@ class Bootstrapped(Sequence[User]):
     devices: int
     seed: int
     apart: Sequence[User] = ()
+    told: tuple[str, ...] = ()  # of how the data was read
 
     def __len__(self) -> int:
         return self.devices + len(self.apart)
@@ -195,7 +256,7 @@ class Bootstrapped(Sequence[User]):
         if count >= len(self.people):
             raise DataError(f"{count} newcomers leave none of {len(self.people)} people to resample; lower newcomers")
         people, apart = self.people[: len(self.people) - count], self.people[len(self.people) - count :]
-        return Bootstrapped(people, self.devices - count, self.seed, apart)
+        return Bootstrapped(people, self.devices - count, self.seed, apart, self.told)
 
     @overload
     def __getitem__(self, index: int) -> User: ...
@@ -271,8 +332,11 @@ def _meant(name: str) -> str:
 
 
 def reading_of(config: DataConfig) -> Reading:
-    """How the settings say that a file is to be read."""
-    return Reading(config.fields, config.replies, config.reply_within_s)
+    """How the settings say that a file is to be read; labels that it is parted by are read as domains."""
+    fields, by = config.fields, config.partition.by
+    if by and not config.is_known():
+        fields = fields.model_copy(update={"domain": by})
+    return Reading(fields, config.replies, config.reply_within_s, config.dates, labelled=bool(by))
 
 
 def _conversations(config: DataConfig, reading: Reading, named: str) -> Iterator[Conversation]:
@@ -280,8 +344,11 @@ def _conversations(config: DataConfig, reading: Reading, named: str) -> Iterator
     if path.is_file():
         return read_source(path, reading, named)
     if config.name.startswith(HUB):
-        return read_hub(config.name.removeprefix(HUB), config.hub_fields)
+        return read_hub(config.name.removeprefix(HUB), config.hub_fields, reading)
     if config.name in READERS or is_extension(config.name):
+        reading.take_for(f"the data set {config.name}")
+        reading.check_replies()
+        reading.read_as = ""  # its own description says more
         return read(config.name)
     return read_source(path, reading, named)
 
@@ -305,21 +372,34 @@ def _in_order(said: list[Dialogue]) -> tuple[Dialogue, ...]:
 
 
 def _deal(replies: tuple[Dialogue, ...], config: DataConfig, seed: int) -> dict[str, tuple[Dialogue, ...]]:
-    """Shuffled conversations, dealt out in equal runs; each lies in one half. Times become running numbers.
+    """Shuffled conversations, dealt out as data.partition says, else in equal runs; each lies in one half.
 
-    Replies of one conversation follow each other, so that its context is not met before or after on another device
-    (but for the one that a run ends in).
+    Replies of one conversation follow each other, so that in equal runs its context is not met before or after on
+    another device (but for the one that a run ends in). Times become running numbers.
     """
     half = [reply for reply in replies if config.split in (half_of(_conversation_of(reply)), "all")]
-    shuffled = sorted(half, key=lambda reply: derive_seed(seed, "deal", _conversation_of(reply)))
+    drawn_by = seed if config.partition.seed == "run" else config.partition.seed
+    shuffled = sorted(half, key=lambda reply: derive_seed(drawn_by, "deal", _conversation_of(reply)))
     devices = min(config.users, len(half) // config.min_pairs)
-    runs = [shuffled[i * len(half) // devices : (i + 1) * len(half) // devices] for i in range(devices)]
+    if config.partition.kind:
+        users, labels = config.partition.users or config.users, [reply.domain for reply in shuffled]
+        of_user = rows_by_user(labels, config.partition, users, config.min_pairs, derive_seed(drawn_by, "partition"))
+        hands = [[shuffled[row] for row in rows] for rows in of_user]
+    else:
+        hands = [shuffled[i * len(half) // devices : (i + 1) * len(half) // devices] for i in range(devices)]
     return {
-        f"{config.split}-{i:05d}": tuple(
-            replace(reply, time=float(n)) for n, reply in enumerate(run[: config.max_pairs])
-        )
-        for i, run in enumerate(runs)
+        f"{config.split}-{i:05d}": tuple(replace(reply, time=float(n)) for n, reply in enumerate(hand))
+        for i, hand in enumerate(hands)
     }
+
+
+def _by_label(by_user: dict[str, tuple[Dialogue, ...]], config: DataConfig) -> dict[str, tuple[Dialogue, ...]]:
+    """A user for each label, which is the domain of what was said."""
+    found: dict[str, list[Dialogue]] = {}
+    for reply in (reply for said in by_user.values() for reply in said):
+        found.setdefault(reply.domain, []).append(reply)
+    check_labels([reply.domain for said in found.values() for reply in said], config.partition)
+    return {label: _in_order(found[label]) for label in sorted(found)}
 
 
 def cut(said: tuple[Dialogue, ...], config: DataConfig) -> tuple[tuple[Dialogue, ...], tuple[Dialogue, ...]]:
@@ -346,6 +426,9 @@ def _user(identity: str, said: tuple[Dialogue, ...], config: DataConfig, seed: i
 def _too_few(replies: Replies, config: DataConfig, eligible: int) -> str:
     asked = f"data.users = {config.users}, but the {config.split} half of {config.name!r} has"
     remedy = f"set users <= {eligible}, lower min_pairs" if eligible else "lower min_pairs"
+    if kind := config.partition.kind:
+        had = f"{eligible} users with min_pairs = {config.min_pairs} replies or more after its partition ({kind})"
+        return f"{asked} {had}; {remedy}"
     if replies.anonymous:
         return f"{asked} replies for {eligible} devices of min_pairs = {config.min_pairs}; {remedy}"
     return (

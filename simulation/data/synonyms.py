@@ -26,19 +26,21 @@ CALLED: dict[str, tuple[str, ...]] = {
     "id": ("message_id", "msg_id"),
     "reply_to": ("reply_to_id", "in_reply_to", "parent_id", "parent", "replyto", "reply_to_message_id"),
 }  # fmt: skip
+READ: dict[str, str] = {  # by another reader, which the first line decides
+    "messages": "OpenAI's chats are read where the first line has 'messages'",
+    "conversations": "ShareGPT's chats are read where the first line has 'conversations'",
+    "chosen": "preferences are read where the first line has 'chosen' and 'rejected'",
+    "rejected": "preferences are read where the first line has 'chosen' and 'rejected'",
+}
 OTHERWISE: dict[str, str] = {
-    "messages": "OpenAI's format of chats",
-    "conversations": "ShareGPT's format of chats",
     "conversation": "a format of whole chats",
     "dialog": "a format of whole chats",
     "dialogue": "a format of whole chats",
     "turns": "a format of whole chats",
     "mapping": "the export of ChatGPT",
-    "chosen": "a format of preferences",
-    "rejected": "a format of preferences",
-    "text": "a format of plain texts",
     "content": "a format of single messages",
     "role": "a format of single messages",
+    "text": "a format of plain texts",
 }
 ALPACA = (
     "Alpaca's instruction and input, one after the other, are called 'prompt' here, and its output 'response'; "
@@ -51,6 +53,8 @@ def hint(key: str, keys: Iterable[str], row: Iterable[str]) -> str:
     known, lower = tuple(keys), key.lower()
     if {"instruction", "output"} <= set(row) and lower in ("instruction", "input", "output"):
         return ALPACA
+    if lower in READ:
+        return f"{READ[lower]}, but no user, prompt and response beside; keep to one format in a file"
     if lower in OTHERWISE:
         return (
             f"{OTHERWISE[lower]} is not read: write a line with user, prompt and response for each reply, "
@@ -64,7 +68,7 @@ def hint(key: str, keys: Iterable[str], row: Iterable[str]) -> str:
 
 def most_telling(keys: Iterable[str]) -> str:
     """Of unknown keys the one that says which format this is; "" of none."""
-    return min(keys, key=lambda key: key.lower() not in OTHERWISE, default="")
+    return min(keys, key=lambda key: key.lower() not in {**READ, **OTHERWISE}, default="")
 
 
 def columns_for(role: str, columns: Iterable[str]) -> list[str]:

@@ -1,8 +1,9 @@
 """What a run reads beside its settings, as hashes in its folder: people, model, word lists, classes of devices.
 
 They are noted when the run begins, and compared whenever it is opened: when it is resumed, and in every process that
-simulates its devices. A file that was changed in between would mix two experiments without a word. Not covered:
-newcomers, who are read at the end alone.
+simulates its devices. A file that was changed in between would mix two experiments without a word. Beside the hashes
+stands what the people's data was taken for, and what was left out of it. Not covered: newcomers, who are read at the
+end alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hashlib import sha256
 from florilegium.client.lm.places import fingerprint, resolve
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.simulation.config import ExperimentConfig
-from florilegium.simulation.data.population import Bootstrapped, User
+from florilegium.simulation.data.population import Bootstrapped, User, told_of
 from florilegium.simulation.heterogeneity.classes import load_classes
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.folder import RunFolder
@@ -35,7 +36,8 @@ def agree(run: RunFolder, population: Sequence[User]) -> None:
     found, noted = hashes(run.config, population), run.path / NOTED
     if not noted.exists():
         fresh = noted.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        read = {"read": told_of(population)} if told_of(population) else {}
+        fresh.write_text(json.dumps(found | read, indent=1) + "\n", encoding="utf-8")
         fresh.replace(noted)
     if other := differing(json.loads(noted.read_text(encoding="utf-8")), found):
         what = " and ".join(READ_FROM[key].format(run.config) for key in other)

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from florilegium.server.config import devices_to_ask
 from florilegium.simulation.config import ExperimentConfig
@@ -42,6 +43,12 @@ class RunProgress:
     def end_round(self, number: int, tokens: int) -> None:
         self.round, self.tokens = number, self.tokens + tokens
         self.changed()
+
+
+def tell_data(told: Iterable[str], console: Console) -> None:
+    """Says how the data was read, before a run begins."""
+    for line in told:
+        console.print(Text(f"data: {line}"), soft_wrap=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from florilegium.simulation.data.formats.messages import Message
 from florilegium.simulation.data.formats.reading import Reading, moment, name, text
 
 Document = tuple[str, Any]  # where it stands, and what was parsed
+MARK = re.compile(r"<([@#!]?)([^<>|]+)(?:\|([^<>]*))?>")  # in Slack's texts, where a bracket of a person's is &lt;
 SLACK_SAID = (None, "", "thread_broadcast", "me_message", "bot_message")
 
 
@@ -102,12 +104,24 @@ def slack(documents: Iterable[Document], reading: Reading, channel: str = "") ->
                 stamp, thread = str(message.get("ts")), str(message.get("thread_ts") or "")
                 yield Message(
                     name(message.get("user"), where, "user"),
-                    text(message.get("text"), where, "text"),
+                    _unmarked(text(message.get("text"), where, "text")),
                     moment(message.get("ts"), where),
                     where,
                     f"{channel}:{thread}" if thread else channel,
                     f"{channel}:{stamp}",
                 )
+
+
+def _unmarked(written: str) -> str:
+    """Links, mentions and channels as a reader sees them, and the three characters that are written as entities."""
+    shown = MARK.sub(lambda mark: _shown(*mark.groups()), written)
+    return shown.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+
+
+def _shown(kind: str, target: str, label: str | None) -> str:
+    if kind == "!":  # <!here>, <!subteam^S1|@team>, <!date^1392734382^{date}|today>
+        return label or f"@{target}"
+    return f"{kind}{label.removeprefix(kind)}" if label else f"{kind}{target.removeprefix('mailto:')}"
 
 
 def _each(messages: object, place: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,6 +15,7 @@ from florilegium.simulation.data.formats.messages import Message
 from florilegium.simulation.data.formats.opened import opened
 from florilegium.simulation.data.formats.reading import Reading, moment
 
+ESCAPED = re.compile(r"^>(?=>*From )")  # a line that begins with "From " begins a mail, so programs put a mark before
 QUOTED = re.compile(r"^\s*>")
 ATTRIBUTION = re.compile(  # over one line or two
     r"^(On|Am|Le|El) [^\n]{4,160}(\n[^\n]{0,120})?\b(wrote|schrieb[^\n]*|écrit|escribió)\s*:[ \t]*$", re.MULTILINE
@@ -80,7 +81,7 @@ def _own_words(body: str) -> str:
     body = ATTRIBUTION.sub("", body.replace("\r\n", "\n"))
     if quotation := HEADERS.search(body):
         body = body[: quotation.start()]
-    for line in body.split("\n"):
+    for line in (ESCAPED.sub("", line) for line in body.split("\n")):
         if line in ("-- ", "--") or ORIGINAL.match(line):
             break
         if not QUOTED.match(line):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from florilegium.simulation.data.conversations import Conversation, Turn
 from florilegium.simulation.data.formats.reading import Located, Reading, name, text
@@ -54,14 +54,24 @@ def paired(messages: Iterable[Message], reading: Reading) -> Iterator[Conversati
     Messages that one person sends one after the other, and that name nothing, are one reply.
     """
     by_conversation: dict[str, list[Message]] = {}
+    recorded: dict[tuple[str, str, float, str], Message] = {}
+    named_too: list[Message] = []  # what was recorded before, under the ids that it has here
     for message in messages:
+        said = by_conversation.setdefault(message.conversation, [])
+        record = (message.conversation, message.user, message.time, message.text.strip())
+        before = recorded.get(record)
         if not message.user:
             reading.leave_out("message of nobody", message.where)
         elif not message.text.strip():
             reading.leave_out("message without text", message.where)
+        elif before and (message.time or said[-1] is before):  # without times, "ok" may be said again later
+            reading.leave_out("message recorded twice", message.where)
+            if message.id != before.id:
+                named_too.append(replace(before, id=message.id))
         else:
-            by_conversation.setdefault(message.conversation, []).append(message)
-    named = _named(m for said in by_conversation.values() for m in said if m.id)
+            recorded[record] = message
+            said.append(message)
+    named = _named(m for said in (*by_conversation.values(), named_too) for m in said if m.id)
     for conversation, said in by_conversation.items():
         yield from _replies(conversation, sorted(said, key=lambda m: m.time), named, reading)
 
@@ -97,14 +107,13 @@ def _replies(conversation: str, said: list[Message], named: Named, reading: Read
 
 def _joined(said: list[Message], within_s: float) -> Iterator[Message]:
     """Messages of one person that follow each other and name nothing, as one, of the time of the first."""
-    held: Message | None = None
+    run: list[Message] = []
     for message in said:
-        near = held is not None and message.time - held.time <= within_s
-        if held and near and held.user == message.user and not message.reply_to and not held.reply_to:
-            held = Message(held.user, f"{held.text}\n{message.text}", held.time, held.where, held.conversation, held.id)
-            continue
-        if held:
-            yield held
-        held = message
-    if held:
-        yield held
+        first = run[0] if run else message
+        near, named = message.time - first.time <= within_s, message.reply_to or first.reply_to
+        if run and (not near or named or first.user != message.user):
+            yield replace(first, text="\n".join(m.text for m in run))
+            run = []
+        run.append(message)
+    if run:
+        yield replace(run[0], text="\n".join(m.text for m in run))

@@ -6,22 +6,25 @@ import bz2
 import io
 import json
 import lzma
+import re
 import sys
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from florilegium.simulation.data import folder
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import shown
 
 ZSTD = b"\x28\xb5\x2f\xfd"
-ZSTD_MODULES = ("compression.zstd", "zstandard")
 OPENERS: dict[bytes, Any] = {**folder.OPENERS, b"BZh": bz2.open}
+NOT_BLANK = re.compile(r"\S")
+ZIP, PARQUET = b"PK\x03\x04", b"PAR1"
+ARROW = (b"ARROW1", b"\xff\xff\xff\xff")  # a file, a stream
 UTF16 = (BOM_UTF16_LE, BOM_UTF16_BE)
 
 
@@ -40,18 +43,23 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def _zstd_error() -> type[Exception]:
-    """What is raised for broken zstd, where a module for it is there and loaded."""
-    loaded = next((sys.modules[name] for name in ZSTD_MODULES if name in sys.modules), None)
-    return getattr(loaded, "ZstdError", OSError)
+    """What Python's own module raises for broken zstd, where it is loaded."""
+    return getattr(sys.modules.get("compression.zstd"), "ZstdError", OSError)
 
 
-def _zstd(path: Path) -> Any:
-    for module in ZSTD_MODULES:
-        try:
-            return import_module(module).open
-        except ImportError:
-            continue
-    raise DataError(f"{path} is compressed with zstd: pip install zstandard, or decompress it with unzstd")
+def _zstd(path: Path) -> Callable[..., Any]:
+    """Python's own module, or pyarrow: both raise where a file breaks off, as the package zstandard does not."""
+    try:
+        return cast(Callable[..., Any], import_module("compression.zstd").open)  # from Python 3.14 on
+    except ImportError:
+        pass
+    try:
+        arrow = import_module("pyarrow")
+    except ImportError:
+        raise DataError(
+            f"{path} is compressed with zstd: pip install 'florilegium[tables]', or decompress it with unzstd"
+        ) from None
+    return lambda path, mode: arrow.input_stream(str(path), compression="zstd")
 
 
 def start_of(path: Path, size: int = 65_536) -> bytes:
@@ -112,19 +120,19 @@ def is_json_lines(path: Path) -> bool:
 
 
 def _documents(path: Path, whole: str) -> Iterator[tuple[str, Any]]:
-    decoder, at = json.JSONDecoder(), 0
-    while at < len(whole):
-        if whole[at].isspace():
-            at += 1
-            continue
-        number = whole.count("\n", 0, at) + 1
+    decoder, at, number = json.JSONDecoder(), 0, 1
+    while begins := NOT_BLANK.search(whole, at):
+        number += whole.count("\n", at, begins.start())
+        at = begins.start()
         try:
-            value, at = decoder.raw_decode(whole, at)
+            value, end = decoder.raw_decode(whole, at)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}); is the file whole?") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON that can be read ({error})") from None
         yield _place(path, number), value
+        number += whole.count("\n", at, end)
+        at = end
 
 
 def _is_whole(line: str) -> bool:

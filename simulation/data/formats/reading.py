@@ -24,6 +24,11 @@ ROLES = {
 }
 MAY_BE_ABSENT = ("domain", "id", "reply_to")  # from a row
 Replies = Literal["assistant", "user"]
+WHOSE: dict[Replies, str] = {
+    "assistant": "replies are the assistant's; data.replies=user for the human's",
+    "user": "replies are the human's; data.replies=assistant for the assistant's",
+}
+Dates = Literal["auto", "day-first", "month-first"]
 Located = tuple[str, Row]  # where a row stands, for errors, and the row
 
 
@@ -48,9 +53,13 @@ class Reading:
     fields: FieldNames = field(default_factory=FieldNames)
     replies: Replies = "assistant"
     reply_within_s: float = 3600.0
+    dates: Dates = "auto"
+    labelled: bool = False  # whether rows must have a domain: they are parted by it
     read_as: str = ""
     by_role: bool = False
+    by_line: bool = False  # whether conversations are called after their lines
     conversations: int = 0
+    notes: list[str] = field(default_factory=list)  # of what was taken for granted, for people
     left_out: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)  # where each reason was met first
     _known: dict[tuple[str, tuple[str, ...]], str] = field(default_factory=dict)
@@ -60,6 +69,11 @@ class Reading:
     def leave_out(self, reason: str, where: str) -> None:
         self.left_out[reason] += 1
         self.first.setdefault(reason, where)
+
+    def note(self, told: str) -> None:
+        """Says something once, of however many files it is true."""
+        if told not in self.notes:
+            self.notes.append(told)
 
     def key(self, role: str, row: Row) -> str:
         """The key under which a row holds a role; "" where it holds none."""
@@ -79,13 +93,17 @@ class Reading:
     def check_named(self, row: Row, where: str) -> None:
         """Raises `DataError` for a name of the settings that the first row does not have."""
         for role, named in self.fields:
-            if named and role not in MAY_BE_ABSENT and not self.key(role, row):
+            label = role == "domain" and self.labelled
+            if named and (label or role not in MAY_BE_ABSENT) and not self.key(role, row):
+                setting = "data.partition.by" if label else f"data.fields.{role}"
                 columns = ", ".join(str(key) for key in row)
-                raise DataError(f"{where}: data.fields.{role} = {named!r} is none of its columns: {columns}")
+                raise DataError(f"{where}: {setting} = {named!r} is none of its columns: {columns}")
 
     def user(self, row: Row, where: str) -> str:
         """Whose row this is: "" in a file that names nobody. Raises `DataError` where only some rows name somebody."""
         found = name(self.get("user", row), where, "user")
+        if self.fields.user and not found:
+            raise DataError(f"{where}: data.fields.user = {self.fields.user!r} is empty; name a user in every row")
         if self._named is not None and self._named != bool(found):
             raise DataError(f"{where}: a user is named in some rows only; name one in every row, or in none")
         self._named = bool(found)
@@ -102,10 +120,24 @@ class Reading:
     def told(self) -> str:
         """One line for people: what a file was taken for, how much was read, and whose replies are learned."""
         line = f"read as {self.read_as}: {self.conversations:,} conversations"
-        if not self.by_role:
-            return line
-        other = "data.replies=user for the human's" if self.replies == "assistant" else "data.replies=assistant else"
-        return f"{line}, replies are the {'assistant' if self.replies == 'assistant' else 'human'}'s; {other}"
+        if self.by_role:
+            line += f", {WHOSE[self.replies]}"
+        return "; ".join([line, *self.notes])
+
+    def take_for(self, told: str) -> None:
+        """Notes what a file is; raises `DataError` where the settings name columns and it has none."""
+        if named := [role for role, name in self.fields if name]:
+            setting = "data.partition.by" if self.labelled and named == ["domain"] else f"data.fields.{named[0]}"
+            raise DataError(f"{setting} = {getattr(self.fields, named[0])!r}: {told} has no columns; leave it out")
+        self.read_as = told
+
+    def check_replies(self) -> None:
+        """Raises `DataError` where the human's replies are asked for and nothing says who is human."""
+        if self.replies == "user" and not self.by_role:
+            raise DataError(
+                f"data.replies = 'user' is of chats whose turns have roles; {self.read_as} has none: leave it out"
+                + (", or swap which columns are prompt and response" if "respon" in self.read_as else "")
+            )
 
     def problems(self) -> Iterator[str]:
         """The five commonest reasons for leaving something out, each with the place where it was met first."""

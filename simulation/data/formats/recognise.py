@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -16,8 +17,9 @@ from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import Row, shown
 from florilegium.simulation.data.formats.exports import discord, is_discord, is_slack, is_telegram, slack, telegram
 from florilegium.simulation.data.formats.mail import mails
+from florilegium.simulation.data.formats.media import but_media, texts_of
 from florilegium.simulation.data.formats.messages import Message, paired, read_log
-from florilegium.simulation.data.formats.opened import UTF16, is_json_lines, json_values, start_of
+from florilegium.simulation.data.formats.opened import ARROW, PARQUET, UTF16, ZIP, is_json_lines, json_values, start_of
 from florilegium.simulation.data.formats.reading import FieldNames, Located, Reading
 from florilegium.simulation.data.formats.rows import (
     read_alpaca,
@@ -26,13 +28,20 @@ from florilegium.simulation.data.formats.rows import (
     read_preferences,
     read_sharegpt,
 )
+from florilegium.simulation.data.formats.signal import (
+    is_signal,
+    is_signal_export,
+    signal,
+    signal_export,
+    signal_markdown,
+)
 from florilegium.simulation.data.formats.tables import delimiter_of, read_arrow, read_csv, read_parquet, saved_files
 from florilegium.simulation.data.formats.whatsapp import looks_like_whatsapp, read_whatsapp
 from florilegium.simulation.data.jsonl import KEYS, read_jsonl
 
 OURS = "jsonl"
 OURS_TOLD = "JSON Lines of user, prompt and response"
-ARROW_STREAM = b"\xff\xff\xff\xff"
+LOOKED_AT = 8  # files of an export: some can be empty
 
 
 class RowFormat(NamedTuple):
@@ -48,7 +57,8 @@ class Export(NamedTuple):
 
     told: str
     fits: Callable[[Any], bool]
-    messages: Callable[[Iterable[tuple[str, Any]], Reading], Iterator[Message]]
+    messages: Callable[..., Iterator[Message]]  # of documents, the reading and, in a folder, what a chat is called
+    files: re.Pattern[str] | None = None  # how its files in folders are called, where other files lie beside them
 
 
 def _has(*keys: str) -> Callable[[Row, Reading], bool]:
@@ -78,8 +88,11 @@ ROW_FORMATS: dict[str, RowFormat] = {
 EXPORTS: dict[str, Export] = {
     "telegram": Export("a Telegram export", is_telegram, telegram),
     "discord": Export("a Discord export", is_discord, discord),
-    "slack": Export("a Slack export", is_slack, slack),
+    "slack": Export("a Slack export", is_slack, slack, re.compile(r"\d{4}-\d{2}-\d{2}\.json")),
+    "signal": Export("Signal's own export", is_signal, signal, re.compile(r"main\.jsonl")),
+    "signal-export": Export("chats of signal-export", is_signal_export, signal_export, re.compile(r"data\.json")),
 }
+SIGNAL_CHAT = "chat.md"  # beside data.json, or alone
 FORMATS = (OURS, *ROW_FORMATS, *EXPORTS, "whatsapp", "mbox")
 
 
@@ -91,8 +104,9 @@ def read_source(path: Path, reading: Reading, named: str = "") -> Iterator[Conve
     straight = path.is_file() and not is_zipfile(path)
     for conversation in _read(path, reading, named):
         reading.conversations += 1
-        ours = straight and reading.read_as == OURS_TOLD  # whose ids are of its lines
-        yield conversation if ours else replace(conversation, id=f"{path.name}:{reading.conversations}")
+        reading.check_replies()
+        reading.by_line = straight and reading.read_as == OURS_TOLD
+        yield conversation if reading.by_line else replace(conversation, id=f"{path.name}:{reading.conversations}")
 
 
 def _read(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
@@ -101,22 +115,25 @@ def _read(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
     if not path.exists():
         raise DataError(f"{path} does not exist; give the path of a file or a folder")
     start = start_of(path)
-    if start.startswith(b"PK\x03\x04"):
+    if start.startswith(ZIP):
         return _zip(path, reading, named)
     if rows := _table(path, start):
-        return _of_rows(path, rows, reading, named)
+        return of_rows(path, rows, reading, named)
     text = start.decode("utf-16" if start[:2] in UTF16 else "utf-8-sig", "replace").lstrip()
+    if named in ("", "signal-export") and path.suffix == ".md" and looks_like_whatsapp(text):
+        reading.take_for(EXPORTS["signal-export"].told)
+        return paired(signal_markdown(path, reading), reading)
     if named == "whatsapp" or (not named and looks_like_whatsapp(text)):
-        reading.read_as = "a WhatsApp chat"
+        reading.take_for("a WhatsApp chat")
         return read_whatsapp(path, reading)
     if named == "mbox" or (not named and text.startswith("From ") and "\nFrom:" in text.replace("\r", "")):
-        reading.read_as = "mail in mbox"
+        reading.take_for("mail in mbox")
         return paired(mails(path, reading), reading)
     if text.startswith(("{", "[")):
         return _json(path, reading, named)
     header = text.splitlines()[0] if text.strip() else ""
     if named != OURS and delimiter_of(header):
-        return _of_rows(path, read_csv(path), reading, named)
+        return of_rows(path, read_csv(path), reading, named)
     return _ours(path, reading)
 
 
@@ -126,9 +143,9 @@ def _ours(path: Path, reading: Reading) -> Iterator[Conversation]:
 
 
 def _table(path: Path, start: bytes) -> Iterator[Located] | None:
-    if start.startswith(b"PAR1"):
+    if start.startswith(PARQUET):
         return read_parquet(path)
-    return read_arrow(path) if start.startswith((b"ARROW1", ARROW_STREAM)) else None
+    return read_arrow(path) if start.startswith(ARROW) else None
 
 
 def _json(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
@@ -138,14 +155,14 @@ def _json(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
     documents: Iterator[tuple[str, Any]] = chain([first], [second] if second else [], values)
     for key, export in EXPORTS.items():
         if named == key or (not named and export.fits(first[1])):
-            reading.read_as = export.told
+            reading.take_for(export.told)
             return paired(export.messages(documents, reading), reading)
     wrapped = second is None and _is_wrapped(first[1], reading)
     if named == OURS or (not named and not wrapped and _is_ours(path, first[1], reading)):
         return _ours(path, reading)
     if wrapped:
         documents = iter([(first[0], _rows_in(first[1]))])
-    return _of_rows(path, _unpacked(documents), reading, named)
+    return of_rows(path, _unpacked(documents), reading, named)
 
 
 def _is_ours(path: Path, first: Any, reading: Reading) -> bool:
@@ -153,7 +170,7 @@ def _is_ours(path: Path, first: Any, reading: Reading) -> bool:
     if not isinstance(first, dict) or not is_json_lines(path):
         return False
     ours = {"user", "prompt", "response"} <= first.keys() and reading.fields == FieldNames()
-    return ours or not any(form.fits(first, reading) for form in ROW_FORMATS.values())
+    return ours or not fits(first, reading)
 
 
 def _is_wrapped(document: Any, reading: Reading) -> bool:
@@ -179,10 +196,16 @@ def _unpacked(documents: Iterable[tuple[str, Any]]) -> Iterator[Located]:
             yield where, row
 
 
-def _of_rows(path: Path, rows: Iterator[Located], reading: Reading, named: str) -> Iterator[Conversation]:
+def fits(row: Row, reading: Reading) -> bool:
+    """Whether a row is of a known format."""
+    return any(form.fits(row, reading) for form in ROW_FORMATS.values())
+
+
+def of_rows(source: object, rows: Iterator[Located], reading: Reading, named: str = "") -> Iterator[Conversation]:
+    """The conversations of rows, of the format that is named or that the first of them has."""
     first = next(rows, None)
     if first is None:
-        raise DataError(f"{path} holds no row")
+        raise DataError(f"{source} holds no row")
     reading.check_named(first[1], first[0])
     for key, form in ROW_FORMATS.items():
         if named == key or (not named and form.fits(first[1], reading)):
@@ -195,18 +218,27 @@ def _of_rows(path: Path, rows: Iterator[Located], reading: Reading, named: str) 
 
 
 def _folder(folder: Path, reading: Reading, named: str) -> Iterator[Conversation]:
-    """The files of a folder one after the other; of a Slack export, each folder in it is a channel."""
+    """The files of a folder one after the other; of an export, its own files, each folder of which is a chat."""
     if saved := saved_files(folder):
         rows = chain.from_iterable(read_arrow(path) for path in saved)
-        return _of_rows(folder, rows, reading, named)
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith((".", "README", "LICENSE")))
+        return of_rows(folder, rows, reading, named)
+    paths = texts_of(folder, reading)
     if not paths:
-        raise DataError(f"{folder} holds no file")
-    days = [path for path in paths if path.suffix == ".json" and path.parent != folder]
-    if named == "slack" or (not named and days and is_slack(next(json_values(days[0]), ("", None))[1])):
-        reading.read_as = EXPORTS["slack"].told
-        return paired(chain.from_iterable(slack(json_values(p), reading, p.parent.name) for p in days), reading)
+        raise DataError(f"{folder} holds no file that is a text or a table")
+    for key, export in EXPORTS.items():
+        files = [path for path in paths if export.files and export.files.fullmatch(path.name)]
+        if files and (named == key or (not named and any(_is_of(export, path) for path in files[:LOOKED_AT]))):
+            reading.take_for(export.told)
+            each = (export.messages(json_values(path), reading, path.parent.name) for path in files)
+            return paired(chain.from_iterable(each), reading)
+    if named in ("", "signal-export") and (chats := [path for path in paths if path.name == SIGNAL_CHAT]):
+        reading.take_for(EXPORTS["signal-export"].told)
+        return paired(chain.from_iterable(signal_markdown(p, reading, p.parent.name) for p in chats), reading)
     return _one_by_one(paths, reading, named)
+
+
+def _is_of(export: Export, path: Path) -> bool:
+    return export.fits(next(json_values(path), ("", None))[1])
 
 
 def _one_by_one(paths: list[Path], reading: Reading, named: str) -> Iterator[Conversation]:
@@ -221,9 +253,10 @@ def _one_by_one(paths: list[Path], reading: Reading, named: str) -> Iterator[Con
 def _zip(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / path.stem
+        folder.mkdir()
         try:
             with ZipFile(path) as archive:
-                archive.extractall(folder)
+                archive.extractall(folder, but_media(archive.namelist(), path, reading))
         except (BadZipFile, OSError, RuntimeError, NotImplementedError, zlib.error) as error:
             raise DataError(f"{path} cannot be read as a zip archive ({error}); is the file whole?") from None
         files = [p for p in folder.rglob("*") if p.is_file()]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 from florilegium.simulation.data.conversations import Conversation
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import Row, shown
 from florilegium.simulation.data.formats.reading import ROLES, Located, Reading, name, text
+
+SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
 def read_openai(rows: Iterable[Located], reading: Reading) -> Iterator[Conversation]:
@@ -89,15 +92,32 @@ def _exchanges(rows: Iterable[Located], reading: Reading, prompt: Callable[[Row,
 
 
 def read_preferences(rows: Iterable[Located], reading: Reading) -> Iterator[Conversation]:
-    """What was chosen is the reply; what was rejected is left out. Chats of both share their beginning."""
+    """What was chosen is the reply; what was rejected is left out. Chats of both share their beginning.
+
+    Either is a text, a list of turns, or a talk as one text, of which each reply of the assistant's is one.
+    """
     for where, row in rows:
         chosen = row.get("chosen")
-        if isinstance(chosen, list):
-            turns = _list(row, "chosen", where)
+        spoken = transcript(chosen) if isinstance(chosen, str) else []
+        if spoken or isinstance(chosen, list):
+            turns = spoken or _list(row, "chosen", where)
             yield from _chat(where, row, [*_asked(row, turns), *turns], ("role", "content"), reading)
         else:
             pair = {**{key: row[key] for key in row if key not in ("chosen", "rejected")}, "response": chosen}
             yield from read_pairs([(where, pair)], reading)
+
+
+def transcript(text: str) -> list[Row]:
+    """The turns of a talk that was written down as one text, as that of hh-rlhf; [] of any other text.
+
+    >>> transcript("\\n\\nHuman: Tea?\\n\\nAssistant: Green.")
+    [{'role': 'user', 'content': 'Tea?'}, {'role': 'assistant', 'content': 'Green.'}]
+    """
+    before, *said = SPEAKER.split(text)
+    if before.strip() or "Human" not in said[::2] or "Assistant" not in said[::2]:
+        return []
+    roles = ("user" if who == "Human" else "assistant" for who in said[::2])
+    return [{"role": role, "content": what.strip()} for role, what in zip(roles, said[1::2], strict=True)]
 
 
 def _asked(row: Row, turns: list[Row]) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 from florilegium.simulation.data.conversations import Conversation
@@ -27,6 +28,7 @@ MEDIA = re.compile(
     re.IGNORECASE,
 )
 EDITED = re.compile(r"\s*<(this message was edited|diese nachricht wurde bearbeitet)\.?>$", re.IGNORECASE)
+DAY_S = 86_400
 OF_THE_APP = "\u200e"  # before what the app has written in a person's place
 Stamped = tuple[int, re.Match[str], str]  # number of its first line, its stamp, all that was written
 
@@ -38,12 +40,13 @@ def looks_like_whatsapp(start: str) -> bool:
 
 def read_whatsapp(path: Path, reading: Reading) -> Iterator[Conversation]:
     """The file is one conversation; notices of the app and what was left out of the export are counted."""
-    stamped = list(_stamped(path))
-    order = _order(path, stamped)
+    stamped = list(stamped_lines(path))
+    order = _order(path, stamped, reading)
     return paired(_messages(path, stamped, order, reading), reading)
 
 
-def _stamped(path: Path) -> Iterator[Stamped]:
+def stamped_lines(path: Path) -> Iterator[Stamped]:
+    """Messages with the number of their first line, their stamp, and name and text over all their lines."""
     held: Stamped | None = None
     for number, raw in lines_of(path):
         line = MARKS.sub("", raw).replace("\u202f", " ").replace("\xa0", " ")
@@ -60,18 +63,39 @@ def _stamped(path: Path) -> Iterator[Stamped]:
         yield held
 
 
-def _order(path: Path, stamped: list[Stamped]) -> str:
-    """Which of day, month and year comes first: as the numbers of the whole file say, else as the marks do."""
+def _order(path: Path, stamped: list[Stamped], reading: Reading) -> str:
+    """Which of day, month and year comes first: as the setting says, else as the whole file does.
+
+    A number above 12 is a day. Else messages stand in the order of time, which mostly one order of the dates alone
+    keeps. Where both do, the marks decide, and it is told.
+    """
     if any(len(stamp[1]) == 4 for _, stamp, _ in stamped):
         return "ymd"
+    if reading.dates != "auto":
+        return "dmy" if reading.dates == "day-first" else "mdy"
     day_first = next((n for n, stamp, _ in stamped if int(stamp[1]) > 12), 0)
     month_first = next((n for n, stamp, _ in stamped if int(stamp[3]) > 12), 0)
     if day_first and month_first:
         raise DataError(f"{path}, lines {day_first} and {month_first}: dates in two orders; export the chat anew")
     if day_first or month_first:
         return "dmy" if day_first else "mdy"
+    if all(stamp[1] == stamp[3] for _, stamp, _ in stamped):
+        return "dmy"
+    back = {order: _steps_back(path, stamped, order) for order in ("dmy", "mdy")}
+    if back["dmy"] != back["mdy"]:
+        return min(back, key=lambda order: back[order])
     american = any(stamp[2] == "/" and stamp[8] for _, stamp, _ in stamped)
+    reading.note(
+        "nothing says whether day or month comes first in its dates: taken are "
+        + ("months; data.dates=day-first else" if american else "days; data.dates=month-first else")
+    )
     return "mdy" if american else "dmy"
+
+
+def _steps_back(path: Path, stamped: list[Stamped], order: str) -> int:
+    """How many messages are of an earlier day than the one before them."""
+    times = [time_of(stamp, order, f"{path}, line {number}") // DAY_S for number, stamp, _ in stamped]
+    return sum(later < earlier for earlier, later in pairwise(times))
 
 
 def _messages(path: Path, stamped: list[Stamped], order: str, reading: Reading) -> Iterator[Message]:
@@ -84,10 +108,11 @@ def _messages(path: Path, stamped: list[Stamped], order: str, reading: Reading) 
         elif MEDIA.match(said.strip()):
             reading.leave_out("media left out of the export, or a deleted message", where)
         else:
-            yield Message(who.strip(), said, _time(stamp, order, where), where)
+            yield Message(who.strip(), said, time_of(stamp, order, where), where)
 
 
-def _time(stamp: re.Match[str], order: str, where: str) -> float:
+def time_of(stamp: re.Match[str], order: str, where: str) -> float:
+    """Seconds since the epoch, given which of day, month and year comes first."""
     numbers = dict(zip(order, (int(stamp[1]), int(stamp[3]), int(stamp[4])), strict=True))
     year = numbers["y"] + (2000 if numbers["y"] < 100 else 0)
     hour = int(stamp[5])
