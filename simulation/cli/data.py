@@ -42,13 +42,16 @@ def describe_data(
     florilegium data describe hub:owner/dataset data.hub_fields.prompt=question data.hub_fields.response=answer
     """
     from florilegium.simulation.data.describe import describe, render
+    from florilegium.simulation.data.errors import DataError
     from florilegium.simulation.settings import data_config
 
     found = describe(data_config(name, overrides or []), seed=0)
     console.print(render(found))
     if picture:
-        from florilegium.simulation.reports.partition_figure import write_picture
-
+        try:
+            from florilegium.simulation.reports.partition_figure import write_picture
+        except ImportError:
+            raise DataError("--picture needs the package plotly: pip install 'florilegium[simulation]'") from None
         write_picture(picture, found.users)
         console.print(f"picture: {picture}", soft_wrap=True)
 
