@@ -690,7 +690,14 @@ def _family(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def _workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Ray's processes with devices in them."""
-    return [p for p in _family(process) if p.name().startswith("ray::Worker")]
+    return [p for p in _family(process) if _name(p).startswith("ray::Worker")]
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:  # it has ended meanwhile
+        return ""
 
 
 def _has_paid(run: Path) -> bool:
