@@ -85,6 +85,11 @@ class RunRecorder(Recorder):
     def callbacks(self) -> Callbacks:
         return Callbacks(self.run, self.others)
 
+    @property
+    def wall_s(self) -> float:
+        """What the run has taken so far, also before it was stopped and resumed."""
+        return round(self.earlier_s + time.perf_counter() - self.began, 2)
+
     def say(self, phase: str) -> None:
         self.scheduler.progress.enter(phase)
 
@@ -147,7 +152,7 @@ class RunRecorder(Recorder):
     def close(self, *, interrupted: bool) -> None:
         self.run.record(
             RunEnd(
-                wall_s=round(self.earlier_s + time.perf_counter() - self.began, 2),
+                wall_s=self.wall_s,
                 peak_rss_bytes=peak_rss_bytes(),
                 tokens_trained=sum(e.tokens_trained for e in self.run.events_of(DeviceRound)),
                 devices_bytes=self.run.shards.size_bytes,
@@ -202,6 +207,7 @@ class RunRecorder(Recorder):
                 averaging_error=facts.averaging_error,
                 held_bytes=facts.held_bytes,
                 seconds={k: round(v, 3) for k, v in seconds.items()},
+                wall_s=self.wall_s,
                 signal_to_noise=None if math.isnan(ratio) else ratio,
                 signal_to_noise_floor=None if math.isnan(ratio) else facts.signal_to_noise_floor,
                 change_norm_l2=facts.change_norm_l2,

@@ -61,6 +61,7 @@ from florilegium.simulation.runs.events import (
     append,
 )
 from florilegium.simulation.runs.mean_observer import bystander
+from florilegium.simulation.runs.timing import wall_by_phase
 
 PRIVACY = PrivacyFacts(
     mode="example-local", unit="one dialogue", adjacency="replace-one", trust="server untrusted", epsilon_budget=8.0,
@@ -92,6 +93,18 @@ def finished_round(round: int, signal_to_noise: float = 2.0, releases: int = 2) 
         signal_to_noise=signal_to_noise, signal_to_noise_floor=0.2, change_norm_l2=0.1, shared_norm_l2=0.41,
         download_bytes=100,
     )  # fmt: skip
+
+
+def test_where_the_time_went_by_hand() -> None:
+    """Two processes worked 16 s in the 10 s of a round, of which 2 were a control's: 8 are shared as the work is."""
+    done = {"observe": 4.0, "learn_shared": 12.0, "control": 2.0, "evaluate": 0.0}
+    first = replace(finished_round(1), seconds=done, wall_s=10.0)
+    second = replace(finished_round(2), seconds={**done, "evaluate": 3.0}, wall_s=20.0)
+    end = RunEnd(wall_s=24.5, peak_rss_bytes=1, tokens_trained=1, devices_bytes=1, interrupted=False)
+    found = wall_by_phase([first, second], end)
+    assert found == {"learn_shared": 9.75, "last evaluation": 4.5, "control": 4.0, "observe": 3.25, "evaluate": 3.0}
+    assert sum(found.values()) == end.wall_s
+    assert wall_by_phase([finished_round(1), second], end) == {}  # made before rounds told it
 
 
 def evaluation(round: int, arm: str, value: float, metric: str = "nll") -> Evaluation:

@@ -47,6 +47,10 @@ def _facts(summary: RunSummary) -> list[str]:
         f"held out: {told_before(summary.held_out, summary.held_out_met)}",
         f"{summary.hardware}: {summary.wall_s:.0f} s, {summary.peak_rss_bytes / 1e9:.2f} GB, "
         f"{summary.tokens_trained:,} tokens trained",
+        *(
+            f"{spent:9.1f} s {spent / max(1e-9, summary.wall_s):4.0%}  {phase}"
+            for phase, spent in summary.wall_by_phase_s.items()
+        ),
         f"{summary.devices_bytes / 1e6:.1f} MB of devices' states and ledgers on the disk",
         *(f"went on after round {c.after_round} with {c.settings}" for c in summary.changed),
         *([_world(summary.world)] if summary.world else []),

@@ -184,7 +184,7 @@ class RoundEnd(Event):
     """What the server knows of a round that is over. A server of real devices leaves out what it cannot know."""
 
     kind = "round"
-    optional = ("devices", "seconds", "shared_norm_l2", "download_bytes")
+    optional = ("devices", "seconds", "wall_s", "shared_norm_l2", "download_bytes")
     round: int
     devices: int | None = None  # that were asked
     releases: int
@@ -194,6 +194,7 @@ class RoundEnd(Event):
     averaging_error: float | None = None
     held_bytes: int = 0
     seconds: dict[str, float] | None = None  # by phase, summed over devices
+    wall_s: float | None = None  # of the run, until it was over
     signal_to_noise: float | None  # None: there was no noise
     signal_to_noise_floor: float | None = None
     change_norm_l2: float

@@ -32,6 +32,7 @@ from florilegium.simulation.runs.events import (
 )
 from florilegium.simulation.runs.folder import Kind, RunFolder
 from florilegium.simulation.runs.mean_observer import bystander
+from florilegium.simulation.runs.timing import wall_by_phase
 
 SUMMARY, RESULTS = "summary.json", "results.jsonl"
 SUMMED = ("arrived", "accepted", "synthetic_kept", "synthetic_rejected", "truncated")
@@ -93,6 +94,7 @@ class RunSummary:
     held_out_met: int = 0
     devices_bytes: int
     wall_s: float
+    wall_by_phase_s: dict[str, float] = field(default_factory=dict)  # the longest first
     peak_rss_bytes: int
     tokens_trained: int
 
@@ -206,6 +208,7 @@ def summarize(events: Iterable[Event]) -> RunSummary:
         held_out_met=start.data.held_out_met,
         devices_bytes=end.devices_bytes,
         wall_s=end.wall_s,
+        wall_by_phase_s=wall_by_phase(rounds, end),
         peak_rss_bytes=end.peak_rss_bytes,
         tokens_trained=end.tokens_trained,
     )
