@@ -48,6 +48,7 @@ from florilegium.simulation.runs.events import (
 )
 from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.runs.provenance import sources_sha256
+from florilegium.simulation.runs.timing import START
 
 
 @dataclass
@@ -62,6 +63,7 @@ class RunRecorder(Recorder):
     others: Sequence[Callback] = ()  # than those of the settings
     earlier_s: float = 0.0  # what the run took before it was stopped and resumed
     began: float = field(default_factory=time.perf_counter)
+    started_s: float = 0.0  # until the first round began
 
     @property
     def config(self) -> ExperimentConfig:
@@ -105,7 +107,8 @@ class RunRecorder(Recorder):
             self.callbacks.begin(0)
             return
         ends = [e.wall_s for e in self.run.events_of(RunEnd)]
-        self.earlier_s = ends[-1] if ends else 0.0
+        rounds = [e.wall_s or 0.0 for e in self.run.events_of(RoundEnd)]
+        self.earlier_s = max([*ends, *rounds], default=0.0)  # a run that was killed told it after its last round
         self.run.rewind(self.strategy.first_round - 1)
         if self.clock:
             for event in self.run.events_of(WorldRound):
@@ -132,8 +135,12 @@ class RunRecorder(Recorder):
             self.examiner.of_round(round_number, shared)
             self._failed(round_number)
         seconds["evaluate"] = time.perf_counter() - began
+        if round_number == 1:
+            seconds[START] = self.started_s
         if round_number:
             self._round_event(round_number, asked, shared, seconds)
+        else:
+            self.started_s = self.wall_s
         self.run.save_shared(round_number, numbers, self.strategy.ledger_heads, self.strategy.moments.arrays())
         if round_number:
             self.callbacks.end_round(round_number)

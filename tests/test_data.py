@@ -657,7 +657,7 @@ def test_what_a_file_was_taken_for_is_told_by_a_run_and_kept_in_its_folder(tmp_p
     told = "read as ShareGPT: 10 conversations, replies are the assistant's; data.replies=user for the human's"
     left_out = f"10 × turn of the role 'system', first {data}, line 1, turn 1"
     assert f"data: {told}" in done.output.splitlines() and left_out in done.output
-    assert json.loads((tmp_path / "run" / "inputs.json").read_text())["read"] == [told, left_out]
+    assert json.loads((tmp_path / "run" / "inputs.json").read_text())["read"] == [told, left_out.partition(",")[0]]
 
 
 def test_a_missing_hub_column_is_named(table: FakeTable) -> None:

@@ -26,6 +26,7 @@ from florilegium.simulation.settings import ConfigError, find_config
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OVERRIDDEN = {"describe": "data", "import": "data", "check": "model"}  # of which section a command takes settings
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 
@@ -95,7 +96,15 @@ def test_every_command_that_is_shown_can_be_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "said", ["run --nope quickstart", "run quickstart privacy.nope=1", "run configs/nope.toml", "nope", "data nope"]
+    "said",
+    [
+        "run --nope quickstart",
+        "run quickstart privacy.nope=1",
+        "run configs/nope.toml",
+        "nope",
+        "data nope",
+        "data describe x data.nope=1",
+    ],
 )
 def test_a_command_that_cannot_be_said_is_noticed(said: str) -> None:
     with pytest.raises((click.ClickException, ConfigError)):
@@ -112,12 +121,17 @@ def check_command(command: click.Command, words: list[str]) -> None:
     if isinstance(command, click.Group):
         return  # a group is named as a whole
     params = command.make_parser(click.Context(command, parent, info_name=name)).parse_args(list(words))[0]
+    given = params.get("overrides")
+    keys = [setting.partition("=")[0] for setting in given] if isinstance(given, (list, tuple)) else []
     if name in ("run", "study"):
-        file, overrides = str(params.get("config")), params.get("overrides")
-        for setting in overrides if isinstance(overrides, (list, tuple)) else ():
-            find_setting(setting.partition("=")[0], kind_of_file(file))
+        file = str(params.get("config"))
+        for key in keys:
+            find_setting(key, kind_of_file(file))
         if file.startswith("configs/"):
             find_config(file)
+    if section := OVERRIDDEN.get(name or ""):
+        for key in keys:
+            find_setting(f"{section}.{key.removeprefix(f'{section}.')}")
 
 
 @pytest.mark.slow

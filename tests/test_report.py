@@ -102,7 +102,13 @@ def test_where_the_time_went_by_hand() -> None:
     second = replace(finished_round(2), seconds={**done, "evaluate": 3.0}, wall_s=20.0)
     end = RunEnd(wall_s=24.5, peak_rss_bytes=1, tokens_trained=1, devices_bytes=1, interrupted=False)
     found = wall_by_phase([first, second], end)
-    assert found == {"learn_shared": 9.75, "last evaluation": 4.5, "control": 4.0, "observe": 3.25, "evaluate": 3.0}
+    assert found == {
+        "learn_shared": 9.75,
+        "after the last round": 4.5,
+        "control": 4.0,
+        "observe": 3.25,
+        "evaluate": 3.0,
+    }
     assert sum(found.values()) == end.wall_s
     assert wall_by_phase([finished_round(1), second], end) == {}  # made before rounds told it
 

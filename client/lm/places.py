@@ -213,7 +213,7 @@ def _cached(name: str) -> Path | None:
     """The cached copy of a hub model, if it is complete."""
     try:
         folder = Path(snapshot_download(name, local_files_only=True)).absolute()
-        check_weights(folder, name)
+        _check_whole(folder, name)
     except (OSError, ValueError, ModelError):
         return None
     return folder if any(folder.glob("tokenizer*")) else None
@@ -226,6 +226,12 @@ def check_weights(folder: Path, name: str) -> None:
             if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
                 raise ModelError(f"model {name!r}: {folder} does not begin as a GGUF file does")
         return
+    _check_whole(folder, name)
+    _refuse_coded(folder, name)
+
+
+def _check_whole(folder: Path, name: str) -> None:
+    """Refuses a folder without all of the weights of one model as safetensors."""
     if (folder / "adapter_config.json").exists():  # transformers would fetch its base, and load adapter_model.bin
         raise ModelError(f"model {name!r}: {folder} holds an adapter; name the folder of a whole model")
     if not has_weights(folder):
@@ -233,7 +239,6 @@ def check_weights(folder: Path, name: str) -> None:
             f"model {name!r}: no model.safetensors in {folder}; other formats (.bin, .pt) are not read, "
             "write it with model.save_pretrained(folder); where there is a .gguf file, name that"
         )
-    _refuse_coded(folder, name)
     if (folder / "model.safetensors").is_file():
         return
     try:
@@ -253,7 +258,8 @@ def _refuse_coded(folder: Path, name: str) -> None:
     except (OSError, ValueError, AttributeError):
         return  # which transformers will tell better
     if coded:
+        how = coded.get("quant_method", "somehow") if isinstance(coded, dict) else coded
         raise ModelError(
-            f"model {name!r}: the weights in {folder} are quantised already ({coded.get('quant_method', 'somehow')}); "
+            f"model {name!r}: the weights in {folder} are quantised already ({how}); "
             "take the folder with the float ones, or a .gguf file, and set [model] weights to 'int8' or 'int4'"
         )

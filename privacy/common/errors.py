@@ -4,7 +4,7 @@ FlorilegiumError
 ├── UserError             settings, files, models, machines: whoever runs it can mend that; told in one line
 │   ├── ConfigError, DataError, RunError, ReportError, TooManyFailedError, ElsewhereError, AbsentError  in `simulation`
 │   ├── ClusterError, LostProcessError              Ray, and Flower's own simulation, in `simulation`
-│   ├── ModelError, UnsupportedModelError, AdapterFormatError, LexiconError, ProfileError      in `client`
+│   ├── ModelError, UnsupportedModelError, AdapterFormatError, LexiconError, ProfileError, NoRoomError  in `client`
 │   ├── DeviceError       HomeError, VaultError, AgentError, RefusedError, RefusedTermsError, in `client.agent`
 │   ├── BudgetError       a promise that no noise keeps, in `privacy.accounting`
 │   ├── ExtensionError    a module of the user's own, in `privacy.common.registry`

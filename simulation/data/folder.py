@@ -68,6 +68,15 @@ def is_file_name(name: str) -> bool:
     return Path(name).expanduser().is_file() or name.lower().endswith(ENDINGS)
 
 
+def without_repeats(pairs: list[tuple[str, Any]]) -> Row:
+    """An object of JSON; raises `ValueError` for a key that it has twice, of which JSON would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in found if keys.count(key) > 1)!r} occurs twice")
+    return found
+
+
 def shown(value: object) -> str:
     """A value for an error's line: the beginning, where it is long."""
     try:
@@ -98,7 +107,7 @@ def _decoded(line: bytes, where: str) -> str:
 def _object(line: str, where: str) -> Row:
     reason = ""
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         value = None
         reason = " (nested too deeply)" if isinstance(error, RecursionError) else f" ({error})"

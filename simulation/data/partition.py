@@ -6,6 +6,7 @@ Dirichlet: Yurochkin et al., arXiv 1905.12022. Pathological: Li et al., arXiv 21
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -17,6 +18,7 @@ from florilegium.privacy.common.base_config import Config
 from florilegium.privacy.common.errors import first_line
 from florilegium.simulation.data.errors import DataError
 
+log = logging.getLogger(__name__)
 Kind = Literal["", "iid", "linear", "square", "dirichlet", "pathological", "shard", "natural"]
 BY_LABEL = ("dirichlet", "pathological", "shard", "natural")
 OF_KIND = {"alpha": "dirichlet", "labels_per_user": "pathological", "shards_per_user": "shard"}
@@ -69,14 +71,25 @@ def rows_by_user(
         raise DataError(f"data.partition: {len(labels)} replies cannot be parted among {users} users; ask for fewer")
     if config.kind in BY_LABEL:
         check_labels(labels, config)
+    if config.kind == "shard" and users * config.shards_per_user > len(labels):
+        raise DataError(
+            f"data.partition.shards_per_user = {config.shards_per_user}: {len(labels)} replies make no "
+            f"{users * config.shards_per_user} shards for {users} users; ask for fewer"
+        )
     make = _makers(config, users, seed)
     rows = _table(labels)
     try:
-        return _parts(make(least), rows, users)
+        found = _parts(make(least), rows, users)
     except ValueError as error:
         if config.kind != "dirichlet":
             raise DataError(f"data.partition.kind = {config.kind!r}: {first_line(error)}") from None
-        return _parts(make(0), rows, users)  # whoever has too few then is left out by data.min_pairs
+        found = _parts(make(0), rows, users)  # whoever has too few then is left out by data.min_pairs
+    if nobodys := len(labels) - sum(map(len, found)):
+        log.warning(
+            "data.partition.kind = %r: %s of %s replies are nobody's: shards are of one size, and labels that no user "
+            "has are left over", config.kind, f"{nobodys:,}", f"{len(labels):,}",
+        )  # fmt: skip
+    return found
 
 
 def check_labels(labels: Sequence[str], config: PartitionConfig) -> None:

@@ -118,12 +118,15 @@ def _of_table(
     mark = delimiter_of(header)
     columns = next(csv.reader([header], delimiter=mark))
     rows = csv.reader((f"{line}\n" for line in lines), delimiter=mark)
-    for row in rows:
-        number = before + rows.line_num
-        if len(row) == len(columns):
-            yield number, (f"{path}, line {number}", dict(zip(columns, row, strict=True)))
-        elif row:
-            found.note(f"{len(row)} fields where the header names {len(columns)}", number)
+    try:
+        for row in rows:
+            number = before + rows.line_num
+            if len(row) == len(columns):
+                yield number, (f"{path}, line {number}", dict(zip(columns, row, strict=True)))
+            elif row:
+                found.note(f"{len(row)} fields where the header names {len(columns)}", number)
+    except csv.Error as error:  # what follows cannot be told apart
+        found.note(f"no table: {error}", before + rows.line_num)
 
 
 def _kind(message: str) -> str:

@@ -16,6 +16,7 @@ from hashlib import sha256
 from florilegium.client.lm.places import fingerprint, resolve
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.simulation.config import ExperimentConfig
+from florilegium.simulation.data.formats.reading import FIRST
 from florilegium.simulation.data.population import Bootstrapped, User, told_of
 from florilegium.simulation.heterogeneity.classes import load_classes
 from florilegium.simulation.runs.errors import RunError
@@ -36,7 +37,8 @@ def agree(run: RunFolder, population: Sequence[User]) -> None:
     found, noted = hashes(run.config, population), run.path / NOTED
     if not noted.exists():
         fresh = noted.with_suffix(f".{os.getpid()}")
-        read = {"read": told_of(population)} if told_of(population) else {}
+        told = [line.partition(FIRST)[0] for line in told_of(population)]  # files may be called after people
+        read = {"read": told} if told else {}
         fresh.write_text(json.dumps(found | read, indent=1) + "\n", encoding="utf-8")
         fresh.replace(noted)
     if other := differing(json.loads(noted.read_text(encoding="utf-8")), found):

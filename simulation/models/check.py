@@ -1,11 +1,13 @@
 """What will work with a model, tried on it: adapters of many devices, DP, writing, weights in bits, export.
 
-Each part is compared with what it must be equal to: two devices together with each alone, the adapted model with plain
-PEFT's. Not covered: whether it learns well, how fast it is, what memory a cohort takes.
+LoRA is compared with what it must be equal to: two devices together with each alone, the adapted model with plain
+PEFT's. Weights in bits are looked at in one layer, other kinds of adapters only run. Not covered: whether it learns
+well, how fast it is, what memory a cohort takes.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ FAMILIES = (  # by their type in transformers: those that `tests/test_families.p
 ROOM = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # for differences by rounding, as a share
 SPREAD = 0.02  # of the numbers in the adapters that are tried
 LOST = {"int8": 0.1, "int4": 0.5}  # of the losses, where the base was in bits and PEFT's is not
+CODED: dict[Weights, float] = {"int8": 0.05, "int4": 0.3}  # of a layer's weights
 RANK, ALPHA = 2, 8.0
 WRITTEN = 6  # tokens
 
@@ -172,15 +175,18 @@ def _in_bits(lm: LanguageModel, weights: Weights) -> str:
         return f"the model is held in {lm.config.weights}"
     if weights == "int4" and (odd := [layer.in_features for layer in layers if layer.in_features % GROUP]):
         raise WrongError(f"a layer has {odd[0]} inputs, which is no multiple of {GROUP}")
-    coded = QuantisedLinear(layers[0], weights)
-    return f"the first layer's weights differ by {_apart(coded.weight.float(), layers[0].weight.float()):.1g}"
+    apart = _apart(QuantisedLinear(layers[0], weights).weight.float(), layers[0].weight.float())
+    if not apart < CODED[weights]:
+        raise WrongError(f"the first layer's weights differ by {apart:.2g} of their norm")
+    return f"the first layer's weights differ by {apart:.1g}"
 
 
 def _other_kind(lm: LanguageModel, kind: Literal["ia3", "prompt"]) -> str:
     layout = lm.layout(AdapterConfig(kind=kind))
-    row = layout.start(0)
-    lm.score(lm.format.dialogues(TALKS), [0] * len(TALKS), [lm.adapters(layout, row)])
-    return f"{layout.width:,} numbers a device"
+    scores = lm.score(lm.format.dialogues(TALKS), [0] * len(TALKS), [lm.adapters(layout, layout.start(0))])
+    if not all(math.isfinite(score.nll) for score in scores):
+        raise WrongError("losses of replies are not finite")
+    return f"runs, {layout.width:,} numbers a device"
 
 
 def _exported(

@@ -17,8 +17,9 @@ from huggingface_hub.errors import CacheNotFound
 from florilegium.client.lm.places import GGUF, HUB_FILES, NAMES, ModelError, check_weights, resolve, source
 
 CARD = "README.md"
-LICENCE = re.compile(r"^license:\s*['\"]?([^'\"\n]+?)['\"]?\s*$", re.MULTILINE)
-LICENCE_NAME = re.compile(r"^license_name:\s*['\"]?([^'\"\n]+?)['\"]?\s*$", re.MULTILINE)
+VALUE = r"[ \t]*(?:\n[ \t]*-[ \t]*)?['\"]?([^'\"\n#]+?)['\"]?[ \t]*(?:#.*)?$"  # a word of YAML, or the first of a list
+LICENCE = re.compile(f"^license:{VALUE}", re.MULTILINE)
+LICENCE_NAME = re.compile(f"^license_name:{VALUE}", re.MULTILINE)
 UNTOLD = "not told"
 
 
@@ -49,7 +50,7 @@ def _known(name: str) -> Listed:
 def _of_the_hub(cache: Path | None) -> Iterator[Listed]:
     try:
         repositories = scan_cache_dir(cache).repos
-    except CacheNotFound:
+    except (CacheNotFound, ValueError):  # there is none, or what is called so is no folder
         return
     for repository in repositories:
         if repository.repo_type == "model" and (folder := _newest(repository)):

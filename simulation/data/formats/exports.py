@@ -13,6 +13,7 @@ from florilegium.simulation.data.formats.reading import Reading, moment, name, t
 
 Document = tuple[str, Any]  # where it stands, and what was parsed
 MARK = re.compile(r"<([@#!]?)([^<>|]+)(?:\|([^<>]*))?>")  # in Slack's texts, where a bracket of a person's is &lt;
+FORWARDED = {"forwarded_from", "forwarded_from_id"}  # in Telegram's messages
 SLACK_SAID = (None, "", "thread_broadcast", "me_message", "bot_message")
 
 
@@ -47,7 +48,7 @@ def telegram(documents: Iterable[Document], reading: Reading) -> Iterator[Messag
                 if message.get("type") != "message":
                     reading.leave_out("notice of the app", where)
                     continue
-                if message.get("forwarded_from") or message.get("via_bot"):
+                if FORWARDED & message.keys() or message.get("via_bot"):  # null: from an account that is gone
                     reading.leave_out("message of somebody else, forwarded or of a bot", where)
                     continue
                 yield Message(
@@ -73,9 +74,7 @@ def discord(documents: Iterable[Document], reading: Reading) -> Iterator[Message
             raise DataError(f"{place}: {shown(value)} is no export of Discord")
         conversation = str(value["channel"].get("id"))
         for where, message in _each(value.get("messages"), place):
-            author = message.get("author") or {}
-            if not isinstance(author, dict):
-                raise DataError(f"{where}: author = {shown(author)} must be an object")
+            author, reference = (_object(message, key, where) for key in ("author", "reference"))
             if author.get("isBot"):
                 reading.leave_out("message of a bot", where)
             elif message.get("type", "Default") not in ("Default", "Reply"):
@@ -88,8 +87,15 @@ def discord(documents: Iterable[Document], reading: Reading) -> Iterator[Message
                     where,
                     conversation,
                     str(message.get("id")),
-                    str((message.get("reference") or {}).get("messageId") or ""),
+                    str(reference.get("messageId") or ""),
                 )
+
+
+def _object(message: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    found = message.get(key) or {}
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: {key} = {shown(found)} must be an object")
+    return found
 
 
 def slack(documents: Iterable[Document], reading: Reading, channel: str = "") -> Iterator[Message]:

@@ -20,10 +20,15 @@ QUOTED = re.compile(r"^\s*>")
 ATTRIBUTION = re.compile(  # over one line or two
     r"^(On|Am|Le|El) [^\n]{4,160}(\n[^\n]{0,120})?\b(wrote|schrieb[^\n]*|écrit|escribió)\s*:[ \t]*$", re.MULTILINE
 )
-HEADERS = re.compile(
-    r"^\*?(From|Von|De):\*? [^\n]*\n\*?(Sent|Gesendet|Envoyé|Enviado|Date|Datum):", re.MULTILINE
-)  # Outlook's
-ORIGINAL = re.compile(r"^-{2,}\s*(Original Message|Ursprüngliche Nachricht|Forwarded message)", re.IGNORECASE)
+SENDER = r"\*?(From|Von|De):\*? [^\n]*"
+BESIDE = r"\*?(Sent|Gesendet|Envoyé|Enviado|Date|Datum|Fecha|Subject|Betreff|Objet|Asunto|To|An|À|Para):\*? [^\n]*"
+HEADERS = re.compile(  # Outlook's and Thunderbird's: the sender beside another one of a mail's headers, in any order
+    rf"^({SENDER}\n{BESIDE}|{BESIDE}\n({BESIDE}\n)*{SENDER})$", re.MULTILINE
+)
+ORIGINAL = re.compile(
+    r"^-{2,}\s*(Original Message|Forwarded message|Ursprüngliche Nachricht|Weitergeleitete Nachricht|Message d'origine"
+    r"|Message transféré|Mensaje original|Mensaje reenviado)", re.IGNORECASE
+)  # fmt: skip
 
 
 def mails(path: Path, reading: Reading) -> Iterator[Message]:
@@ -63,17 +68,30 @@ def _header(mail: Mail, key: str) -> str:
 
 
 def _plain(mail: Mail, where: str, reading: Reading) -> str:
-    for part in mail.walk():
-        if part.get_content_type() == "text/plain" and part.get_content_disposition() != "attachment":
-            payload = part.get_payload(decode=True)
-            charset = part.get_content_charset() or "utf-8"
-            try:
-                return payload.decode(charset) if isinstance(payload, bytes) else ""
-            except (UnicodeDecodeError, LookupError):
-                reading.leave_out(f"mail that is not the {charset} that it says", where)
-                return ""
-    reading.leave_out("mail without plain text", where)
-    return ""
+    found: list[str] = []
+    for part in _texts(mail):
+        payload = part.get_payload(decode=True)
+        charset = part.get_content_charset() or "utf-8"
+        try:
+            found.append(payload.decode(charset) if isinstance(payload, bytes) else "")
+        except (UnicodeDecodeError, LookupError):
+            reading.leave_out(f"mail that is not the {charset} that it says", where)
+            return ""
+    if not found:
+        reading.leave_out("mail without plain text", where)
+    return "\n".join(found)
+
+
+def _texts(mail: Mail) -> Iterator[Mail]:
+    """The parts that are the mail's own plain text: not what is attached, which may be somebody else's mail."""
+    if mail.get_content_disposition() == "attachment" or mail.get_content_maintype() == "message":
+        return
+    if mail.is_multipart():
+        for part in mail.get_payload():
+            if isinstance(part, Mail):
+                yield from _texts(part)
+    elif mail.get_content_type() == "text/plain":
+        yield mail
 
 
 def _own_words(body: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from mimetypes import guess_type
 from pathlib import Path, PurePosixPath
@@ -11,14 +12,15 @@ from florilegium.simulation.data.formats.reading import Reading
 
 KINDS = ("image", "audio", "video", "font")
 ENDINGS = (".pdf", ".vcf", ".opus", ".webp", ".heic", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx", ".apk")
+ABOUT = re.compile(r"(README|LICENSE)(\.(md|txt|rst))?")  # documents that lie beside data
 NOT_TEXT = (*OPENERS, *ARROW, *UTF16, PARQUET, ZIP, ZSTD)  # how files begin that are data all the same
 LEFT_OUT = "file that is a picture, a recording or a document"
 
 
 def texts_of(folder: Path, reading: Reading) -> list[Path]:
     """The files that may be data, in the order of their names; media are counted, what stands beside data is not."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith((".", "README", "LICENSE")))
-    media = {path for path in paths if is_media_name(path.name) or _is_binary(path)}
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(folder)))
+    media = {path for path in paths if is_media_name(path.name) or ABOUT.fullmatch(path.name) or _is_binary(path)}
     for path in sorted(media):
         reading.leave_out(LEFT_OUT, str(path))
     return [path for path in paths if path not in media]
@@ -43,6 +45,10 @@ def is_media_name(name: str) -> bool:
     """
     kind = (guess_type(name.lower())[0] or "").partition("/")[0]
     return kind in KINDS or name.lower().endswith(ENDINGS)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _is_binary(path: Path) -> bool:

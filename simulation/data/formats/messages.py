@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from florilegium.simulation.data.conversations import Conversation, Turn
-from florilegium.simulation.data.formats.reading import Located, Reading, name, text
+from florilegium.simulation.data.formats.reading import Located, Reading, domain_of, name, text
 
 CONTEXT_TURNS = 16  # kept before a reply; data.context_turns takes the last ones of them
 
@@ -22,6 +22,7 @@ class Message:
     conversation: str = ""
     id: str = ""
     reply_to: str = ""
+    label: str = ""  # a domain that the settings name a column of; else the conversation is
 
 
 Named = dict[tuple[str, str], Message]
@@ -45,6 +46,7 @@ def _messages(rows: Iterable[Located], reading: Reading) -> Iterator[Message]:
             name(reading.get("conversation", row), where, "conversation"),
             name(reading.get("id", row), where, "id"),
             name(answered, where, "reply_to"),
+            domain_of(row, where, reading) if reading.fields.domain else "",
         )
 
 
@@ -77,12 +79,17 @@ def paired(messages: Iterable[Message], reading: Reading) -> Iterator[Conversati
 
 
 def _named(messages: Iterable[Message]) -> Named:
-    """Messages by conversation and id, and those whose id occurs once by ("", id) too; of a repeated one, nothing."""
+    """Messages by conversation and id, but none whose id occurs twice there.
+
+    Where no id occurs in two conversations, they are counted over all of the file: then by ("", id) too.
+    """
     found: dict[tuple[str, str], list[Message]] = {}
     for message in messages:
-        for key in {(message.conversation, message.id), ("", message.id)}:
-            found.setdefault(key, []).append(message)
-    return {key: same[0] for key, same in found.items() if len(same) == 1}
+        found.setdefault((message.conversation, message.id), []).append(message)
+    once = {key: same[0] for key, same in found.items() if len(same) == 1}
+    if len({identity for _, identity in found}) < len(found):
+        return once
+    return once | {("", identity): message for (_, identity), message in once.items()}
 
 
 def _replies(conversation: str, said: list[Message], named: Named, reading: Reading) -> Iterator[Conversation]:
@@ -101,7 +108,8 @@ def _replies(conversation: str, said: list[Message], named: Named, reading: Read
                 context = []
         if context:
             earlier = tuple(Turn("", m.text, m.time) for m in context)
-            yield Conversation(turn.where, (*earlier, Turn(turn.user, turn.text, turn.time)), conversation)
+            said_then = (*earlier, Turn(turn.user, turn.text, turn.time))
+            yield Conversation(turn.where, said_then, turn.label or conversation)
         before.append(turn)
 
 

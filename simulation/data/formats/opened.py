@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from florilegium.simulation.data import folder
 from florilegium.simulation.data.errors import DataError
-from florilegium.simulation.data.folder import shown
+from florilegium.simulation.data.folder import shown, without_repeats
 
 ZSTD = b"\x28\xb5\x2f\xfd"
 OPENERS: dict[bytes, Any] = {**folder.OPENERS, b"BZh": bz2.open}
@@ -120,7 +120,7 @@ def is_json_lines(path: Path) -> bool:
 
 
 def _documents(path: Path, whole: str) -> Iterator[tuple[str, Any]]:
-    decoder, at, number = json.JSONDecoder(), 0, 1
+    decoder, at, number = json.JSONDecoder(object_pairs_hook=without_repeats), 0, 1
     while begins := NOT_BLANK.search(whole, at):
         number += whole.count("\n", at, begins.start())
         at = begins.start()
@@ -144,7 +144,7 @@ def _is_whole(line: str) -> bool:
 
 def _parsed(line: str, path: Path, number: int) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{_place(path, number)}: expected one JSON object, found {shown(line)} ({error})") from None
 

@@ -23,6 +23,7 @@ ROLES = {
     "user": {"user", "human", "prompter"},
 }
 MAY_BE_ABSENT = ("domain", "id", "reply_to")  # from a row
+FIRST = ", first "  # before the place where something was met first
 Replies = Literal["assistant", "user"]
 WHOSE: dict[Replies, str] = {
     "assistant": "replies are the assistant's; data.replies=user for the human's",
@@ -142,7 +143,7 @@ class Reading:
     def problems(self) -> Iterator[str]:
         """The five commonest reasons for leaving something out, each with the place where it was met first."""
         for reason, count in self.left_out.most_common(5):
-            yield f"{count:,} × {reason}, first {self.first[reason]}"
+            yield f"{count:,} × {reason}{FIRST}{self.first[reason]}"
 
     def conversation(self, where: str, said: list[tuple[bool, str, float]], user: str, domain: str) -> Conversation:
         """Turns, of which those marked are replies to learn: of the user where one is named, else of nobody."""
@@ -165,6 +166,12 @@ def name(value: object, where: str, key: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return text(value, where, key).strip()
+
+
+def domain_of(row: Row, where: str, reading: Reading) -> str:
+    """What a row is about, where it says so in a text or a whole number."""
+    found = reading.get("domain", row)
+    return name(found, where, "domain") if isinstance(found, str | int) else ""
 
 
 def moment(value: object, where: str) -> float:

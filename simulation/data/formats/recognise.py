@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -229,12 +229,29 @@ def _folder(folder: Path, reading: Reading, named: str) -> Iterator[Conversation
         files = [path for path in paths if export.files and export.files.fullmatch(path.name)]
         if files and (named == key or (not named and any(_is_of(export, path) for path in files[:LOOKED_AT]))):
             reading.take_for(export.told)
-            each = (export.messages(json_values(path), reading, path.parent.name) for path in files)
+            _leave_aside(paths, files, reading)
+            called = _chats(files, folder)
+            each = (export.messages(json_values(path), reading, called[path]) for path in files)
             return paired(chain.from_iterable(each), reading)
     if named in ("", "signal-export") and (chats := [path for path in paths if path.name == SIGNAL_CHAT]):
         reading.take_for(EXPORTS["signal-export"].told)
-        return paired(chain.from_iterable(signal_markdown(p, reading, p.parent.name) for p in chats), reading)
+        _leave_aside(paths, chats, reading)
+        named_after = _chats(chats, folder)
+        return paired(chain.from_iterable(signal_markdown(p, reading, named_after[p]) for p in chats), reading)
     return _one_by_one(paths, reading, named)
+
+
+def _leave_aside(paths: Iterable[Path], read: Collection[Path], reading: Reading) -> None:
+    for path in paths:
+        if path not in read:
+            reading.leave_out("file beside those of the export", str(path))
+
+
+def _chats(files: Iterable[Path], folder: Path) -> dict[Path, str]:
+    """What the chat of each file is called: after its folder, or by the way there where two are called the same."""
+    places = {path: path.parent.relative_to(folder) for path in files}
+    apart = len({place.name for place in places.values()}) == len(set(places.values()))
+    return {path: (place.name if apart else place.as_posix()) or path.parent.name for path, place in places.items()}
 
 
 def _is_of(export: Export, path: Path) -> bool:

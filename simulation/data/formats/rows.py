@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from florilegium.simulation.data.conversations import Conversation
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import Row, shown
-from florilegium.simulation.data.formats.reading import ROLES, Located, Reading, name, text
+from florilegium.simulation.data.formats.reading import ROLES, Located, Reading, domain_of, text
 
+OTHER_ROLES = {"system", "developer", "tool", "function", "function_call", "observation"}  # any other may be a name
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
@@ -35,7 +36,7 @@ def _chat(where: str, row: Row, turns: list[Row], keys: tuple[str, str], reading
         place = f"{where}, turn {n}"
         role = text(turn.get(keys[0]), place, keys[0]).strip().lower()
         if role not in ROLES["assistant"] | ROLES["user"]:
-            reading.leave_out(f"turn of the role {role!r}", place)
+            reading.leave_out(f"turn of the role {role!r}" if role in OTHER_ROLES else "turn of another role", place)
             continue
         written = _written(turn.get(keys[1]), place, keys[1])
         if turn.get("tool_calls") or turn.get("function_call"):
@@ -45,7 +46,7 @@ def _chat(where: str, row: Row, turns: list[Row], keys: tuple[str, str], reading
         if written.strip():
             said.append((role in ROLES[reading.replies], written, time))
     if said:
-        yield reading.conversation(where, said, user, _domain(row, where, reading))
+        yield reading.conversation(where, said, user, domain_of(row, where, reading))
     else:
         reading.leave_out("conversation without turns", where)
 
@@ -85,7 +86,7 @@ def _exchanges(rows: Iterable[Located], reading: Reading, prompt: Callable[[Row,
         user, time = reading.user(row, where), reading.time(row, where)
         if asked.strip() and answer.strip():
             yield reading.conversation(
-                where, [(False, asked, time), (True, answer, time)], user, _domain(row, where, reading)
+                where, [(False, asked, time), (True, answer, time)], user, domain_of(row, where, reading)
             )
         else:
             reading.leave_out(f"row without {'reply' if asked.strip() else 'prompt'}", where)
@@ -96,6 +97,10 @@ def read_preferences(rows: Iterable[Located], reading: Reading) -> Iterator[Conv
 
     Either is a text, a list of turns, or a talk as one text, of which each reply of the assistant's is one.
     """
+    if named := reading.fields.response:
+        raise DataError(
+            f"data.fields.response = {named!r}: of preference pairs what was chosen is learned; leave it out"
+        )
     for where, row in rows:
         chosen = row.get("chosen")
         spoken = transcript(chosen) if isinstance(chosen, str) else []
@@ -125,13 +130,14 @@ def _asked(row: Row, turns: list[Row]) -> list[Row]:
     asked = row.get("prompt") or []
     before = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
     spoken = [turn for turn in turns if turn.get("role") != "system"] if isinstance(asked, str) else turns
-    return [] if spoken[: len(before)] == before else before
+    same = [_said(turn) for turn in spoken[: len(before)]] == [_said(turn) for turn in before]
+    return [] if same else before
+
+
+def _said(turn: Row) -> tuple[object, object]:
+    content = turn.get("content")
+    return turn.get("role"), content.strip() if isinstance(content, str) else content
 
 
 def _of(reading: Reading, role: str, row: Row, where: str) -> str:
     return text(reading.get(role, row), where, reading.key(role, row) or role)
-
-
-def _domain(row: Row, where: str, reading: Reading) -> str:
-    found = reading.get("domain", row)
-    return name(found, where, "domain") if isinstance(found, str | int) else ""

@@ -23,24 +23,26 @@ def delimiter_of(line: str) -> str:
 def read_csv(path: Path) -> Iterator[Located]:
     """Rows by the names in the first line, each with the line that it ends in."""
     csv.field_size_limit(sys.maxsize)
-    lines = (f"{line}\n" for _, line in lines_of(path))
-    header = next(lines, "")
-    mark = delimiter_of(header)
+    numbered = lines_of(path)
+    before, header = next(((number, line) for number, line in numbered if line.strip()), (1, ""))
+    lines, mark = (f"{line}\n" for _, line in numbered), delimiter_of(header)
+    if not mark:
+        raise DataError(f"{path}, line {before}: holds no header of a table")
     if "\r" in header:
-        raise DataError(f"{path}, line 1: holds a bare carriage return; save it with line ends of its own")
+        raise DataError(f"{path}, line {before}: holds a bare carriage return; save it with line ends of its own")
     columns = next(csv.reader([header], delimiter=mark))
     if twice := next((name for name in columns if columns.count(name) > 1), None):
-        raise DataError(f"{path}, line 1: two columns are called {twice!r}")
+        raise DataError(f"{path}, line {before}: two columns are called {twice!r}")
     rows = csv.reader(lines, delimiter=mark, strict=True)
     try:
         for row in rows:
-            where = f"{path}, line {rows.line_num + 1}"
+            where = f"{path}, line {rows.line_num + before}"
             if row and len(row) != len(columns):
                 raise DataError(f"{where}: {len(row)} fields where the header names {len(columns)}")
             if row:
                 yield where, dict(zip(columns, row, strict=True))
     except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num + 1}: {error}") from None
+        raise DataError(f"{path}, line {rows.line_num + before}: {error}") from None
 
 
 def read_parquet(path: Path) -> Iterator[Located]:

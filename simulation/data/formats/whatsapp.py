@@ -40,9 +40,23 @@ def looks_like_whatsapp(start: str) -> bool:
 
 def read_whatsapp(path: Path, reading: Reading) -> Iterator[Conversation]:
     """The file is one conversation; notices of the app and what was left out of the export are counted."""
-    stamped = list(stamped_lines(path))
+    stamped = _of_one_form(list(stamped_lines(path)))
     order = _order(path, stamped, reading)
     return paired(_messages(path, stamped, order, reading), reading)
+
+
+def _of_one_form(stamped: list[Stamped]) -> list[Stamped]:
+    """With the year first in all dates or in none: lines of the rarer form were pasted into the message before."""
+    year_first = sum(len(stamp[1]) == 4 for _, stamp, _ in stamped) * 2 > len(stamped)
+    kept: list[Stamped] = []
+    for number, stamp, written in stamped:
+        if not kept or (len(stamp[1]) == 4) == year_first:
+            kept.append((number, stamp, written))
+        else:
+            before = kept[-1]
+            pasted = stamp.string + written.removeprefix(stamp[9])
+            kept[-1] = (before[0], before[1], f"{before[2]}\n{pasted}")
+    return kept
 
 
 def stamped_lines(path: Path) -> Iterator[Stamped]:
