@@ -73,6 +73,16 @@ def test_sizes_are_as_the_kind_says(tmp_path: Path, kind: str, sizes: list[int])
 
 
 @needs_partitioners
+def test_replies_of_nobody_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """83 replies make eight shards of ten, and three are left; more shards than replies are refused."""
+    path = write(tmp_path / "x", 83)
+    assert sum(map(len, parted(settings(path, kind="shard")).values())) == 80
+    assert "3 of 83 replies are nobody's" in caplog.text
+    with pytest.raises(DataError, match=r"shards_per_user = 30: 83 replies make no 120 shards for 4 users"):
+        parted(settings(path, kind="shard", shards_per_user=30))
+
+
+@needs_partitioners
 def test_a_pathological_user_has_as_many_labels_as_asked(tmp_path: Path) -> None:
     users = parted(settings(write(tmp_path / "x"), kind="pathological", labels_per_user=1))
     assert [{label for _, label in said} for said in users.values()] == [{label} for label in LABELS]

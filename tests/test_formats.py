@@ -7,9 +7,11 @@ import csv
 import gzip
 import json
 import lzma
+import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from email.message import EmailMessage
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -19,6 +21,7 @@ import pytest
 
 from florilegium.simulation.data.convert import convert
 from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.formats.media import LEFT_OUT
 from florilegium.simulation.data.formats.opened import json_values
 from florilegium.simulation.data.formats.reading import FieldNames, Reading, moment
 from florilegium.simulation.data.formats.recognise import read_source
@@ -669,3 +672,131 @@ def test_what_signal_export_writes(tmp_path: Path) -> None:
         assert reading.left_out["call or deleted message"] == reading.left_out["message without text"] == 1
     assert {talk.domain for talk in read_source(tmp_path / "export", Reading())} == {"Ben"}
     assert said(chat / "chat.md") == expected
+
+
+# -- whose words they are, and nothing by half ------------------------------------------------------------------------
+
+
+def test_a_log_has_the_labels_that_the_settings_name(tmp_path: Path) -> None:
+    """Else what is written is of its conversation."""
+    path = tmp_path / "log.csv"
+    path.write_text("user,time,conversation,text,topic\nann,1,k,hi,red\nbob,2,k,hello,blue\nann,3,k,yo,red\n")
+    domains = {}
+    for fields in (FieldNames(), FieldNames(domain="topic")):
+        by_user = collect(DataConfig(name=str(path), fields=fields)).by_user
+        domains[fields.domain] = {user: [d.domain for d in said] for user, said in by_user.items()}
+    assert domains == {"": {"ann": ["k"], "bob": ["k"]}, "topic": {"ann": ["red"], "bob": ["blue"]}}
+
+
+def test_a_mail_that_is_attached_is_not_the_senders_own(tmp_path: Path) -> None:
+    """Two texts of bob's with a picture between them, and carol's mail beside: bob wrote the two texts."""
+    asked, reply = EmailMessage(), EmailMessage()
+    for mail, sender, number in ((asked, "ann@x", "1"), (reply, "bob@x", "2")):
+        mail["From"], mail["Message-ID"] = sender, f"<{number}@x>"
+        mail["Date"] = f"Sun, 01 Mar 2026 18:2{number}:00 +0000"
+    asked.set_content("Question?")
+    reply["In-Reply-To"] = "<1@x>"
+    reply.set_content("First half.")
+    reply.add_attachment(b"\x89PNG", maintype="image", subtype="png", disposition="inline")
+    reply.add_attachment("Second half.", disposition="inline")
+    carols = EmailMessage()
+    carols["From"] = "carol@x"
+    carols.set_content("A secret of Carol's.")
+    reply.add_attachment(carols)
+    path = tmp_path / "mail.mbox"
+    path.write_bytes(b"".join(b"From x Sun Mar  1 18:20:00 2026\n" + bytes(m) + b"\n" for m in (asked, reply)))
+    assert said(path) == [("bob@x", "Question?", "First half.\n\nSecond half.")]
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        "-------- Weitergeleitete Nachricht --------\nBetreff: Tee\nDatum: heute\nVon: Carol <c@x>\n\nGeheim.",
+        "Betreff: Tee\nDatum: heute\nVon: Carol <c@x>\n\nGeheim.",
+        "---------- Message transféré ----------\nSecret.",
+    ],
+)
+def test_what_is_forwarded_is_not_the_senders_own(tmp_path: Path, quoted: str) -> None:
+    heads = "From x Sun Mar  1 18:2{0}:00 2026\nFrom: {1}@x\nDate: Sun, 01 Mar 2026 18:2{0}:00 +0000\n"
+    heads += "Message-ID: <{0}@x>\nIn-Reply-To: <1@x>\nContent-Type: text/plain; charset=utf-8\n\n"
+    path = tmp_path / "mail.mbox"
+    path.write_text(f"{heads.format(1, 'ann')}Und?\n\n{heads.format(2, 'bob')}Siehe unten.\n\n{quoted}\n\n")
+    assert said(path) == [("bob@x", "Und?", "Siehe unten.")]
+
+
+def test_a_role_that_may_be_a_name_is_told_to_nobody(tmp_path: Path) -> None:
+    turns = chat("from", "value", ("human", "Tea?"), ("gpt", "Green."), ("Alice Smith", "Hm"))
+    reading, path = Reading(), tmp_path / "x.json"
+    path.write_text(json.dumps({"conversations": turns}))
+    assert said(path, reading) == BOTH[:1] and dict(reading.left_out) == {"turn of another role": 1}
+
+
+def test_ids_that_two_conversations_have_name_nothing_across_them(tmp_path: Path) -> None:
+    """B's message answers one that was deleted, of whose id A has one: not A's words are its prompt."""
+    columns = "user,time,text,conversation,id,reply_to"
+    rows = [("ann", 1, "hi", "A", 1, ""), ("ann", 2, "of A", "A", 7, ""), ("cat", 3, "hm", "B", 1, "")]
+    path = log(tmp_path / "x.csv", *rows, ("dan", 4, "to what is gone", "B", 9, 7), columns=columns)
+    assert said(path) == [("dan", "hm", "to what is gone")]
+    apart = log(tmp_path / "y.csv", *rows[:2], ("dan", 4, "as I said", "B", 9, 7), columns=columns)
+    assert said(apart) == [("dan", "of A", "as I said")]  # ids are of the whole file
+
+
+def test_what_telegram_forwards_from_an_account_that_is_gone_is_nobodys(tmp_path: Path) -> None:
+    first, _, third = TELEGRAM["messages"]  # type: ignore[misc]
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(TELEGRAM | {"messages": [first, {**third, "forwarded_from": None}]}))  # type: ignore[dict-item]
+    assert said(path) == []
+
+
+def test_a_pasted_line_does_not_turn_a_chats_dates_round(tmp_path: Path) -> None:
+    path = tmp_path / "chat.txt"
+    path.write_text("13/02/24, 21:00 - Ann: Tea?\n13/02/24, 21:01 - Bob: See:\n2024-05-01, 10:00 - Eve: pasted\n")
+    (reply,) = collect(DataConfig(name=str(path))).by_user["Bob"]
+    assert reply.response == "See:\n2024-05-01, 10:00 - Eve: pasted"
+    assert datetime.fromtimestamp(reply.time, UTC) == datetime(2024, 2, 13, 21, 1, tzinfo=UTC)
+
+
+def test_of_a_folder_nothing_is_passed_over_untold(tmp_path: Path) -> None:
+    """Slack's channels of one name in two workspaces are two; a file beside is counted, one called README… is read."""
+    for workspace, text in (("w1", "one"), ("w2", "two")):
+        day = tmp_path / "slack" / workspace / "general" / "2024-01-01.json"
+        day.parent.mkdir(parents=True)
+        day.write_text(json.dumps([SLACK[0], {**SLACK[2], "text": text, "user": workspace}]))
+    (tmp_path / "slack" / "own.jsonl").write_text("{}\n")
+    reading = Reading()
+    assert said(tmp_path / "slack", reading) == [("w1", "Tea?", "one"), ("w2", "Tea?", "two")]
+    assert reading.left_out["file beside those of the export"] == 1
+    rows = tmp_path / "rows"
+    (rows / ".git").mkdir(parents=True)
+    (rows / ".git" / "config.txt").write_text("not data")
+    (rows / "README.md").write_text("not data")
+    (rows / "README_chat.jsonl").write_text(json.dumps({"prompt": "Tea?", "completion": "Green."}))
+    reading = Reading()
+    assert said(rows, reading) == BOTH[:1] and dict(reading.left_out) == {LEFT_OUT: 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('\n\nprompt,response\nTea?,"Green."\nhm\n', "line 5: 1 fields where the header names 2"),
+        (
+            json.dumps(DISCORD | {"messages": [discord("1", "x", "a", reference="x")]}),
+            "reference = 'x' must be an object",
+        ),
+        ('{"user": "ann", "user": "bob", "prompt": "Tea?", "response": "Green."}', "the key 'user' occurs twice"),
+    ],
+)
+def test_what_is_broken_is_refused_and_never_a_fault_of_ours(tmp_path: Path, content: str, told: str) -> None:
+    path = tmp_path / "x"
+    path.write_text(content)
+    with pytest.raises(DataError, match=re.escape(told)):
+        said(path)
+
+
+def test_a_prompt_that_differs_from_its_talk_by_a_space_is_not_doubled(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    talk = chat("role", "content", ("user", "Tea?"), ("assistant", "Green."))
+    path.write_text(json.dumps([{"prompt": "Tea? ", "chosen": talk, "rejected": []}]))
+    assert said(path) == BOTH[:1]
+    with pytest.raises(DataError, match=r"data.fields.response = 'chosen': of preference pairs"):
+        said(path, fields=FieldNames(response="chosen"))
