@@ -45,6 +45,7 @@ from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits, to_numpy
 from florilegium.server.strategy import NoReleaseError, ReleaseStrategy
 from florilegium.simulation.baselines.devices import run_devices_of_worker
+from florilegium.simulation.benchmarks.scale_florilegium import ROUNDS, Nobody, ours
 from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
@@ -116,7 +117,9 @@ def charged(run: Path) -> dict[str, list[int]]:
 def told(run: Path, *kinds: str) -> list[str]:
     """The events of these kinds, without what a clock on the wall says."""
     events = (json.loads(line) for line in RunFolder(run).metrics.read_text().splitlines())
-    rest = ({k: v for k, v in e.items() if k not in ("time", "seconds")} for e in events if e["event"] in kinds)
+    rest = (
+        {k: v for k, v in e.items() if k not in ("time", "seconds", "wall_s")} for e in events if e["event"] in kinds
+    )
     return sorted(json.dumps(e) for e in rest)
 
 
@@ -744,3 +747,12 @@ def test_ctrl_c_twice_ends_soon_and_leaves_no_process(undisturbed: Path, tmp_pat
     run_experiment(quick(), run, resuming=True)  # in this process
     assert_like(undisturbed, run)
     assert set(kept) <= set(ledgers(run))
+
+
+def test_the_benchmark_of_scale_comes_to_its_end(tmp_path: Path) -> None:
+    """Twenty devices, of which two a round do everything but train; a population that has an end."""
+    assert len(list(Nobody(3))) == 3
+    ended = ours(20, 0, tmp_path)
+    assert len(ended) == ROUNDS and ended == sorted(ended)
+    rounds = list(RunFolder(tmp_path / "run").events_of(RoundEnd))
+    assert [(r.devices, r.releases) for r in rounds] == [(2, 2)] * ROUNDS

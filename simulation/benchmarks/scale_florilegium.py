@@ -52,7 +52,11 @@ class Nobody(Sequence[User]):
     def __getitem__(self, index: slice) -> Sequence[User]: ...
 
     def __getitem__(self, index: int | slice) -> User | Sequence[User]:
-        return User(str(index), (), (Dialogue("d", "Hello?", "Hi."),)) if isinstance(index, int) else []
+        if isinstance(index, slice):
+            return []
+        if not index < self.users:
+            raise IndexError(index)  # where going through all of them ends
+        return User(str(index), (), (Dialogue("d", "Hello?", "Hi."),))
 
 
 def idle_contribute(
