@@ -800,3 +800,13 @@ def test_a_prompt_that_differs_from_its_talk_by_a_space_is_not_doubled(tmp_path:
     assert said(path) == BOTH[:1]
     with pytest.raises(DataError, match=r"data.fields.response = 'chosen': of preference pairs"):
         said(path, fields=FieldNames(response="chosen"))
+
+
+def test_a_file_without_a_reply_becomes_none(tmp_path: Path) -> None:
+    path, out = tmp_path / "x.json", tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"user": "ann", "messages": chat("role", "content", *TEA[:3])}))
+    with pytest.raises(
+        DataError, match=r"holds no reply to learn \(read as OpenAI messages: 1 conv.*; 1 × turn of the"
+    ):
+        convert(DataConfig(name=str(path), replies="user"), out)
+    assert not out.exists()

@@ -14,7 +14,7 @@ from florilegium.simulation.data.population import DataConfig, collect, reading_
 def convert(config: DataConfig, out: Path, named: str = "") -> Reading:
     """Writes a new file from which the same people with the same replies are drawn; `named` is one of `FORMATS`.
 
-    Raises `DataError` where the file exists, and for data that names no users: a line of ours needs one.
+    Raises `DataError` where the file exists, for data that names no users (a line of ours needs one), or no reply.
     """
     if named and named not in FORMATS:
         raise DataError(f"--as {named} must be one of {', '.join(FORMATS)}")
@@ -33,6 +33,8 @@ def convert(config: DataConfig, out: Path, named: str = "") -> Reading:
             f"{config.name} names no users, and each line of ours needs one: runs read it as it is and deal it to "
             f"devices; or say with data.fields.user= what names them"
         )
+    if not replies.by_user:
+        raise DataError("; ".join([f"{config.name} holds no reply to learn ({reading.told()})", *reading.problems()]))
     with out.open("x", encoding="utf-8") as lines:
         for user, said in replies.by_user.items():
             for reply in said:
