@@ -17,7 +17,7 @@ from conftest import SMALL
 
 from florilegium.client.context import CohortContext
 from florilegium.client.lm.model import LanguageModel
-from florilegium.privacy.common.machine import cores
+from florilegium.privacy.common.machine import cores, group_memory_left_bytes
 from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.engines.processes import ForkedWorkers, process_count
 from florilegium.simulation.engines.scheduler import cohort_size
@@ -118,6 +118,27 @@ def test_who_stops_listening_leaves_no_answer_for_the_next_job(workers: ForkedWo
     for _ in workers.map(tell, COHORTS, 1):
         break
     assert {found[2] for found in dict(workers.map(tell, COHORTS, 2)).values()} == {2}
+
+
+def test_a_container_has_the_cores_and_the_memory_of_its_groups(tmp_path: Path) -> None:
+    """Half a core within a group of two; 300 of 1,000 bytes taken, of which 100 are a file's, within one of 700."""
+    own, outer = tmp_path / "own", tmp_path / "groups" / "pod"
+    inner = outer / "box"
+    inner.mkdir(parents=True)
+    own.write_text("4:memory:/elsewhere\n0::/pod/box\n")
+    assert cores(tmp_path / "groups", own) == cores() and group_memory_left_bytes(tmp_path / "groups", own) is None
+    (outer / "cpu.max").write_text("200000 100000\n")
+    (inner / "cpu.max").write_text("max 100000\n")
+    assert cores(tmp_path / "groups", own) == min(2, cores())
+    (inner / "cpu.max").write_text("50000 100000\n")
+    assert cores(tmp_path / "groups", own) == 1
+    for group, limit, taken in ((outer, "max", 650), (inner, 1000, 300)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{taken}\n")
+    (inner / "memory.stat").write_text("anon 200\ninactive_file 100\n")
+    assert group_memory_left_bytes(tmp_path / "groups", own) == 800
+    (outer / "memory.max").write_text("700\n")
+    assert group_memory_left_bytes(tmp_path / "groups", own) == 50
 
 
 def test_there_are_as_many_processes_as_cores_and_cohorts_employ() -> None:

@@ -27,7 +27,7 @@ import torch
 
 from florilegium.privacy.common.environment import environment
 from florilegium.privacy.common.errors import BrokenDeviceError
-from florilegium.privacy.common.machine import cores
+from florilegium.privacy.common.machine import cores, group_memory_left_bytes
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.engines.scheduler import cohort_size
@@ -49,7 +49,9 @@ def process_count(config: ExperimentConfig, device: torch.device) -> int:
         return config.workers
     asked = config.data.users
     cohorts = ceil(asked / cohort_size(config, asked))
-    room = int(psutil.virtual_memory().available // BYTES_OF_ONE)
+    left = psutil.virtual_memory().available
+    of_group = group_memory_left_bytes()
+    room = int((left if of_group is None else min(left, of_group)) // BYTES_OF_ONE)
     return max(1, min(cores(), cohorts, room))
 
 
