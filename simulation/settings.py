@@ -142,11 +142,16 @@ def _explain(error: Any) -> str:
 
 def data_config(name: str, overrides: Sequence[str] = ()) -> DataConfig:
     """The settings of a data set alone; in `overrides` they may stand as in a run's config, with `data.` before."""
+    return validate(DataConfig, section_tree("data", name, overrides), f"data set {name}")
+
+
+def section_tree(section: str, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings of a section alone that has a name; overrides may stand with the section before, as in a run's."""
     tree: dict[str, Any] = {"name": name}
     for override in overrides:
         key, value = parse_override(override)
-        set_value(tree, key.removeprefix("data."), value)
-    return validate(DataConfig, tree, f"data set {name}")
+        set_value(tree, key.removeprefix(f"{section}."), value)
+    return tree
 
 
 def dump_config(config: Config) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from florilegium.client.lm.config import ModelConfig
 from florilegium.privacy.common.base_config import Config, Names
-from florilegium.simulation.settings import parse_override, set_value, validate
+from florilegium.simulation.settings import section_tree, validate
 
 
 class ModelShape(Config):
@@ -50,8 +50,4 @@ class PretrainConfig(Config):
 
 def model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
     """The settings of a model alone; in `overrides` they may stand as in a run's config, with `model.` before."""
-    tree: dict[str, Any] = {"name": name}
-    for override in overrides:
-        key, value = parse_override(override)
-        set_value(tree, key.removeprefix("model."), value)
-    return validate(ModelConfig, tree, f"model {name}")
+    return validate(ModelConfig, section_tree("model", name, overrides), f"model {name}")
