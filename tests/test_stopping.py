@@ -39,7 +39,7 @@ FLORILEGIUM = str(Path(sys.executable).parent / "florilegium")
 RUN = [FLORILEGIUM, "run", "quickstart", *QUICK]
 ON_FLOWER, ON_ACTORS = [*RUN, "engine=flower"], [*RUN, "ray.actors=1"]
 BENCH = [FLORILEGIUM, "bench", "engine", "--kinds", "training", "--devices", "2", "--steps", "1", "--repeats", "99"]
-SCALE = [FLORILEGIUM, "bench", "scale", "--devices", "3000", "--stock-until", "0", "--actors", "1"]
+SCALE = [FLORILEGIUM, "bench", "scale", "--devices", ",".join(["3000"] * 20), "--stock-until", "0", "--actors", "1"]
 CLIENT, WORKER = "ray::ClientAppActor", "ray::Worker"
 
 
