@@ -8,6 +8,9 @@ from florilegium.client.config import DeviceConfig
 from florilegium.privacy.accounting import BudgetError, Event, calibrate
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.release import Schema
+from florilegium.privacy.secure_aggregation.rounded_noise import SumCode
+from florilegium.privacy.secure_aggregation.rounded_noise import sum_code as code_of_sum
+from florilegium.privacy.seeds import derive_seed
 
 
 def planned_event(config: DeviceConfig) -> Event:
@@ -39,6 +42,8 @@ def release_noise(config: DeviceConfig, bands: int, secret: int) -> ReleaseNoise
     std = planned_event(config).noise_multiplier * privacy.clip_norm_l2
     if not std:
         return ReleaseNoise()
+    if privacy.distributed:
+        return ReleaseNoise(on_device=share_std(config))
     if privacy.mode == "user-central":
         return ReleaseNoise(on_sum=std, bands=bands, secret=secret)
     if privacy.mode == "user-local":
@@ -49,6 +54,37 @@ def release_noise(config: DeviceConfig, bands: int, secret: int) -> ReleaseNoise
     return ReleaseNoise(on_device=float(shared.learning_rate * per_step * squares**0.5))
 
 
+def share_std(config: DeviceConfig) -> float:
+    """Of the noise that one device adds to each number of its part of a sum.
+
+    σ times what one unit of privacy may move, over √(survivors − colluding): the honest ones' shares alone are enough.
+    Raises `BudgetError` where nobody has said of how many devices a sum is.
+    """
+    summed = config.summed
+    if not summed.devices:
+        raise BudgetError("secure_aggregation.devices = 0 says nothing of how many devices a sum is; set it")
+    sigma = planned_event(config).noise_multiplier
+    return sigma * moved_l2(config) / math.sqrt(summed.survivors - summed.colluding)
+
+
+def moved_l2(config: DeviceConfig) -> float:
+    """By how much one dialogue, or one device, may be part of a device's change: its norm after clipping."""
+    privacy, shared = config.privacy, config.shared
+    if not privacy.by_dialogue:
+        return privacy.clip_norm_l2
+    return shared.learning_rate * privacy.clip_norm_l2 / (shared.sampling_rate * shared.pool_capacity)
+
+
+def sum_code(config: DeviceConfig, schema: Schema, number: int, seed: int) -> SumCode:
+    """How the rows that travel in round `number` become integers; `seed` is public. Raises `TooFewBitsError`."""
+    summed, longest = config.summed, moved_l2(config)
+    if config.privacy.by_dialogue:
+        longest *= config.shared.pool_capacity  # all of a pool may be drawn
+    rotation = derive_seed(seed, "rotation", number)
+    width = schema.of_round(number).width
+    return code_of_sum(width, summed.devices, longest, share_std(config), summed.bits, rotation)
+
+
 def release_limits(config: DeviceConfig, schema: Schema) -> tuple[float, float]:
     """The norm that no honest release exceeds, but for a chance below 1e-9, and the one that a server clips to.
 
@@ -57,6 +93,8 @@ def release_limits(config: DeviceConfig, schema: Schema) -> tuple[float, float]:
     at most √n / 254 of the norm of an array of n numbers.
     """
     privacy, shared = config.privacy, config.shared
+    if privacy.distributed:  # nobody sees one
+        return math.inf, math.inf
     signal = privacy.clip_norm_l2
     if privacy.by_dialogue:
         signal *= shared.learning_rate * shared.steps_per_round / shared.sampling_rate

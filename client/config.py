@@ -11,6 +11,7 @@ from florilegium.client.selection.config import SelectionConfig
 from florilegium.client.synthesize import SynthesisConfig
 from florilegium.privacy.common.base_config import Config
 from florilegium.privacy.modes import PrivacyConfig
+from florilegium.privacy.secure_aggregation.config import SecureAggregationConfig, why_not_summed
 
 
 class SharedConfig(Config):
@@ -60,7 +61,36 @@ class DeviceConfig(Config):
     shared: SharedConfig = SharedConfig()
     personal: PersonalConfig = PersonalConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
     rounds: int = Field(3, ge=1, description="releases that the budget is planned for")
+
+    @property
+    def summed(self) -> SecureAggregationConfig:
+        """With numbers for what is left to the round. A device alone knows no others: it has to be told."""
+        told = self.secure_aggregation
+        return told.model_copy(update={"survivors": told.survivors or told.devices})
+
+    @model_validator(mode="after")
+    def _sums_fit(self) -> Self:
+        secure, shared = self.secure_aggregation, self.shared
+        if not self.privacy.distributed:
+            if secure != SecureAggregationConfig():
+                raise ValueError(f"[secure_aggregation] is for the *-distributed modes, not {self.privacy.mode!r}")
+            return self
+        if self.privacy.by_dialogue and shared.steps_per_round != 1:
+            raise ValueError(
+                f"shared.steps_per_round = {shared.steps_per_round} must be 1 in 'example-distributed': noise is added "
+                f"to a sum over devices, and there is one in a round"
+            )
+        if shared.upload != "fp32":
+            raise ValueError(
+                f"shared.upload = {shared.upload!r} is of releases that are sent as they are; secure_aggregation.bits "
+                f"says how numbers of a sum travel"
+            )
+        summed = self.summed
+        if summed.devices and (why := why_not_summed(summed.devices, summed.survivors, summed.colluding)):
+            raise ValueError(why)
+        return self
 
     @model_validator(mode="after")
     def _uncoupled(self) -> Self:
@@ -80,5 +110,5 @@ class DeviceConfig(Config):
         if self.personal.adapter.factors == "alternate":
             raise ValueError("personal.adapter.factors = 'alternate' is for a shared adapter; use 'both'")
         if self.shared.adapter.factors == "alternate" and not self.privacy.by_dialogue:
-            raise ValueError("shared.adapter.factors = 'alternate' needs privacy.mode = 'example-local'")
+            raise ValueError("shared.adapter.factors = 'alternate' needs an example-* privacy.mode")
         return self

@@ -14,11 +14,23 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from florilegium.client.devices import Devices
 from florilegium.client.flower_arrays import to_record
+from florilegium.client.secure_sessions import Sessions, answer_step, open_part
 from florilegium.privacy.encoding import ENCODINGS, Encoded
 from florilegium.privacy.plan import RoundPlan
-from florilegium.privacy.release import WEIGHT, Release, ReleaseRefusedError, Schema
+from florilegium.privacy.release import PROTOCOL, WEIGHT, Release, ReleaseRefusedError, Schema
 from florilegium.privacy.release import Array as Numbers
-from florilegium.privacy.reply_gate import BAD_MESSAGE, NO_RELEASE, check_reply, is_count
+from florilegium.privacy.reply_gate import (
+    BAD_MESSAGE,
+    NO_RELEASE,
+    check_masked_reply,
+    check_reply,
+    check_step,
+    is_count,
+)
+from florilegium.privacy.secure_aggregation import wire
+from florilegium.privacy.secure_aggregation.neighbours import RoundRefusedError
+from florilegium.privacy.secure_aggregation.part import SumPart
+from florilegium.privacy.secure_aggregation.session import Session
 
 NO_ARRAYS = Schema(())
 PLAN = {"round", "version", "head"}  # what a server may say beside the shared adapter
@@ -37,7 +49,7 @@ class Instruction:
 class DeviceReply:
     """What one device says to the server. Made by `_reply` alone, so that the gate has passed it."""
 
-    header: Mapping[str, str | int]
+    header: Mapping[str, str | int | bytes | list[str] | list[bytes]]
     arrays: Encoded | None = None
 
     def to(self, message: Message) -> Message:
@@ -56,10 +68,15 @@ class DeviceReply:
 
 def answer(messages: Sequence[Message], names: Sequence[str], devices: Devices) -> list[Message]:
     """Replies to messages of one type to the devices `names`, in their order."""
+    sessions = devices.sessions
+    if sessions and messages[0].metadata.message_type in wire.STEPS:
+        return [step_reply(m, name, sessions).to(m) for m, name in zip(messages, names, strict=True)]
     try:
         question = read_question(messages, names, devices.schema)
     except (KeyError, ValueError, ReleaseRefusedError):
         return [refusal(BAD_MESSAGE).to(m) for m in messages]
+    if sessions and question.kind == MessageType.TRAIN:
+        return [reply.to(m) for m, reply in zip(messages, _summed(messages, names, question, devices), strict=True)]
     return [reply.to(m) for m, reply in zip(messages, replies(question, names, devices), strict=True)]
 
 
@@ -71,7 +88,74 @@ def replies(question: Instruction, names: Sequence[str], devices: Devices) -> li
     if question.kind == MessageType.EVALUATE:
         devices.adopt(names, question.received, plan)
         return [_reply({"adopted": plan.version})] * len(names)
-    return [_release_reply(r, plan, devices.schema) for r in devices.contribute(names, question.received, plan)]
+    return [
+        refusal(NO_RELEASE) if isinstance(found, SumPart) else found  # a part of a sum leaves behind masks alone
+        for found in contributions(question, names, devices)
+    ]
+
+
+def contributions(question: Instruction, names: Sequence[str], devices: Devices) -> list[DeviceReply | SumPart]:
+    """What each device gives: the reply with its release, or its part of a sum, to be masked."""
+    found = devices.contribute(names, question.received, question.plan)
+    return [r if isinstance(r, SumPart) else _release_reply(r, question.plan, devices.schema) for r in found]
+
+
+# -- secure aggregation ----------------------------------------------------------------------------------------------
+
+
+def step_reply(message: Message, name: str, sessions: Sessions) -> DeviceReply:
+    """What a device says at a step of secure aggregation that is not about its numbers."""
+    try:
+        content = message.content.config_records
+        number, told = _count(content["plan"]["round"]), dict(content[wire.RECORD])
+        said = answer_step(message.metadata.message_type, told, name, number, sessions)
+    except RoundRefusedError as error:
+        return refusal(str(error))
+    except (KeyError, ValueError):
+        return refusal(BAD_MESSAGE)
+    check_step(said)
+    return DeviceReply(said)
+
+
+def open_parts(
+    messages: Sequence[Message], names: Sequence[str], plan: RoundPlan, sessions: Sessions
+) -> dict[str, Session | DeviceReply]:
+    """The session of each device that is asked for its numbers, before it learns anything; or why it does not."""
+    found = dict[str, Session | DeviceReply]()
+    for message, name in zip(messages, names, strict=True):
+        try:
+            found[name] = open_part(dict(message.content.config_records[wire.RECORD]), name, plan, sessions)
+        except RoundRefusedError as error:
+            found[name] = refusal(str(error))
+        except (KeyError, ValueError):
+            found[name] = refusal(BAD_MESSAGE)
+    return found
+
+
+def _summed(
+    messages: Sequence[Message], names: Sequence[str], question: Instruction, devices: Devices
+) -> list[DeviceReply]:
+    """Of each device its part of a sum, masked by itself."""
+    assert devices.sessions
+    opened = open_parts(messages, names, question.plan, devices.sessions)
+    able = [name for name, found in opened.items() if isinstance(found, Session)]
+    given = dict(zip(able, contributions(question, able, devices) if able else [], strict=True))
+    return [
+        masked(found, given[name], devices.sessions) if isinstance(found, Session) else found
+        for name, found in opened.items()
+    ]
+
+
+def masked(session: Session, given: DeviceReply | SumPart, sessions: Sessions) -> DeviceReply:
+    """The reply with a device's part of a sum behind its masks; or the one that says why there is none."""
+    if isinstance(given, DeviceReply):
+        return given
+    code = sessions.code(session.scene.round)
+    arrays = wire.masked_array(session.masked(given.numbers, code.bits), code.bits)
+    sessions.keep(session)
+    header: dict[str, str | int] = {"protocol": PROTOCOL, "version": given.version, "head": given.head}
+    check_masked_reply(header, arrays, code.size_bytes)
+    return DeviceReply(header, arrays)
 
 
 def read_question(messages: Sequence[Message], names: Sequence[str], schema: Schema) -> Instruction:

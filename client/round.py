@@ -14,7 +14,7 @@ from florilegium.client.phases import annotate, learn_personal, observe, synthes
 from florilegium.client.private_training import release, train_shared
 from florilegium.client.state import States
 from florilegium.privacy.plan import RoundPlan
-from florilegium.privacy.release import Release
+from florilegium.privacy.secure_aggregation.part import Sendable
 
 NOTHING_SENT = Observation(upload_bytes=0, epsilon=0.0)
 
@@ -25,7 +25,7 @@ def contribute(
     received: torch.Tensor,
     plan: RoundPlan,
     context: CohortContext,
-) -> tuple[States, list[Release | None], list[Observation]]:
+) -> tuple[States, list[Sendable | None], list[Observation]]:
     """Selects, asks, trains the shared adapter (P,) and releases its noised change.
 
     What only the personal adapter needs comes after the aggregation: it must not delay or spoil a release.
@@ -55,7 +55,7 @@ def adopt(
 
 def stay(
     states: States, arrived: Sequence[Sequence[Dialogue]], plan: RoundPlan, context: CohortContext
-) -> tuple[States, list[Release | None], list[Observation]]:
+) -> tuple[States, list[Sendable | None], list[Observation]]:
     """As `contribute`, of devices that have no server: nothing is trained for one, nothing leaves."""
     recorder = PhaseRecorder(len(states), plan.round, context.listener)
     states = _gather(states, arrived, plan, context, recorder)

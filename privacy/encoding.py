@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from florilegium.privacy.release import Array, ReleaseRefusedError, Schema
 
-Coded = npt.NDArray[np.float32 | np.uint16 | np.int8]
+Coded = npt.NDArray[np.float32 | np.uint16 | np.int8 | np.uint8]
 Encoded = Mapping[str, Coded]  # what travels, by name
 
 SCALE_OF = ".scale"  # ends the name of the array that holds the scale of another

@@ -15,7 +15,8 @@ from florilegium.privacy.accounting import Adjacency
 from florilegium.privacy.common.base_config import Config
 from florilegium.privacy.ledger import Budget
 
-Mode = Literal["example-local", "user-local", "user-central", "none"]
+Mode = Literal["example-local", "example-distributed", "user-local", "user-distributed", "user-central", "none"]
+DISTRIBUTED: tuple[Mode, ...] = ("example-distributed", "user-distributed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,10 @@ class PrivacyUnit:
     not_covered: str
 
 
+TOGETHER = (
+    "nobody is trusted alone: each device adds a share of the noise, and the server learns a sum of enough of them "
+    "(secure aggregation), as long as no more devices than [secure_aggregation] names are in league with it"
+)
 PRIVACY_UNITS: dict[Mode, PrivacyUnit] = {
     "example-local": PrivacyUnit(
         unit="one dialogue (a prompt and its reply)",
@@ -37,11 +42,25 @@ PRIVACY_UNITS: dict[Mode, PrivacyUnit] = {
         trust="the server is not trusted: noise is added on the device",
         not_covered="what spans many dialogues; that, when and how fast a device answers",
     ),
+    "example-distributed": PrivacyUnit(
+        unit="one dialogue (a prompt and its reply)",
+        of="dialogue",
+        adjacency="replace-one",
+        trust=TOGETHER,
+        not_covered="what spans many dialogues; that, when and how fast a device answers",
+    ),
     "user-local": PrivacyUnit(
         unit="one device: everything that its user ever said",
         of="device",
         adjacency="replace-one",
         trust="the server is not trusted: noise is added on the device",
+        not_covered="that, when and how fast a device answers",
+    ),
+    "user-distributed": PrivacyUnit(
+        unit="one device: everything that its user ever said",
+        of="device",
+        adjacency="add-or-remove-one",
+        trust=TOGETHER,
         not_covered="that, when and how fast a device answers",
     ),
     "user-central": PrivacyUnit(
@@ -105,6 +124,11 @@ class PrivacyConfig(Config):
     @property
     def promise(self) -> PrivacyUnit:
         return PRIVACY_UNITS[self.mode]
+
+    @property
+    def distributed(self) -> bool:
+        """Whether devices add the noise together, and a server learns a sum of theirs alone."""
+        return self.mode in DISTRIBUTED
 
     @property
     def by_dialogue(self) -> bool:

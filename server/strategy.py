@@ -21,6 +21,7 @@ from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.release import Array as Numbers
 from florilegium.privacy.release import Schema
 from florilegium.privacy.reply_gate import NO_RELEASE
+from florilegium.privacy.secure_aggregation.wire import RECORD, Told
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.config import ServerConfig, devices_to_ask
 from florilegium.server.lora_products import MeanOfProducts
@@ -34,6 +35,7 @@ from florilegium.server.release_collector import (
     to_arrays,
     to_numpy,
 )
+from florilegium.server.secure_round import SecureRound, SumTerms
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -78,14 +80,15 @@ class ReleaseStrategy(Strategy):
         over_sampling: float = 1.0,
         least_releases: int = 0,
         commit: Commit | None = None,
+        sums: SumTerms | None = None,
     ) -> None:
         """`noise` says what devices have added, a public value, and what is added here where they trust the server.
 
         `limits` bound what a release may be; of fewer than `least_releases`, or than the rule needs, nothing is made.
-        `commit` stores an aggregate before any device gets it.
+        `commit` stores an aggregate before any device gets it. With `sums` a round's sum is all that is learned of it.
         """
         self.config, self.schema, self.seed, self.noise = config, schema, seed, noise
-        self.limits, self.over_sampling, self.commit = limits, over_sampling, commit
+        self.limits, self.over_sampling, self.commit, self.sums = limits, over_sampling, commit, sums
         self.least_releases = max(least_releases, config.least_releases)
         self.optimizer = new_optimizer(config.optimizer, config)
         self.moments = self.optimizer.start(schema.width)
@@ -155,15 +158,25 @@ class ReleaseStrategy(Strategy):
         return self.messages(self.sampled(server_round), server_round, server_round, arrays, MessageType.EVALUATE)
 
     def messages(
-        self, names: Iterable[str], number: int, version: int, arrays: ArrayRecord, kind: str
+        self,
+        names: Iterable[str],
+        number: int,
+        version: int,
+        arrays: ArrayRecord,
+        kind: str,
+        secure: Mapping[str, Told] | None = None,
     ) -> list[Message]:
-        """One for each device: the plan of round `number` on a version of the shared adapter."""
+        """One for each device: the plan of round `number` on a version of the shared adapter.
+
+        And `secure`, what a device is told at a step of secure aggregation, if this is one.
+        """
         plan = ConfigRecord({"round": number, "version": version, "head": ""})
         same = RecordDict({"arrays": arrays, "plan": plan})  # for all whose head is not known
         heads = self.ledger_heads if kind == MessageType.TRAIN else {}
-        return [
-            _message(_with_head(same, heads[name]) if name in heads else same, self.nodes[name], kind) for name in names
-        ]
+        contents = ((name, _with_head(same, heads[name]) if name in heads else same) for name in names)
+        if secure is not None:
+            contents = ((name, _with_step(content, secure[name])) for name, content in contents)
+        return [_message(content, self.nodes[name], kind) for name, content in contents]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -202,15 +215,21 @@ class ReleaseStrategy(Strategy):
         noise[places] = self.noise.drawn(number, int(places.sum()))
         by = over or (collector.asked if self.noise.on_sum else 0)
         change = rule.change(noise, by)[places]
-        facts.change_norm_l2 = float(np.linalg.norm(change))
         divisors = np.broadcast_to(by or rule.senders, places.shape)
         noise_std = self.noise.of_mean(collector.weight_squares[places], divisors[places])
-        facts.signal_to_noise = signal_to_noise(facts.change_norm_l2, noise_std, change.size)
-        facts.signal_to_noise_floor = signal_to_noise_floor(change.size)
-        row, self.moments = step_at(self.optimizer, collector.before, change, self.moments, places)
+        row = self._stepped(number, collector.before, change, noise_std)
         if collector.products and self.config.products != "average":
             return self._with_weights(row, arrays, collector.before, collector.products)
         return to_arrays(self.schema.split(row))
+
+    def _stepped(self, number: int, before: Numbers, change: Numbers, noise_std: float) -> Numbers:
+        """The shared adapter's row (P,) after the change of what travels, which is noted, by the optimizer."""
+        facts, places = self.facts[number], self.schema.places(number)
+        facts.change_norm_l2 = float(np.linalg.norm(change))
+        facts.signal_to_noise = signal_to_noise(facts.change_norm_l2, noise_std, change.size)
+        facts.signal_to_noise_floor = signal_to_noise_floor(change.size)
+        row, self.moments = step_at(self.optimizer, before, change, self.moments, places)
+        return row
 
     def _with_weights(
         self, row: Numbers, received: ArrayRecord, before: Numbers, products: MeanOfProducts
@@ -270,8 +289,27 @@ class ReleaseStrategy(Strategy):
 
     def collected(self, number: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord | None:
         """Asks a round's devices and aggregates what they send, as it comes."""
+        if self.sums:
+            return self._summed(number, arrays, grid, timeout, self.sums)
         replies = grid.send_and_receive(self.configure_train(number, arrays, ConfigRecord(), grid), timeout=timeout)
         return self.aggregate_train(number, replies)[0]
+
+    def _summed(
+        self, number: int, arrays: ArrayRecord, grid: Grid, timeout: float, terms: SumTerms
+    ) -> ArrayRecord | None:
+        """The arrays after a round of secure aggregation: the mean change of those who came through, if they did."""
+        names, facts = self.sampled(number), RoundFacts()
+        self.facts[number] = facts
+        round_ = SecureRound(terms, number, self.devices, self, grid, timeout, facts)
+        summed = round_.play(names, arrays)
+        if summed is None:
+            if not facts.silent and set(facts.refused) - {NO_RELEASE}:
+                raise NoReleaseError(f"round {number}: no sum of the devices' releases: {facts.refused}")
+            return None
+        self.ledger_heads |= summed.heads
+        before = self.whole.join(to_numpy(arrays))  # (P,)
+        change = (summed.row / facts.releases).astype(np.float32)
+        return to_arrays(self.schema.split(self._stepped(number, before, change, self.noise.of_mean(facts.releases))))
 
 
 def _message(content: RecordDict, node: int, kind: str) -> Message:
@@ -281,3 +319,8 @@ def _message(content: RecordDict, node: int, kind: str) -> Message:
 def _with_head(content: RecordDict, head: str) -> RecordDict:
     plan = ConfigRecord({**content.config_records["plan"], "head": head})
     return RecordDict({"arrays": content.array_records["arrays"], "plan": plan})
+
+
+def _with_step(content: RecordDict, told: Told) -> RecordDict:
+    """With what a device is told at a step of secure aggregation."""
+    return RecordDict({**content, RECORD: ConfigRecord(dict(told))})

@@ -15,6 +15,7 @@ from florilegium.client.lm.places import NAMES
 from florilegium.client.selection.lexicons import SOURCES
 from florilegium.privacy.common.base_config import Config, Names, over
 from florilegium.privacy.common.registry import check
+from florilegium.privacy.secure_aggregation.config import SecureAggregationConfig, why_not_summed
 from florilegium.server.config import ServerConfig, devices_to_ask
 from florilegium.simulation.data.conversations import READERS
 from florilegium.simulation.data.population import DataConfig
@@ -161,6 +162,19 @@ class ExperimentConfig(DeviceConfig):
         """What the policy reads off the base's hidden states."""
         return self.selection.reading
 
+    @property
+    def asked(self) -> int:
+        """Devices that a round asks."""
+        wanted = devices_to_ask(self.server.wanted(self.data.users), self.world.over_sampling)
+        return min(self.data.users, max(wanted, self.server.least_releases))
+
+    @property
+    def summed(self) -> SecureAggregationConfig:
+        """With all that a round asks for what is left to it."""
+        told = self.secure_aggregation
+        devices = told.devices or self.asked
+        return told.model_copy(update={"devices": devices, "survivors": told.survivors or devices})
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_a_baseline(cls, values: Any) -> Any:
@@ -220,6 +234,30 @@ class ExperimentConfig(DeviceConfig):
                 f"privacy.releases = {privacy.releases} must be {times}: so often is a device asked in {self.rounds} "
                 f"rounds with server.noise_bands = {bands}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sum_is_one(self) -> Self:
+        """What devices protect together has to be summed, of as many as are said to be there."""
+        if not self.privacy.distributed:
+            return self
+        mode, server, summed = self.privacy.mode, self.server, self.summed
+        wrong = {
+            f"rule = {server.rule!r}": server.rule != "mean",
+            f"buffer = {server.buffer}": server.buffer > 0,
+            f"products = {server.products!r}": server.products != "average",
+        }
+        if odd := [setting for setting, is_so in wrong.items() if is_so]:
+            raise ValueError(f"privacy.mode = {mode!r} gives a server the sum of a round; server.{odd[0]} needs more")
+        if summed.devices < self.asked:
+            raise ValueError(
+                f"secure_aggregation.devices = {summed.devices} is below the {self.asked} devices that a round asks: "
+                f"their sum could wrap"
+            )
+        if self.world.classes and not self.secure_aggregation.survivors:
+            raise ValueError("[world] has devices that drop out; set secure_aggregation.survivors below those asked")
+        if why := why_not_summed(summed.devices, summed.survivors, summed.colluding):
+            raise ValueError(why)
         return self
 
     @model_validator(mode="after")

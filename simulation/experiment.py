@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors import SafetensorError
 
+from florilegium.client.secure_sessions import SimulatedSessions
 from florilegium.client.state_store import StoreError
 from florilegium.privacy.common.dumps import forbid_dumps
 from florilegium.privacy.common.environment import (
@@ -163,7 +164,12 @@ def _on_cohorts(
     with open_workers(run, devices, run_devices_of_worker) as workers:
         scheduler, clock = Scheduler(workers, devices, progress), open_clock(devices, names)
         schema = devices.schema
-        grid = WorldGrid(scheduler.ask, schema, names, clock) if clock else CohortGrid(scheduler.ask, schema, names)
+        sessions = SimulatedSessions(devices.context) if devices.summed else None
+        grid = (
+            WorldGrid(scheduler.ask, schema, names, clock, sessions)
+            if clock
+            else CohortGrid(scheduler.ask, schema, names, sessions)
+        )
         federate_run(run, grid, scheduler, clock, callbacks)
 
 

@@ -37,7 +37,7 @@ from peft import AutoPeftModelForCausalLM
 from scipy.stats import kstest, spearmanr
 from typer.testing import CliRunner
 
-from florilegium.client import coins, private_training
+from florilegium.client import coins, shared_training
 from florilegium.client.agent import erasure, membership, memory_limits
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.cli import app as device_app
@@ -63,7 +63,7 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.places import base_hash
 from florilegium.client.personalization.profile import ProfileError
 from florilegium.client.phases import synthesize_pool
-from florilegium.client.private_training import clipped_change, noisy_steps
+from florilegium.client.shared_training import clipped_change, noisy_steps
 from florilegium.client.state_store import StoreError
 from florilegium.privacy.common import database
 from florilegium.privacy.dpsgd import PrivateRow
@@ -677,7 +677,7 @@ def test_what_the_model_said_is_no_users_own_word(home: DeviceFolder, lm: Langua
         state = reopened(agent).device.state()
         assert {state.replies[t.id] for t in later} == {t.said for t in later}  # the personal adapter learns from them
         said.append([t.said for t in later])
-        pooled.append([[d.response for d in texts] for texts in private_training._pooled(state)])
+        pooled.append([[d.response for d in texts] for texts in shared_training._pooled(state)])
     assert said[0] != said[1]
     assert pooled == [[["It is under the blue flower pot."], [], []], [["My brother has it in Lisbon."], [], []]]
 

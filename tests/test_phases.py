@@ -21,10 +21,10 @@ from florilegium.client.lm.batching import schedule, schedule_steps
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.phases import annotate, learn_personal, observe, synthesize, synthesize_pool
-from florilegium.client.private_training import clipped_change, noisy_steps
 from florilegium.client.round import adopt, contribute, learn_alone
 from florilegium.client.selection import policies
 from florilegium.client.selection.entry import BufferEntry
+from florilegium.client.shared_training import clipped_change, noisy_steps
 from florilegium.client.state import DeviceState, States
 from florilegium.privacy.dpsgd import PrivateRow
 from florilegium.privacy.plan import RoundPlan

@@ -48,6 +48,10 @@ class Scripted:
     def schema(self) -> Schema:
         return SCHEMA
 
+    @property
+    def sessions(self) -> None:
+        return None
+
     def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
         self.asked += [(name, plan.version, received.numpy().copy()) for name in names]
         return [self._release(name, plan) for name in names]

@@ -40,11 +40,11 @@ from florilegium.client.personalization import rpo
 from florilegium.client.personalization.asls import Asls, Device, Interaction
 from florilegium.client.personalization.config import AslsConfig
 from florilegium.client.phases import annotate, learn_personal, synthesize_pool
-from florilegium.client.private_training import clipped_change
 from florilegium.client.selection.buffer import Buffer, candidate
 from florilegium.client.selection.entry import BufferEntry
 from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.client.selection.policies import POLICIES
+from florilegium.client.shared_training import clipped_change
 from florilegium.client.state import DeviceState
 from florilegium.client.synthesize import Request, synthesize
 from florilegium.privacy.common.base_config import Config
@@ -280,6 +280,12 @@ def noise(c: ExperimentConfig, tools: Tools) -> Any:
         return calibration.planned_event(c), release_noise(c, c.server.noise_bands, 0), c.privacy.budget, planned
 
 
+def summed(c: ExperimentConfig, tools: Tools) -> Any:
+    """How many a sum is of, and how their numbers become integers."""
+    with planning():
+        return c.summed, calibration.sum_code(c, site_of(c, tools).schema, 1, c.seed)
+
+
 def layouts(c: ExperimentConfig, tools: Tools) -> Any:
     context = site_of(c, tools)
     return [(repr(x), x.width, x.start(0).tolist()) for x in (context.shared_layout, context.personal_layout)]
@@ -370,6 +376,7 @@ def named(c: ExperimentConfig, tools: Tools) -> Any:
 # -- the table ----------------------------------------------------------------------------------------------------
 
 WHOLE = {"privacy.mode": "user-local"}  # a device's change is clipped as a whole
+TOGETHER: dict[str, Any] = {"privacy.mode": "user-distributed"}
 A_WORLD = {"world.classes": "world/devices"}
 ARMS, FEDERATIONS = "test_arms.py::", "test_federations.py::"
 OF_LORA_ALONE = "prompts alone have virtual tokens, and what is shared is LoRA"
@@ -453,6 +460,10 @@ RUNS: dict[str, Row] = {
     "privacy.releases": Seen(1, noise),
     "privacy.clips": Seen("change", noise, {"privacy.mode": "none"}),
     "privacy.secret": Seen("os", new_device),
+    "secure_aggregation.devices": Seen(4, summed, TOGETHER | {"secure_aggregation.survivors": 3}),
+    "secure_aggregation.survivors": Seen(4, summed, TOGETHER | {"secure_aggregation.devices": 5}),
+    "secure_aggregation.colluding": Seen(1, summed, TOGETHER | {"secure_aggregation.devices": 5}),
+    "secure_aggregation.bits": Seen(24, summed, TOGETHER),
     "rounds": Seen(5, noise),
     "name": Seen("another", named),
     "seed": Seen(1, new_device),
@@ -1104,7 +1115,8 @@ def test_a_remembered_result_is_used_only_if_every_setting_that_reaches_it_is_eq
         spared = any(key == k or key.startswith(f"{k}.") for k in not_reaching)
         assert (one == other) == spared, key
         tried.add(key.partition(".")[0])
-    assert tried >= {"seed", "model"} and tried == set(TREES[tree][0].model_fields)
+    never = {"secure_aggregation"} if tree == "rivals" else set[str]()  # baselines have no *-distributed mode
+    assert tried >= {"seed", "model"} and tried == set(TREES[tree][0].model_fields) - never
 
 
 def _rows_of(tree: str) -> dict[str, Row]:

@@ -23,8 +23,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
+from florilegium.client.calibration import planned_event
 from florilegium.client.flower_replies import answer
-from florilegium.client.private_training import planned_event
 from florilegium.privacy.accounting import BudgetError
 from florilegium.privacy.plan import RoundPlan
 from florilegium.server.release_collector import to_arrays

@@ -57,6 +57,7 @@ WITH_FLOWER = {
     "client/flower_arrays.py",
     "server/fedbuff.py",
     "server/release_collector.py",
+    "server/secure_round.py",
     "server/strategy.py",
     "simulation/flower_app.py",
     "simulation/engines/flower_ray.py",

@@ -28,9 +28,11 @@ from florilegium.client.agent.vault import Turn
 from florilegium.client.lm.peft_format import peft_files, shared_files
 from florilegium.client.lm.places import BASE_FOLDER, base_of
 from florilegium.client.personalization.profile import Profile
+from florilegium.client.secure_sessions import Sessions
 from florilegium.privacy.ledger import Account
 from florilegium.privacy.plan import RoundPlan
-from florilegium.privacy.release import Release, Schema
+from florilegium.privacy.release import Schema
+from florilegium.privacy.secure_aggregation.part import Sendable
 
 
 class Agent:
@@ -127,7 +129,12 @@ class Agent:
         """The form of a release."""
         return self.device.context.schema
 
-    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
+    @property
+    def sessions(self) -> Sessions | None:
+        """Those of secure aggregation."""
+        return None
+
+    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Sendable | None]:
         """The release of a round, of the one device there is; see `membership.contribution`."""
         return [membership.contribution(self.device, received, plan)]
 

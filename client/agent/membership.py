@@ -28,7 +28,7 @@ from florilegium.client.round import contribute
 from florilegium.client.state import DeviceState
 from florilegium.privacy.common.errors import UserError
 from florilegium.privacy.plan import RoundPlan
-from florilegium.privacy.release import Release
+from florilegium.privacy.secure_aggregation.part import Sendable
 
 LOST = "lost"  # in place of a head that should be there
 
@@ -110,7 +110,7 @@ def _go_over(device: Device, capacity: int, membership: Membership | None) -> No
 # -- a round ----------------------------------------------------------------------------------------------------------
 
 
-def contribution(device: Device, received: torch.Tensor, plan: RoundPlan) -> Release | None:
+def contribution(device: Device, received: torch.Tensor, plan: RoundPlan) -> Sendable | None:
     """The release of a round, stored before it is handed out; None where consent, budget or order forbid one."""
     with device.busy:
         began = time.monotonic()
@@ -119,7 +119,7 @@ def contribution(device: Device, received: torch.Tensor, plan: RoundPlan) -> Rel
         return release
 
 
-def released(device: Device, received: torch.Tensor, plan: RoundPlan) -> Release | None:
+def released(device: Device, received: torch.Tensor, plan: RoundPlan) -> Sendable | None:
     """The release of a round, by one that has the device to itself."""
     there = device.membership
     if there is None or not device.federating or not 1 <= plan.round <= there.rounds:

@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
+from florilegium.privacy.secure_aggregation.wire import RECORD
+
 SEAL = "seal"  # the record of a message, and its one value
 DOMAIN = b"florilegium question 1\n"
 
@@ -38,8 +40,7 @@ def public_half(private: bytes) -> str:
 def sealed(content: RecordDict, kind: str, federation: str, private: bytes, arrays_hash: str = "") -> RecordDict:
     """The same question with its signature; a hash of the arrays that is known already is not made again."""
     signature = _private(private).sign(_told(content, kind, federation, arrays_hash))
-    arrays, plan = content.array_records["arrays"], content.config_records["plan"]
-    return RecordDict({"arrays": arrays, "plan": plan, SEAL: ConfigRecord({SEAL: signature})})
+    return RecordDict({**content, SEAL: ConfigRecord({SEAL: signature})})
 
 
 def is_sealed(message: Message, federation: str, public: str) -> bool:
@@ -51,7 +52,7 @@ def is_sealed(message: Message, federation: str, public: str) -> bool:
         key.verify(bytes(signature), _told(content, message.metadata.message_type, federation))  # type: ignore[arg-type]
     except (InvalidSignature, KeyError, ValueError, TypeError):
         return False
-    return set(content) == {"plan", "arrays", SEAL}
+    return set(content) - {RECORD} == {"plan", "arrays", SEAL}
 
 
 def hash_of(arrays: ArrayRecord) -> str:
@@ -65,13 +66,22 @@ def hash_of(arrays: ArrayRecord) -> str:
 
 
 def _told(content: RecordDict, kind: str, federation: str, arrays_hash: str = "") -> bytes:
-    told = {
+    told: dict[str, object] = {
         "federation": federation,
         "kind": kind,
         "plan": dict(content.config_records["plan"]),
         "arrays": arrays_hash or hash_of(content.array_records["arrays"]),
     }
+    if RECORD in content:  # a step of secure aggregation
+        told["step"] = {name: _plain(value) for name, value in content.config_records[RECORD].items()}
     return DOMAIN + json.dumps(told, sort_keys=True, default=repr).encode()
+
+
+def _plain(value: object) -> object:
+    """As JSON has it."""
+    if isinstance(value, bytes):
+        return value.hex()
+    return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
 def _private(pem: bytes) -> Ed25519PrivateKey:

@@ -22,7 +22,7 @@ from florilegium.client.round import stay
 from florilegium.client.state import DeviceState, States
 from florilegium.privacy.common.registry import UnexpectedError, calling, resolve
 from florilegium.privacy.plan import RoundPlan
-from florilegium.privacy.release import Release
+from florilegium.privacy.secure_aggregation.part import Sendable
 from florilegium.simulation.baselines.context import BaselineContext, Held, upload
 from florilegium.simulation.baselines.registry import BASELINES, Baseline, keep
 from florilegium.simulation.data.population import User
@@ -45,7 +45,7 @@ class BaselineRounds:
         received: torch.Tensor,
         plan: RoundPlan,
         context: CohortContext,
-    ) -> tuple[States, list[Release | None], list[Observation]]:
+    ) -> tuple[States, list[Sendable | None], list[Observation]]:
         """Selects, asks, trains what is shared (P,) and releases its change; with a server, for what it costs.
 
         A device whose account does not allow a release trains nothing before the aggregation.

@@ -20,6 +20,7 @@ from florilegium.client.context import CohortContext
 from florilegium.client.lm.model import LanguageModel
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Release
+from florilegium.privacy.secure_aggregation.part import Sendable
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits
@@ -59,8 +60,8 @@ class Poisoned(InMemory):
     way: str = "against"
     norm_l2: float = 0.0
 
-    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
-        honest = super().contribute(names, received, plan)
+    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Sendable | None]:
+        honest = [r if isinstance(r, Release) else None for r in super().contribute(names, received, plan)]
         rows = [self._row(r, plan.round) for r in honest[self.false :] if r]
         aim = -np.mean(rows, axis=0) if self.way == "against" else np.ones(rows[0].size)
         length = 1e6 if self.way == "unbounded" else 0.999 * self.norm_l2

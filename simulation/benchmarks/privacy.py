@@ -27,7 +27,8 @@ from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.phases import annotate, observe
-from florilegium.client.private_training import noisy_steps, reserve, train_shared
+from florilegium.client.private_training import reserve, train_shared
+from florilegium.client.shared_training import noisy_steps
 from florilegium.client.state import States
 from florilegium.client.terminal import Figures
 from florilegium.privacy.ledger import Ledger

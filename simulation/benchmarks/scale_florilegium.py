@@ -27,7 +27,7 @@ from florilegium.client.private_training import release, reserve
 from florilegium.client.state import States
 from florilegium.privacy.common.machine import peak_rss_bytes
 from florilegium.privacy.plan import RoundPlan
-from florilegium.privacy.release import Release
+from florilegium.privacy.secure_aggregation.part import Sendable
 from florilegium.simulation.benchmarks.scale_flower import NUMBERS, ROUNDS, SAMPLED
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import User
@@ -65,7 +65,7 @@ def idle_contribute(
     received: torch.Tensor,
     plan: RoundPlan,
     context: CohortContext,
-) -> tuple[States, list[Release | None], list[Observation]]:
+) -> tuple[States, list[Sendable | None], list[Observation]]:
     """Pays and releases without training."""
     states = [replace(s, pool=Pool(s.pool.capacity, POOLED, len(POOLED))) for s in states]
     answers = reserve(states, received, plan, context)

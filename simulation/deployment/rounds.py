@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from florilegium.privacy.common.errors import UserError
 from florilegium.privacy.modes import Mode
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.release import Schema
+from florilegium.privacy.secure_aggregation.wire import Told
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits, RoundFacts, to_numpy
@@ -139,7 +140,13 @@ class OperatorStrategy(ReleaseStrategy):
         """Nobody is asked for a name: names are bound to keys by the operator."""
 
     def messages(
-        self, names: Iterable[str], number: int, version: int, arrays: ArrayRecord, kind: str
+        self,
+        names: Iterable[str],
+        number: int,
+        version: int,
+        arrays: ArrayRecord,
+        kind: str,
+        secure: Mapping[str, Told] | None = None,
     ) -> list[Message]:
         known = hash_of(arrays)
         return [
@@ -148,7 +155,7 @@ class OperatorStrategy(ReleaseStrategy):
                 dst_node_id=m.metadata.dst_node_id,
                 message_type=kind,
             )
-            for m in super().messages(names, number, version, arrays, kind)
+            for m in super().messages(names, number, version, arrays, kind, secure)
         ]
 
     def configure_evaluate(

@@ -14,9 +14,11 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.client.observation import Observation
 from florilegium.client.private_training import resend
 from florilegium.client.round import adopt, contribute, stay
+from florilegium.client.secure_sessions import Sessions
 from florilegium.client.state import DeviceState, States, stage
 from florilegium.privacy.plan import RoundPlan
-from florilegium.privacy.release import Release, Schema
+from florilegium.privacy.release import Schema
+from florilegium.privacy.secure_aggregation.part import Sendable
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import User, met_by
 from florilegium.simulation.devices.inputs import agree
@@ -35,7 +37,7 @@ Own = Literal["beside", "alone", "none"]  # how what stays on a device is on: wi
 class RoundFunctions:
     """What a cohort does before and after an aggregation: `client.round`, unless what is measured is the rest."""
 
-    contribute: Callable[..., tuple[States, list[Release | None], list[Observation]]] = contribute
+    contribute: Callable[..., tuple[States, list[Sendable | None], list[Observation]]] = contribute
     adopt: Callable[..., tuple[States, list[Observation]]] = adopt
     own: Own = "beside"
 
@@ -56,11 +58,17 @@ class SimulatedDevices:
     users: UsersByDevice
     duties: RoundFunctions = field(default_factory=RoundFunctions)
     world: DevicePopulation | None = None
+    sessions: Sessions | None = None  # those of secure aggregation, where each device is a process of its own
     _planned: dict[str, TokenWorkload] = field(default_factory=dict, repr=False)
 
     @property
     def schema(self) -> Schema:
         return self.context.schema
+
+    @property
+    def summed(self) -> bool:
+        """Whether releases are parts of a sum."""
+        return self.context.config.privacy.distributed
 
     def planned(self, name: str) -> TokenWorkload:
         """What a device will compute in a round."""
@@ -72,7 +80,7 @@ class SimulatedDevices:
     def store(self) -> ShardedStore:
         return self.run.shards.states
 
-    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
+    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Sendable | None]:
         """Everything before the aggregation, for one cohort; states are stored before a release is handed out.
 
         None for a device that does not release: its budget is spent, or this round is over for it. After a kill the
@@ -81,7 +89,7 @@ class SimulatedDevices:
         finished, stages = stage(plan.round, CONTRIBUTED), self.store.stages(names)
         planned = [n for n in names if 1 <= plan.round <= self.context.config.rounds and stages[n] <= stage(plan.round)]
         again = [n for n in planned if stages[n] >= finished]
-        releases: dict[str, Release | None] = {}
+        releases: dict[str, Sendable | None] = {}
         if again != planned and stage(plan.round) not in stages.values():
             states = self._before(planned, plan, again)
             arrived = [self.users[s.id].stream[s.arrived : self._until(s.id, plan.round)] for s in states]

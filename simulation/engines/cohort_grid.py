@@ -6,7 +6,7 @@ is done. What is saved is the message store, the polling and the pickling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 from uuid import uuid4
@@ -17,8 +17,22 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity  # private: a message cannot be made outside a run without it
 
 from florilegium.client.devices import Devices
-from florilegium.client.flower_replies import DeviceReply, Instruction, greeting, read_question, replies
+from florilegium.client.flower_replies import (
+    DeviceReply,
+    Instruction,
+    contributions,
+    greeting,
+    masked,
+    open_parts,
+    read_question,
+    replies,
+    step_reply,
+)
+from florilegium.client.secure_sessions import Sessions
 from florilegium.privacy.release import Schema
+from florilegium.privacy.secure_aggregation.part import SumPart
+from florilegium.privacy.secure_aggregation.session import Session
+from florilegium.privacy.secure_aggregation.wire import STEPS
 from florilegium.simulation.engines.workers import Done, Job
 
 GREETED_AT_ONCE = 1024  # messages; a whole population's would fill the memory
@@ -26,10 +40,13 @@ Spread = Callable[[Job, Sequence[str], Any], Iterator[Done]]  # over cohorts and
 
 
 class CohortGrid(Grid):
-    """Nodes 1 … n are the devices `names[0]` … `names[n − 1]`; `spread` does their work."""
+    """Nodes 1 … n are the devices `names[0]` … `names[n − 1]`; `spread` does their work.
 
-    def __init__(self, spread: Spread, schema: Schema, names: Sequence[str]) -> None:
-        self.spread, self.schema, self.names = spread, schema, names
+    Their `sessions` of secure aggregation, keys and masks, are in this process.
+    """
+
+    def __init__(self, spread: Spread, schema: Schema, names: Sequence[str], sessions: Sessions | None = None) -> None:
+        self.spread, self.schema, self.names, self.sessions = spread, schema, names, sessions
         self.replies: dict[str, Message] = {}
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
@@ -63,6 +80,8 @@ class CohortGrid(Grid):
         while some := list(islice(left, GREETED_AT_ONCE)):
             if some[0].metadata.message_type == MessageType.QUERY:
                 yield from (greeting(self._name(m)).to(m) for m in some)
+            elif self.sessions and some[0].metadata.message_type in STEPS:
+                yield from self._step([*some, *left], self.sessions)
             else:
                 yield from self._asked([*some, *left])
 
@@ -74,14 +93,29 @@ class CohortGrid(Grid):
             return
         by_name = {self._name(m): m for m in messages}
         question = read_question(messages, list(by_name), self.schema)
+        if self.sessions and question.kind == MessageType.TRAIN:
+            yield from self._summed(by_name, question, self.sessions)
+            return
         asked = released if question.kind == MessageType.TRAIN else adopted
         for _, answers in self.spread(asked, list(by_name), question):
             yield from (reply.to(by_name[name]) for name, reply in answers)
 
+    def _step(self, messages: Sequence[Message], sessions: Sessions) -> Iterator[Message]:
+        """What devices say at a step of secure aggregation, which costs them nothing but keys."""
+        return (step_reply(m, self._name(m), sessions).to(m) for m in messages)
 
-def released(devices: Devices, names: Sequence[str], question: Instruction) -> list[tuple[str, DeviceReply]]:
-    """The replies of a cohort that is asked for releases."""
-    return list(zip(names, replies(question, names, devices), strict=True))
+    def _summed(self, by_name: Mapping[str, Message], question: Instruction, sessions: Sessions) -> Iterator[Message]:
+        """What devices give to a sum, masked here."""
+        opened = open_parts(list(by_name.values()), list(by_name), question.plan, sessions)
+        able = {name: found for name, found in opened.items() if isinstance(found, Session)}
+        yield from (found.to(by_name[name]) for name, found in opened.items() if isinstance(found, DeviceReply))
+        for _, answers in self.spread(released, list(able), question) if able else ():
+            yield from (masked(able[name], given, sessions).to(by_name[name]) for name, given in answers)
+
+
+def released(devices: Devices, names: Sequence[str], question: Instruction) -> list[tuple[str, DeviceReply | SumPart]]:
+    """The replies of a cohort that is asked for releases, or its parts of a sum."""
+    return list(zip(names, contributions(question, names, devices), strict=True))
 
 
 def adopted(devices: Devices, names: Sequence[str], question: Instruction) -> list[tuple[str, DeviceReply]]:

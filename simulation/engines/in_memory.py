@@ -15,18 +15,21 @@ import numpy as np
 import torch
 from flwr.app import Message
 
+from florilegium.client.calibration import sum_code
 from florilegium.client.coins import Coins
 from florilegium.client.config import DeviceConfig
 from florilegium.client.context import CohortContext
-from florilegium.client.devices import Devices
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.observation import Observation
 from florilegium.client.round import contribute
+from florilegium.client.secure_sessions import Sessions, SimulatedSessions
 from florilegium.client.state import DeviceState
 from florilegium.privacy.ledger import Ledger
 from florilegium.privacy.plan import RoundPlan
-from florilegium.privacy.release import Release, Schema
+from florilegium.privacy.release import Schema
+from florilegium.privacy.secure_aggregation.part import Sendable, SumPart
+from florilegium.privacy.secure_aggregation.rounded_noise import SumCode
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits, RoundFacts
 from florilegium.simulation.data.population import met_by
@@ -57,7 +60,17 @@ class InMemory:
     def schema(self) -> Schema:
         return self.context.schema
 
-    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Release | None]:
+    @property
+    def summed(self) -> bool:
+        """Whether releases are parts of a sum."""
+        return self.context.config.privacy.distributed
+
+    @property
+    def sessions(self) -> Sessions | None:
+        """Their engine's."""
+        return None
+
+    def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Sendable | None]:
         arrived = [self.streams[n][self.states[n].arrived : self._until(n, plan.round)] for n in names]
         states, releases, seen = contribute([self.states[n] for n in names], arrived, received, plan, self.context)
         self.states |= {s.id: s for s in states}
@@ -79,18 +92,24 @@ class InMemory:
         length = len(self.streams[name])
         return length if self.at_once else met_by(length, number, self.context.config.rounds)
 
-    def _row(self, release: Release | None, number: int) -> np.ndarray:
+    def _row(self, release: Sendable | None, number: int) -> np.ndarray:
         row, schema = np.zeros(self.context.shared_layout.width, np.float32), self.context.schema
-        if release:
+        if isinstance(release, SumPart):
+            row[schema.places(number)] = self._code(number).decoded(release.numbers)
+        elif release:
             row[schema.places(number)] = schema.of_round(number).join(release.arrays)
         return row
+
+    def _code(self, number: int) -> SumCode:
+        return sum_code(self.context.config, self.schema, number, self.context.seed)
 
 
 class RecordingGrid(CohortGrid):
     """All devices in one cohort; keeps what they reply, as it is before it goes onto a wire."""
 
-    def __init__(self, devices: Devices, names: Sequence[str]) -> None:
-        super().__init__(self._at_once, devices.schema, names)
+    def __init__(self, devices: InMemory, names: Sequence[str]) -> None:
+        sessions = SimulatedSessions(devices.context) if devices.summed else None
+        super().__init__(self._at_once, devices.schema, names, sessions)
         self.devices = devices
         self.sent: list[Message] = []
 

@@ -12,16 +12,18 @@ from dataclasses import asdict
 
 from flwr.app import ArrayRecord
 
-from florilegium.client.calibration import release_limits, release_noise
+from florilegium.client.calibration import release_limits, release_noise, sum_code
 from florilegium.client.config import DeviceConfig
 from florilegium.client.context import CohortContext
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.release import Array
+from florilegium.privacy.secure_aggregation.rounded_noise import SumCode
 from florilegium.privacy.seeds import derive_key, derive_seed, fresh_secret
 from florilegium.server.config import ServerConfig
 from florilegium.server.fedbuff import BufferedStrategy
 from florilegium.server.optimizers import Moments
 from florilegium.server.release_collector import Limits, RoundFacts, to_arrays, to_numpy
+from florilegium.server.secure_round import SumTerms
 from florilegium.server.strategy import Aggregate, ReleaseStrategy, ServerState
 from florilegium.simulation.heterogeneity.clock import BufferedClock, Clock
 from florilegium.simulation.runs.checkpoint import Checkpoint
@@ -52,8 +54,9 @@ def open_strategy(
         )  # fmt: skip
     else:
         strategy = ReleaseStrategy(
-            config.server, schema, seed, noise, limits=limits, commit=checked, over_sampling=config.world.over_sampling
-        )
+            config.server, schema, seed, noise, limits=limits, commit=checked,
+            over_sampling=config.world.over_sampling, sums=sum_terms(context),
+        )  # fmt: skip
     return strategy, go_on(strategy, run, _start(context))
 
 
@@ -62,8 +65,21 @@ def new_strategy(context: CohortContext, server: ServerConfig, limits: Limits | 
     config, schema = context.config, context.schema
     secret = fresh_secret() if config.privacy.secret == "os" else derive_key(context.seed, "server")
     limits = limits or Limits(*release_limits(config, schema))
-    strategy = ReleaseStrategy(server, schema, context.seed, _noise(config, server, secret), limits=limits)
+    noise, sums = _noise(config, server, secret), sum_terms(context)
+    strategy = ReleaseStrategy(server, schema, context.seed, noise, limits=limits, sums=sums)
     return strategy, strategy.begin(_start(context))
+
+
+def sum_terms(context: CohortContext) -> SumTerms | None:
+    """What a server knows of its devices' sums, where they give it nothing else."""
+    config = context.config
+    if not config.privacy.distributed:
+        return None
+
+    def code(number: int) -> SumCode:
+        return sum_code(config, context.schema, number, context.seed)
+
+    return SumTerms(context.experiment, config.summed.survivors, config.summed.colluding, code)
 
 
 def go_on(strategy: ReleaseStrategy, run: RunFolder, start: Array) -> ArrayRecord:

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from flwr.app import Message, MessageType
 
+from florilegium.client.secure_sessions import Sessions
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Schema
+from florilegium.privacy.secure_aggregation.wire import KEYS, SHARES
 from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.engines.cohort_grid import CohortGrid, Spread
 from florilegium.simulation.heterogeneity.availability import Work
@@ -17,8 +19,10 @@ from florilegium.simulation.heterogeneity.clock import WAITED_FOR, BufferedClock
 class WorldGrid(CohortGrid):
     """Devices that are there or not, fast or slow: of those that compute, only some answer in time."""
 
-    def __init__(self, spread: Spread, schema: Schema, names: Sequence[str], clock: Clock) -> None:
-        super().__init__(spread, schema, names)
+    def __init__(
+        self, spread: Spread, schema: Schema, names: Sequence[str], clock: Clock, sessions: Sessions | None = None
+    ) -> None:
+        super().__init__(spread, schema, names, sessions)
         self.clock = clock
 
     def _asked(self, messages: Sequence[Message]) -> Iterator[Message]:
@@ -30,6 +34,14 @@ class WorldGrid(CohortGrid):
         for reply in super()._asked([m for name, m in by_name.items() if fates[name] in present]):
             if not asking or fates[self.names[reply.metadata.src_node_id - 1]] == "answers":
                 yield reply
+
+    def _step(self, messages: Sequence[Message], sessions: Sessions) -> Iterator[Message]:
+        """Who is there says keys and shares; later only who is there in time with what it learned."""
+        number = int(str(messages[0].content.config_records["plan"]["round"]))
+        outcomes = self.clock.round(number, [self._name(m) for m in messages]).outcomes
+        early = messages[0].metadata.message_type in (KEYS, SHARES)
+        there = [m for m in messages if outcomes[self._name(m)] in (WAITED_FOR if early else ("answers",))]
+        return super()._step(there, sessions)
 
 
 def open_clock(devices: SimulatedDevices, names: Sequence[str]) -> Clock | None:
