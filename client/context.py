@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from florilegium.client.calibration import sum_code
 from florilegium.client.coins import Coins
 from florilegium.client.config import DeviceConfig
 from florilegium.client.lm.adapter import AdapterLayout, Adapters, Layout, weight_layout
@@ -16,6 +17,8 @@ from florilegium.privacy.encoding import ENCODINGS
 from florilegium.privacy.ledger import Accounts, LedgerError
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Schema
+from florilegium.privacy.secure_aggregation.neighbours import reach
+from florilegium.privacy.secure_aggregation.wire import reply_bytes
 from florilegium.privacy.seeds import derive_seed
 
 
@@ -78,7 +81,11 @@ class CohortContext:
         return torch.cat([row * room[rank] for rank in ranks])
 
     def upload_bytes(self, device: str, plan: RoundPlan) -> int:
-        """Of a release."""
+        """Bytes of one release on the wire; of a part of a sum, with all that a device says for its masks."""
+        if self.config.privacy.distributed:
+            code, summed = sum_code(self.config, self.schema, plan.round, self.seed), self.config.summed
+            degree, _ = reach(summed.devices, summed.survivors, summed.colluding)
+            return code.size_bytes + reply_bytes(degree + 1)
         schema = self.schema.of_round(plan.round, self.rank_of(device))
         return ENCODINGS[schema.encoding].size_bytes(schema)
 

@@ -6,8 +6,10 @@ round has had its one chance, or a server could learn two sums of the same numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from secrets import token_bytes
 from typing import Protocol
 
@@ -18,7 +20,7 @@ from florilegium.privacy.secure_aggregation import wire
 from florilegium.privacy.secure_aggregation.keys import identity_key
 from florilegium.privacy.secure_aggregation.neighbours import RoundRefusedError
 from florilegium.privacy.secure_aggregation.rounded_noise import SumCode
-from florilegium.privacy.secure_aggregation.session import Scene, Session, certified
+from florilegium.privacy.secure_aggregation.session import Scene, Session, certified, restored, stored
 from florilegium.privacy.seeds import derive_key
 
 
@@ -43,20 +45,21 @@ class SimulatedSessions:
     """Of many simulated devices in this process. Their secrets follow from the seed, or from the operating system."""
 
     context: CohortContext
-    secret_of: Callable[[str, int], bytes] | None = None  # of a device in a round; None: as the settings say
     sessions: dict[tuple[str, int], Session] = field(default_factory=dict)
 
     def begin(self, device: str, number: int) -> Session:
+        often = self.context.config.privacy.secret == "seed"
+        session = self.new(device, number, self._secret("session", device, number) if often else token_bytes(32))
+        self.sessions = {at: s for at, s in self.sessions.items() if at[1] == number}  # without rounds that are over
+        self.keep(session)
+        return session
+
+    def new(self, device: str, number: int, seed: bytes) -> Session:
+        """One with this seed."""
         scene, registrar = self.scene(device, number), identity_key(self._secret("registrar"))
         identity = identity_key(self._secret("identity", device))
         public = identity.public_key().public_bytes_raw()
-        seed = self._secret("session", device, number)
-        if self.context.config.privacy.secret == "os":
-            seed = token_bytes(32)
-        session = Session(scene, seed, identity, certified(registrar, scene.federation, device, public))
-        self.sessions = {at: s for at, s in self.sessions.items() if at[1] == number}  # rounds that are over are
-        self.keep(session)
-        return session
+        return Session(scene, seed, identity, certified(registrar, scene.federation, device, public))
 
     def at(self, device: str, number: int) -> Session:
         try:
@@ -77,6 +80,30 @@ class SimulatedSessions:
 
     def _secret(self, *purpose: str | int) -> bytes:
         return b"".join(derive_key(self.context.seed, *purpose, half).to_bytes(16, "big") for half in range(2))
+
+
+@dataclass
+class FolderSessions(SimulatedSessions):
+    """As `SimulatedSessions`, where every question may come to another process: in a folder of the run."""
+
+    folder: Path = Path()
+
+    def at(self, device: str, number: int) -> Session:
+        try:
+            told = json.loads(self._path(device, number).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RoundRefusedError("out-of-order") from None
+        return restored(self.new(device, number, bytes.fromhex(told["seed"])), told)
+
+    def keep(self, session: Session) -> None:
+        self.folder.mkdir(exist_ok=True, mode=0o700)
+        path = self._path(session.scene.device, session.scene.round)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps({"seed": session.seed.hex(), **stored(session)}), encoding="utf-8")
+        fresh.replace(path)
+
+    def _path(self, device: str, number: int) -> Path:
+        return self.folder / f"{device}-{number:05d}.json"
 
 
 Answered = Mapping[str, wire.Value]

@@ -131,6 +131,11 @@ class PrivacyConfig(Config):
         return self.mode in DISTRIBUTED
 
     @property
+    def seen_as_sums(self) -> bool:
+        """Whether a promise is about a round's sum alone, whoever makes it, and not about each release."""
+        return self.distributed or self.mode == "user-central"
+
+    @property
     def by_dialogue(self) -> bool:
         """Whether each dialogue's gradient is clipped, in noisy steps, or a device's whole change."""
         return self.clips == "dialogue" if self.mode == "none" else self.promise.of == "dialogue"

@@ -80,7 +80,9 @@ class SecureRound:
             heads = self._play(secure, code, names, arrays)
             row = code.decoded(secure.total().astype("int64"))
         except RoundRefusedError as error:
-            self.facts.refused[str(error)] = self.facts.refused.get(str(error), 0) + len(secure.came)
+            there = len(secure.came) or (0 if self.facts.refused else len(secure.adverts))
+            if there or not (self.facts.refused or self.facts.silent):
+                self.facts.refused[str(error)] = self.facts.refused.get(str(error), 0) + there
             return None
         self.facts.releases, self.facts.held_bytes = len(secure.came), 4 * code.width
         return Summed(row, heads)

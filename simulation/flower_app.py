@@ -49,7 +49,7 @@ def run_path(context: Context) -> Path:
 def _answer(message: Message, context: Context) -> Message:
     """One device's reply. The server gets a code for what went wrong; the driver finds it in the run's folder."""
     run, name = RunFolder(run_path(context)), device_name(int(str(context.node_config["partition-id"])))
-    what = "release" if message.metadata.message_type == MessageType.TRAIN else "adoption"
+    what = "adoption" if message.metadata.message_type == MessageType.EVALUATE else "release"
     try:
         devices = run_devices_of_worker(run.path)
         if name not in devices.users:
@@ -74,6 +74,26 @@ def hello(message: Message, context: Context) -> Message:
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
+    return _answer(message, context)
+
+
+@client_app.query("keys")
+def keys(message: Message, context: Context) -> Message:
+    return _answer(message, context)
+
+
+@client_app.query("shares")
+def shares(message: Message, context: Context) -> Message:
+    return _answer(message, context)
+
+
+@client_app.query("confirm")
+def confirm(message: Message, context: Context) -> Message:
+    return _answer(message, context)
+
+
+@client_app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
     return _answer(message, context)
 
 

@@ -16,9 +16,10 @@ covered: that a server stops a round, or leaves devices out of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -255,6 +256,45 @@ def list_hash(names: tuple[str, ...]) -> str:
 def seed_hash(seed: bytes) -> bytes:
     """Which seed of an own mask it is, told without telling it."""
     return sha256(b"florilegium own mask 1" + seed).digest()
+
+
+class StoredSession(TypedDict):
+    """As JSON takes it."""
+
+    adverts: dict[str, list[str]]
+    names: list[str]
+    members: list[str]
+    inbox: dict[str, str]
+    sent: bool
+    survivors: list[str]
+    unmasked: list[str]
+
+
+def stored(session: Session) -> StoredSession:
+    """What a session was told and has answered, as JSON takes it; none of its secrets."""
+    return {
+        "adverts": {name: [value.hex() for value in astuple(advert)] for name, advert in session.adverts.items()},
+        "names": list(session.names),
+        "members": list(session.members),
+        "inbox": {name: text.hex() for name, text in session.inbox.items()},
+        "sent": session.sent,
+        "survivors": list(session.survivors),
+        "unmasked": list(session.unmasked),
+    }
+
+
+def restored(session: Session, told: StoredSession) -> Session:
+    """A session with the same secrets, as it was when it was `stored`."""
+    return replace(
+        session,
+        adverts={name: Advert(*map(bytes.fromhex, values)) for name, values in told["adverts"].items()},
+        names=tuple(told["names"]),
+        members=tuple(told["members"]),
+        inbox={name: bytes.fromhex(text) for name, text in told["inbox"].items()},
+        sent=told["sent"],
+        survivors=tuple(told["survivors"]),
+        unmasked=tuple(told["unmasked"]),
+    )
 
 
 def pair_seed(private: bytes, public: bytes, of: tuple[str, int]) -> bytes:

@@ -46,8 +46,8 @@ def _released(seen: Federated) -> dict[str, torch.Tensor]:
 
 
 def trusted(seen: Federated) -> bool:
-    """Whether the server is: then only what it makes of releases is there to be attacked."""
-    return seen.context.config.privacy.mode == "user-central"
+    """Whether the server is, or learns a sum alone: then only what it makes of releases is there to be attacked."""
+    return seen.context.config.privacy.seen_as_sums
 
 
 def gradient_scores(seen: Federated, dialogues: Sequence[Canary]) -> np.ndarray:

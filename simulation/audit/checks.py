@@ -19,7 +19,7 @@ from opacus.accountants import PRVAccountant
 from scipy import stats
 from scipy.optimize import brentq
 
-from florilegium.client.calibration import release_noise
+from florilegium.client.calibration import release_noise, sum_code
 from florilegium.client.config import DeviceConfig
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.model import LanguageModel
@@ -104,7 +104,7 @@ def noise(config: ExperimentConfig, seen: Federated) -> list[Check]:
     is had by sending the devices the same adapters again, with the coins that were written down; where the server adds
     the noise, from the devices' own changes.
     """
-    drawn = _central(config, seen) if config.privacy.mode == "user-central" else _local(config, seen)  # by round
+    drawn = _drawn(config, seen)
     every = np.concatenate([d.ravel() for d in drawn])
     off = max(0.005 if config.shared.steps_per_round == 1 or not config.privacy.by_dialogue else 0.05,
               4 / math.sqrt(2 * len(every)))  # fmt: skip
@@ -118,7 +118,7 @@ def noise(config: ExperimentConfig, seen: Federated) -> list[Check]:
     found.append(
         Check("least deviation in any round", min(by_round), 1 - 3 * off, 1 + 3 * off, "one round without", 0.0)
     )
-    if config.server.noise_bands == 1:
+    if config.server.noise_bands == 1 and (len(drawn) > 1 or not config.privacy.seen_as_sums):
         rough = 0.05 if config.privacy.by_dialogue and config.shared.steps_per_round > 1 else 0.0
         found += _alike([row for of_round in drawn for row in np.atleast_2d(of_round)], rough)
     return found
@@ -165,20 +165,48 @@ def _uniform(count: int) -> np.ndarray:
     return drawn
 
 
+def _drawn(config: ExperimentConfig, seen: Federated) -> list[np.ndarray]:
+    """By round: what was added to each release, or to the sum of all, in announced deviations."""
+    if config.privacy.mode == "user-central":
+        return _central(config, seen)
+    return _together(config, seen) if config.privacy.distributed else _local(config, seen)
+
+
+def _together(config: ExperimentConfig, seen: Federated) -> list[np.ndarray]:
+    """(sum that the server learned − sum of the changes without noise) of each round, by what devices add to it."""
+    drawn, context = [], seen.context
+    for number, (aggregated, plain) in enumerate(
+        zip(seen.aggregated, _without_noise(config, seen), strict=True), start=1
+    ):
+        count = seen.facts[number].releases
+        code, places = sum_code(config, context.schema, number, context.seed), context.schema.places(number)
+        if count:
+            total = aggregated.double() * count / config.server.learning_rate - plain.double().sum(0)
+            std = math.sqrt(count * (code.share_std**2 + code.unit**2 / 12))
+            drawn.append((total[places] / std).numpy())
+    return drawn
+
+
 def _local(config: ExperimentConfig, seen: Federated) -> list[np.ndarray]:
     cohort, std = seen.cohort, release_noise(config, 1, 0).on_device
+    drawn, again = [], _without_noise(config, seen)
+    spent = config.privacy.releases or config.rounds  # then dialogues retire, which without noise they never do
+    for number, (noisy, plain) in enumerate(zip(cohort.changes[:spent], again[:spent], strict=True), start=1):
+        places = torch.from_numpy(cohort.schema.places(number))
+        sent = noisy.any(1)
+        drawn.append(((noisy - plain)[sent][:, places] / std).double().numpy())
+    return [d for d in drawn if d.size]
+
+
+def _without_noise(config: ExperimentConfig, seen: Federated) -> list[torch.Tensor]:
+    """By round (K, P): the changes that the same devices make of the same adapters without noise."""
+    cohort = seen.cohort
     with passing_ledger() as accounts:
         context = replace(cohort.context, config=without_noise(config), ledger=accounts)
         again = InMemory(context, cohort.streams, cohort.at_once)
         for number, received in enumerate(cohort.received, start=1):
             again.contribute(list(cohort.streams), received, RoundPlan(number, number - 1))
-    drawn = []
-    spent = config.privacy.releases or config.rounds  # then dialogues retire, which without noise they never do
-    for number, (noisy, plain) in enumerate(zip(cohort.changes[:spent], again.changes[:spent], strict=True), start=1):
-        places = torch.from_numpy(context.schema.places(number))
-        sent = noisy.any(1)
-        drawn.append(((noisy - plain)[sent][:, places] / std).double().numpy())
-    return [d for d in drawn if d.size]
+    return again.changes
 
 
 def _central(config: ExperimentConfig, seen: Federated) -> list[np.ndarray]:

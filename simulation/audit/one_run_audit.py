@@ -69,9 +69,15 @@ def release_scale(config: ExperimentConfig) -> float:
 
 
 class DialogueCoins:
-    """A coin for each of so many devices with a few of the people's dialogues each: mechanisms of their own."""
+    """A coin for each of so many devices with a few of the people's dialogues each.
 
-    independent = True
+    Mechanisms of their own, or, where the attacker has a round's sum alone, one for all.
+    """
+
+    @property
+    def independent(self) -> bool:
+        """Whether each coin is in a mechanism of its own, and not in the sum of all."""
+        return not self.config.privacy.seen_as_sums
 
     def __init__(self, lm: LanguageModel, config: ExperimentConfig, streams: Streams, canaries: int, seed: int) -> None:
         """Raises `ConfigError` where there are fewer dialogues."""
@@ -88,8 +94,13 @@ class DialogueCoins:
         seen = _played(self.lm, settings, self.planted, mistake, self.seed)
         clip = float("inf") if mistake.unclipped else settings.privacy.clip_norm_l2
         deviation = _deviation(settings, mistake)
-        scores = np.zeros(len(self.known))
-        for device, (places, expected, differences) in enumerate(self._pieces(clip)):
+        scores, pieces = np.zeros(len(self.known)), self._pieces(clip)
+        if not self.independent:
+            total = -_total(seen) * release_scale(settings) - sum(expected for _, expected, _ in pieces)
+            order = [place for places, _, _ in pieces for place in places]
+            scores[order] = explained(total, torch.cat([moved for _, _, moved in pieces]), deviation)
+            return Guesses(scores, np.array([c.member for c in self.known]))
+        for device, (places, expected, differences) in enumerate(pieces):
             found = -seen.cohort.changes[0][device].double() * release_scale(settings) - expected
             scores[places] = explained(found, differences, deviation)
         return Guesses(scores, np.array([c.member for c in self.known]))
@@ -121,7 +132,7 @@ class DeviceCoins:
     @property
     def independent(self) -> bool:
         """Whether each coin is in a mechanism of its own, and not in the sum of all."""
-        return self.config.privacy.mode != "user-central"
+        return not self.config.privacy.seen_as_sums
 
     def __init__(self, lm: LanguageModel, config: ExperimentConfig, streams: Streams, canaries: int, seed: int) -> None:
         self.lm, self.config, self.seed = lm, config, seed
@@ -146,9 +157,8 @@ class DeviceCoins:
     def _scores(
         self, seen: Federated, expected: torch.Tensor, differences: torch.Tensor, deviation: float
     ) -> np.ndarray:
-        if self.config.privacy.mode == "user-central":  # the attacker has the sum alone
-            total = seen.aggregated[0].double() * len(expected) / self.config.server.learning_rate
-            return explained(total - expected.sum(0), differences, deviation)
+        if not self.independent:  # the attacker has the sum alone
+            return explained(_total(seen) - expected.sum(0), differences, deviation)
         found = seen.cohort.changes[0].double() - expected
         return np.concatenate([explained(f, d[None], deviation) for f, d in zip(found, differences, strict=True)])
 
@@ -182,8 +192,15 @@ def _played(
         generator = torch.Generator().manual_seed(derive_seed(seed, "added", number) >> 1)
         changes, scale = seen.cohort.changes[0], release_scale(settings)
         changes += mistake.added_noise / scale * torch.randn(changes.shape, generator=generator)
-        seen.shared.add_(mistake.added_noise / len(changes) * torch.randn(seen.shared.shape, generator=generator))
+        seen.shared.add_(
+            mistake.added_noise / scale / len(changes) * torch.randn(seen.shared.shape, generator=generator)
+        )
     return seen
+
+
+def _total(seen: Federated) -> torch.Tensor:
+    """(P,): the sum of the first round's releases, as the server made it."""
+    return seen.aggregated[0].double() * len(seen.cohort.streams) / seen.server.learning_rate
 
 
 def _deviation(settings: ExperimentConfig, mistake: Mistake) -> float:

@@ -14,7 +14,7 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.client.observation import Observation
 from florilegium.client.private_training import resend
 from florilegium.client.round import adopt, contribute, stay
-from florilegium.client.secure_sessions import Sessions
+from florilegium.client.secure_sessions import FolderSessions, Sessions
 from florilegium.client.state import DeviceState, States, stage
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Schema
@@ -28,6 +28,7 @@ from florilegium.simulation.devices.workload import TokenWorkload, planned_token
 from florilegium.simulation.heterogeneity.classes import DevicePopulation, class_of
 from florilegium.simulation.runs.device_store import ShardedStore
 from florilegium.simulation.runs.folder import RunFolder
+from florilegium.simulation.settings import ConfigError
 
 CONTRIBUTED = "a-contributed"
 Own = Literal["beside", "alone", "none"]  # how what stays on a device is on: with the shared adapter, without it, never
@@ -165,10 +166,14 @@ def load_devices(
     context = CohortContext.of(lm, kept, config.seed, users.reply, listener, run.shards.ledger)
     if config.server.absent:
         return SimulatedDevices(run, context, users, WITHOUT_SERVER)
+    sessions = FolderSessions(context, folder=run.path / "sessions") if config.privacy.distributed else None
     world = world_of(config)
     if world is None:
-        return SimulatedDevices(run, context, users)
-    return SimulatedDevices(run, replace(context, rank_of=partial(rank_in, world)), users, world=world)
+        return SimulatedDevices(run, context, users, sessions=sessions)
+    if sessions and any(c.rank for c in world.classes):
+        raise ConfigError(f"world.classes: a class with a rank of its own has no part in {config.privacy.mode!r} sums")
+    context = replace(context, rank_of=partial(rank_in, world))
+    return SimulatedDevices(run, context, users, world=world, sessions=sessions)
 
 
 def _without_pool(config: ExperimentConfig) -> ExperimentConfig:

@@ -128,6 +128,7 @@ class Federated:
 
     cohort: InMemory
     shared: torch.Tensor  # (P,): after the last round
+    server: ServerConfig
     facts: dict[int, RoundFacts]
     sent: list[Message]  # every reply of every device
 
@@ -182,4 +183,4 @@ def federate_cohort(cohort: InMemory, server: ServerConfig, limits: Limits | Non
     strategy, start = new_strategy(cohort.context, server, limits)
     grid = RecordingGrid(cohort, list(cohort.streams))
     shared = federate(grid, strategy, Recorder(), start, cohort.context.config.rounds)
-    return Federated(cohort, shared, strategy.facts, grid.sent)
+    return Federated(cohort, shared, server, strategy.facts, grid.sent)

@@ -1,0 +1,166 @@
+"""Whole federations in the modes whose noise devices add together: what the sum carries, and whom it protects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from florilegium.client import shared_training
+from florilegium.client.calibration import moved_l2, planned_event, share_std, sum_code
+from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.model import LanguageModel
+from florilegium.privacy.release import ReleaseRefusedError
+from florilegium.privacy.reply_gate import check_masked_reply, check_step
+from florilegium.simulation.audit.checks import named, noise
+from florilegium.simulation.config import ExperimentConfig, load_config
+from florilegium.simulation.data.population import User
+from florilegium.simulation.engines.in_memory import Federated, federate_in_memory
+from florilegium.simulation.settings import ConfigError
+
+DEVICES = 6
+BASE: dict[str, Any] = {
+    "rounds": 2,
+    "model": {"dtype": "float32", "limits": {"prompt_tokens": 16, "reply_tokens": 16}},
+    "data": {"users": DEVICES},
+    "selection": {"policy": "fifo", "bins": 4},
+    "shared": {"pool_capacity": 6, "adapter": {"targets": ["v_proj"]}, "batch_size": 4},
+    "privacy": {"clip_norm_l2": 0.05},
+}
+MODES = ["user-distributed", "example-distributed"]
+
+
+def configured(mode: str, **sections: Any) -> ExperimentConfig:
+    told = {**BASE, **sections, "privacy": {**BASE["privacy"], "mode": mode, **sections.get("privacy", {})}}
+    return ExperimentConfig.model_validate(told)
+
+
+def streams_of(people: Sequence[User]) -> list[list[Dialogue]]:
+    return [list(people[k % 2].stream[8 * (k // 2) : 8 * (k // 2) + 8]) for k in range(DEVICES)]
+
+
+def played(lm: LanguageModel, config: ExperimentConfig, streams: Sequence[Sequence[Dialogue]]) -> Federated:
+    return federate_in_memory(lm, config, config.server, named(streams), config.seed, at_once=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_sum_has_the_noise_that_one_trusted_server_would_add(
+    lm: LanguageModel, people: list[User], mode: str
+) -> None:
+    """σ C of a device, or of a dialogue, in the sum of six, whoever adds it; each device a sixth of its square."""
+    config = configured(mode)
+    seen = played(lm, config, streams_of(people))
+    together = planned_event(config).noise_multiplier * moved_l2(config)
+    assert share_std(config) == pytest.approx(together / math.sqrt(DEVICES))
+    if mode == "user-distributed":
+        assert together == planned_event(configured("user-central")).noise_multiplier * 0.05
+    for check in noise(config, seen):
+        assert check.passed and check.control_caught, check
+    assert all(o.epsilon and 5 < o.epsilon <= 8 for o in seen.cohort.observations[1].values())
+    assert {n: (f.releases, f.silent, f.refused) for n, f in seen.facts.items()} == {n: (6, 0, {}) for n in (1, 2)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_noise_holds_with_the_fewest_survivors_that_do_not_collude(
+    lm: LanguageModel, people: list[User], mode: str
+) -> None:
+    """Of six, five are to survive and one may collude: four shares are what a server would add; six are √(6 / 4)."""
+    config = configured(mode, secure_aggregation={"survivors": 5, "colluding": 1})
+    assert share_std(config) == pytest.approx(share_std(configured(mode)) * math.sqrt(6 / 4))
+    seen = played(lm, config, streams_of(people))
+    assert all(check.passed for check in noise(config, seen))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_device_or_dialogue_replaced_moves_the_sum_by_its_bound(
+    lm: LanguageModel, people: list[User], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same coins and noise in both worlds: what is left is what was clipped, 2 C at most.
+
+    Control: the same without clipping.
+    """
+    streams, others = streams_of(people), streams_of(people)[::-1]
+    instead = [list(stream) for stream in streams]
+    if mode == "user-distributed":
+        instead[1] = others[0]
+    else:
+        instead[1][2] = Dialogue(instead[1][2].id, others[0][3].prompt, others[0][3].response)
+    fine = {"secure_aggregation": {"bits": 32}, "shared": {**BASE["shared"], "sampling_rate": 1.0}, "rounds": 1}
+    config = configured(mode, **fine)
+
+    def moved() -> float:
+        one, other = (played(lm, config, s).cohort.changes[0].double() for s in (streams, instead))
+        assert (one - other)[[0, 2, 3, 4, 5]].abs().max() < 1e-6
+        return float((one - other)[1].norm()) / moved_l2(config)
+
+    assert 0 < moved() <= 2.001
+    monkeypatch.setattr(shared_training, "clipped_sum", lambda rows, clip: rows.double().sum(0))
+    assert moved() > 2.5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_device_whose_budget_is_spent_gives_nothing_to_a_sum(
+    lm: LanguageModel, people: list[User], mode: str
+) -> None:
+    seen = played(lm, configured(mode, privacy={"releases": 1}), streams_of(people))
+    assert seen.facts[1].releases == 6 and seen.facts[2].releases == 0
+    assert seen.facts[2].refused == {"no-release": 6}
+    assert torch.equal(seen.shared, seen.cohort.received[1])
+
+
+def test_what_leaves_a_device_is_masked_and_of_one_size(lm: LanguageModel, people: list[User]) -> None:
+    config = configured("user-distributed", rounds=1)
+    seen = played(lm, config, streams_of(people))
+    code = sum_code(config, seen.context.schema, 1, config.seed)
+    arrays = [m.content.array_records["arrays"]["masked"].numpy() for m in seen.sent if "arrays" in m.content]
+    assert [a.shape for a in arrays] == [(code.size_bytes,)] * DEVICES
+    for array in arrays:  # bytes as often as each other: no number of the change, which is near zero, is in them
+        counts = np.bincount(array, minlength=256)
+        assert (counts - array.size / 256).std() < 2 * math.sqrt(array.size / 256)
+    steps = [set(m.content.config_records["header"]) for m in seen.sent if "arrays" not in m.content]
+    assert {frozenset(s) for s in steps} == {
+        frozenset({"advert"}), frozenset({"to", "shares"}), frozenset({"signature"}), frozenset({"of", "parts"}),
+        frozenset({"adopted"}), frozenset({"device"}),
+    }  # fmt: skip
+    observed = {o.upload_bytes for o in seen.cohort.observations[0].values()}
+    assert observed == {code.size_bytes + 256 + 5 * 82 + 64 + 6 * 33}
+
+
+def test_the_gate_passes_no_step_of_another_form() -> None:
+    for header in ({"advert": b"x"}, {"signature": b"x" * 63}, {"of": ["a"], "parts": [b""]}, {"loss": 0.5}, {}):
+        with pytest.raises(ReleaseRefusedError):
+            check_step(header)
+    header = {"protocol": 1, "version": 0, "head": "0" * 64}
+    check_masked_reply(header, {"masked": np.zeros(5, np.uint8)}, 5)
+    for wrong in (
+        {"masked": np.zeros(6, np.uint8)},
+        {"masked": np.zeros(5, np.float32)},
+        {},
+        {"x": np.zeros(5, np.uint8)},
+    ):
+        with pytest.raises(ReleaseRefusedError):
+            check_masked_reply(header, wrong, 5)
+    with pytest.raises(ReleaseRefusedError):
+        check_masked_reply({**header, "loss": 1}, {"masked": np.zeros(5, np.uint8)}, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["privacy.mode=user-central", "secure_aggregation.bits=16"], "for the *-distributed modes"),
+        (["privacy.mode=user-distributed", "server.rule=krum"], "gives a server the sum of a round"),
+        (["privacy.mode=user-distributed", "shared.upload=int8"], "secure_aggregation.bits says how"),
+        (["privacy.mode=example-distributed", "shared.steps_per_round=2"], "must be 1"),
+        (["privacy.mode=user-distributed", "data.users=2"], "3 at least"),
+        (["privacy.mode=user-distributed", "secure_aggregation.devices=10"], "below the 64 devices"),
+        (["privacy.mode=user-distributed", "secure_aggregation.survivors=30"], "must survive, 33"),
+        (["privacy.mode=user-distributed", "world.classes=world/devices"], "set secure_aggregation.survivors"),
+    ],
+)
+def test_settings_that_protect_nobody_or_cannot_be_are_refused(changes: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told.replace("*", r"\*")):
+        load_config("quickstart", changes)
