@@ -34,8 +34,8 @@ from florilegium.simulation.audit.one_run_audit import DeviceCoins, DialogueCoin
 from florilegium.simulation.audit.recorded_coins import Recorded
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.engines.in_memory import Federated, federate_in_memory
-from florilegium.simulation.engines.placement import computed
-from florilegium.simulation.engines.processes import BYTES_OF_ONE, Count, count_for
+from florilegium.simulation.engines.placement import Means, computed
+from florilegium.simulation.engines.processes import BYTES_OF_ONE, Count
 from florilegium.simulation.engines.workers import Cohort
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the canaries, those that are guessed; fixed before looking
@@ -142,8 +142,8 @@ class Auditor:
 
     def _computed(self, work: AuditWork, held_bytes: int) -> dict[str, Any]:
         cohorts = [Cohort((name,), place) for place, name in enumerate(work.parts)]
-        count = count_for(self.workers, len(cohorts), self.lm.engine.device, BYTES_OF_ONE + held_bytes)
-        return {part.names[0]: found for part, found in computed(work, run_part, cohorts, count)}
+        means = Means(self.workers, self.lm.engine.device, BYTES_OF_ONE + held_bytes)
+        return {part.names[0]: found for part, found in computed(work, run_part, cohorts, means)}
 
     def _parts(self, one_run: DialogueCoins | DeviceCoins) -> dict[str, Callable[[], Any]]:
         """What the audit is made of; the controls are three mistakes under the claim of `CLAIM`."""

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from florilegium.simulation.engines.placement import computed
-from florilegium.simulation.engines.processes import BYTES_OF_ONE, count_for
+from florilegium.simulation.engines.placement import Means, computed
+from florilegium.simulation.engines.processes import BYTES_OF_ONE
 from florilegium.simulation.engines.workers import Cohort
 from florilegium.simulation.studies.baselines_cell import BaselinesCell
 from florilegium.simulation.studies.cell import Seeded, SharedResources
@@ -53,14 +53,17 @@ class StudyWork:
         where = f"cell {list(cells).index(key) + 1} of {len(cells)}"
         return kind(cells[key], self._at(key), self.bench, lambda phase: self.listener(f"{where}: {phase}"))
 
-    def parts(self) -> list[Cohort]:
-        """What has no result yet: cells by key, or a key and a seed."""
-        keys = [key for key in self.study.cells if not (self._at(key) / "result.json").exists()]
+    def parts(self, *, everything: bool = False) -> list[Cohort]:
+        """What has no result yet, or all: cells by key, or a key and a seed."""
+
+        def missing(key: str, name: str) -> bool:
+            return everything or not (self._at(key) / f"{name}.json").exists()
+
+        keys = [key for key in self.study.cells if missing(key, "result")]
         if not issubclass(KINDS[self.study.config.kind], Seeded):
             return [Cohort((key,), place) for place, key in enumerate(keys)]
         seeds = range(self.study.config.seeds)
-        missing = [(key, n) for key in keys for n in seeds if not (self._at(key) / f"seed{n}.json").exists()]
-        return [Cohort((key, str(number)), number) for key, number in missing]
+        return [Cohort((key, str(n)), n) for key in keys for n in seeds if missing(key, f"seed{n}")]
 
     def _at(self, key: str) -> Path:
         return self.folder / "cells" / key
@@ -87,19 +90,19 @@ def run_study(study: Study, folder: Path, listener: Listener, bench: SharedResou
     where it is, as after a kill.
     """
     work = StudyWork(study, folder, bench or ready(study, folder), listener)
-    if parts := work.parts():
+    if len(work.parts(everything=True)) > 1 and (parts := work.parts()):
         left = Counter(part.names[0] for part in parts)
-        for part, _ in computed(work, run_part, parts, _processes(work, parts)):
+        for part, _ in computed(work, run_part, parts, _means(work, parts)):
             key = part.names[0]
             left[key] -= 1
             if not left[key]:
                 run_part(work, (key,))
-    for key in study.cells:
+    for key in study.cells:  # those whose seeds are there, and a study of a single part, which has all threads
         run_part(work, (key,))
 
 
-def _processes(work: StudyWork, parts: Sequence[Cohort]) -> int:
-    """How many the parts are given; the model of the first is there then, for all processes."""
+def _means(work: StudyWork, parts: Sequence[Cohort]) -> Means:
+    """The model of the first part is there then, for all processes."""
     lm = work.bench.model(work.study.cells[parts[0].names[0]].config.model)
     needed = BYTES_OF_ONE + lm.parameter_bytes  # another cell's model, in the place of this one
-    return min(len(parts), count_for(work.study.config.workers, len(parts), lm.engine.device, needed))
+    return Means(work.study.config.workers, lm.engine.device, needed)
