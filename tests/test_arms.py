@@ -336,6 +336,7 @@ def study_of(folder: Path, kind: str, rows: dict[str, Any], **settings: Any) -> 
     tree["study"] = {"kind": kind, "seeds": 2 if kind == "alone" else 1, "tables": {"one": {"rows": rows}}}
     if kind == "federated":
         tree["study"]["hidden_share"] = 0.5
+    tree["study"]["workers"] = 1  # what others do is not heard here
     path = folder / f"{kind}.toml"
     path.write_text(tomli_w.dumps(tree), encoding="utf-8")
     run_study(load_study(path), folder / "study", lambda phase: None)

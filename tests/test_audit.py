@@ -7,6 +7,7 @@ import json
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from florilegium.privacy.plan import RoundPlan
 from florilegium.simulation.audit import checks, hostile_adapters, one_run_audit
 from florilegium.simulation.audit.attack_metrics import Ceiling, judge
 from florilegium.simulation.audit.attacks import membership
+from florilegium.simulation.audit.audit import HONEST, NO_NOISE, Auditor, AuditWork
 from florilegium.simulation.audit.bounds import (
     auc_ceiling,
     gaussian_epsilon,
@@ -432,6 +434,24 @@ def test_every_byte_that_devices_send_is_accounted_for(lm: LanguageModel, stream
                 assert form not in everything
 
 
+def test_the_parts_of_an_audit_are_the_same_by_one_process_and_by_two(
+    lm: LanguageModel, streams: list[list[Dialogue]]
+) -> None:
+    """Some of them, to the bit; with two, whoever listens is told how far it is."""
+    few, found = [stream[:8] for stream in streams[:2]], list[dict[str, Any]]()
+    for workers in (1, 2):
+        told: list[str] = []
+        auditor, coins = Auditor(lm, CONFIG, few, told.append, workers), DialogueCoins(lm, CONFIG, few, 4, CONFIG.seed)
+        parts = auditor._parts(coins)
+        some = {name: parts[name] for name in (HONEST, NO_NOISE)}
+        found.append(auditor._computed(AuditWork(some, told.append), coins.held_bytes))
+        assert all(" of 2 parts done, " in phase for phase in told) == (workers == 2) and told
+    one, two = found
+    for name in (HONEST, NO_NOISE):
+        assert one[name].members.tolist() == two[name].members.tolist()
+        assert one[name].scores.tolist() == two[name].scores.tolist()
+
+
 def test_a_run_without_a_claim_is_not_audited(tmp_path: Path) -> None:
     run = create(
         tmp_path / "run", CONFIG.model_copy(update={"privacy": CONFIG.privacy.model_copy(update={"mode": "none"})})
@@ -448,7 +468,7 @@ def test_the_command_audits_a_run(
 ) -> None:
     """Sixteen devices, 160 canaries, by the command line: the object that programs read, and the page."""
     data = DataConfig.model_validate({**CONFIG.data.model_dump(), "users": 16})
-    run = create(tmp_path / "run", CONFIG.model_copy(update={"data": data}))
+    run = create(tmp_path / "run", CONFIG.model_copy(update={"data": data, "workers": 2}))
     monkeypatch.setattr("sys.argv", ["florilegium", "audit", str(run.path), "--canaries", "160", "--json"])
     with pytest.raises(SystemExit) as left:
         main()

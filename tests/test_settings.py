@@ -866,6 +866,7 @@ def gridded(c: TableConfig, tools: Tools) -> Any:
 OF_STUDIES: dict[str, Row] = {
     "kind": Seen("federated", celled),
     "seeds": Seen(2, celled),
+    "workers": In(2, "test_study.py::test_two_processes_find_what_one_finds_to_the_bit"),
     "hidden_share": Seen(0.5, celled, {"kind": "federated"}),
     "tables": Seen({"t": GRID, "u": {"rows": {"selection.bins": [4]}}}, celled),
 }

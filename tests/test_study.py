@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -87,7 +88,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
     folder = tmp_path_factory.mktemp("study")
-    study = load_study(written(folder))
+    study = load_study(written(folder), ["study.workers=2"])
     run_study(study, folder / "small", lambda phase: None)
     return study, folder / "small"
 
@@ -195,8 +196,9 @@ def test_nothing_learned_is_the_base_model(finished: tuple[Study, Path], lm: Lan
 
 
 def test_a_study_that_was_stopped_goes_on_as_if_it_had_not_been(finished: tuple[Study, Path], tmp_path: Path) -> None:
-    """Stopped at each kind of place, again and again; the results are bit for bit those of one go."""
-    study, folder = finished
+    """Stopped at each kind of place, again and again; the results are bit for bit those of one go, by two processes."""
+    folder = finished[1]
+    study = load_study(written(tmp_path), ["study.workers=1"])
     stops = iter(
         ("cell 2 of 6: annotate", "cell 2 of 6: evaluate", "cell 3 of 6: learn_personal", "cell 5 of 6: reply")
     )
@@ -245,6 +247,112 @@ def test_a_study_that_was_killed_goes_on(tmp_path: Path) -> None:
         kills += 1
     assert process.returncode == 0 and kills >= 2
     assert results(tmp_path / "one" / "small") == results(tmp_path / "other" / "small")
+
+
+# -- processes ----------------------------------------------------------------------------------------------------
+
+
+TWO_CELLS = """
+rounds = 1
+model = { dtype = "float32", limits = { prompt_tokens = 16, reply_tokens = 16 } }
+data = { name = "chitchat", users = 3, split = "development", max_pairs = 40, queries_per_user = 2 }
+selection = { bins = 4 }
+synthesis = { per_dialogue = 0 }
+shared = { pool_capacity = 8, adapter = { targets = ["v_proj"] } }
+evaluation = { rouge_queries_per_user = 0 }
+
+[study]
+kind = "federated"
+seeds = 3
+
+[study.tables.budget]
+rows = { "privacy.epsilon" = [2.0, 8.0] }
+"""
+
+
+def found_in(folder: Path) -> dict[str, str]:
+    """All that a study has written, but for clocks and reports."""
+    clocks = ("seconds", "seconds_by_phase", "finished", "hardware")
+
+    def plain(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {k: plain(v) for k, v in tree.items() if k not in clocks}
+        return [plain(v) for v in tree] if isinstance(tree, list) else tree
+
+    return {
+        str(p.relative_to(folder)): json.dumps(plain(json.loads(p.read_text(encoding="utf-8"))))
+        for p in sorted(folder.rglob("*.json"))
+    }
+
+
+def test_two_processes_find_what_one_finds_to_the_bit(tmp_path: Path) -> None:
+    """Seeds of two cells; the second study is stopped after the first seed, and goes on with another number."""
+    path, said = written(tmp_path, TWO_CELLS), list[str]()
+    one, two, three = (load_study(path, [f"study.workers={n}"]) for n in (1, 2, 3))
+    run_study(one, tmp_path / "one", said.append)
+    assert {s.partition(": ")[0] for s in said} == {"cell 1 of 2", "cell 2 of 2"}
+
+    def stop(phase: str) -> None:
+        said.append(phase)
+        if "parts done" in phase and not phase.startswith("0 of 6"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(two, tmp_path / "two", stop)
+    assert not psutil.Process().children()
+    assert 1 <= len(list((tmp_path / "two").glob("cells/*/seed*.json"))) < 6
+    run_study(three, tmp_path / "two", said.append)
+    assert found_in(tmp_path / "one") == found_in(tmp_path / "two")
+    assert len(found_in(tmp_path / "one")) == 2 * (3 + 1) + 2  # seeds and results, study.json and people.json
+    assert not psutil.Process().children()
+
+
+def test_a_process_that_is_lost_is_replaced_and_its_part_done_again(
+    finished: tuple[Study, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process dies in a cell, once: nothing is missing. One that dies each time ends the study."""
+    study, folder = finished
+    run, killed = SelectionCell.run, tmp_path / "killed"
+
+    def dying(cell: SelectionCell) -> Any:
+        if cell.config.selection.policy == "quality" and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(cell)
+
+    monkeypatch.setattr(SelectionCell, "run", dying)
+    run_study(study, tmp_path / "study", lambda phase: None)
+    assert killed.exists() and results(tmp_path / "study") == results(folder)
+
+    def always(cell: SelectionCell) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL) if cell.config.selection.policy == "quality" else run(cell)
+
+    monkeypatch.setattr(SelectionCell, "run", always)
+    with pytest.raises(RunError, match="processes were lost"):
+        run_study(study, tmp_path / "other", lambda phase: None)
+    assert not psutil.Process().children()
+
+
+def test_an_error_in_a_cell_ends_the_study_and_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: another cell, which would take a minute, is not waited for."""
+    study = load_study(written(tmp_path), ["study.workers=2"])
+
+    def broken(cell: SelectionCell) -> Any:
+        if cell.config.selection.policy == "random":
+            raise RunError("a disk is full")
+        time.sleep(60)
+
+    monkeypatch.setattr(SelectionCell, "run", broken)
+    began = time.monotonic()
+    with pytest.raises(RunError, match="a disk is full") as raised:
+        run_study(study, tmp_path / "study", lambda phase: None)
+    assert time.monotonic() - began < 30 and not psutil.Process().children()
+    assert str(tmp_path / "study" / "cells") in raised.value.__notes__[0]
+
+
+def test_the_number_of_processes_of_a_single_run_is_refused_in_a_study(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"workers = 2 is of a single run; a study's are study\.workers"):
+        load_study(written(tmp_path), ["workers=2"])
 
 
 # -- what is remembered -------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ class Bare:
 
     context: CohortContext
 
+    @property
+    def listener(self) -> Callable[[str], None] | None:
+        return self.context.listener
+
+    def telling(self, listener: Callable[[str], None]) -> Bare:
+        return Bare(replace(self.context, listener=listener))
+
 
 @pytest.fixture
 def phases() -> list[str]:
@@ -49,7 +56,7 @@ def phases() -> list[str]:
 def workers(phases: list[str], lm: LanguageModel) -> Iterator[ForkedWorkers]:
     """Two of them; nothing of any is left."""
     context = CohortContext.of(lm, config_of(), 0, lambda device, dialogue: "", phases.append)
-    with closing(ForkedWorkers(Bare(context), 2)) as found:  # type: ignore[arg-type]
+    with closing(ForkedWorkers(Bare(context), 2)) as found:
         yield found
     alive = {child.pid for child in psutil.Process().children()}
     assert not alive & {process.pid for process in found.processes}
@@ -177,7 +184,7 @@ def test_what_cannot_be_answered_is_told_and_nobody_waits(workers: ForkedWorkers
 
 def test_a_generator_that_outlives_the_processes_starts_none(lm: LanguageModel) -> None:
     context = CohortContext.of(lm, config_of(), 0, lambda device, dialogue: "")
-    with closing(ForkedWorkers(Bare(context), 2)) as found:  # type: ignore[arg-type]
+    with closing(ForkedWorkers(Bare(context), 2)) as found:
         held = found.map(tell, COHORTS, 1)
         next(held)
     held.close()  # type: ignore[attr-defined]

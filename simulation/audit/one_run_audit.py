@@ -89,6 +89,11 @@ class DialogueCoins:
         self.streams = [every[k * size : (k + 1) * size] for k in range(canaries)]
         self.planted, self.known = plant(self.streams, canaries, seed)
 
+    @property
+    def held_bytes(self) -> int:
+        """That `guessed` holds at one time beside the model: all gradients and twice what was made of them."""
+        return 3 * sum(g.nbytes for g in self._gradients)
+
     def guessed(self, settings: ExperimentConfig, mistake: Mistake = NONE) -> Guesses:
         """All canaries on one federation with these settings."""
         seen = _played(self.lm, settings, self.planted, mistake, self.seed)
@@ -139,6 +144,11 @@ class DeviceCoins:
         self.own = [s[: config.shared.pool_capacity] for s in streams]  # no coin of the pool is to be guessed too
         self.other = [*self.own[1:], self.own[0]]
         self.repetitions = -(-canaries // len(streams))
+
+    @property
+    def held_bytes(self) -> int:
+        """That `guessed` holds at one time beside the model: of each device what it sends, in four versions."""
+        return 4 * 8 * len(self.own) * self.lm.lora_layout(self.config.shared.adapter).width
 
     def guessed(self, settings: ExperimentConfig, mistake: Mistake = NONE) -> Guesses:
         """All devices in each repetition; coins and noise are new in each, all else is the same."""

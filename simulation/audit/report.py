@@ -38,7 +38,7 @@ def audit_run(run: RunFolder, devices: int, canaries: int, listener: Callable[[s
     from florilegium.simulation.audit.audit import Auditor, as_json
 
     streams = [user.stream for user in users]
-    found = Auditor(LanguageModel.load(config.model), config, streams, listener).audit(canaries)
+    found = Auditor(LanguageModel.load(config.model), config, streams, listener, config.workers).audit(canaries)
     (run.path / "audit.json").write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
     html.write(
         run.path / "audit.html", "audit.html.j2", plots={}, filters={},

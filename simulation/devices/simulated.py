@@ -71,6 +71,14 @@ class SimulatedDevices:
         """Whether releases are parts of a sum."""
         return self.context.config.privacy.distributed
 
+    @property
+    def listener(self) -> Callable[[str], None] | None:
+        return self.context.listener
+
+    def telling(self, listener: Callable[[str], None]) -> SimulatedDevices:
+        """The same devices, whose phases somebody else is told of."""
+        return replace(self, context=replace(self.context, listener=listener))
+
     def planned(self, name: str) -> TokenWorkload:
         """What a device will compute in a round."""
         if name not in self._planned:

@@ -16,11 +16,11 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -29,9 +29,8 @@ from florilegium.privacy.common.environment import environment
 from florilegium.privacy.common.errors import BrokenDeviceError
 from florilegium.privacy.common.machine import cores, group_memory_left_bytes
 from florilegium.simulation.config import ExperimentConfig
-from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.engines.scheduler import cohort_size
-from florilegium.simulation.engines.workers import ATTEMPTS, Cohort, Done, Job, Task, again, chosen
+from florilegium.simulation.engines.workers import ATTEMPTS, Cohort, Done, Job, Task, Told, again, chosen
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.stopping import end_with_parent
 
@@ -39,20 +38,25 @@ log = logging.getLogger(__name__)
 WORK, NAMES = b"w", b"n"  # what a message to a process begins with
 PHASE, DONE, RAISED = b"p", b"d", b"r"  # and one from it
 BYTES_OF_ONE = 1 << 30  # that a process takes of its own: gradients and activations of a cohort of nano
+Count = int | Literal["auto"]
 
 
 def process_count(config: ExperimentConfig, device: torch.device) -> int:
     """How many processes a run is given: as many as there are cores, as its cohorts employ and as memory allows."""
+    asked = config.data.users
+    return count_for(config.workers, ceil(asked / cohort_size(config, asked)), device)
+
+
+def count_for(wanted: Count, parts: int, device: torch.device, bytes_of_one: int = BYTES_OF_ONE) -> int:
+    """How many processes so many parts of some work are given, where each needs so much memory of its own."""
     if device.type != "cpu" or not hasattr(os, "fork"):
         return 1
-    if config.workers != "auto":
-        return config.workers
-    asked = config.data.users
-    cohorts = ceil(asked / cohort_size(config, asked))
+    if wanted != "auto":
+        return wanted
     left = psutil.virtual_memory().available
     of_group = group_memory_left_bytes()
-    room = int((left if of_group is None else min(left, of_group)) // BYTES_OF_ONE)
-    return max(1, min(cores(), cohorts, room))
+    room = int((left if of_group is None else min(left, of_group)) // bytes_of_one)
+    return max(1, min(cores(), parts, room))
 
 
 @dataclass
@@ -70,12 +74,15 @@ class Process:
 
 
 class ForkedWorkers:
-    """So many processes, each with the devices that the driver has."""
+    """So many processes, each with the devices that the driver has.
+
+    Where a job fails, what others have begun comes to its end first, or with `patient=False` is left to `close`.
+    """
 
     homes = 1
 
-    def __init__(self, devices: SimulatedDevices, count: int) -> None:
-        self.devices = devices
+    def __init__(self, devices: Told, count: int, *, patient: bool = True) -> None:
+        self.devices, self.patient = devices, patient
         self.lost = 0  # since a cohort last came back
         self.closed = False
         self.processes = [self._fork(home) for home in range(count)]
@@ -93,7 +100,8 @@ class ForkedWorkers:
                     if done:
                         yield done
         except Exception:
-            self._settle()
+            if self.patient:
+                self._settle()
             raise
         except BaseException:  # nobody listens any more, as after Ctrl-C
             self._drop()
@@ -131,8 +139,8 @@ class ForkedWorkers:
             waiting.append(again(task, self._replaced(process)))
             return None
         if said.startswith(PHASE):
-            if process.home == 0 and self.devices.context.listener:  # the others are about as far
-                self.devices.context.listener(pickle.loads(said.removeprefix(PHASE)))
+            if process.home == 0 and self.devices.listener:  # the others are about as far
+                self.devices.listener(pickle.loads(said.removeprefix(PHASE)))
             return None
         process.task = None
         found = pickle.loads(said[1:])
@@ -185,14 +193,14 @@ class ForkedWorkers:
         return Process(home, handle, ours)
 
 
-def _serve(pipe: Connection, devices: SimulatedDevices, driver: int) -> None:
+def _serve(pipe: Connection, devices: Told, driver: int) -> None:
     """A process's life: a job and what it shares, then the names of one cohort after another, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to hear
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     end_with_parent(driver)
     torch.set_num_threads(1)
-    own = replace(devices, context=replace(devices.context, listener=lambda phase: _tell(pipe, PHASE, phase)))
+    own = devices.telling(lambda phase: _tell(pipe, PHASE, phase))
     work, job, shared = b"", None, None
     with suppress(EOFError, OSError):
         while True:

@@ -2,16 +2,15 @@
 
 A job is a function of a module, `job(devices, names, shared)`, that is done for one cohort after another, in any
 order, each by one process; what they have in common is sent once. A process that is lost takes no result with it: its
-cohort is done again by another.
+cohort is done again by another. Studies and audits have parts instead of devices, with a name each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
-from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.runs.errors import RunError
 
 Job = Callable[..., Any]  # (devices, names, shared); of a module: another process finds it by its name
@@ -29,6 +28,17 @@ class Cohort:
 Done = tuple[Cohort, Any]
 
 
+class Told(Protocol):
+    """What jobs are done on: a run's devices, a study, an audit."""
+
+    @property
+    def listener(self) -> Callable[[str], None] | None:
+        """Is told of phases."""
+
+    def telling(self, listener: Callable[[str], None]) -> Self:
+        """The same, with another listener."""
+
+
 class Workers(Protocol):
     """Where jobs are done."""
 
@@ -44,7 +54,7 @@ class Workers(Protocol):
 class LocalWorkers:
     """All devices in this process."""
 
-    devices: SimulatedDevices
+    devices: Told
 
     @property
     def homes(self) -> int:

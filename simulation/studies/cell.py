@@ -112,12 +112,11 @@ class Seeded(ABC):
         path, config = self.folder / "result.json", self.cell.config
         if path.exists():
             return read_result(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         result: Result = {
             "settings": config.model_dump(mode="json"),
             "devices": self.devices,
             "queries": self.queries,
-            "seeds": [self._kept(number) for number in range(self.cell.seeds)],
+            "seeds": [self.kept(number) for number in range(self.cell.seeds)],
             "sources": sources_sha256(self.bench.extensions),
             "hardware": self.bench.hardware(config.model),
             "finished": round(time.time()),
@@ -125,9 +124,11 @@ class Seeded(ABC):
         write_whole(path, result)
         return result
 
-    def _kept(self, number: int) -> Result:
+    def kept(self, number: int) -> Result:
+        """What one seed gives, from its file, or measured now."""
         path = self.folder / f"seed{number}.json"
         if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, self.repetition(number))
         found: Result = json.loads(path.read_text(encoding="utf-8"))
         return found

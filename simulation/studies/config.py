@@ -9,7 +9,7 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -101,6 +101,10 @@ class StudyConfig(Config):
         5, ge=1,
         description="federated: draws of dice for the same devices; else draws of data.users devices, none in two",
     )  # fmt: skip
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="processes of one thread for cells and seeds; auto: one a core, as memory allows",
+    )
     hidden_share: float = Field(
         0.1, ge=0, le=1, description="federated: of each stream, for attacks; of two such dialogues a coin hides one"
     )
@@ -183,6 +187,8 @@ def study_of(tree: dict[str, Any], where: str) -> Study:
     """The study of a tree of settings, checked as `load_study` does."""
     if "study" not in tree:
         raise ConfigError(f"{where}: has no [study]; florilegium run is for a single experiment")
+    if "workers" in tree:
+        raise ConfigError(f"{where}: workers = {tree['workers']!r} is of a single run; a study's are study.workers")
     config = validate(StudyConfig, tree.pop("study"), f"{where}, study")
     study = Study(tree["name"], tree, config, where)
     _ = study.cells  # made now, so that what is wrong in a cell is told before anything runs
