@@ -30,6 +30,8 @@ from florilegium.privacy.reply_gate import (
 from florilegium.privacy.secure_aggregation import wire
 from florilegium.privacy.secure_aggregation.neighbours import RoundRefusedError
 from florilegium.privacy.secure_aggregation.part import SumPart
+from florilegium.privacy.secure_aggregation.rounded_noise import SumCode
+from florilegium.privacy.secure_aggregation.session import Numbers as MaskedNumbers
 from florilegium.privacy.secure_aggregation.session import Session
 
 NO_ARRAYS = Schema(())
@@ -151,9 +153,15 @@ def masked(session: Session, given: DeviceReply | SumPart, sessions: Sessions) -
     if isinstance(given, DeviceReply):
         return given
     code = sessions.code(session.scene.round)
-    arrays = wire.masked_array(session.masked(given.numbers, code.bits), code.bits)
+    numbers = session.masked(given.numbers, code.bits)
     sessions.keep(session)
-    header: dict[str, str | int] = {"protocol": PROTOCOL, "version": given.version, "head": given.head}
+    return part_reply(given, numbers, code)
+
+
+def part_reply(part: SumPart, numbers: MaskedNumbers, code: SumCode) -> DeviceReply:
+    """The reply with the numbers (P,) of a part, as they are to be sent."""
+    header: dict[str, str | int] = {"protocol": PROTOCOL, "version": part.version, "head": part.head}
+    arrays = wire.masked_array(numbers, code.bits)
     check_masked_reply(header, arrays, code.size_bytes)
     return DeviceReply(header, arrays)
 

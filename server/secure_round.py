@@ -34,6 +34,7 @@ class SumTerms:
     survivors: int
     colluding: int
     code: Callable[[int], SumCode]  # by round
+    masked: bool = True  # False: a simulation's devices send their parts as they are, whose sum is the same
 
 
 class Asker(Protocol):
@@ -77,8 +78,9 @@ class SecureRound:
             self.terms.federation, self.number, code.width, code.bits, self.terms.survivors, self.terms.colluding
         )
         try:
-            heads = self._play(secure, code, names, arrays)
-            row = code.decoded(secure.total().astype("int64"))
+            heads = self._play(secure, code, names, arrays) if self.terms.masked else self._plain(secure, names, arrays)
+            total = secure.total() if self.terms.masked else secure.plain_total()
+            row = code.decoded(total.astype("int64"))
         except RoundRefusedError as error:
             there = len(secure.came) or (0 if self.facts.refused else len(secure.adverts))
             if there or not (self.facts.refused or self.facts.silent):
@@ -90,16 +92,6 @@ class SecureRound:
     def _play(self, secure: SecureSum, code: SumCode, names: list[str], arrays: ArrayRecord) -> dict[str, str]:
         """The five questions; returns the heads of the ledgers of those whose numbers came."""
         heads = dict[str, str]()
-
-        def masked(name: str, header: Header, content: RecordDict) -> None:
-            if header["protocol"] != PROTOCOL or header["version"] != self.number - 1:
-                raise ValueError("not a part of this round")
-            if not RELEASE["head"](header["head"]):
-                raise ValueError("not a ledger's head")
-            sent = to_numpy(content.array_records["arrays"])
-            secure.take_masked(name, wire.read_masked_array(sent, code.width, code.bits))
-            heads[name] = str(header["head"])
-
         told: dict[str, wire.Told] = {n: {} for n in names}
         self._ask(wire.KEYS, told, lambda n, h, _: secure.take_advert(n, wire.read_advert(h["advert"])))
         secure.close_keys()
@@ -107,7 +99,7 @@ class SecureRound:
         self._ask(wire.SHARES, told, lambda n, h, _: secure.take_shares(n, wire.read_shares_reply(h)))
         secure.check(len(secure.members))
         told = {n: wire.tell_masked(secure.members, secure.inbox(n)) for n in secure.members}
-        self._ask(MessageType.TRAIN, told, masked, arrays)
+        self._ask(MessageType.TRAIN, told, self._part(secure, heads), arrays)
         came = sorted(secure.came)
         secure.check(len(came))
         told = {n: wire.tell_confirm(came) for n in came}
@@ -115,6 +107,27 @@ class SecureRound:
         told = {n: wire.tell_unmask(secure.confirmations_for(n)) for n in sorted(secure.confirmations)}
         self._ask(wire.UNMASK, told, lambda n, h, _: secure.take_parts(n, wire.read_parts(h)))
         return heads
+
+    def _plain(self, secure: SecureSum, names: list[str], arrays: ArrayRecord) -> dict[str, str]:
+        """The parts as they are, of simulated devices."""
+        heads = dict[str, str]()
+        secure.shares = {name: {} for name in names}
+        self._ask(MessageType.TRAIN, {name: {} for name in names}, self._part(secure, heads), arrays)
+        return heads
+
+    def _part(self, secure: SecureSum, heads: dict[str, str]) -> Take:
+        """Takes a device's numbers, and the head of the ledger that paid for them."""
+
+        def take(name: str, header: Header, content: RecordDict) -> None:
+            if header["protocol"] != PROTOCOL or header["version"] != self.number - 1:
+                raise ValueError("not a part of this round")
+            if not RELEASE["head"](header["head"]):
+                raise ValueError("not a ledger's head")
+            sent = to_numpy(content.array_records["arrays"])
+            secure.take_masked(name, wire.read_masked_array(sent, secure.width, secure.bits))
+            heads[name] = str(header["head"])
+
+        return take
 
     def _ask(self, kind: str, told: Mapping[str, wire.Told], take: Take, arrays: ArrayRecord = NO_ARRAYS) -> None:
         """Each of these devices once. What is no answer of the form is counted and left out."""

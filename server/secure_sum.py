@@ -108,6 +108,11 @@ class SecureSum:
                     total = total - with_other if other < device else total + with_other
         return total & np.uint32((1 << self.bits) - 1)
 
+    def plain_total(self) -> Numbers:
+        """The sum (P,) where nothing was masked. Raises `RoundRefusedError` where too few came."""
+        self.check(len(self.came))
+        return self._total & np.uint32((1 << self.bits) - 1)
+
     def _secret(self, device: str) -> bytes:
         """The seed of the own mask of one who came, or the masking key of one who did not."""
         around = self._around[device]

@@ -43,8 +43,10 @@ def streams_of(people: Sequence[User]) -> list[list[Dialogue]]:
     return [list(people[k % 2].stream[8 * (k // 2) : 8 * (k // 2) + 8]) for k in range(DEVICES)]
 
 
-def played(lm: LanguageModel, config: ExperimentConfig, streams: Sequence[Sequence[Dialogue]]) -> Federated:
-    return federate_in_memory(lm, config, config.server, named(streams), config.seed, at_once=True)
+def played(
+    lm: LanguageModel, config: ExperimentConfig, streams: Sequence[Sequence[Dialogue]], *, masked: bool = False
+) -> Federated:
+    return federate_in_memory(lm, config, config.server, named(streams), config.seed, at_once=True, masked=masked)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -114,7 +116,8 @@ def test_a_device_whose_budget_is_spent_gives_nothing_to_a_sum(
 
 def test_what_leaves_a_device_is_masked_and_of_one_size(lm: LanguageModel, people: list[User]) -> None:
     config = configured("user-distributed", rounds=1)
-    seen = played(lm, config, streams_of(people))
+    seen = played(lm, config, streams_of(people), masked=True)
+    assert torch.equal(seen.shared, played(lm, config, streams_of(people)).shared)  # without masks: the same sum
     code = sum_code(config, seen.context.schema, 1, config.seed)
     arrays = [m.content.array_records["arrays"]["masked"].numpy() for m in seen.sent if "arrays" in m.content]
     assert [a.shape for a in arrays] == [(code.size_bytes,)] * DEVICES

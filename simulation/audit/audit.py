@@ -121,8 +121,14 @@ class Auditor:
         return self.config.seed
 
     def play(self, config: ExperimentConfig, streams: Streams, coins: Recorded | None = None) -> Federated:
-        """A federation with these streams, all of each there in the first round; what it tosses is written down."""
-        return federate_in_memory(self.lm, config, config.server, named(streams), self.seed, at_once=True, coins=coins)
+        """A federation with these streams, all of each there in the first round; what it tosses is written down.
+
+        With all that devices say, where that is.
+        """
+        return federate_in_memory(
+            self.lm, config, config.server, named(streams), self.seed, at_once=True, coins=coins,
+            masked=coins is not None,
+        )  # fmt: skip
 
     def audit(self, canaries: int) -> Audit:
         """Raises `ConfigError` where the streams have too few places for so many canaries."""

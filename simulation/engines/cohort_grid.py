@@ -25,11 +25,13 @@ from florilegium.client.flower_replies import (
     masked,
     open_parts,
     read_question,
+    refusal,
     replies,
     step_reply,
 )
 from florilegium.client.secure_sessions import Sessions
 from florilegium.privacy.release import Schema
+from florilegium.privacy.reply_gate import NO_RELEASE
 from florilegium.privacy.secure_aggregation.part import SumPart
 from florilegium.privacy.secure_aggregation.session import Session
 from florilegium.privacy.secure_aggregation.wire import STEPS
@@ -98,7 +100,11 @@ class CohortGrid(Grid):
             return
         asked = released if question.kind == MessageType.TRAIN else adopted
         for _, answers in self.spread(asked, list(by_name), question):
-            yield from (reply.to(by_name[name]) for name, reply in answers)
+            yield from (self._reply(given, question).to(by_name[name]) for name, given in answers)
+
+    def _reply(self, given: DeviceReply | SumPart, question: Instruction) -> DeviceReply:
+        """A part of a sum has none where there are no masks."""
+        return refusal(NO_RELEASE) if isinstance(given, SumPart) else given
 
     def _step(self, messages: Sequence[Message], sessions: Sessions) -> Iterator[Message]:
         """What devices say at a step of secure aggregation, which costs them nothing but keys."""

@@ -20,6 +20,7 @@ from florilegium.client.coins import Coins
 from florilegium.client.config import DeviceConfig
 from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
+from florilegium.client.flower_replies import DeviceReply, Instruction, part_reply
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.observation import Observation
 from florilegium.client.round import contribute
@@ -95,26 +96,36 @@ class InMemory:
     def _row(self, release: Sendable | None, number: int) -> np.ndarray:
         row, schema = np.zeros(self.context.shared_layout.width, np.float32), self.context.schema
         if isinstance(release, SumPart):
-            row[schema.places(number)] = self._code(number).decoded(release.numbers)
+            row[schema.places(number)] = self.code(number).decoded(release.numbers)
         elif release:
             row[schema.places(number)] = schema.of_round(number).join(release.arrays)
         return row
 
-    def _code(self, number: int) -> SumCode:
+    def code(self, number: int) -> SumCode:
+        """How numbers of a round become integers."""
         return sum_code(self.context.config, self.schema, number, self.context.seed)
 
 
 class RecordingGrid(CohortGrid):
-    """All devices in one cohort; keeps what they reply, as it is before it goes onto a wire."""
+    """All devices in one cohort; keeps what they reply, as it is before it goes onto a wire.
 
-    def __init__(self, devices: InMemory, names: Sequence[str]) -> None:
-        sessions = SimulatedSessions(devices.context) if devices.summed else None
+    Parts of a sum are `masked` as devices do it, or sent as they are: the sum is the same.
+    """
+
+    def __init__(self, devices: InMemory, names: Sequence[str], *, masked: bool) -> None:
+        sessions = SimulatedSessions(devices.context) if devices.summed and masked else None
         super().__init__(self._at_once, devices.schema, names, sessions)
         self.devices = devices
         self.sent: list[Message] = []
 
     def _at_once(self, job: Job, names: Sequence[str], shared: Any) -> Iterator[Done]:
         yield Cohort(tuple(names)), tried(lambda some: job(self.devices, [names[k] for k in some], shared), names)
+
+    def _reply(self, given: DeviceReply | SumPart, question: Instruction) -> DeviceReply:
+        if not isinstance(given, SumPart):
+            return given
+        numbers = (given.numbers & 0xFFFFFFFF).astype(np.uint32)
+        return part_reply(given, numbers, self.devices.code(question.plan.round))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         for reply in super().send_and_receive(messages, timeout=timeout):
@@ -160,9 +171,11 @@ def federate_in_memory(
     at_once: bool = False,
     listener: Callable[[str], None] | None = None,
     coins: Coins | None = None,
+    masked: bool = False,
 ) -> Federated:
     """A federation of devices with these streams, by name. Its ledger is gone when it has ended.
 
+    `masked`: parts of a sum are masked as devices do it, which changes what is sent and not the sum;
     `coins`: those that its devices toss; None: as every device does.
     """
     replies = {name: {d.id: d.response for d in stream} for name, stream in streams.items()}
@@ -170,17 +183,24 @@ def federate_in_memory(
         context = CohortContext.of(
             lm, config, seed, lambda device, dialogue: replies[device][dialogue], listener, ledger
         )
-        return federate_cohort(InMemory(replace(context, coins=coins or context.coins), streams, at_once), server)
+        cohort = InMemory(replace(context, coins=coins or context.coins), streams, at_once)
+        return federate_cohort(cohort, server, masked=masked)
 
 
-def federate_cohort(cohort: InMemory, server: ServerConfig, limits: Limits | None = None) -> Federated:
+def federate_cohort(
+    cohort: InMemory, server: ServerConfig, limits: Limits | None = None, *, masked: bool = False
+) -> Federated:
     """All rounds, by the strategy that every engine runs, within the devices' own limits or these.
+
+    `masked` as in `federate_in_memory`.
 
     Raises `ConfigError` for a server that has no rounds.
     """
     if not server.by_rounds:
         raise ConfigError("studies and audits ask by rounds; server.buffer and server.rule = 'none' do not")
     strategy, start = new_strategy(cohort.context, server, limits)
-    grid = RecordingGrid(cohort, list(cohort.streams))
+    if strategy.sums:
+        strategy.sums = replace(strategy.sums, masked=masked)
+    grid = RecordingGrid(cohort, list(cohort.streams), masked=masked)
     shared = federate(grid, strategy, Recorder(), start, cohort.context.config.rounds)
     return Federated(cohort, shared, server, strategy.facts, grid.sent)
