@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import engine, example, layout_of, rows_of  # noqa: F401  (a fixture)
+from test_engine import engine_of, example, layout_of, rows_of
 
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.config import ReplyConfig, SamplingConfig
@@ -17,6 +17,11 @@ from florilegium.client.lm.ia3 import ScalingLayout
 from florilegium.client.lm.layers import scaled_layers
 from florilegium.client.lm.packing import Example
 from florilegium.client.lm.soft_prompt import PromptLayout
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return engine_of(torch.float32)
 
 
 def test_the_equation_by_hand() -> None:
@@ -42,7 +47,7 @@ def test_constants_of_a_row_change_no_choice() -> None:
     torch.testing.assert_close(one, other)
 
 
-def stacks(engine: Engine) -> dict[str, Adapters]:  # noqa: F811
+def stacks(engine: Engine) -> dict[str, Adapters]:
     """Three devices' adapters of each kind."""
     lora, scaling = layout_of(engine), ScalingLayout(scaled_layers(engine.modules, engine.model))
     prompt = PromptLayout(3, engine.embedding.weight.shape[1], engine.embedding.weight)
@@ -60,7 +65,7 @@ def plainly(
     adapter: Adapters,
     contrast: Contrast,
     most: int,
-    stop: int,  # noqa: F811
+    stop: int,
 ) -> list[int]:
     """One text, the whole of it read anew for each token, with the adapter and without."""
     said: list[int] = []
@@ -75,7 +80,7 @@ def plainly(
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
-def test_a_cohort_in_one_pass_says_what_each_would_alone(engine: Engine, kind: str) -> None:  # noqa: F811
+def test_a_cohort_in_one_pass_says_what_each_would_alone(engine: Engine, kind: str) -> None:
     stack, contrast = stacks(engine)[kind], Contrast(0.8, 0.05)
     prompts, slots = [example(3 + 4 * i, 1, i).prompt for i in range(6)], [0, 1, 2] * 2
 
@@ -90,7 +95,7 @@ def test_a_cohort_in_one_pass_says_what_each_would_alone(engine: Engine, kind: s
     assert plain != expected
 
 
-def test_without_strength_or_adapters_decoding_is_the_plain_one(engine: Engine) -> None:  # noqa: F811
+def test_without_strength_or_adapters_decoding_is_the_plain_one(engine: Engine) -> None:
     stack = stacks(engine)["lora"]
     prompts, slots = [example(3 + 4 * i, 1, i).prompt for i in range(6)], [0, 1, 2] * 2
 

@@ -32,6 +32,6 @@ def contrasted(personal: torch.Tensor, base: torch.Tensor, contrast: Contrast) -
     Logits are log-probabilities but for a constant of each row, which changes no choice.
     """
     own = personal.float()
-    found = (1 + contrast.strength) * own - contrast.strength * base.float()
+    found = torch.lerp(base.float(), own, 1 + contrast.strength)  # base + (1 + strength) (own − base)
     least = own.amax(-1, keepdim=True) + math.log(contrast.plausible)
     return found.masked_fill_(own < least, -torch.inf)

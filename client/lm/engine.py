@@ -232,7 +232,7 @@ class Engine:
                     told(group, decoding.replies)
             return decoding.replies
 
-        room = [(e.length + max_new_tokens) * (2 if contrast else 1) // CONTINUING for e in examples]
+        room = [(e.length + max_new_tokens) // CONTINUING for e in examples]
         for group, ids in self.token_budget.each(by_device(examples, slots), by_tokens(room), continued):
             replies.update(zip(group, ids, strict=True))
         return [replies[i] for i in range(len(prompts))]
