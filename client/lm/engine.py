@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 
@@ -403,6 +404,8 @@ class Engine:
     ) -> TrainingResult:
         """Trains the row of each device on its lesson, by AdamW on the mean loss over the tokens of each batch.
 
+        The mean is weighted where the lesson has weights.
+
         Device k does step s on `lessons[k].batches[s]` at rate `rates[k][s]`. Devices are taken in blocks of like
         lessons, a block through all of its steps, so that the optimizer's state exists for one block at a time;
         each step goes in passes of devices with batches of like size. `proximal` is μ of μ/2 ‖row − anchor‖², added
@@ -411,7 +414,7 @@ class Engine:
         A device whose loss or adapter stops being a number keeps the row that it came with and is named in `failed`.
         """
         rows, losses = trained.rows.clone(), [list[float]() for _ in sets]
-        sets = [TrainingSet(self.prompted(x.examples, [*frozen, trained]), x.batches) for x in sets]
+        sets = [replace(x, examples=self.prompted(x.examples, [*frozen, trained])) for x in sets]
         anchors = trained if anchor is None else Adapters(trained.layout, anchor)
         busy = [k for k, x in enumerate(sets) if x.batches]
         busy.sort(key=lambda k: (len(sets[k].batches), sets[k].tokens), reverse=True)
@@ -453,9 +456,14 @@ class Engine:
             sizes = [sum(e.length for e in batch) for batch in batches]
             order = sorted(range(len(batches)), key=lambda k: -sizes[k])  # so that those of a pass are alike
             for group in by_tokens(sizes, EVEN)(order, self.token_budget.tokens):
-                chosen = [batches[k] for k in group]
-                weights = [_mean_of_tokens(batch) for batch in chosen]
-                gradient, loss = self._gradient(adapters.pick(group), [a.pick(group) for a in frozen], chosen, weights)
+                chosen, own = [batches[k] for k in group], [a.pick(group) for a in frozen]
+                if any(sets[k].weights for k in group):
+                    of_targets = [sets[k].weights_of(sets[k].batches[step]) for k in group]
+                    weights = [_mean_of_weights(of_batch) for of_batch in of_targets]
+                    gradient, loss = self._gradient(adapters.pick(group), own, chosen, weights, of_targets)
+                else:
+                    weights = [_mean_of_tokens(batch) for batch in chosen]
+                    gradient, loss = self._gradient(adapters.pick(group), own, chosen, weights)
                 if proximal:
                     gradient.add_(rows[group] - near.pick(group).rows, alpha=proximal)  # ∇ μ/2 ‖row − anchor‖²
                 adamw_(rows, gradient, moments, group, [rates[k][step] for k in group], weight_decay)
@@ -483,9 +491,14 @@ class Engine:
         frozen: Sequence[Adapters],
         batches: Sequence[Sequence[Example]],
         weights: Sequence[Sequence[float]],
+        of_targets: Sequence[Sequence[Sequence[float]]] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `gradient`, of examples that are behind their soft prompt, if there is one."""
+        """As `gradient`, of examples that are behind their soft prompt, if there is one.
+
+        Of each example's targets the NLL may have weights of its own: `of_targets`, by device and example.
+        """
         pairs = [(k, e) for k, batch in enumerate(batches) for e in batch]
+        spread = [some for of_batch in of_targets for some in of_batch]
         weight = torch.tensor([w for of_batch in weights for w in of_batch], device=self.device)
         value = torch.zeros(len(batches), device=self.device)
         gradient: torch.Tensor | None = None
@@ -495,7 +508,7 @@ class Engine:
             with torch.enable_grad():
                 own = Adapters(trained.layout, rows).pick(pack.owners)
                 with self.active([*(a.pick(pack.owners) for a in frozen), own], pack.owned, pack.texts):
-                    losses = self.losses(pack) * weight[group]
+                    losses = self.losses(pack, [spread[i] for i in group] if spread else ()) * weight[group]
                     (part,) = torch.autograd.grad(losses.sum(), rows)
             value.index_add_(0, torch.tensor(list(pack.slots), device=self.device), losses.detach())
             gradient = part if gradient is None else gradient.add_(part)
@@ -513,11 +526,12 @@ class Engine:
         """(N, V) of hidden states (N, H) in the model's type."""
         return logits(hidden.to(self.dtype), self.head.weight, self.head.bias, self.softcap, self.scale)
 
-    def losses(self, pack: Pack) -> torch.Tensor:
-        """Σ NLL over the targets of each example, (R,) nats; only targets pass the head."""
-        return torch.zeros(len(pack.examples), device=self.device).index_add(
-            0, pack.targets[2], self.target_losses(pack)
-        )
+    def losses(self, pack: Pack, weights: Sequence[Sequence[float]] = ()) -> torch.Tensor:
+        """Σ NLL over the targets of each example, (R,) nats, each times its weight; only targets pass the head."""
+        found = self.target_losses(pack)
+        if weights:
+            found = found * torch.tensor([w for of in weights for w in of], device=self.device)
+        return torch.zeros(len(pack.examples), device=self.device).index_add(0, pack.targets[2], found)
 
     def target_losses(self, pack: Pack) -> torch.Tensor:
         """NLL of every target of the examples, in their order, (M,) nats."""
@@ -567,3 +581,8 @@ def _filled(adapters: Adapters, rows: int) -> Adapters:
 def _mean_of_tokens(batch: Sequence[Example]) -> list[float]:
     """Weights with which the summed losses of a batch are the mean over its tokens."""
     return [1 / max(1, sum(e.targets for e in batch))] * len(batch)
+
+
+def _mean_of_weights(of_targets: Sequence[Sequence[float]]) -> list[float]:
+    """Weights with which the weighted losses of a batch are a weighted mean over its tokens."""
+    return [1 / max(1e-9, sum(map(sum, of_targets)))] * len(of_targets)
