@@ -184,7 +184,7 @@ def lost(evidence: Sequence[Evidence], texts: Texts) -> list[Measure]:
     made = [
         Measure("others-nll", others, replies=_queries(evidence) * (count - 1)), Measure("neutral-nll", neutral),
     ]  # fmt: skip
-    for name, measured in (("repetition", _repetition), ("distinct-2", _distinct)):
+    for name, measured in (("repetition", _repetition), ("distinct-2", distinct_pairs)):
         arms = {arm: [measured(t) for t in said] for arm, said in texts.generated.items()}
         real = [measured(t) for t in texts.later]
         made.append(Measure(name, arms, (), real, ((), ()), texts.replies))
@@ -231,10 +231,10 @@ def _repetition(replies: Sequence[str]) -> float:
     return float(np.mean(shares)) if shares else 0.0
 
 
-def _distinct(replies: Sequence[str]) -> float:
+def distinct_pairs(replies: Sequence[str]) -> float:
     """Different pairs of words by all pairs of a person's replies (Li et al. 2016, arXiv 1510.03055).
 
-    >>> _distinct(["a b c", "a b d"])
+    >>> distinct_pairs(["a b c", "a b d"])
     0.75
     """
     pairs = [pair for reply in replies for pair in _pairs(reply)]

@@ -1,9 +1,12 @@
 """Whose texts are these: attribution to one of K people by how each of them has written before.
 
-By function words: rates of the commonest words and marks, z-scored over people, compared by cosine (Burrows' Delta in
-the form of Smith and Aldridge 2011). By character n-grams of three to five: tf-idf, compared by cosine (Stamatatos
-2009). By likelihood: how much likelier a text's character trigrams are for a person than for everybody, for single
-replies. None of them looks at what a model says of a text. Not covered: embeddings that were trained to tell authors.
+By function words: rates of the commonest words and marks less everybody's, each by the root of everybody's, compared by
+cosine: Burrows' Delta in the form of Smith and Aldridge (2011), but for the scale. A count of a rare word varies as its
+root, and of the few words of some chat replies that is most of what varies; z-scores over people, which they take, told
+64 people apart less well (areas of .66, .81 and .85 with 1, 4 and 8 replies, not .72, .88 and .92). By character
+n-grams of three to five: tf-idf, compared by cosine (Stamatatos 2009). By likelihood: how much likelier a text's
+character trigrams are for a person than for everybody, for single replies. None of them looks at what a model says of
+a text. Not covered: embeddings that were trained to tell authors.
 """
 
 from __future__ import annotations
@@ -36,8 +39,7 @@ class WordStyle:
     """How often each of K people uses each of the V commonest words and marks of them all."""
 
     vocabulary: dict[str, int]
-    mean: Matrix  # (V,)
-    deviation: Matrix  # (V,)
+    mean: Matrix  # (V,) of the people's rates
     profiles: Matrix  # (K, V), of length 1
 
     @classmethod
@@ -48,20 +50,16 @@ class WordStyle:
         ranked = sorted(every, key=lambda unit: (-every[unit], unit))[:COMMONEST]
         vocabulary = {unit: i for i, unit in enumerate(ranked)}
         rates = np.stack([_rates(c, vocabulary) for c in counts])
-        deviation = rates.std(0)
-        made = cls(vocabulary, rates.mean(0), np.where(deviation > 0, deviation, np.inf), rates)
-        return cls(vocabulary, made.mean, made.deviation, made._vectors(rates))
+        mean = rates.mean(0)
+        return cls(vocabulary, mean, _unit((rates - mean) / np.sqrt(mean)))
 
     def scores(self, texts: Sequence[str]) -> Matrix:
         """(T, K) cosines with every person; 0 for a text without a word."""
         rates = np.stack([_rates(Counter(_units(text)), self.vocabulary) for text in texts])
-        vectors = self._vectors(rates)
+        vectors = _unit((rates - self.mean) / np.sqrt(self.mean))
         vectors[[not text.strip() for text in texts]] = 0
         found: Matrix = vectors @ self.profiles.T
         return found
-
-    def _vectors(self, rates: Matrix) -> Matrix:
-        return _unit((rates - self.mean) / self.deviation)
 
 
 @dataclass(frozen=True)
