@@ -17,7 +17,7 @@ import pytest
 import tomli_w
 import torch
 
-from florilegium.client.lm.config import ModelConfig, SamplingConfig
+from florilegium.client.lm.config import ModelConfig, ReplyConfig
 from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.packing import Example
