@@ -49,6 +49,12 @@ class PersonalConfig(Config):
     steps: int = Field(0, ge=0, description="of each round, on full batches, in place of epochs; 0: by epochs")
     batch_size: int = Field(8, ge=1, description="examples of a step")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    token_contrast: float = Field(
+        0.0, ge=0, description="exponent of p_personal / p_base that a token weighs by (PerCE); 0: all weigh the same"
+    )
+    half_life: float = Field(
+        0.0, ge=0, description="newer buffered dialogues after which one weighs half; 0: all weigh the same"
+    )
     on_new_shared: Literal["keep", "retrain"] = Field("keep", description="what to do with it when the shared changes")
 
 

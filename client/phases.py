@@ -31,6 +31,7 @@ from florilegium.client.selection.lexicons import load_lexicons
 from florilegium.client.state import DeviceState, StateError, States
 from florilegium.client.synthesize import Request, Written
 from florilegium.client.synthesize import synthesize as write_similar
+from florilegium.client.token_weights import by_contrast, by_recency
 from florilegium.privacy.common.registry import naming
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.seeds import derive_seed
@@ -151,12 +152,13 @@ def learn_personal(
 ) -> tuple[States, list[Observation]]:
     """Trains each personal adapter on what is buffered, the received shared adapter (P,) frozen beneath it, if any."""
     config, lm = context.config.personal, context.lm
-    sets = [_lesson(state, plan, context) for state in states]
+    beneath = [] if received is None else frozen_adapters(received, [s.id for s in states], context)
+    sets = _weighted(states, [_lesson(state, plan, context) for state in states], beneath, context)
     start = [_start(state, context) for state in states]
     rates = [[config.learning_rate * (1 - s / len(x.batches)) for s in range(len(x.batches))] for x in sets]
     trained = lm.engine.finetune(
         lm.adapters(context.personal_layout, torch.stack(start)),
-        [] if received is None else frozen_adapters(received, [s.id for s in states], context),
+        beneath,
         sets,
         rates,
         config.weight_decay,
@@ -174,6 +176,29 @@ def learn_personal(
         )
         for k, (x, training_set) in enumerate(zip(trained.losses, sets, strict=True))
     ]
+
+
+def _weighted(
+    states: States, sets: Sequence[TrainingSet], beneath: Sequence[Adapters], context: CohortContext
+) -> list[TrainingSet]:
+    """The lessons with the weights of their tokens, where the settings ask for any."""
+    config, found = context.config.personal, list(sets)
+    if config.token_contrast:
+        own = context.lm.adapters(context.personal_layout, torch.stack([s.personal for s in states]))
+        lessons = [x.examples for x in sets]
+        weights = by_contrast(context.lm, lessons, own, beneath, config.token_contrast)
+        found = [replace(x, weights=of) for x, of in zip(found, weights, strict=True)]
+    if config.half_life:
+        found = [replace(x, weights=_aged(s, x, config.half_life)) for s, x in zip(states, found, strict=True)]
+    return found
+
+
+def _aged(state: DeviceState, lesson: TrainingSet, half_life: float) -> list[list[float]]:
+    """The weights of a lesson, each times its original's by recency; the buffer has the newest last."""
+    factors = iter(by_recency(len(state.annotated), half_life))
+    of_examples = [f for k in state.annotated for f in [next(factors)] * (1 + len(state.synthetic.get(k.id, ())))]
+    whole = lesson.weights_of(range(len(lesson.examples)))
+    return [[factor * w for w in of] for factor, of in zip(of_examples, whole, strict=True)]
 
 
 def frozen_adapters(received: torch.Tensor, devices: Sequence[str], context: CohortContext) -> list[Adapters]:

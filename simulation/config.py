@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from florilegium.client.config import DeviceConfig
-from florilegium.client.lm.config import SamplingConfig
+from florilegium.client.lm.config import ReplyConfig
 from florilegium.client.lm.places import NAMES
 from florilegium.client.selection.lexicons import SOURCES
 from florilegium.privacy.common.base_config import Config, Names, over
@@ -25,6 +25,13 @@ ENGINES = ("cohort", "flower")  # of `simulation.experiment`
 TRACKERS = {"tensorboard": "TensorBoard", "mlflow": "Mlflow", "wandb": "Wandb"}  # of `simulation.runs.trackers`
 
 
+class PersonConfig(Config):
+    """Measures of whether a model has become its person's (`simulation.evaluation.person`), after the last round."""
+
+    people: int = Field(24, ge=0, description="evaluated devices that they are made on; below 8: they are left out")
+    replies: int = Field(3, ge=1, description="held-out replies of each that are scored under everybody's adapters")
+
+
 class EvaluationConfig(Config):
     """How held-out replies are used. How many there are of each user is set in [data]."""
 
@@ -33,12 +40,13 @@ class EvaluationConfig(Config):
         0, ge=0, description="devices that are evaluated and have a control: those asked most often; 0: all"
     )
     newcomers: int = Field(0, ge=0, description="further users, who never take part, evaluated at the end")
-    sampling: SamplingConfig = SamplingConfig(max_new_tokens=24)
+    sampling: ReplyConfig = ReplyConfig(max_new_tokens=24)
     rouge_queries_per_user: int = Field(4, ge=0, description="replies generated per user and arm at the end")
     pooled_epochs: int = Field(1, ge=0, description="of the ceiling that sees all data without privacy; 0: left out")
     pooled_batch_size: int = Field(64, ge=1, description="examples of a step of that ceiling")
     pooled_learning_rate: float = Field(2e-3, gt=0, description="of AdamW, of that ceiling")
     replies_shown: int = Field(6, ge=0, description="before and after replies in the report")
+    person: PersonConfig = PersonConfig()
 
 
 class EngineConfig(Config):

@@ -17,7 +17,7 @@ import pytest
 import tomli_w
 import torch
 
-from florilegium.client.lm.config import ModelConfig, SamplingConfig
+from florilegium.client.lm.config import ModelConfig, ReplyConfig
 from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.packing import Example
@@ -245,7 +245,7 @@ def test_the_arms_of_a_run_are_made_of_what_they_are_named_after(run: Run) -> No
 
 def test_replies_are_asked_for_as_the_settings_say(run: Run) -> None:
     """One of each device under each of six arms, in the same words for all of them; one pair is shown."""
-    sampling = SamplingConfig(max_new_tokens=5, temperature=0.25)
+    sampling = ReplyConfig(max_new_tokens=5, temperature=0.25)
     asked = [prompts for prompts, how in run.heard.written if how == sampling]
     assert run.folder.config.evaluation.rouge_queries_per_user == 1
     assert len(asked) == 6 and len(asked[0]) == 3 and all(prompts == asked[0] for prompts in asked)

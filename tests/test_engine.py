@@ -588,6 +588,8 @@ def test_what_the_benchmark_measures() -> None:
     assert ours == [*alone, *several, ("generation", 64, 1), ("generation", 64, 4)]
     each_core = [(r.work.devices, r.work.examples_per_step) for r in rows if r.arm == "florilegium-cores"]
     assert sorted(each_core) == [(16, 16), (64, 1), (64, 4), (256, 1)]
+    contrasting = [(r.work.kind, r.work.devices, r.work.examples_per_step) for r in rows if "contrast" in r.arm]
+    assert contrasting == [("generation", 64, 1), ("generation", 64, 4)]
     work = Workload("training", 5, 2, 1)
     shares = work.shares(2)
     assert [(s.first, s.devices) for s in shares] == [(0, 2), (2, 3)] and len(work.shares(9)) == 5

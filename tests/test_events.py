@@ -53,6 +53,7 @@ OLD = """
 {"event": "failure", "time": 1763800003.5, "round": 1, "device": "device-00001", "what": "release", "error": "OSError: full"}
 {"event": "end", "time": 1763800004.5, "wall_s": 4.25, "peak_rss_bytes": 1000, "tokens_trained": 0, "devices_bytes": 2000, "interrupted": false}
 """.lstrip()  # noqa: E501
+LATER = {"person", "person_comparison", "person_result"}  # kinds that it did not know
 FIRST = OLD.splitlines(keepends=True)[0]
 OF_A_SERVER = '{"event": "round", "time": 1.5, "round": 1, "releases": 2, "silent": 0, "refused": {}, "change_norm_l2": 0.5, "signal_to_noise": NaN, "signal_to_noise_floor": NaN, "averaging_error": null, "held_bytes": 0, "failed_adoptions": 0}\n'  # noqa: E501
 
@@ -67,7 +68,7 @@ def test_a_log_of_an_older_version_reads_and_is_written_the_same(tmp_path: Path)
     """Byte by byte but for the time, and for fields that came later."""
     path = log(tmp_path, OLD)
     events = list(read(path))
-    assert {e.kind for e in events} == KINDS.keys()
+    assert {e.kind for e in events} == KINDS.keys() - LATER
     assert [e.time for e in events][:2] == [1763800000.5, 1763800001.5]
     append(tmp_path / "again.jsonl", events)
     lines = zip(OLD.splitlines(), (tmp_path / "again.jsonl").read_text().splitlines(), events, strict=True)

@@ -251,6 +251,20 @@ def taught_alone(c: ExperimentConfig, tools: Tools) -> Any:
     return trainings(tools.lm.engine, lambda: learn_personal([state_of(c, context, REPLIES)], None, PLAN, context))
 
 
+def weighed(c: ExperimentConfig, tools: Tools) -> Any:
+    """What each token of a personal lesson weighs."""
+    context, found = site_of(c, tools), list[Any]()
+
+    def finetune(trained: Any, frozen: Any, sets: Any, rates: Any, *more: Any) -> TrainingResult:
+        found.extend([list(of) for of in x.weights] for x in sets)
+        return TrainingResult(trained, [[] for _ in sets])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tools.lm.engine, "finetune", finetune)
+        learn_personal([state_of(c, context, REPLIES)], None, PLAN, context)
+    return found
+
+
 @contextmanager
 def planning() -> Iterator[list[Any]]:
     """Every plan has σ = 1, found at once; yields what is planned for."""
@@ -378,7 +392,7 @@ def named(c: ExperimentConfig, tools: Tools) -> Any:
 WHOLE = {"privacy.mode": "user-local"}  # a device's change is clipped as a whole
 TOGETHER: dict[str, Any] = {"privacy.mode": "user-distributed"}
 A_WORLD = {"world.classes": "world/devices"}
-ARMS, FEDERATIONS = "test_arms.py::", "test_federations.py::"
+ARMS, FEDERATIONS, PERSON = "test_arms.py::", "test_federations.py::", "test_person.py::"
 OF_LORA_ALONE = "prompts alone have virtual tokens, and what is shared is LoRA"
 POOLED = ARMS + "test_pooled_is_one_adapter_on_all_that_the_evaluated_met"
 CALLED = "test_extensions.py::test_a_run_with_extensions_ends_with_what_is_wrong_and_goes_on"
@@ -451,6 +465,8 @@ RUNS: dict[str, Row] = {
     "personal.steps": Seen(3, taught_alone),
     "personal.batch_size": Seen(2, taught_alone),
     "personal.weight_decay": Seen(0.5, taught_alone),
+    "personal.token_contrast": Seen(1.0, weighed),
+    "personal.half_life": Seen(2.0, weighed),
     "personal.on_new_shared": Seen("retrain", taught_alone),
     "privacy.mode": Seen("user-central", noise),
     "privacy.epsilon": Seen(4.0, noise),
@@ -545,6 +561,12 @@ RUNS: dict[str, Row] = {
     "evaluation.newcomers": In(2, FEDERATIONS + "test_newcomers_are_evaluated_and_never_asked"),
     "evaluation.sampling.max_new_tokens": In(5, ARMS + "test_replies_are_asked_for_as_the_settings_say"),
     "evaluation.sampling.temperature": In(0.5, ARMS + "test_replies_are_asked_for_as_the_settings_say"),
+    "evaluation.sampling.contrast": In(1.0, PERSON + "test_contrast_is_of_the_replies_that_are_measured"),
+    "evaluation.sampling.plausible": In(
+        0.9, PERSON + "test_contrast_is_of_the_replies_that_are_measured", {"evaluation.sampling.contrast": 1.0}
+    ),
+    "evaluation.person.people": In(8, PERSON + "test_a_run_tells_whose_its_adapters_are"),
+    "evaluation.person.replies": In(2, PERSON + "test_a_run_tells_whose_its_adapters_are"),
     "evaluation.rouge_queries_per_user": In(1, ARMS + "test_replies_are_asked_for_as_the_settings_say"),
     "evaluation.pooled_epochs": In(2, POOLED),
     "evaluation.pooled_batch_size": In(12, POOLED),
@@ -807,6 +829,8 @@ OF_DEVICES: dict[str, Row] = {
     "key": In("keyring", "test_agent.py::test_a_key_may_lie_in_the_keyring"),
     "chat.max_new_tokens": Seen(5, chatting),
     "chat.temperature": Seen(0.5, chatting),
+    "chat.contrast": Seen(0.5, chatting),
+    "chat.plausible": Seen(0.5, chatting, {"chat.contrast": 1.0}),
     "context_turns": Seen(1, chatting),
     "longest": Seen(40, chatting),
     "memory_limit": In(2**30, "test_agent.py::test_a_limit_of_memory_is_kept_to_and_told"),

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import ByteSize, Field
 
 from florilegium.client.config import DeviceConfig, PersonalConfig, SharedConfig
-from florilegium.client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, TextLimits
+from florilegium.client.lm.config import AdapterConfig, ModelConfig, ReplyConfig, TextLimits
 from florilegium.privacy.common.base_config import Config, PlainName
 from florilegium.privacy.modes import PrivacyConfig
 
@@ -29,7 +29,7 @@ class AgentConfig(Config):
         "file", description="where the key of the store is: a file beside it, or the system's keyring"
     )
     device: DeviceConfig = DeviceConfig()
-    chat: SamplingConfig = SamplingConfig(max_new_tokens=64)
+    chat: ReplyConfig = ReplyConfig(max_new_tokens=64)
     context_turns: int = Field(2, ge=0, description="earlier turns of a conversation that a reply looks at")
     longest: int = Field(4000, ge=1, description="characters of a prompt or a correction")
     memory_limit: ByteSize = Field(ByteSize(0), ge=0, description="of the agent's process, as in '1GiB'; 0: none")

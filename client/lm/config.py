@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import date
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from florilegium.privacy.common.base_config import Config, Names
 
@@ -134,3 +134,20 @@ class SamplingConfig(Config):
 
     max_new_tokens: int = Field(32, ge=1, description="after which a reply ends")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
+
+
+class ReplyConfig(SamplingConfig):
+    """How replies are decoded where a person's adapters may be on (`client.lm.contrast`)."""
+
+    contrast: float = Field(
+        0.0, ge=0, description="strength of the contrast with the model without adapters (CoPe); 0: none"
+    )
+    plausible: float = Field(
+        0.1, gt=0, le=1, description="contrast: of the likeliest token's chance, that another one must have"
+    )
+
+    @model_validator(mode="after")
+    def _is_of_use(self) -> Self:
+        if self.plausible != type(self).model_fields["plausible"].default and not self.contrast:
+            raise ValueError(f"plausible = {self.plausible:g} without a contrast; set contrast above 0")
+        return self

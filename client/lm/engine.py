@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 
@@ -20,6 +21,7 @@ from florilegium.client.lm import attention, layers
 from florilegium.client.lm.adapter import Adapters, Layout
 from florilegium.client.lm.batching import by_device, by_tokens
 from florilegium.client.lm.cache import KeyValues
+from florilegium.client.lm.contrast import Contrast, contrasted
 from florilegium.client.lm.decode import Decoding
 from florilegium.client.lm.loss import logits, token_losses
 from florilegium.client.lm.norms import replace_norms
@@ -49,6 +51,7 @@ TOKENS = {  # in one pass, if it is not said: what fits the caches of a CPU, wha
 CONTINUING = 4  # times as many tokens when nothing is kept for a derivative
 PASSES_PER_BLOCK = 4  # of training: more make passes of devices that are more alike, and more optimizer state
 LARGE = 0.1  # numbers of the adapters with which it is tried whether examples go apart
+OFF = -1  # whose a text is that no adapter is on for
 EVEN = 8  # numbers of owners in a pass are multiples of it, so that there are few shapes
 
 
@@ -178,6 +181,25 @@ class Engine:
         return found
 
     @torch.inference_mode()
+    def token_losses(
+        self, examples: Sequence[Example], slots: Sequence[int], adapters: Sequence[Adapters]
+    ) -> list[list[float]]:
+        """NLL, nats, of each target of each example's reply under the adapters of its device."""
+        found, examples = [list[float]() for _ in examples], self.prompted(examples, adapters)
+
+        def measure(group: list[int]) -> list[list[float]]:
+            chosen = [examples[i] for i in group]
+            pack = self.pack(chosen, [slots[i] for i in group])
+            with self.active([a.pick(pack.owners) for a in adapters], pack.owned, pack.texts):
+                return [part.tolist() for part in self.target_losses(pack).split([e.targets for e in chosen])]
+
+        lengths = [e.length for e in examples]
+        for group, losses in self.token_budget.each(by_device(examples, slots), by_tokens(lengths), measure):
+            for i, loss in zip(group, losses, strict=True):
+                found[i] = loss
+        return found
+
+    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -189,18 +211,24 @@ class Engine:
         temperature: float,
         stop: Sequence[int],
         told: Callable[[list[int], list[list[int]]], None] | None = None,
+        contrast: Contrast | None = None,
     ) -> list[list[int]]:
         """Ids that follow each prompt, up to the tokens of `stop`; row i draws from `seeds[i]` alone.
 
-        `told` hears after each token which prompts are being continued, and how far.
+        `told` hears after each token which prompts are being continued, and how far. With a `contrast` each prompt is
+        in the pass a second time, with no adapter on.
         """
-        examples = self.prompted([Example(tuple(p), (), (0, len(p)), False) for p in prompts], adapters)
-        replies: dict[int, list[int]] = {}
+        bare = [Example(tuple(p), (), (0, len(p)), False) for p in prompts]
+        examples, replies = self.prompted(bare, adapters), dict[int, list[int]]()
+        contrast = contrast if adapters and contrast and contrast.strength else None
 
         def continued(group: list[int]) -> list[list[int]]:
             decoding = Decoding([seeds[i] for i in group], max_new_tokens, temperature, stop, self.device)
-            pack = self.pack([examples[i] for i in group], [slots[i] for i in group])
-            for _ in self._decoded(pack, decoding, adapters):
+            beside = [bare[i] for i in group] if contrast else []
+            pack = self.pack(
+                [*(examples[i] for i in group), *beside], [*(slots[i] for i in group), *[OFF] * len(beside)]
+            )
+            for _ in self._decoded(pack, decoding, adapters, contrast):
                 if told:
                     told(group, decoding.replies)
             return decoding.replies
@@ -210,24 +238,39 @@ class Engine:
             replies.update(zip(group, ids, strict=True))
         return [replies[i] for i in range(len(prompts))]
 
-    def _decoded(self, pack: Pack, decoding: Decoding, adapters: Sequence[Adapters]) -> Iterator[None]:
-        """Token by token."""
+    def _decoded(
+        self, pack: Pack, decoding: Decoding, adapters: Sequence[Adapters], contrast: Contrast | None
+    ) -> Iterator[None]:
+        """Token by token; the texts of `OFF`, behind all others, are those of the contrast, in the same order."""
         texts = Texts(pack.texts.lengths, self.device, ordered=True)
-        lengths = torch.tensor([e.length for e in pack.examples], device=self.device)  # (R,)
+        slots = [slot for slot in pack.slots if slot != OFF]
+        lengths = torch.tensor([e.length for e in pack.examples], device=self.device)  # (R,), or (2 R,)
         cache = KeyValues(lengths, decoding.ids.shape[1])
-        with self.active([a.pick(pack.owners) for a in adapters], pack.owned, texts, cache):
-            hidden = self._forward(pack.ids, pack.positions)[lengths.cumsum(0) - 1]  # (R, H)
-        decoding.take(self.logits(hidden))
+        owners, owned = owned_by(slots, self.device, [e.length for e in pack.examples[: len(slots)]])
+        with self.active([a.pick(owners) for a in adapters], owned, texts, cache):
+            hidden = self._forward(pack.ids, pack.positions)[lengths.cumsum(0) - 1]  # (R, H), or (2 R, H)
+        decoding.take(self._next(hidden, contrast))
         yield
         while decoding.running:
-            cache.drop_to(decoding.drop_finished())
-            owners, owned = owned_by([pack.slots[i] for i in decoding.rows.tolist()], self.device)
+            before = len(decoding.rows)
+            kept = decoding.drop_finished()
+            cache.drop_to(torch.cat([kept, kept + before]) if contrast else kept)
+            owners, owned = owned_by([slots[i] for i in decoding.rows.tolist()], self.device)
             with self.active([a.pick(owners) for a in adapters], owned, None, cache):
                 while decoding.steady:
                     cache.advance()
-                    hidden = self._forward(decoding.last[None], cache.lengths[None])
-                    decoding.take(self.logits(hidden))
+                    last = decoding.last.repeat(2) if contrast else decoding.last
+                    hidden = self._forward(last[None], cache.lengths[None])
+                    decoding.take(self._next(hidden, contrast))
                     yield
+
+    def _next(self, hidden: torch.Tensor, contrast: Contrast | None) -> torch.Tensor:
+        """Logits (R, V) of hidden states (R, H), or of (2 R, H), of which the second half is without adapters."""
+        found = self.logits(hidden)
+        if contrast is None:
+            return found
+        personal, base = found.chunk(2)
+        return contrasted(personal, base, contrast)
 
     # -- learning -----------------------------------------------------------------------------------------------
 
@@ -361,6 +404,8 @@ class Engine:
     ) -> TrainingResult:
         """Trains the row of each device on its lesson, by AdamW on the mean loss over the tokens of each batch.
 
+        The mean is weighted where the lesson has weights.
+
         Device k does step s on `lessons[k].batches[s]` at rate `rates[k][s]`. Devices are taken in blocks of like
         lessons, a block through all of its steps, so that the optimizer's state exists for one block at a time;
         each step goes in passes of devices with batches of like size. `proximal` is μ of μ/2 ‖row − anchor‖², added
@@ -369,7 +414,7 @@ class Engine:
         A device whose loss or adapter stops being a number keeps the row that it came with and is named in `failed`.
         """
         rows, losses = trained.rows.clone(), [list[float]() for _ in sets]
-        sets = [TrainingSet(self.prompted(x.examples, [*frozen, trained]), x.batches) for x in sets]
+        sets = [replace(x, examples=self.prompted(x.examples, [*frozen, trained])) for x in sets]
         anchors = trained if anchor is None else Adapters(trained.layout, anchor)
         busy = [k for k, x in enumerate(sets) if x.batches]
         busy.sort(key=lambda k: (len(sets[k].batches), sets[k].tokens), reverse=True)
@@ -411,9 +456,14 @@ class Engine:
             sizes = [sum(e.length for e in batch) for batch in batches]
             order = sorted(range(len(batches)), key=lambda k: -sizes[k])  # so that those of a pass are alike
             for group in by_tokens(sizes, EVEN)(order, self.token_budget.tokens):
-                chosen = [batches[k] for k in group]
-                weights = [_mean_of_tokens(batch) for batch in chosen]
-                gradient, loss = self._gradient(adapters.pick(group), [a.pick(group) for a in frozen], chosen, weights)
+                chosen, own = [batches[k] for k in group], [a.pick(group) for a in frozen]
+                if any(sets[k].weights for k in group):
+                    of_targets = [sets[k].weights_of(sets[k].batches[step]) for k in group]
+                    weights = [_mean_of_weights(of_batch) for of_batch in of_targets]
+                    gradient, loss = self._gradient(adapters.pick(group), own, chosen, weights, of_targets)
+                else:
+                    weights = [_mean_of_tokens(batch) for batch in chosen]
+                    gradient, loss = self._gradient(adapters.pick(group), own, chosen, weights)
                 if proximal:
                     gradient.add_(rows[group] - near.pick(group).rows, alpha=proximal)  # ∇ μ/2 ‖row − anchor‖²
                 adamw_(rows, gradient, moments, group, [rates[k][step] for k in group], weight_decay)
@@ -441,9 +491,14 @@ class Engine:
         frozen: Sequence[Adapters],
         batches: Sequence[Sequence[Example]],
         weights: Sequence[Sequence[float]],
+        of_targets: Sequence[Sequence[Sequence[float]]] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `gradient`, of examples that are behind their soft prompt, if there is one."""
+        """As `gradient`, of examples that are behind their soft prompt, if there is one.
+
+        Of each example's targets the NLL may have weights of its own: `of_targets`, by device and example.
+        """
         pairs = [(k, e) for k, batch in enumerate(batches) for e in batch]
+        spread = [some for of_batch in of_targets for some in of_batch]
         weight = torch.tensor([w for of_batch in weights for w in of_batch], device=self.device)
         value = torch.zeros(len(batches), device=self.device)
         gradient: torch.Tensor | None = None
@@ -453,7 +508,7 @@ class Engine:
             with torch.enable_grad():
                 own = Adapters(trained.layout, rows).pick(pack.owners)
                 with self.active([*(a.pick(pack.owners) for a in frozen), own], pack.owned, pack.texts):
-                    losses = self.losses(pack) * weight[group]
+                    losses = self.losses(pack, [spread[i] for i in group] if spread else ()) * weight[group]
                     (part,) = torch.autograd.grad(losses.sum(), rows)
             value.index_add_(0, torch.tensor(list(pack.slots), device=self.device), losses.detach())
             gradient = part if gradient is None else gradient.add_(part)
@@ -471,13 +526,18 @@ class Engine:
         """(N, V) of hidden states (N, H) in the model's type."""
         return logits(hidden.to(self.dtype), self.head.weight, self.head.bias, self.softcap, self.scale)
 
-    def losses(self, pack: Pack) -> torch.Tensor:
-        """Σ NLL over the targets of each example, (R,) nats; only targets pass the head."""
-        places, ids, examples = pack.targets
+    def losses(self, pack: Pack, weights: Sequence[Sequence[float]] = ()) -> torch.Tensor:
+        """Σ NLL over the targets of each example, (R,) nats, each times its weight; only targets pass the head."""
+        found = self.target_losses(pack)
+        if weights:
+            found = found * torch.tensor([w for of in weights for w in of], device=self.device)
+        return torch.zeros(len(pack.examples), device=self.device).index_add(0, pack.targets[2], found)
+
+    def target_losses(self, pack: Pack) -> torch.Tensor:
+        """NLL of every target of the examples, in their order, (M,) nats."""
+        places, ids, _ = pack.targets
         hidden = self._forward(pack.ids, pack.positions)[places]  # (M, H)
-        return torch.zeros(len(pack.examples), device=self.device).index_add(
-            0, examples, self._token_losses(hidden, ids)
-        )
+        return self._token_losses(hidden, ids)
 
     def _token_losses(self, hidden: torch.Tensor, targets: torch.Tensor, piece: int = 0) -> torch.Tensor:
         return token_losses(hidden, self.head.weight, self.head.bias, targets, self.softcap, piece, self.scale)
@@ -521,3 +581,8 @@ def _filled(adapters: Adapters, rows: int) -> Adapters:
 def _mean_of_tokens(batch: Sequence[Example]) -> list[float]:
     """Weights with which the summed losses of a batch are the mean over its tokens."""
     return [1 / max(1, sum(e.targets for e in batch))] * len(batch)
+
+
+def _mean_of_weights(of_targets: Sequence[Sequence[float]]) -> list[float]:
+    """Weights with which the weighted losses of a batch are a weighted mean over its tokens."""
+    return [1 / max(1e-9, sum(map(sum, of_targets)))] * len(of_targets)

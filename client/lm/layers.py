@@ -53,8 +53,10 @@ class Scaling:
     owned: Rectangle
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (1, N, size), each token times its owner's vector."""
-        return x * self.vectors[self.owned.owners(x.shape[-2])]
+        """x (1, N, size), each token times its owner's vector; nobody's stay what they are."""
+        count = self.owned.tokens
+        own = x[..., :count, :] * self.vectors[self.owned.owners(count)]
+        return own if count == x.shape[-2] else torch.cat([own, x[..., count:, :]], -2)
 
 
 class AdaptedLinear(nn.Module):

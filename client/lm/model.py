@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from florilegium.client.lm import layers
 from florilegium.client.lm.adapter import AdapterLayout, Adapters, Layout, layout
-from florilegium.client.lm.config import AdapterConfig, ModelConfig, SamplingConfig, Trained
+from florilegium.client.lm.config import AdapterConfig, ModelConfig, ReplyConfig, SamplingConfig, Trained
+from florilegium.client.lm.contrast import Contrast
 from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.features import FEATURES, Feature, HiddenStates
 from florilegium.client.lm.hub import default_device, load
@@ -161,7 +162,10 @@ class LanguageModel:
         sampling: SamplingConfig,
         seeds: Sequence[int],
     ) -> list[str]:
-        """A reply to each prompt; row i draws from `seeds[i]` alone. Greedy at temperature 0."""
+        """A reply to each prompt; row i draws from `seeds[i]` alone. Greedy at temperature 0.
+
+        A `ReplyConfig` may ask for a contrast with the model without adapters; where none are on there is none.
+        """
         return self._continued(prompts, slots, adapters, sampling, seeds) if prompts else []
 
     def reply(
@@ -190,6 +194,7 @@ class LanguageModel:
         seeds: Sequence[int],
         told: Callable[[list[int], list[list[int]]], None] | None = None,
     ) -> list[str]:
+        contrast = Contrast(sampling.contrast, sampling.plausible) if isinstance(sampling, ReplyConfig) else None
         ids = self.engine.generate(
             [e.prompt for e in self.format.prompts(prompts)],
             slots,
@@ -199,6 +204,7 @@ class LanguageModel:
             temperature=sampling.temperature,
             stop=self.format.stop,
             told=told,
+            contrast=contrast,
         )
         return self._decoded(ids)
 

@@ -12,10 +12,18 @@ from florilegium.client.lm.packing import Example
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What one device trains on: its examples and the batches, as indices, in their order."""
+    """What one device trains on: its examples and the batches, as indices, in their order.
+
+    `weights[i]` are those of example i's targets in the mean over a batch; none: all weigh the same.
+    """
 
     examples: Sequence[Example]
     batches: Sequence[Sequence[int]]
+    weights: Sequence[Sequence[float]] = ()
+
+    def weights_of(self, batch: Sequence[int]) -> list[Sequence[float]]:
+        """Of each example of a batch, those of its targets."""
+        return [self.weights[i] if self.weights else [1.0] * self.examples[i].targets for i in batch]
 
     @property
     def tokens(self) -> int:

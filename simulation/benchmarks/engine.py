@@ -26,6 +26,7 @@ from florilegium.simulation.benchmarks.engine_worker import AbsentError, Answer,
 from florilegium.simulation.benchmarks.engine_workload import NODES, ModelSize, Workload
 
 OURS = "florilegium"
+CONTRAST = "florilegium-contrast"  # generation that reads each text twice, with the adapters and without
 CORES, ONE_CORE = "florilegium-cores", "florilegium-one-core"  # processes of one thread: as many as cores, or one
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 RIVALS = {
@@ -77,7 +78,8 @@ def plan(
                 else:
                     count = min(ONE_BY_ONE, some) * (cores() if arm == "peft-cores" else 1)
                     rows += [Row(arm, dtype, Workload(kind, count, each, steps)) for dtype in dtypes]
-        rows += [Row(OURS, dtype, Workload(kind, k, e, steps)) for k, e in sizes for dtype in dtypes]
+        arms = (CONTRAST, OURS) if kind == "generation" else (OURS,)
+        rows += [Row(arm, dtype, Workload(kind, k, e, steps)) for arm in arms for k, e in sizes for dtype in dtypes]
         if kind == "training":
             each_core = [(ONE_CORE, s) for s in beside] + [(CORES, s) for s in sizes if s in beside or s[0] > some]
             rows += [Row(arm, dtype, Workload(kind, k, e, steps)) for arm, (k, e) in each_core for dtype in dtypes]

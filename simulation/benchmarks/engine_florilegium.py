@@ -9,6 +9,7 @@ import torch
 
 from florilegium.client.lm import layers
 from florilegium.client.lm.adapter import Adapters
+from florilegium.client.lm.contrast import Contrast
 from florilegium.client.lm.engine import Engine
 from florilegium.client.lm.hub import load
 from florilegium.client.lm.training_data import TrainingSet
@@ -26,6 +27,8 @@ from florilegium.simulation.benchmarks.engine_workload import (
 
 class Cohort:
     """`client.lm.engine.Engine` as the rounds use it."""
+
+    contrast: Contrast | None = None
 
     def __init__(self, model: str, dtype: torch.dtype, device: str) -> None:
         loaded, _ = load(model, dtype=dtype, device=device)
@@ -65,6 +68,7 @@ class Cohort:
             max_new_tokens=NEW_TOKENS,
             temperature=0.0,
             stop=(),  # never: all arms write as much
+            contrast=self.contrast,
         )
         each = len(batches[0][0])
         return [[i for ids in written[k * each : (k + 1) * each] for i in ids] for k in range(len(batches))]
@@ -90,3 +94,9 @@ class Cohort:
             for row, gradient in zip(rows, gradients, strict=True):
                 row.step(gradient)
         return losses
+
+
+class Contrasting(Cohort):
+    """Writes by contrast with the model without adapters, of so little strength that it writes the same."""
+
+    contrast = Contrast(1e-6, 0.1)

@@ -25,6 +25,7 @@ from florilegium.simulation.runs.stopping import end_all, end_with_parent
 
 ARMS = {  # name → module and what makes it, imported in the arm's own process
     "florilegium": ("florilegium.simulation.benchmarks.engine_florilegium", "Cohort"),
+    "florilegium-contrast": ("florilegium.simulation.benchmarks.engine_florilegium", "Contrasting"),
     "florilegium-cores": ("florilegium.simulation.benchmarks.engine_cores", "ours"),
     "florilegium-one-core": ("florilegium.simulation.benchmarks.engine_cores", "ours_on_one"),
     "peft": ("florilegium.simulation.benchmarks.engine_peft", "OneByOne"),

@@ -18,6 +18,7 @@ from florilegium.simulation.devices.simulated import SimulatedDevices
 from florilegium.simulation.engines.scheduler import Scheduler
 from florilegium.simulation.evaluation.arms import Arms, Asked, Rows, joined_late, personal_rows, replied, scored
 from florilegium.simulation.evaluation.metrics import Measured, Reply, compare, derangement, measure_nll, measure_rouge
+from florilegium.simulation.evaluation.person.verdict import whose
 from florilegium.simulation.runs.arms import COMPARISONS
 from florilegium.simulation.runs.events import (
     ArmComparison,
@@ -69,7 +70,8 @@ class Evaluator:
         self.say("evaluate")
         nll = self._evaluate(last, arms)
         self.say("reply")
-        rouge, lengths = self._replies(arms)
+        replies = self._replies(arms)
+        rouge, lengths = _by_rouge(replies)
         for name, measured in rouge.arms.items():
             self._evaluation_event(last, name, "rouge1", measured)
         self._results(nll, rouge, lengths)
@@ -78,6 +80,9 @@ class Evaluator:
             if len(table.names) > 1 and better in table.arms and than in table.arms:  # one user has no interval
                 found = asdict(compare(table.arms[better], table.arms[than], lower_is_better=metric == "nll"))
                 self.run.record(ArmComparison(metric=metric, better=better, than=than, **found))
+        self.say("person")
+        for event in whose(self.config, self.devices, self.scheduler, arms, replies):
+            self.run.record(event)
         self._newcomers(shared)
         base, own = nll.arms["base"].by_user, nll.arms["personal"].by_user
         return {n: b - p for n, b, p in zip(nll.names, base, own, strict=True)}
@@ -151,20 +156,19 @@ class Evaluator:
             )
         )
 
-    def _replies(self, arms: Arms) -> tuple[Table, dict[str, list[float]]]:
-        """ROUGE-1 and mean lengths in tokens, by arm; and a few replies before and after, for reading."""
+    def _replies(self, arms: Arms) -> dict[str, dict[str, list[Reply]]]:
+        """By arm and device the generated replies, and a few before and after, for reading."""
         settings, limit = self.config.evaluation, self.config.evaluation.rouge_queries_per_user
         if not limit:
-            return Table([], {}), {}
+            return {}
         counts = [min(limit, len(self.devices.users[n].held_out)) for n in arms.names]
         first = dict(zip(arms.names, accumulate([0, *counts]), strict=False))
         seed = derive_seed(self.config.seed, "reply") >> 1
         found = self.scheduler.gather_arms(replied, arms.names, Asked(arms, limit, settings.sampling, seed, first))
         names = _of_all(found, arms.names)
-        replies = {arm: [found[arm][n] for n in names] for arm in arms.arms}
-        self._show_replies(names, replies["base"], replies["personal"])
-        lengths = {arm: [_mean([r.tokens for r in few]) for few in found] for arm, found in replies.items()}
-        return Table(names, {arm: measure_rouge(found) for arm, found in replies.items()}), lengths
+        replies = {arm: {n: found[arm][n] for n in names} for arm in arms.arms}
+        self._show_replies(names, list(replies["base"].values()), list(replies["personal"].values()))
+        return replies
 
     def _show_replies(
         self, names: Sequence[str], before: Sequence[Sequence[Reply]], after: Sequence[Sequence[Reply]]
@@ -207,6 +211,15 @@ class Evaluator:
                 continue
             difference = asdict(compare(measured[better], measured[than], lower_is_better=True))
             self.run.record(NewcomersComparison(metric="nll", better=better, than=than, **difference))
+
+
+def _by_rouge(replies: Mapping[str, Mapping[str, Sequence[Reply]]]) -> tuple[Table, dict[str, list[float]]]:
+    """ROUGE-1 and mean lengths in tokens, by arm."""
+    if not replies:
+        return Table([], {}), {}
+    lengths = {arm: [_mean([r.tokens for r in few]) for few in of.values()] for arm, of in replies.items()}
+    measured = {arm: measure_rouge(list(of.values())) for arm, of in replies.items()}
+    return Table(list(replies["base"]), measured), lengths
 
 
 def _of_all(found: Mapping[str, Mapping[str, object]], names: Sequence[str]) -> list[str]:

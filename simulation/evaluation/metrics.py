@@ -87,6 +87,24 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+def paired_p(differences: Sequence[float]) -> float:
+    """Of a paired t-test that they are zero on the mean; 1 where all of them are."""
+    return float(stats.ttest_1samp(differences, 0).pvalue) if np.any(differences) else 1.0
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's (1979): the i-th smallest of m times m − i + 1, never below one before it.
+
+    >>> holm([0.04, 0.01, 0.5])
+    [0.08, 0.03, 0.5]
+    """
+    highest, found = 0.0, [0.0] * len(ps)
+    for rank, (p, i) in enumerate(sorted((p, i) for i, p in enumerate(ps))):
+        highest = max(highest, min(1.0, p * (len(ps) - rank)))
+        found[i] = highest
+    return found
+
+
 def compare(better: Measured, than: Measured, *, lower_is_better: bool) -> Comparison:
     """Paired over users."""
     differences = np.array(better.by_user) - np.array(than.by_user)

@@ -18,7 +18,7 @@ from typing import Any
 from florilegium.simulation.reports import figures, html
 from florilegium.simulation.reports.figures import is_number
 from florilegium.simulation.reports.html import interval, signed
-from florilegium.simulation.runs.arms import ARMS, COMPARISONS, arm_of
+from florilegium.simulation.runs.arms import ARMS, COMPARISONS, PERSON, arm_of
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.events import (
     KINDS,
@@ -31,6 +31,8 @@ from florilegium.simulation.runs.events import (
     NewcomersComparison,
     NewcomersEvaluation,
     PairedDifference,
+    PersonComparison,
+    PersonMeasure,
     RoundEnd,
     RunEnd,
     RunStart,
@@ -57,6 +59,8 @@ class Record:
     result: tuple[DeviceResult, ...]
     comparison: tuple[ArmComparison, ...]
     replies: tuple[ShownReply, ...]
+    person: tuple[PersonMeasure, ...]
+    person_comparison: tuple[PersonComparison, ...]
     newcomers: tuple[NewcomersEvaluation, ...]
     newcomers_comparison: tuple[NewcomersComparison, ...]
     fairness: tuple[WorldFairness, ...]
@@ -70,6 +74,18 @@ class Record:
         """The paired comparison of two arms, if it was recorded and is a number."""
         wanted = (metric, better, than)
         found = (c for c in self.comparison if (c.metric, c.better, c.than) == wanted)
+        return next((c for c in found if is_number(c.mean_difference)), None)
+
+    def of_person(self) -> dict[str, dict[str, PersonMeasure]]:
+        """By measure and arm."""
+        found: dict[str, dict[str, PersonMeasure]] = {}
+        for m in self.person:
+            found.setdefault(m.metric, {})[m.arm] = m
+        return found
+
+    def comparing_person(self, metric: str, than: str) -> PersonComparison | None:
+        """The personal arm against another one by such a measure."""
+        found = (c for c in self.person_comparison if (c.metric, c.better, c.than) == (metric, "personal", than))
         return next((c for c in found if is_number(c.mean_difference)), None)
 
     def latest(self, metric: str) -> dict[str, Evaluation]:
@@ -241,7 +257,8 @@ def render_report(run: Path) -> Path:
     return html.write(
         run / "report.html", "run.html.j2", filters={"outcome": outcome, "capital": _capital}, plots=_plots(record),
         bystander=seen, record=record, run=start, sentences=verdict(record),
-        ratio_in_words=figures.ratio_in_words, arm_of=arm_of, metric_names=_METRIC_NAMES,
+        ratio_in_words=figures.ratio_in_words, arm_of=arm_of, metric_names=_METRIC_NAMES, person_names=PERSON,
+        arms_of_person=[a for a in ARMS if any(m.arm == a for m in record.person)],
         started=datetime.fromtimestamp(start.time, UTC) if start and start.time else None,
         totals=(totals := figures.device_totals(record.device_round)), most_listed=MOST_DEVICES_LISTED,
         spread=lambda key: figures.spread(totals, key), lengths=figures.mean_lengths(record.result),

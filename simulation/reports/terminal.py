@@ -10,6 +10,7 @@ from rich.text import Text
 from florilegium.client.terminal import Figures
 from florilegium.simulation.data.describe import told_before
 from florilegium.simulation.reports.figures import ratio_in_words
+from florilegium.simulation.reports.person_table import render_person
 from florilegium.simulation.runs.arms import ARMS
 from florilegium.simulation.runs.events import PairedDifference, WorldFairness
 from florilegium.simulation.runs.mean_observer import Bystander
@@ -19,7 +20,8 @@ from florilegium.simulation.runs.summary import ArmFigures, RunSummary
 def render_summary(summary: RunSummary) -> RenderableType:
     """Arms, comparisons and facts of a run. Intervals are half widths."""
     lines = [_comparison(c) for c in summary.comparisons]
-    return Group(_arms(summary), Text("\n".join([*lines, *_facts(summary)])))
+    person = [render_person(summary)] if summary.person else []
+    return Group(_arms(summary), *person, Text("\n".join([*lines, *_facts(summary)])))
 
 
 def _arms(summary: RunSummary) -> Figures:

@@ -42,6 +42,25 @@ COMPARISONS: dict[tuple[str, str, str], int | None] = {
 }
 
 
+# Measures of whether a model has become its person's: what they are called, and what they say.
+PERSON = {
+    "style-words": ("style, words", "area under the curve of attributing replies to their person by function words"),
+    "style-words-right": ("style, words, right", "share of people to whom their replies are attributed"),
+    "style-characters": ("style, characters", "as style, by character n-grams"),
+    "style-characters-right": ("style, characters, right", "share of people to whom their replies are attributed"),
+    "choice-4": ("which of 4 is mine", "share of one's own replies that are likelier a token than 3 of others"),
+    "choice-10": ("which of 10 is mine", "share of one's own replies that are likelier a token than 9 of others"),
+    "rank": ("rank of one's adapter", "share of others' adapters under which one's replies are less likely"),
+    "rank-first": ("one's adapter is first", "share of people whose replies are likeliest under their own adapter"),
+    "own-tokens": ("gain on one's own tokens", "nats over the base where a token is more the person's than others'"),
+    "other-tokens": ("gain on the other tokens", "nats over the base on the rest of the same replies"),
+    "others-nll": ("others' replies, NLL", "nats a token of other people's replies; lower is better"),
+    "neutral-nll": ("neutral text, NLL", "nats a token of plain answers to plain questions; lower is better"),
+    "repetition": ("repetition", "share of pairs of words that stood in the same reply before; lower is better"),
+    "distinct-2": ("distinct pairs", "different pairs of words by all pairs of a person's replies"),
+}
+
+
 def arm_of(name: str) -> Arm:
     """The look of an arm; an arm that the table does not know is drawn grey under its own name."""
     return ARMS.get(name, Arm(f"the arm {name}", "", "#7d8288", "hexagon"))

@@ -296,6 +296,44 @@ class NewcomersComparison(PairedDifference):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PersonMeasure(Event):
+    """One measure of whether a model has become its person's, of one arm, after the last round.
+
+    Of a measure that cannot tell these people apart by their real replies there are floor and ceiling alone.
+    """
+
+    kind = "person"
+    metric: str
+    arm: str
+    users: int
+    mean_per_user: float | None  # None: it is not reported
+    ci95: Interval | None
+    floor: float | None  # what other people's real replies come to in the person's place
+    ceiling: float | None  # what the person's own do
+    replies: int  # of each person
+    needed: int  # real replies of each person with which it tells these people apart; 0: not looked for or not found
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonComparison(PairedDifference):
+    """Two arms by such a measure; all of a run are one family."""
+
+    kind = "person_comparison"
+    p_holm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonResult(Event):
+    """What these measures are for one device and arm."""
+
+    kind = "person_result"
+    device: str
+    arm: str
+    values: dict[str, float]  # by metric
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeanGain:
     """What devices gained on average; None where there is no device."""
 
@@ -364,7 +402,8 @@ KINDS: Mapping[str, type[Event]] = {
     each.kind: each
     for each in (
         RunStart, DeviceRound, WorldRound, RoundEnd, DeviceFailure, Evaluation, DeviceResult, ArmComparison,
-        ShownReply, NewcomersEvaluation, NewcomersComparison, WorldFairness, RunEnd,
+        ShownReply, PersonMeasure, PersonComparison, PersonResult, NewcomersEvaluation, NewcomersComparison,
+        WorldFairness, RunEnd,
     )
 }  # fmt: skip
 

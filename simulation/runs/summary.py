@@ -25,6 +25,8 @@ from florilegium.simulation.runs.events import (
     Interval,
     NewcomersComparison,
     NewcomersEvaluation,
+    PersonComparison,
+    PersonMeasure,
     RoundEnd,
     RunEnd,
     RunStart,
@@ -64,6 +66,8 @@ class RunSummary:
     nll: dict[str, ArmFigures]  # by arm
     rouge1: dict[str, ArmFigures]
     comparisons: tuple[ArmComparison, ...]
+    person: tuple[PersonMeasure, ...] = ()
+    person_comparisons: tuple[PersonComparison, ...] = ()
     mean_length_tokens: dict[str, float]  # of replies, by arm
     annotations_per_device: float
     acceptance_rate: float
@@ -178,6 +182,8 @@ def summarize(events: Iterable[Event]) -> RunSummary:
         nll={e.arm: _figures(e) for e in final if e.metric == "nll"},
         rouge1={e.arm: _figures(e) for e in final if e.metric == "rouge1"},
         comparisons=tuple(_all(others, ArmComparison)),
+        person=tuple(_all(others, PersonMeasure)),
+        person_comparisons=tuple(_all(others, PersonComparison)),
         mean_length_tokens=_mean_lengths(_all(others, DeviceResult)),
         annotations_per_device=_mean(list(devices.annotations.values())),
         acceptance_rate=devices.sums["accepted"] / max(1, devices.sums["arrived"]),

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from florilegium.simulation.evaluation.metrics import Comparison, Measured, compare
+from florilegium.simulation.evaluation.metrics import Comparison, Measured, compare, holm, paired_p
 from florilegium.simulation.studies.cell import Result, read_result
 from florilegium.simulation.studies.config import Label, Study, TableConfig
 from florilegium.simulation.studies.published import PUBLISHED
@@ -156,19 +155,15 @@ def contrast(
     differences, of_unit = np.array(mine.by_user) - np.array(theirs.by_user), np.array(seeds)
     sign = 1 if metric in LOWER_IS_BETTER else -1
     better = sum(bool(sign * differences[of_unit == s].mean() < 0) for s in set(seeds))
-    p = float(stats.ttest_1samp(differences, 0).pvalue) if differences.any() else 1.0
+    p = paired_p(differences.tolist())
     found = compare(mine, theirs, lower_is_better=metric in LOWER_IS_BETTER)
     return Contrast(name, than, metric, found, better, len(set(seeds)), p, equal_cost)
 
 
 def corrected(family: Sequence[Contrast]) -> list[Contrast]:
-    """With Holm's p: the i-th smallest of m times m − i + 1, never below one before it; at unequal cost, none."""
-    ranked = sorted((c.p, i) for i, c in enumerate(family) if c.equal_cost)
-    highest, holm = 0.0, dict[int, float]()
-    for rank, (p, i) in enumerate(ranked):
-        highest = max(highest, min(1.0, p * (len(ranked) - rank)))
-        holm[i] = highest
-    return [replace(c, p_holm=holm.get(i)) for i, c in enumerate(family)]
+    """With Holm's p; at unequal cost, none."""
+    p_holm = iter(holm([c.p for c in family if c.equal_cost]))
+    return [replace(c, p_holm=next(p_holm) if c.equal_cost else None) for c in family]
 
 
 def named(label: Label) -> str:
