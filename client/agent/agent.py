@@ -18,6 +18,7 @@ import torch
 
 from florilegium.client.agent import conversation, erasure, learning, membership
 from florilegium.client.agent.acceptance import unprotected
+from florilegium.client.agent.api_tokens import ApiTokens
 from florilegium.client.agent.config import CONSENTS, Consent, When
 from florilegium.client.agent.device import Device, Progress, silent
 from florilegium.client.agent.erasure import MadeAnew
@@ -25,6 +26,7 @@ from florilegium.client.agent.errors import AgentError
 from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.agent.terms import Terms
 from florilegium.client.agent.vault import Turn
+from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.peft_format import peft_files, shared_files
 from florilegium.client.lm.places import BASE_FOLDER, base_of
 from florilegium.client.personalization.profile import Profile
@@ -40,6 +42,7 @@ class Agent:
         self.device = device
         self.page_token = token_urlsafe(32)  # of this process: whoever saw an older one cannot open the page
         self.page_address = ""  # with it, while there is a page
+        self.tokens = ApiTokens(device.vault)  # of programs that may use the endpoint
         self.turned_away = Counter[str]()  # what a server sent that was not answered, since the start
 
     @classmethod
@@ -63,9 +66,23 @@ class Agent:
             raise AgentError(f"{when!r} is not one of {', '.join(get_args(When))}")
         self.device.vault.set_fact("learns", when)
 
-    def chat(self, prompt: str, conversation_id: str = "", told: Progress = silent) -> Turn:
+    def chat(
+        self,
+        prompt: str,
+        conversation_id: str = "",
+        told: Progress = silent,
+        *,
+        before: Sequence[str] | None = None,
+        causes: Sequence[str] = (),
+        temporary: bool = False,
+        sampling: SamplingConfig | None = None,
+        seed: int | None = None,
+    ) -> Turn:
         """A reply; see `conversation.chat`."""
-        return conversation.chat(self.device, prompt, conversation_id, told)
+        return conversation.chat(
+            self.device, prompt, conversation_id, told, before=before, causes=causes, temporary=temporary,
+            sampling=sampling, seed=seed,
+        )  # fmt: skip
 
     def rate(self, identity: str, liked: bool | None, wanted: str = "") -> Turn:
         """What the owner thinks of a reply; see `conversation.rate`."""

@@ -31,6 +31,7 @@ app = typer.Typer(no_args_is_help=True)
 console = Console(soft_wrap=True, markup=False)
 HomeOption = Annotated[Path, typer.Option("--home", envvar="FLORILEGIUM_HOME", help="The device's folder.")]
 HOME = USUAL
+MOST_LINES = 64  # of a temporary chat that the agent is told again
 SHOWN = 50  # characters of a text in a table
 INTERRUPTED = 130
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -132,17 +133,56 @@ def page(home: HomeOption = HOME) -> None:
         print(agent.read("page") or "there is no page: florilegium device serve")
 
 
+tokens = typer.Typer(
+    no_args_is_help=True, help="Tokens of programs that may use the endpoint /v1 of the page's address."
+)
+app.add_typer(tokens, name="token")
+
+
+@tokens.command("new")
+def new_token(
+    name: Annotated[str, typer.Argument(help="Of the program that it is for.")], home: HomeOption = HOME
+) -> None:
+    """Make a token, which is shown this once."""
+    with _remote(home) as agent:
+        print(agent.write("token-new", name=name), flush=True)
+        address = str(agent.read("page")).partition("#")[0] or "http://127.0.0.1:PORT/, while `serve` runs, "
+        kept = "learns from" if agent.read("consents")["learn"]["given"] else "does not keep"
+        console.print(f"{address}v1 takes it. This device {kept} what comes with it")
+
+
+@tokens.command("list")
+def list_tokens(home: HomeOption = HOME) -> None:
+    """The programs that have one, and since when."""
+    with _remote(home) as agent:
+        table = Table("for", "made")
+        for token in agent.read("tokens"):
+            table.add_row(token["name"], f"{datetime.fromtimestamp(token['made']):%Y-%m-%d %H:%M}")
+        console.print(table)
+
+
+@tokens.command("revoke")
+def revoke_token(name: str, home: HomeOption = HOME) -> None:
+    """Take a token back: its next request is refused."""
+    with _remote(home) as agent:
+        agent.write("token-revoke", name=name)
+        console.print(f"{name} is revoked")
+
+
 @app.command()
 def chat(
-    text: Annotated[str, typer.Argument(help="Empty: talk on, until an empty line.")] = "", home: HomeOption = HOME
+    text: Annotated[str, typer.Argument(help="Empty: talk on, until an empty line.")] = "",
+    temporary: Annotated[bool, typer.Option("--temporary", help="Nothing of it is kept or learned from.")] = False,
+    home: HomeOption = HOME,
 ) -> None:
     """Talk with the device."""
     with _remote(home) as agent:
-        conversation = os.urandom(8).hex()
+        conversation, before = os.urandom(8).hex(), list[str]()
         while prompt := text or _asked():
             turn: dict[str, Json] = {}
             shown = ""
-            for told in agent.stream("chat", prompt=prompt, conversation=conversation):
+            told_of = {"temporary": True, "before": before} if temporary else {"conversation": conversation}
+            for told in agent.stream("chat", prompt=prompt, **told_of):
                 grown = told.get("text", told.get("done", {}).get("said", ""))
                 if grown.startswith(shown):
                     sys.stdout.write(grown[len(shown) :])
@@ -150,6 +190,7 @@ def chat(
                     shown = grown
                 turn = told.get("done", turn)
             print(f"\n[{turn['id']}]" if turn["id"] else "")
+            before = [line for line in (*before, prompt, turn["said"]) if line][-MOST_LINES:]
             if text:
                 return
 

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from florilegium.client.agent.device import Device, Progress, silent
 from florilegium.client.agent.errors import AgentError
 from florilegium.client.agent.vault import Turn
 from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.phases import frozen_adapters
 from florilegium.privacy.seeds import fresh_secret
 
 
-def chat(device: Device, prompt: str, conversation: str = "", told: Progress = silent) -> Turn:
-    """A reply; `told` hears it grow. Kept only where its owner has consented to learning."""
+def chat(
+    device: Device,
+    prompt: str,
+    conversation: str = "",
+    told: Progress = silent,
+    *,
+    before: Sequence[str] | None = None,
+    causes: Sequence[str] = (),
+    temporary: bool = False,
+    sampling: SamplingConfig | None = None,
+    seed: int | None = None,
+) -> Turn:
+    """A reply; `told` hears it grow. Kept only where its owner has consented to learning, and never if `temporary`.
+
+    `before`: what was said before, and of which dialogues, where that is not what the vault has of the conversation.
+    """
     prompt = mended(prompt)
     check_length(device, prompt)
     if not prompt.strip():
@@ -24,13 +39,19 @@ def chat(device: Device, prompt: str, conversation: str = "", told: Progress = s
         state, context = device.state(), device.context
         received, _ = device.used()
         on = [*([] if received is None else frozen_adapters(received, [state.id], context)), device.personal(state)]
-        before = lines_before(device, conversation)
-        asked = Dialogue("", prompt, "", context="\n".join(line for _, line in before)).in_context.prompt
-        said = device.lm.reply(asked, on, device.config.chat, fresh_secret() >> 65, told)
-        if not device.consents["learn"]:
+        if before is None:
+            known = lines_before(device, conversation)
+            before, causes = [line for _, line in known], list(dict.fromkeys(i for i, _ in known))
+        asked = with_lines(prompt, before)
+        said = device.lm.reply(asked, on, sampling or device.config.chat, seed or fresh_secret() >> 65, told)
+        if temporary or not device.consents["learn"]:
             return Turn(0, "", time.time(), conversation, prompt, said, None, "", None)
-        causes = list(dict.fromkeys(i for i, _ in before))
         return device.vault.add(prompt, said, conversation, device.cycle, causes)
+
+
+def with_lines(prompt: str, lines: Iterable[str]) -> str:
+    """A prompt with what was said before it."""
+    return Dialogue("", prompt, "", context="\n".join(map(mended, lines))).in_context.prompt
 
 
 def rate(device: Device, identity: str, liked: bool | None, wanted: str = "") -> Turn:

@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 
 from florilegium.client.agent.acceptance import unprotected
+from florilegium.client.agent.api_tokens import API_TOKENS
 from florilegium.client.agent.config import CONSENTS, AgentConfig, Consent, When
 from florilegium.client.agent.errors import AgentError, HomeError
 from florilegium.client.agent.folder import DeviceFolder
@@ -205,9 +206,10 @@ def loaded(model: ModelConfig) -> LanguageModel:
 
 
 def restore(folder: DeviceFolder) -> None:
-    """Goes back to the last good copy. Consents and the federation are not taken from it: they may be withdrawn ones.
+    """Goes back to the last good copy, but for what may have been withdrawn since.
 
-    Raises `HomeError` and `VaultError`; the damaged file is kept beside.
+    Consents, the federation and programs' tokens are not taken from it. Raises `HomeError` and `VaultError`; the
+    damaged file is kept beside.
     """
     key = folder.read_key(folder.check_copy())
     copy = Vault(folder.good_copy, key)
@@ -220,6 +222,7 @@ def restore(folder: DeviceFolder) -> None:
         for item in CONSENTS:
             write_fact(connection, f"consent to {item}", False)
         write_fact(connection, "federation", None)
+        write_fact(connection, API_TOKENS, {})
         forget_shared(connection)
 
 

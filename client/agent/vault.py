@@ -181,6 +181,16 @@ class Vault:
             rows = connection.execute(f"SELECT {_COLUMNS} FROM dialogue {where} ORDER BY number", values).fetchall()
         return [Turn(*row) for row in rows]
 
+    def saying(self, line: str) -> list[Turn]:
+        """The dialogues in which somebody said just this, whatever is around it."""
+        return self.turns("WHERE ?1 IN (trim(prompt), trim(said), trim(wanted))", (line.strip(),))
+
+    def ends(self, turn: Turn) -> bool:
+        """Whether a dialogue is the last one of a conversation."""
+        return bool(turn.conversation) and not self.turns(
+            "WHERE conversation = ? AND number > ?", (turn.conversation, turn.number)
+        )
+
     def count(self) -> int:
         with self.open() as connection:
             return int(connection.execute("SELECT count(*) FROM dialogue").fetchone()[0])
