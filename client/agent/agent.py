@@ -16,7 +16,7 @@ from typing import get_args
 import psutil
 import torch
 
-from florilegium.client.agent import conversation, erasure, learning, membership
+from florilegium.client.agent import conversation, erasure, learning, membership, trial
 from florilegium.client.agent.acceptance import unprotected
 from florilegium.client.agent.api_tokens import ApiTokens
 from florilegium.client.agent.config import CONSENTS, Consent, When
@@ -91,6 +91,14 @@ class Agent:
     def learn(self, progress: Progress = silent) -> dict[str, object]:
         """Learns from what is new; see `learning.learn`."""
         return learning.learn(self.device, progress)
+
+    def trials(self) -> dict[str, object]:
+        """What came of each learning's trial; see `trial.history`."""
+        return trial.history(self.device)
+
+    def go_back(self) -> None:
+        """Takes the last learning back; see `trial.go_back`."""
+        trial.go_back(self.device)
 
     def due(self, now: time.struct_time, plugged: bool | None) -> bool:
         """Whether it is time to learn; see `learning.due`."""
@@ -181,7 +189,8 @@ class Agent:
             "buffered": len(state.buffer),
             "bins": config.device.selection.bins,
             "pooled": len(state.pool.slots),
-            "unanswered": len(learning.held(state) - state.replies.keys()),
+            "unanswered": len(learning.held(state) - state.replies.keys() - vault.held()),
+            "held_back": trial.held_replies(device),
             "federation": there.model_dump(mode="json") if there else None,
             "unprotected": unprotected(privacy),
             "releases": len(vault.releases()),
@@ -199,11 +208,13 @@ class Agent:
         """What the device holds in its buffer and its pool, and why: scores, replies, what was made from it."""
         state = self.device.state()
         bins, pool = {k.id: k for k in state.buffer.bins}, dict(state.pool.slots)
+        held = self.device.vault.held()
         return [
             {
                 "id": i,
                 "prompt": bins[i].prompt if i in bins else pool[i],
                 "reply": state.replies.get(i, ""),
+                "held_back": i in held,
                 "in": [name for name, place in (("buffer", bins), ("pool", pool)) if i in place],
                 "scores": {n: getattr(bins[i], n) for n in ("eoe", "dss", "idd")} if i in bins else {},
                 "domain": bins[i].domain if i in bins else "",

@@ -235,11 +235,48 @@ def learn(
             else:
                 page = told["done"]
                 console.print(f"{page['personal_examples']} examples, {page['seconds of all']:.1f} s")
+                console.print(_tried(page["trial"]))
         if not page["personal_examples"]:
             console.print(
                 "nothing to learn from yet: say what you would have said (florilegium device rate ID --wanted …, "
                 "florilegium device dialogues has the IDs), or that a reply was good (--up)"
             )
+
+
+def _tried(told: dict[str, Json]) -> str:
+    if told["before"] is None:
+        return "kept untried: no reply of yours is held back yet"
+    likelier = (
+        f"on {told['replies']} held-back replies of yours {told['before']:.3f} → {told['after']:.3f} nats a token"
+    )
+    taken_back = ": the adapter before is used on" if told["decision"] == "taken back" else ""
+    return f"{told['decision']}, {likelier}{taken_back}"
+
+
+@app.command()
+def trials(home: HomeOption = HOME) -> None:
+    """What each learning did to the likelihood of replies of yours that were held back; what the model said to some."""
+    with _remote(home) as agent:
+        told = agent.read("trials")
+        table = Figures("when", "replies", "nats a token before", "after", "what was decided")
+        for trial in told["trials"]:
+            figures = ("–" if trial[n] is None else f"{trial[n]:.3f}" for n in ("before", "after"))
+            when = f"{datetime.fromtimestamp(trial['time']):%Y-%m-%d %H:%M}"
+            table.add_row(when, str(trial["replies"]), *figures, trial["decision"])
+        console.print(table)
+        for shown in told["shown"]:
+            console.print(Text(f"You were told: {shown['prompt']}\n  before: {shown['said_before']}"))
+            console.print(Text(f"  after: {shown['said_after']}\n  you: {shown['wanted']}"))
+        if told["can_go_back"]:
+            console.print("florilegium device revert goes back to the adapter before the last learning")
+
+
+@app.command()
+def revert(home: HomeOption = HOME) -> None:
+    """Take the last learning back: go on with the adapter before it. What you said stays."""
+    with _remote(home) as agent:
+        agent.write("go-back")
+        console.print("the adapter before the last learning is used")
 
 
 @app.command()
@@ -277,6 +314,7 @@ def status(home: HomeOption = HOME) -> None:
             "dialogues": f"{told['dialogues']}, {told['new']} of them new",
             "kept": f"{told['buffered']} of {told['bins']} in the buffer, {told['pooled']} in the pool; "
             f"{told['unanswered']} wait for a reply of yours",
+            "held back": f"{told['held_back']} replies of yours, to try what is learned",
             "federation": f"{there['name']} at {there['server']}, {there['rounds']} rounds" if there else "none",
             **({"not answered": told["unprotected"]} if there and told["unprotected"] else {}),
             "sent": f"{told['releases']} releases; ε {spent} of {told['epsilon_budget']:g} for {told['unit']}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from florilegium.client.agent.device import Device, Progress, silent
 from florilegium.client.agent.errors import AgentError
@@ -76,15 +76,19 @@ def mended(text: str) -> str:
 
 
 def as_dialogues(device: Device, turns: Iterable[Turn]) -> list[Dialogue]:
-    """Turns as the phases take them, each with what was said before it."""
+    """Turns as the phases take them, each with what was said before it, but for what is held back."""
+    held = device.vault.held()
     return [
-        Dialogue(t.id, t.prompt, t.reply, t.time, context=said_before(device, t.conversation, t.number)) for t in turns
+        Dialogue(t.id, t.prompt, t.reply, t.time, context=said_before(device, t.conversation, t.number, held))
+        for t in turns
     ]
 
 
-def said_before(device: Device, conversation: str, number: int | None = None) -> str:
-    """The last turns of a conversation before this one, a line each."""
-    return "\n".join(line for _, line in lines_before(device, conversation, number))
+def said_before(
+    device: Device, conversation: str, number: int | None = None, without: Collection[str] = frozenset()
+) -> str:
+    """The last turns of a conversation before this one, a line each; of those `without` nothing."""
+    return "\n".join(line for i, line in lines_before(device, conversation, number) if i not in without)
 
 
 def lines_before(device: Device, conversation: str, number: int | None = None) -> list[tuple[str, str]]:

@@ -126,7 +126,9 @@ class Device:
         return replace(found, shared_layout=layout, experiment=membership.name)
 
     def reply_to(self, device: str, dialogue: str) -> str:
-        """What there is to learn from a dialogue; empty where it is gone."""
+        """What there is to learn from a dialogue; empty where it is gone, and while it is held back."""
+        if self.vault.is_held(dialogue):
+            return ""
         try:
             return self.vault.turn(dialogue).reply
         except KeyError:
@@ -179,11 +181,15 @@ class Device:
 
     def used(self) -> tuple[torch.Tensor | None, int]:
         """The shared adapter (P,) beneath the personal one, and its version."""
-        return _row(self.vault.fact_bytes("used")), self.vault.fact("used", 0)
+        return self.shared("used")
 
     def newest(self) -> tuple[torch.Tensor | None, int]:
         """The shared adapter (P,) that a server has sent last, and its version."""
-        return _row(self.vault.fact_bytes("newest")), self.vault.fact("newest", 0)
+        return self.shared("newest")
+
+    def shared(self, name: str) -> tuple[torch.Tensor | None, int]:
+        """The shared adapter (P,) that was written under a name, and its version."""
+        return _row(self.vault.fact_bytes(name)), self.vault.fact(name, 0)
 
 
 def write_adapter(connection: sqlite3.Connection, name: str, row: torch.Tensor | None, version: int) -> None:

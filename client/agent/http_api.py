@@ -89,6 +89,7 @@ class Service:
             "/api/sent": lambda: [asdict(s) for s in self.agent.device.vault.sent()],
             "/api/ledger": self._ledger,
             "/api/page": lambda: self.agent.page_address,
+            "/api/trials": self.agent.trials,
             "/api/tokens": self.agent.tokens.listed,
             "/api/consents": lambda: {item: {"text": CONSENTS[item], "given": given}
                                       for item, given in self.agent.device.consents.items()},
@@ -99,6 +100,7 @@ class Service:
             "/api/learns": lambda b: self.agent.learn_when(cast(When, b.get("when"))),
             "/api/profile": lambda b: json.loads(self.agent.edit_profile(json.dumps(b)).to_json()),
             "/api/leave": lambda b: self.agent.leave(),
+            "/api/go-back": lambda b: self.agent.go_back(),
             "/api/token-new": lambda b: self.agent.tokens.new(text_of(b, "name")),
             "/api/token-revoke": lambda b: self.agent.tokens.revoke(text_of(b, "name")),
             "/api/said-under": lambda b: [_told(turn) for turn in self.agent.said_under(texts_of(b, "ids"))],
@@ -220,6 +222,7 @@ class Service:
         lists = {
             "dialogues": [_told(t) for t in agent.device.vault.turns()],
             "kept": agent.kept(),
+            "trials": cast("list[Body]", agent.trials()["trials"]),
             "sent": [asdict(s) for s in agent.device.vault.sent()],
         }
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:

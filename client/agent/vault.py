@@ -33,12 +33,23 @@ CREATE TABLE IF NOT EXISTS origin (
     number INTEGER PRIMARY KEY AUTOINCREMENT, dialogue TEXT UNIQUE, after INTEGER, causes TEXT
 );
 CREATE TABLE IF NOT EXISTS learned (dialogue TEXT PRIMARY KEY, cycle INTEGER);
+CREATE TABLE IF NOT EXISTS held (dialogue TEXT PRIMARY KEY, until INTEGER);
+CREATE TABLE IF NOT EXISTS trial (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, cycle INTEGER, replies INTEGER, before REAL, after REAL,
+    error REAL, decision TEXT
+);
+CREATE TABLE IF NOT EXISTS shown (
+    trial INTEGER, dialogue TEXT, said_before TEXT, said_after TEXT, nll_before REAL, nll_after REAL
+);
 CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value TEXT, bytes BLOB);
 CREATE TABLE IF NOT EXISTS sent (
     number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, federation TEXT, round INTEGER, kind TEXT, bytes INTEGER,
     epsilon REAL
 );
 """
+HELD_BACK = (  # until so many learnings are over
+    "SELECT dialogue FROM held WHERE until > (SELECT CAST(value AS INTEGER) FROM fact WHERE name = 'learnings')"
+)
 Fact = TypeVar("Fact")
 Written = TypeVar("Written")
 Write = Callable[[sqlite3.Connection], object]
@@ -181,6 +192,16 @@ class Vault:
             rows = connection.execute(f"SELECT {_COLUMNS} FROM dialogue {where} ORDER BY number", values).fetchall()
         return [Turn(*row) for row in rows]
 
+    def held(self) -> frozenset[str]:
+        """The dialogues whose replies are held back now."""
+        with self.open() as connection:
+            return frozenset(i for (i,) in connection.execute(HELD_BACK).fetchall())
+
+    def is_held(self, identity: str) -> bool:
+        """Whether a dialogue's reply is held back now."""
+        with self.open() as connection:
+            return connection.execute(f"{HELD_BACK} AND dialogue = ?", (identity,)).fetchone() is not None
+
     def saying(self, line: str) -> list[Turn]:
         """The dialogues in which somebody said just this, whatever is around it."""
         return self.turns("WHERE ?1 IN (trim(prompt), trim(said), trim(wanted))", (line.strip(),))
@@ -205,7 +226,8 @@ class Vault:
         """Erases dialogues, all at once, overwritten, not only unlinked; `also` writes in the same transaction."""
         with self.open() as connection:
             connection.execute("BEGIN IMMEDIATE")
-            connection.executemany("DELETE FROM dialogue WHERE id = ?", [(i,) for i in identities])
+            for table, name in (("dialogue", "id"), ("held", "dialogue"), ("shown", "dialogue")):
+                connection.executemany(f"DELETE FROM {table} WHERE {name} = ?", [(i,) for i in identities])
             if also:
                 also(connection)
             connection.execute("COMMIT")
