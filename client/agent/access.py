@@ -16,7 +16,8 @@ from florilegium.client.agent.api_tokens import ApiTokens
 from florilegium.client.agent.http_json import error_response, openai_error
 from florilegium.client.agent.http_server import connection_of
 
-PAGE = {"/": "text/html", "/page.js": "text/javascript", "/page.css": "text/css"}
+PAGE = {"/": "text/html", "/page.css": "text/css",
+        **dict.fromkeys(("/page.js", "/markdown.js", "/charts.js"), "text/javascript")}  # fmt: skip
 ENDPOINT = "/v1/"  # what begins so is for programs
 Refuse = Callable[[int, str], Response]
 

@@ -56,6 +56,7 @@ HEADERS = {
 }
 CONVERSATION = re.compile(r"[A-Za-z0-9_-]{0,64}")
 URGENT = {"/api/consent", "/api/leave", "/api/token-revoke"}  # what an owner can always do, whatever else goes on
+A_PAGE, LONGEST_SEARCH = 20, 200  # conversations, characters
 THREADS = 32  # of which those that write wait for the disk together
 Handler = Callable[[Request], Awaitable[Response]]
 Told = Callable[[Body], None]
@@ -103,6 +104,8 @@ class Service:
             "/api/go-back": lambda b: self.agent.go_back(),
             "/api/token-new": lambda b: self.agent.tokens.new(text_of(b, "name")),
             "/api/token-revoke": lambda b: self.agent.tokens.revoke(text_of(b, "name")),
+            "/api/conversations": self._conversations,
+            "/api/conversation": lambda b: [_told(t) for t in self.agent.device.vault.conversation(text_of(b, "name"))],
             "/api/said-under": lambda b: [_told(turn) for turn in self.agent.said_under(texts_of(b, "ids"))],
         }
         streams: dict[str, Callable[[Body, Told], object]] = {
@@ -186,6 +189,14 @@ class Service:
             prompt, conversation, lambda text: told({"text": text}), before=seen, temporary=temporary
         )
         return _told(turn)
+
+    def _conversations(self, body: Body) -> Body:
+        """A page of them, and whether there are more."""
+        search, before = text_of(body, "search", ""), body.get("before", 0)
+        if type(before) is not int or not 0 <= before < 2**62 or len(search) > LONGEST_SEARCH:
+            raise ValueError("before must be a number, search a text")
+        found = self.agent.device.vault.conversations(search, before, A_PAGE + 1)
+        return {"conversations": [asdict(c) for c in found[:A_PAGE]], "more": len(found) > A_PAGE}
 
     def _erase(self, body: Body, told: Told) -> Body:
         keep = flag_of(body, "keep_replies", False)

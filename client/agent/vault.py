@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -53,6 +54,14 @@ HELD_BACK = (  # until so many learnings are over
 Fact = TypeVar("Fact")
 Written = TypeVar("Written")
 Write = Callable[[sqlite3.Connection], object]
+_CONVERSATIONS = """
+SELECT name, last, time, turns, (SELECT prompt FROM dialogue WHERE number = first) FROM (
+    SELECT CASE conversation WHEN '' THEN id ELSE conversation END AS name, max(number) AS last, max(time) AS time,
+    count(*) AS turns, min(number) AS first,
+    max(prompt LIKE :sought ESCAPE '\\' OR said LIKE :sought ESCAPE '\\' OR wanted LIKE :sought ESCAPE '\\') AS found
+    FROM dialogue GROUP BY name
+) WHERE found AND (:before = 0 OR last < :before) ORDER BY last DESC LIMIT :most
+"""
 _COLUMNS = "number, id, time, conversation, prompt, said, liked, wanted, cycle"
 
 
@@ -83,6 +92,17 @@ class Turn:
         if self.liked is not None:
             return float(self.liked)
         return 0.0 if self.wanted else 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One of those that were had: its name, or the ID of a dialogue that is alone; its first prompt."""
+
+    name: str
+    last: int  # number of its last dialogue
+    time: float  # of its last dialogue
+    turns: int
+    prompt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +225,17 @@ class Vault:
     def saying(self, line: str) -> list[Turn]:
         """The dialogues in which somebody said just this, whatever is around it."""
         return self.turns("WHERE ?1 IN (trim(prompt), trim(said), trim(wanted))", (line.strip(),))
+
+    def conversations(self, search: str = "", before: int = 0, most: int = 20) -> list[Conversation]:
+        """The newest conversations in which these words were said, those before a dialogue's number; newest first."""
+        sought = "%" + re.sub(r"([%_\\])", r"\\\1", search) + "%"
+        with self.open() as connection:
+            rows = connection.execute(_CONVERSATIONS, {"sought": sought, "before": before, "most": most}).fetchall()
+        return [Conversation(*row) for row in rows]
+
+    def conversation(self, name: str) -> list[Turn]:
+        """The dialogues of a conversation, or the one of this ID that is in none."""
+        return self.turns("WHERE conversation = ?1 OR (conversation = '' AND id = ?1)", (name,)) if name else []
 
     def ends(self, turn: Turn) -> bool:
         """Whether a dialogue is the last one of a conversation."""

@@ -1,0 +1,44 @@
+"use strict";
+/* Small charts as SVG, drawn here; what they show stands in a sentence or a table beside them too. */
+const W = 600, H = 180, LEFT = 52, BELOW = 24;
+
+function shape(tag, attributes, text = "") {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  if (text) made.textContent = text;
+  return made;
+}
+
+/* points: [{ x, y, kind, told }]; a line through them, a mark for each. `kind` is the mark's class. */
+function chart(box, label, points, { unit, line = true, bars = false, most = null } = {}) {
+  box.replaceChildren();
+  box.hidden = !points.length;
+  if (!points.length) return;
+  const xs = points.map((p) => p.x), ys = points.map((p) => p.y);
+  let [low, high] = [bars ? 0 : Math.min(...ys), Math.max(...ys, most ?? -Infinity)];
+  if (low === high) [low, high] = [low - (bars ? 0 : 0.5), high + 0.5];
+  const [first, last] = [Math.min(...xs), Math.max(...xs)];
+  const across = (x) => (last === first ? (LEFT + W) / 2 : LEFT + 12 + ((x - first) / (last - first)) * (W - LEFT - 24));
+  const up = (y) => 8 + (1 - (y - low) / (high - low)) * (H - BELOW - 16);
+  const svg = shape("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": label, class: "chart" });
+  for (const y of [low, (low + high) / 2, high]) {
+    svg.append(shape("line", { x1: LEFT, x2: W, y1: up(y), y2: up(y), class: "grid" }));
+    svg.append(shape("text", { x: LEFT - 6, y: up(y) + 4, "text-anchor": "end" }, short(y)));
+  }
+  svg.append(shape("text", { x: LEFT, y: H - 4 }, unit));
+  if (line) svg.append(shape("polyline", { points: points.map((p) => `${across(p.x)},${up(p.y)}`).join(" "), class: "line" }));
+  for (const p of points) {
+    const mark = bars
+      ? shape("rect", { x: across(p.x) - 4, y: up(p.y), width: 8, height: up(low) - up(p.y), class: "mark" })
+      : p.kind === "bad"
+        ? shape("rect", { x: across(p.x) - 5, y: up(p.y) - 5, width: 10, height: 10, class: "mark bad" })
+        : shape("circle", { cx: across(p.x), cy: up(p.y), r: 5, class: `mark ${p.kind ?? ""}` });
+    mark.append(shape("title", {}, p.told));
+    svg.append(mark);
+  }
+  box.append(svg);
+}
+
+function short(y) {
+  return Math.abs(y) >= 1e6 ? `${(y / 1e6).toFixed(1)} M` : Math.abs(y) >= 1e3 ? `${(y / 1e3).toFixed(0)} k` : y.toFixed(2);
+}
