@@ -303,6 +303,18 @@ def test_a_temporary_chat_leaves_nothing(page: Page, shown: tuple[Agent, str]) -
     expect(page.locator(".turn")).to_have_count(0)
 
 
+def test_it_says_because_of_what(page: Page, shown: tuple[Agent, str]) -> None:
+    agent, config = shown[0], shown[0].device.config
+    agent.device.config = config.model_copy(update={"recall": 1})
+    agent.device.vault.add("My <b>zeppelin</b> is in the barn", "ok", "hangar")
+    try:
+        page.get_by_label("You say").fill("Where is the zeppelin?")
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator(".because")).to_contain_text("“My <b>zeppelin</b> is in the barn”")
+    finally:
+        agent.device.config = config
+
+
 # -- learning, seen ----------------------------------------------------------------------------------------------------
 
 

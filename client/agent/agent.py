@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from secrets import token_urlsafe
 from typing import get_args
 
@@ -77,11 +77,12 @@ class Agent:
         temporary: bool = False,
         sampling: SamplingConfig | None = None,
         seed: int | None = None,
+        recalls: Callable[[list[Turn]], None] = lambda turns: None,
     ) -> Turn:
         """A reply; see `conversation.chat`."""
         return conversation.chat(
             self.device, prompt, conversation_id, told, before=before, causes=causes, temporary=temporary,
-            sampling=sampling, seed=seed,
+            sampling=sampling, seed=seed, recalls=recalls,
         )  # fmt: skip
 
     def rate(self, identity: str, liked: bool | None, wanted: str = "") -> Turn:

@@ -183,6 +183,9 @@ def chat(
             shown = ""
             told_of = {"temporary": True, "before": before} if temporary else {"conversation": conversation}
             for told in agent.stream("chat", prompt=prompt, **told_of):
+                for one in told.get("recalled", []):
+                    day = datetime.fromtimestamp(one["time"])
+                    console.print(Text(f"because you said on {day.day} {day:%B}:"), _short(one["words"]))
                 grown = told.get("text", told.get("done", {}).get("said", ""))
                 if grown.startswith(shown):
                     sys.stdout.write(grown[len(shown) :])

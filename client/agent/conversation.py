@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from florilegium.client.agent.device import Device, Progress, silent
 from florilegium.client.agent.errors import AgentError
+from florilegium.client.agent.recall import line_of, recalled
 from florilegium.client.agent.vault import Turn
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.config import SamplingConfig
@@ -26,10 +27,12 @@ def chat(
     temporary: bool = False,
     sampling: SamplingConfig | None = None,
     seed: int | None = None,
+    recalls: Callable[[list[Turn]], None] = lambda turns: None,
 ) -> Turn:
     """A reply; `told` hears it grow. Kept only where its owner has consented to learning, and never if `temporary`.
 
     `before`: what was said before, and of which dialogues, where that is not what the vault has of the conversation.
+    `recalls` hears what else of its owner's words the reply is shown: nothing of a chat that has its own `before`.
     """
     prompt = mended(prompt)
     check_length(device, prompt)
@@ -41,7 +44,10 @@ def chat(
         on = [*([] if received is None else frozen_adapters(received, [state.id], context)), device.personal(state)]
         if before is None:
             known = lines_before(device, conversation)
-            before, causes = [line for _, line in known], list(dict.fromkeys(i for i, _ in known))
+            found = recalled(device, prompt, {i for i, _ in known})
+            recalls(found)
+            before = [*(line_of(device, turn) for turn in found), *(line for _, line in known)]
+            causes = list(dict.fromkeys([*(turn.id for turn in found), *(i for i, _ in known)]))
         asked = with_lines(prompt, before)
         said = device.lm.reply(asked, on, sampling or device.config.chat, seed or fresh_secret() >> 65, told)
         if temporary or not device.consents["learn"]:

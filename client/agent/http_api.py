@@ -45,6 +45,7 @@ from florilegium.client.agent.http_json import (
     told_of,
 )
 from florilegium.client.agent.openai_api import Endpoint
+from florilegium.client.agent.recall import own_words
 from florilegium.client.agent.vault import Turn
 from florilegium.client.lm.places import ADAPTERS
 
@@ -185,9 +186,15 @@ class Service:
             raise AgentError("`before` is for temporary chats: of others the device knows what was said before")
         turns = self.agent.device.config.context_turns
         seen = before[len(before) - min(turns, len(before)) :] if temporary else None
-        turn = self.agent.chat(
-            prompt, conversation, lambda text: told({"text": text}), before=seen, temporary=temporary
-        )
+
+        def grown(text: str) -> None:
+            told({"text": text})
+
+        def recalls(turns: list[Turn]) -> None:
+            if turns:
+                told({"recalled": [{"id": t.id, "time": t.time, "words": own_words(t)} for t in turns]})
+
+        turn = self.agent.chat(prompt, conversation, grown, before=seen, temporary=temporary, recalls=recalls)
         return _told(turn)
 
     def _conversations(self, body: Body) -> Body:

@@ -9,14 +9,15 @@ function shape(tag, attributes, text = "") {
   return made;
 }
 
-/* points: [{ x, y, kind, told }]; a line through them, a mark for each. `kind` is the mark's class. */
-function chart(box, label, points, { unit, line = true, bars = false, most = null } = {}) {
+/* points: [{ x, y, from, kind, told }]; a line through them, a mark for each and, if it came `from` somewhere, a hollow
+   one there. `kind` is the mark's class; `least` and `most` are on the scale whatever the points are. */
+function chart(box, label, points, { unit, line = true, bars = false, least = null, most = null } = {}) {
   box.replaceChildren();
   box.hidden = !points.length;
   if (!points.length) return;
-  const xs = points.map((p) => p.x), ys = points.map((p) => p.y);
-  let [low, high] = [bars ? 0 : Math.min(...ys), Math.max(...ys, most ?? -Infinity)];
-  if (low === high) [low, high] = [low - (bars ? 0 : 0.5), high + 0.5];
+  const xs = points.map((p) => p.x), ys = points.flatMap((p) => [p.y, p.from ?? p.y]);
+  let [low, high] = [Math.min(...ys, least ?? Infinity), Math.max(...ys, most ?? -Infinity)];
+  if (low === high) [low, high] = [low - (least === null ? 0.5 : 0), high + 0.5];
   const [first, last] = [Math.min(...xs), Math.max(...xs)];
   const across = (x) => (last === first ? (LEFT + W) / 2 : LEFT + 12 + ((x - first) / (last - first)) * (W - LEFT - 24));
   const up = (y) => 8 + (1 - (y - low) / (high - low)) * (H - BELOW - 16);
@@ -28,6 +29,10 @@ function chart(box, label, points, { unit, line = true, bars = false, most = nul
   svg.append(shape("text", { x: LEFT, y: H - 4 }, unit));
   if (line) svg.append(shape("polyline", { points: points.map((p) => `${across(p.x)},${up(p.y)}`).join(" "), class: "line" }));
   for (const p of points) {
+    if (p.from !== undefined) {
+      svg.append(shape("line", { x1: across(p.x), x2: across(p.x), y1: up(p.from), y2: up(p.y), class: `way ${p.kind ?? ""}` }));
+      svg.append(shape("circle", { cx: across(p.x), cy: up(p.from), r: 4, class: `hollow ${p.kind ?? ""}` }));
+    }
     const mark = bars
       ? shape("rect", { x: across(p.x) - 4, y: up(p.y), width: 8, height: up(low) - up(p.y), class: "mark" })
       : p.kind === "bad"

@@ -112,6 +112,11 @@ function judged(box, turn) {
   box.append(up, down, wanted, keep);
 }
 
+function because(one) {
+  const day = new Date(1000 * one.time).toLocaleDateString(undefined, { day: "numeric", month: "long" });
+  return made("p", `because you said on ${day}: “${one.words.slice(0, 200)}”`, { className: "note because" });
+}
+
 let before = [];  // lines of a temporary chat, which are here alone
 
 on(at("chat"), "submit", async () => {
@@ -120,7 +125,9 @@ on(at("chat"), "submit", async () => {
   at("prompt").value = "";
   try {
     const asked = temporary ? { prompt, temporary, before } : { prompt, conversation };
-    const turn = await follow("chat", asked, (told) => { said.replaceChildren(markdown(told.text)); });
+    const turn = await follow("chat", asked, (told) => {
+      if (told.recalled) box.append(...told.recalled.map(because)); else said.replaceChildren(markdown(told.text));
+    });
     spoken(box, turn);
     if (temporary) before = [...before, prompt, turn.said].filter(Boolean).slice(-64);
   } catch (error) { box.remove(); at("prompt").value = prompt; throw error; }
@@ -307,10 +314,10 @@ async function showTrials() {
   }));
   const tests = trials.filter((trial) => trial.after !== null);
   const points = tests.map((trial) => ({
-    x: trial.number, y: trial.after, kind: ["kept", "untried"].includes(trial.decision) ? "" : "bad",
+    x: trial.number, y: trial.after, from: trial.before, kind: ["kept", "untried"].includes(trial.decision) ? "" : "bad",
     told: `learning ${trial.number}: ${trial.before.toFixed(3)} before, ${trial.after.toFixed(3)} after, ${trial.decision}`,
   }));
-  chart(at("learning-chart"), `Held-back replies after ${plural(tests.length, "learning", "learnings")}, nats a token`, points, { unit: "nats a token, learning by learning" });
+  chart(at("learning-chart"), `Held-back replies before and after ${plural(tests.length, "learning", "learnings")}, nats a token`, points, { unit: "nats a token, learning by learning", line: false });
   at("learning-note").hidden = !tests.length;
 }
 for (const choice of document.querySelectorAll("input[name=when]")) {
@@ -345,8 +352,8 @@ async function showLeft(status) {
   }));
   const releases = sent.filter((row) => row.kind === "release");
   const told = (row) => `round ${row.round} of ${row.federation}: ${row.bytes} bytes, ε ${row.epsilon?.toFixed(3) ?? "?"}`;
-  chart(at("spent-chart"), `ε after each release, of ${ledger.budget}`, releases.filter((row) => row.epsilon !== null).map((row, x) => ({ x, y: row.epsilon, told: told(row) })), { unit: "ε, release by release", most: ledger.budget });
-  chart(at("bytes-chart"), "Bytes of each release", releases.map((row, x) => ({ x, y: row.bytes, told: told(row) })), { unit: "bytes, release by release", line: false, bars: true });
+  chart(at("spent-chart"), `ε after each release, of ${ledger.budget}`, releases.filter((row) => row.epsilon !== null).map((row, x) => ({ x, y: row.epsilon, told: told(row) })), { unit: "ε, release by release", least: 0, most: ledger.budget });
+  chart(at("bytes-chart"), "Bytes of each release", releases.map((row, x) => ({ x, y: row.bytes, told: told(row) })), { unit: "bytes, release by release", line: false, bars: true, least: 0 });
   at("federation").textContent = status.federation ? `Joined ${status.federation.name} at ${status.federation.server}.` : "This device is in no federation.";
   for (const [what, count] of Object.entries(status["turned away"])) at("federation").textContent += ` Turned away since the start: ${count} × ${what}.`;
   at("leave").hidden = !status.federation;
