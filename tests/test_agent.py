@@ -61,6 +61,7 @@ from florilegium.client.flower_arrays import to_record
 from florilegium.client.lm.config import ModelConfig, TextLimits
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.places import base_hash
+from florilegium.client.personalization.acceptance import AcceptanceConfig
 from florilegium.client.personalization.profile import ProfileError
 from florilegium.client.phases import synthesize_pool
 from florilegium.client.shared_training import clipped_change, noisy_steps
@@ -90,7 +91,8 @@ def home(tmp_path: Path) -> DeviceFolder:
 
 def made(home: DeviceFolder, lm: LanguageModel, **changes: Any) -> Agent:
     """A new device with both consents."""
-    config = new_config(ModelConfig(name="nano")).model_copy(update={"port": 0, **changes})
+    everything = {"acceptance": AcceptanceConfig(share=0)}  # is learned, nothing held back
+    config = new_config(ModelConfig(name="nano")).model_copy(update={"port": 0, **everything, **changes})
     agent = Agent(Device(home, config, lm, home.make(config)))
     agent.consent("learn", True)
     agent.consent("federate", True)
@@ -1459,7 +1461,7 @@ def test_consents_do_not_wait_for_talk(door: SimpleNamespace) -> None:
     own = {"authorization": f"Bearer {door.token}"}
     over = Event()
 
-    def talk(prompt: str, conversation: str, told: Callable[[str], None]) -> Turn:
+    def talk(*_: Any, **__: Any) -> Turn:
         over.wait(60)
         raise AgentError("too late")
 

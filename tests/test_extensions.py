@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from florilegium import Experiment, load_config, load_run
-from florilegium.client.agent.http_api import _said
+from florilegium.client.agent.http_json import told_of
 from florilegium.client.agent.invitation import Invitation
 from florilegium.client.agent.terms import Terms
 from florilegium.client.context import CohortContext
@@ -332,7 +332,7 @@ def test_a_decision_that_is_none_is_told(decision: object, told: str, lab: Any, 
 
 def test_a_devices_owner_is_told_which_extension_went_wrong() -> None:
     told = f"device: {ME}RAISES raised ZeroDivisionError; it must return the index"
-    assert _said(ExtensionError(told)) == (500, told) and "RAISES" not in _said(RuntimeError(told))[1]
+    assert told_of(ExtensionError(told)) == (500, told) and "RAISES" not in told_of(RuntimeError(told))[1]
 
 
 def test_an_integer_of_numpys_is_a_decision(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import tarfile
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
 from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
@@ -22,11 +27,14 @@ from florilegium.client.agent.terms import Terms
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.places import base_hash
+from florilegium.client.personalization.acceptance import AcceptanceConfig
 from florilegium.privacy.plan import RoundPlan
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
+PHONE: Any = {"width": 390, "height": 844}
+DESK: Any = {"width": 1280, "height": 900}
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt install chromium")
 
 
@@ -34,6 +42,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this ma
 def shown(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Iterator[tuple[Agent, str]]:
     """An agent with a few dialogues and a release behind it, and its page's address."""
     home, config = DeviceFolder(tmp_path_factory.mktemp("page") / "device"), new_config(ModelConfig(name="nano"))
+    config = config.model_copy(update={"acceptance": AcceptanceConfig(share=0)})
     agent = Agent(Device(home, config, lm, home.make(config)))
     agent.consent("learn", True)
     agent.consent("federate", True)
@@ -51,7 +60,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel) -> Iterat
 def page(shown: tuple[Agent, str]) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        opened = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
+        opened = browser.new_context(viewport=PHONE).new_page()
         opened.on("dialog", lambda dialog: dialog.accept())
         problems: list[str] = []
         opened.on("pageerror", lambda error: problems.append(str(error)))
@@ -213,3 +222,245 @@ def test_another_port_of_this_machine_learns_nothing(page: Page, shown: tuple[Ag
         server.shutdown()
     assert Neighbour.told and not any(agent.page_token in line for line in Neighbour.told)
     assert agent.device.consents["learn"]
+
+
+# -- earlier conversations, temporary ones, Markdown -------------------------------------------------------------------
+
+WRITTEN = """# Soup
+
+Take **ginger** and `1 < 2 & "x"`:
+
+- a *pumpkin*
+- <img src=x onerror=alert(1)>
+
+```
+<script>alert(2)</script>
+```
+> see [here](javascript:alert(3)) and ![this](http://evil.example/x.png)"""
+
+
+def test_a_reply_is_markdown_and_never_markup(page: Page, shown: tuple[Agent, str]) -> None:
+    agent = shown[0]
+    agent.device.vault.add("How is it made?", WRITTEN, "recipe")
+    page.reload()
+    page.get_by_text("Earlier conversations").click()
+    page.get_by_role("button", name="How is it made?").click()
+    said = page.locator(".turn .said").last
+    expect(said.locator(".heading")).to_have_text("Soup")
+    expect(said.locator("strong")).to_have_text("ginger")
+    expect(said.locator("code").first).to_have_text('1 < 2 & "x"')
+    expect(said.locator("li")).to_have_text(["a pumpkin", "<img src=x onerror=alert(1)>"])
+    expect(said.locator("pre")).to_have_text("<script>alert(2)</script>")
+    expect(said.locator("blockquote")).to_contain_text(
+        "here (javascript:alert(3)) and this (http://evil.example/x.png)"
+    )
+    assert page.evaluate("document.querySelectorAll('.said img, .said script, .said a, .said iframe').length") == 0
+    sources = resources.files("florilegium.client.agent") / "page"
+    assert not any("innerHTML" in (sources / f"{n}.js").read_text("utf-8") for n in ("page", "markdown", "charts"))
+
+
+def test_earlier_conversations_are_there_on_return_and_are_searched(page: Page, shown: tuple[Agent, str]) -> None:
+    agent = shown[0]
+    for k in range(25):
+        agent.device.vault.add(f"Question {k:02d}", f"answer {k:02d}", f"talk-{k}")
+    agent.device.vault.add("100% sure_of it?", "yes", "odd")
+    page.reload()
+    page.get_by_label("You say").fill("Where were we?")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("button", name="a good reply", exact=True)).to_have_count(1)
+    page.reload()
+    expect(page.locator(".turn .you")).to_have_text(["Where were we?"])  # as it was left
+    page.get_by_text("Earlier conversations").click()
+    entries = page.locator("#conversations button")
+    expect(entries).to_have_count(20)
+    expect(entries.first).to_contain_text("Where were we?")
+    page.get_by_role("button", name="Older ones").click()
+    expect(entries.filter(has_text="Question 00")).to_have_count(1)
+    page.get_by_label("Words that were said").fill("ANSWER 07")
+    page.keyboard.press("Enter")
+    expect(entries).to_have_count(1)
+    entries.first.click()
+    expect(page.locator(".turn .you")).to_have_text(["Question 07"])
+    for sought, count in (("0% sure_", 1), ("100_ sure", 0), ("no such words", 0)):
+        page.get_by_label("Words that were said").fill(sought)
+        page.keyboard.press("Enter")
+        expect(entries).to_have_count(count)
+    expect(page.locator("#found")).to_have_text("nothing was said with these words")
+
+
+def test_a_temporary_chat_leaves_nothing(page: Page, shown: tuple[Agent, str]) -> None:
+    agent, before = shown[0], shown[0].device.vault.turns()
+    page.get_by_label("Temporary").check()
+    for prompt in ("My pin is 4711-zebra", "What is my pin?"):
+        page.get_by_label("You say").fill(prompt)
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator(".turn .said").last).not_to_have_text("…")
+        expect(page.get_by_label("You say")).to_be_enabled()
+    expect(page.locator(".turn.temporary")).to_have_count(2)
+    expect(page.get_by_role("button", name="a good reply", exact=True)).to_have_count(0)
+    assert agent.device.vault.turns() == before
+    page.reload()
+    expect(page.locator(".turn")).to_have_count(0)
+
+
+def test_it_says_because_of_what(page: Page, shown: tuple[Agent, str]) -> None:
+    agent, config = shown[0], shown[0].device.config
+    agent.device.config = config.model_copy(update={"recall": 1})
+    agent.device.vault.add("My <b>zeppelin</b> is in the barn", "ok", "hangar")
+    try:
+        page.get_by_label("You say").fill("Where is the zeppelin?")
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator(".because")).to_contain_text("“My <b>zeppelin</b> is in the barn”")
+    finally:
+        agent.device.config = config
+
+
+# -- learning, seen ----------------------------------------------------------------------------------------------------
+
+
+def test_a_learning_shows_what_it_did_and_is_taken_back(page: Page, shown: tuple[Agent, str]) -> None:
+    agent = shown[0]
+    config = agent.device.config
+    agent.device.config = config.model_copy(update={"acceptance": AcceptanceConfig(share=0.5)})
+    try:
+        turns = [agent.device.vault.add(f"Is <i>number {k}</i> even?", "hm", "") for k in range(12)]
+        for turn in turns:
+            agent.rate(turn.id, False, "Yes, I dare say.")
+        with agent.device.vault.open() as connection:
+            connection.execute("UPDATE dialogue SET id = 'e' || number WHERE cycle IS NULL")
+        page.reload()
+        page.get_by_role("button", name="Learn now").click()
+        expect(page.locator("#progress")).to_contain_text("learned from", timeout=120_000)
+        trial = page.locator("#trial")
+        expect(trial).to_contain_text("nats a token before")
+        expect(page.locator("#shown > li")).to_have_count(3)
+        expect(page.locator("#shown > li").first).to_contain_text("<i>number")
+        expect(page.locator("#shown > li").first).to_contain_text("what you wrote")
+        expect(page.locator("#learning-chart svg")).to_have_count(1)
+        personal = agent.device.state().personal.clone()
+        page.get_by_role("button", name="Go back to the adapter").click()
+        expect(page.locator("#progress")).to_contain_text("the adapter before the last learning is used")
+        expect(page.get_by_role("button", name="Go back to the adapter")).to_be_hidden()
+        assert agent.device.state().personal.ne(personal).any()
+    finally:
+        agent.device.config = config
+
+
+def test_programs_that_have_a_token_are_listed_and_shut_out(page: Page, shown: tuple[Agent, str]) -> None:
+    token = shown[0].tokens.new("editor")
+    page.reload()
+    expect(page.locator("#tokens")).to_contain_text("editor")
+    assert token not in page.content()
+    page.get_by_role("button", name="Revoke the token of editor").click()
+    expect(page.locator("#tokens")).to_have_text("none")
+    assert not shown[0].tokens.knows(token)
+
+
+# -- looks -------------------------------------------------------------------------------------------------------------
+
+
+def test_all_of_the_page_is_small_and_its_own() -> None:
+    files = [f for f in (resources.files("florilegium.client.agent") / "page").iterdir() if f.name != "__pycache__"]
+    assert sum(len(f.read_bytes()) for f in files) <= 150_000
+    assert not any(b"https://" in f.read_bytes() for f in files)
+
+
+def test_colours_are_the_owners_choice(page: Page) -> None:
+    paper = "getComputedStyle(document.body).backgroundColor"
+    page.get_by_label("Colours").select_option("dark")
+    dark = page.evaluate(paper)
+    page.reload()
+    expect(page.get_by_label("Colours")).to_have_value("dark")
+    assert page.evaluate(paper) == dark
+    page.get_by_label("Colours").select_option("light")
+    assert page.evaluate(paper) != dark
+    page.get_by_label("Colours").select_option("")
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(paper) == dark
+
+
+def test_it_is_used_by_keyboard_alone(page: Page, shown: tuple[Agent, str]) -> None:
+    def to(wanted: str) -> None:
+        for _ in range(400):
+            if page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()") == wanted:
+                return
+            page.keyboard.press("Tab")
+        raise AssertionError(f"Tab does not reach {wanted}")
+
+    before = shown[0].device.vault.count()
+    page.locator("body").press("Tab")
+    to("Earlier conversations")
+    page.keyboard.press("Enter")
+    to("search")
+    page.keyboard.type("apples")
+    page.keyboard.press("Enter")
+    expect(page.locator("#conversations button")).to_have_count(1)
+    to("prompt")
+    page.keyboard.type("By keyboard?")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="a good reply", exact=True)).to_have_count(1)
+    to("👍 A good reply")
+    page.keyboard.press("Space")
+    expect(page.get_by_role("button", name="a good reply", exact=True)).to_have_attribute("aria-pressed", "true")
+    to("learn")
+    page.keyboard.press("Enter")
+    expect(page.locator("#progress")).to_contain_text("learned from", timeout=120_000)
+    assert shown[0].device.vault.count() == before + 1
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """axe-core's code, from the npm registry."""
+    folder = tmp_path_factory.mktemp("axe")
+    if not shutil.which("npm"):
+        pytest.skip("no npm on this machine")
+    packed = subprocess.run(["npm", "pack", "axe-core@4", "--silent"], cwd=folder, capture_output=True, timeout=120)
+    if packed.returncode:
+        pytest.skip("axe-core cannot be had from the npm registry here")
+    (archive,) = folder.glob("*.tgz")
+    with tarfile.open(archive) as opened:
+        found = opened.extractfile("package/axe.min.js")
+        assert found
+        return found.read().decode()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+def test_nothing_serious_keeps_anybody_out(
+    page: Page, shown: tuple[Agent, str], axe: str, size: Any, theme: str
+) -> None:
+    agent = shown[0]
+    if not agent.trials()["shown"]:
+        agent.device.vault.add("What did I say?", WRITTEN, "seen")
+    page.set_viewport_size(size)
+    page.get_by_label("Colours").select_option(theme)
+    page.get_by_text("Earlier conversations").click()
+    page.locator("#conversations button").first.click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    page.evaluate(axe)  # past the page's own policy, which loads nothing from elsewhere
+    found = page.evaluate("axe.run()")
+    serious = [v for v in found["violations"] if v["impact"] in ("serious", "critical")]
+    assert found["passes"] and not serious, [(v["id"], [n["html"] for n in v["nodes"]][:3]) for v in serious]
+    if folder := os.environ.get("FLORILEGIUM_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{size['width']}-{theme}.png", full_page=True)
+
+
+def test_five_thousand_dialogues_are_no_burden(page: Page, shown: tuple[Agent, str]) -> None:
+    agent = shown[0]
+    with agent.device.vault.open() as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        rows = [(f"m{k}", 1e9 + k, f"c{k // 4}", f"prompt {k}", f"said {k}", k) for k in range(5000)]
+        connection.executemany(
+            "INSERT INTO dialogue (id, time, conversation, prompt, said, cycle) VALUES (?, ?, ?, ?, ?, ?)", rows
+        )
+        connection.execute("COMMIT")
+    began = time.monotonic()
+    page.reload()
+    expect(page.locator("#about")).to_contain_text("dialogues")
+    page.get_by_text("Earlier conversations").click()
+    expect(page.locator("#conversations button")).to_have_count(20)
+    page.get_by_label("Words that were said").fill("said 4321")
+    page.keyboard.press("Enter")
+    expect(page.locator("#conversations button")).to_have_count(1)
+    assert time.monotonic() - began < 20
+    assert page.evaluate("document.querySelectorAll('*').length") < 2000

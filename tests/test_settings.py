@@ -824,6 +824,7 @@ def chatting(c: AgentConfig, tools: Tools) -> Any:
     return asked, [agent.due(hour, plugged) for hour in hours for plugged in (True, False)]
 
 
+TRIALS = "test_trial.py::"
 OF_DEVICES: dict[str, Row] = {
     "name": In("another", "test_deployment.py::test_three_devices_a_server_and_what_goes_wrong"),
     "key": In("keyring", "test_agent.py::test_a_key_may_lie_in_the_keyring"),
@@ -832,6 +833,10 @@ OF_DEVICES: dict[str, Row] = {
     "chat.contrast": Seen(0.5, chatting),
     "chat.plausible": Seen(0.5, chatting, {"chat.contrast": 1.0}),
     "context_turns": Seen(1, chatting),
+    "recall": In(1, "test_recall.py::test_a_reply_is_shown_what_its_owner_said_elsewhere"),
+    "acceptance.share": In(0.5, TRIALS + "test_a_reply_that_is_held_back_is_learned_from_by_nobody_until_its_turn"),
+    "acceptance.learnings": In(2, TRIALS + "test_a_reply_that_is_held_back_is_learned_from_by_nobody_until_its_turn"),
+    "acceptance.risk": In(0.5, TRIALS + "test_an_update_is_taken_back_beyond_what_chance_alone_brings"),
     "longest": Seen(40, chatting),
     "memory_limit": In(2**30, "test_agent.py::test_a_limit_of_memory_is_kept_to_and_told"),
     "keep": In(8, "test_agent.py::test_dialogues_beyond_what_is_kept_go_unless_they_are_learned_from"),

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from secrets import token_urlsafe
 from typing import get_args
 
 import psutil
 import torch
 
-from florilegium.client.agent import conversation, erasure, learning, membership
+from florilegium.client.agent import conversation, erasure, learning, membership, trial
 from florilegium.client.agent.acceptance import unprotected
+from florilegium.client.agent.api_tokens import ApiTokens
 from florilegium.client.agent.config import CONSENTS, Consent, When
 from florilegium.client.agent.device import Device, Progress, silent
 from florilegium.client.agent.erasure import MadeAnew
@@ -25,6 +26,7 @@ from florilegium.client.agent.errors import AgentError
 from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.agent.terms import Terms
 from florilegium.client.agent.vault import Turn
+from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.peft_format import peft_files, shared_files
 from florilegium.client.lm.places import BASE_FOLDER, base_of
 from florilegium.client.personalization.profile import Profile
@@ -42,6 +44,7 @@ class Agent:
         self.device = device
         self.page_token = token_urlsafe(32)  # of this process: whoever saw an older one cannot open the page
         self.page_address = ""  # with it, while there is a page
+        self.tokens = ApiTokens(device.vault)  # of programs that may use the endpoint
         self.turned_away = Counter[str]()  # what a server sent that was not answered, since the start
 
     @classmethod
@@ -65,9 +68,24 @@ class Agent:
             raise AgentError(f"{when!r} is not one of {', '.join(get_args(When))}")
         self.device.vault.set_fact("learns", when)
 
-    def chat(self, prompt: str, conversation_id: str = "", told: Progress = silent) -> Turn:
+    def chat(
+        self,
+        prompt: str,
+        conversation_id: str = "",
+        told: Progress = silent,
+        *,
+        before: Sequence[str] | None = None,
+        causes: Sequence[str] = (),
+        temporary: bool = False,
+        sampling: SamplingConfig | None = None,
+        seed: int | None = None,
+        recalls: Callable[[list[Turn]], None] = lambda turns: None,
+    ) -> Turn:
         """A reply; see `conversation.chat`."""
-        return conversation.chat(self.device, prompt, conversation_id, told)
+        return conversation.chat(
+            self.device, prompt, conversation_id, told, before=before, causes=causes, temporary=temporary,
+            sampling=sampling, seed=seed, recalls=recalls,
+        )  # fmt: skip
 
     def rate(self, identity: str, liked: bool | None, wanted: str = "") -> Turn:
         """What the owner thinks of a reply; see `conversation.rate`."""
@@ -76,6 +94,14 @@ class Agent:
     def learn(self, progress: Progress = silent) -> dict[str, object]:
         """Learns from what is new; see `learning.learn`."""
         return learning.learn(self.device, progress)
+
+    def trials(self) -> dict[str, object]:
+        """What came of each learning's trial; see `trial.history`."""
+        return trial.history(self.device)
+
+    def go_back(self) -> None:
+        """Takes the last learning back; see `trial.go_back`."""
+        trial.go_back(self.device)
 
     def due(self, now: time.struct_time, plugged: bool | None) -> bool:
         """Whether it is time to learn; see `learning.due`."""
@@ -171,7 +197,8 @@ class Agent:
             "buffered": len(state.buffer),
             "bins": config.device.selection.bins,
             "pooled": len(state.pool.slots),
-            "unanswered": len(learning.held(state) - state.replies.keys()),
+            "unanswered": len(learning.held(state) - state.replies.keys() - vault.held()),
+            "held_back": trial.held_replies(device),
             "federation": there.model_dump(mode="json") if there else None,
             "unprotected": unprotected(privacy),
             "releases": len(vault.releases()),
@@ -189,11 +216,13 @@ class Agent:
         """What the device holds in its buffer and its pool, and why: scores, replies, what was made from it."""
         state = self.device.state()
         bins, pool = {k.id: k for k in state.buffer.bins}, dict(state.pool.slots)
+        held = self.device.vault.held()
         return [
             {
                 "id": i,
                 "prompt": bins[i].prompt if i in bins else pool[i],
                 "reply": state.replies.get(i, ""),
+                "held_back": i in held,
                 "in": [name for name, place in (("buffer", bins), ("pool", pool)) if i in place],
                 "scores": {n: getattr(bins[i], n) for n in ("eoe", "dss", "idd")} if i in bins else {},
                 "domain": bins[i].domain if i in bins else "",

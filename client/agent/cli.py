@@ -31,6 +31,7 @@ app = typer.Typer(no_args_is_help=True)
 console = Console(soft_wrap=True, markup=False)
 HomeOption = Annotated[Path, typer.Option("--home", envvar="FLORILEGIUM_HOME", help="The device's folder.")]
 HOME = USUAL
+MOST_LINES = 64  # of a temporary chat that the agent is told again
 SHOWN = 50  # characters of a text in a table
 INTERRUPTED = 130
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -132,17 +133,59 @@ def page(home: HomeOption = HOME) -> None:
         print(agent.read("page") or "there is no page: florilegium device serve")
 
 
+tokens = typer.Typer(
+    no_args_is_help=True, help="Tokens of programs that may use the endpoint /v1 of the page's address."
+)
+app.add_typer(tokens, name="token")
+
+
+@tokens.command("new")
+def new_token(
+    name: Annotated[str, typer.Argument(help="Of the program that it is for.")], home: HomeOption = HOME
+) -> None:
+    """Make a token, which is shown this once."""
+    with _remote(home) as agent:
+        print(agent.write("token-new", name=name), flush=True)
+        address = str(agent.read("page")).partition("#")[0] or "http://127.0.0.1:PORT/, while `serve` runs, "
+        kept = "learns from" if agent.read("consents")["learn"]["given"] else "does not keep"
+        console.print(f"{address}v1 takes it. This device {kept} what comes with it")
+
+
+@tokens.command("list")
+def list_tokens(home: HomeOption = HOME) -> None:
+    """The programs that have one, and since when."""
+    with _remote(home) as agent:
+        table = Table("for", "made")
+        for token in agent.read("tokens"):
+            table.add_row(token["name"], f"{datetime.fromtimestamp(token['made']):%Y-%m-%d %H:%M}")
+        console.print(table)
+
+
+@tokens.command("revoke")
+def revoke_token(name: str, home: HomeOption = HOME) -> None:
+    """Take a token back: its next request is refused."""
+    with _remote(home) as agent:
+        agent.write("token-revoke", name=name)
+        console.print(f"{name} is revoked")
+
+
 @app.command()
 def chat(
-    text: Annotated[str, typer.Argument(help="Empty: talk on, until an empty line.")] = "", home: HomeOption = HOME
+    text: Annotated[str, typer.Argument(help="Empty: talk on, until an empty line.")] = "",
+    temporary: Annotated[bool, typer.Option("--temporary", help="Nothing of it is kept or learned from.")] = False,
+    home: HomeOption = HOME,
 ) -> None:
     """Talk with the device."""
     with _remote(home) as agent:
-        conversation = os.urandom(8).hex()
+        conversation, before = os.urandom(8).hex(), list[str]()
         while prompt := text or _asked():
             turn: dict[str, Json] = {}
             shown = ""
-            for told in agent.stream("chat", prompt=prompt, conversation=conversation):
+            told_of = {"temporary": True, "before": before} if temporary else {"conversation": conversation}
+            for told in agent.stream("chat", prompt=prompt, **told_of):
+                for one in told.get("recalled", []):
+                    day = datetime.fromtimestamp(one["time"])
+                    console.print(Text(f"because you said on {day.day} {day:%B}:"), _short(one["words"]))
                 grown = told.get("text", told.get("done", {}).get("said", ""))
                 if grown.startswith(shown):
                     sys.stdout.write(grown[len(shown) :])
@@ -150,6 +193,7 @@ def chat(
                     shown = grown
                 turn = told.get("done", turn)
             print(f"\n[{turn['id']}]" if turn["id"] else "")
+            before = [line for line in (*before, prompt, turn["said"]) if line][-MOST_LINES:]
             if text:
                 return
 
@@ -194,11 +238,48 @@ def learn(
             else:
                 page = told["done"]
                 console.print(f"{page['personal_examples']} examples, {page['seconds of all']:.1f} s")
+                console.print(_tried(page["trial"]))
         if not page["personal_examples"]:
             console.print(
                 "nothing to learn from yet: say what you would have said (florilegium device rate ID --wanted …, "
                 "florilegium device dialogues has the IDs), or that a reply was good (--up)"
             )
+
+
+def _tried(told: dict[str, Json]) -> str:
+    if told["before"] is None:
+        return "kept untried: no reply of yours is held back yet"
+    likelier = (
+        f"on {told['replies']} held-back replies of yours {told['before']:.3f} → {told['after']:.3f} nats a token"
+    )
+    taken_back = ": the adapter before is used on" if told["decision"] == "taken back" else ""
+    return f"{told['decision']}, {likelier}{taken_back}"
+
+
+@app.command()
+def trials(home: HomeOption = HOME) -> None:
+    """What each learning did to the likelihood of replies of yours that were held back; what the model said to some."""
+    with _remote(home) as agent:
+        told = agent.read("trials")
+        table = Figures("when", "replies", "nats a token before", "after", "what was decided")
+        for trial in told["trials"]:
+            figures = ("–" if trial[n] is None else f"{trial[n]:.3f}" for n in ("before", "after"))
+            when = f"{datetime.fromtimestamp(trial['time']):%Y-%m-%d %H:%M}"
+            table.add_row(when, str(trial["replies"]), *figures, trial["decision"])
+        console.print(table)
+        for shown in told["shown"]:
+            console.print(Text(f"You were told: {shown['prompt']}\n  before: {shown['said_before']}"))
+            console.print(Text(f"  after: {shown['said_after']}\n  you: {shown['wanted']}"))
+        if told["can_go_back"]:
+            console.print("florilegium device revert goes back to the adapter before the last learning")
+
+
+@app.command()
+def revert(home: HomeOption = HOME) -> None:
+    """Take the last learning back: go on with the adapter before it. What you said stays."""
+    with _remote(home) as agent:
+        agent.write("go-back")
+        console.print("the adapter before the last learning is used")
 
 
 @app.command()
@@ -236,6 +317,7 @@ def status(home: HomeOption = HOME) -> None:
             "dialogues": f"{told['dialogues']}, {told['new']} of them new",
             "kept": f"{told['buffered']} of {told['bins']} in the buffer, {told['pooled']} in the pool; "
             f"{told['unanswered']} wait for a reply of yours",
+            "held back": f"{told['held_back']} replies of yours, to try what is learned",
             "federation": f"{there['name']} at {there['server']}, {there['rounds']} rounds" if there else "none",
             **({"not answered": told["unprotected"]} if there and told["unprotected"] else {}),
             "sent": f"{told['releases']} releases; ε {spent} of {told['epsilon_budget']:g} for {told['unit']}",

@@ -9,6 +9,7 @@ from pydantic import ByteSize, Field
 
 from florilegium.client.config import DeviceConfig, PersonalConfig, SharedConfig
 from florilegium.client.lm.config import AdapterConfig, ModelConfig, ReplyConfig, TextLimits
+from florilegium.client.personalization.acceptance import AcceptanceConfig
 from florilegium.privacy.common.base_config import Config, PlainName
 from florilegium.privacy.modes import PrivacyConfig
 
@@ -33,6 +34,10 @@ class AgentConfig(Config):
     context_turns: int = Field(2, ge=0, description="earlier turns of a conversation that a reply looks at")
     longest: int = Field(4000, ge=1, description="characters of a prompt or a correction")
     memory_limit: ByteSize = Field(ByteSize(0), ge=0, description="of the agent's process, as in '1GiB'; 0: none")
+    recall: int = Field(
+        0, ge=0, le=4, description="of its owner's earlier dialogues elsewhere, that a reply is shown; 0: none"
+    )
+    acceptance: AcceptanceConfig = AcceptanceConfig()
     keep: int = Field(5000, ge=1, description="dialogues; older ones that are not in the buffer or the pool go")
     learn: When = Field("asked", description="when the device learns by itself: never, at night, or when it charges")
     night: tuple[int, int] = Field((1, 5), description="hours of local time")

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from florilegium.client.agent.device import Device, Progress, silent
 from florilegium.client.agent.errors import AgentError
+from florilegium.client.agent.recall import line_of, recalled
 from florilegium.client.agent.vault import Turn
 from florilegium.client.dialogue import Dialogue
+from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.phases import frozen_adapters
 from florilegium.privacy.seeds import fresh_secret
 
 
-def chat(device: Device, prompt: str, conversation: str = "", told: Progress = silent) -> Turn:
-    """A reply; `told` hears it grow. Kept only where its owner has consented to learning."""
+def chat(
+    device: Device,
+    prompt: str,
+    conversation: str = "",
+    told: Progress = silent,
+    *,
+    before: Sequence[str] | None = None,
+    causes: Sequence[str] = (),
+    temporary: bool = False,
+    sampling: SamplingConfig | None = None,
+    seed: int | None = None,
+    recalls: Callable[[list[Turn]], None] = lambda turns: None,
+) -> Turn:
+    """A reply; `told` hears it grow. Kept only where its owner has consented to learning, and never if `temporary`.
+
+    `before`: what was said before, and of which dialogues, where that is not what the vault has of the conversation.
+    `recalls` hears what else of its owner's words the reply is shown: nothing of a chat that has its own `before`.
+    """
     prompt = mended(prompt)
     check_length(device, prompt)
     if not prompt.strip():
@@ -24,13 +42,22 @@ def chat(device: Device, prompt: str, conversation: str = "", told: Progress = s
         state, context = device.state(), device.context
         received, _ = device.used()
         on = [*([] if received is None else frozen_adapters(received, [state.id], context)), device.personal(state)]
-        before = lines_before(device, conversation)
-        asked = Dialogue("", prompt, "", context="\n".join(line for _, line in before)).in_context.prompt
-        said = device.lm.reply(asked, on, device.config.chat, fresh_secret() >> 65, told)
-        if not device.consents["learn"]:
+        if before is None:
+            known = lines_before(device, conversation)
+            found = recalled(device, prompt, {i for i, _ in known})
+            recalls(found)
+            before = [*(line_of(device, turn) for turn in found), *(line for _, line in known)]
+            causes = list(dict.fromkeys([*(turn.id for turn in found), *(i for i, _ in known)]))
+        asked = with_lines(prompt, before)
+        said = device.lm.reply(asked, on, sampling or device.config.chat, seed or fresh_secret() >> 65, told)
+        if temporary or not device.consents["learn"]:
             return Turn(0, "", time.time(), conversation, prompt, said, None, "", None)
-        causes = list(dict.fromkeys(i for i, _ in before))
         return device.vault.add(prompt, said, conversation, device.cycle, causes)
+
+
+def with_lines(prompt: str, lines: Iterable[str]) -> str:
+    """A prompt with what was said before it."""
+    return Dialogue("", prompt, "", context="\n".join(map(mended, lines))).in_context.prompt
 
 
 def rate(device: Device, identity: str, liked: bool | None, wanted: str = "") -> Turn:
@@ -55,15 +82,19 @@ def mended(text: str) -> str:
 
 
 def as_dialogues(device: Device, turns: Iterable[Turn]) -> list[Dialogue]:
-    """Turns as the phases take them, each with what was said before it."""
+    """Turns as the phases take them, each with what was said before it, but for what is held back."""
+    held = device.vault.held()
     return [
-        Dialogue(t.id, t.prompt, t.reply, t.time, context=said_before(device, t.conversation, t.number)) for t in turns
+        Dialogue(t.id, t.prompt, t.reply, t.time, context=said_before(device, t.conversation, t.number, held))
+        for t in turns
     ]
 
 
-def said_before(device: Device, conversation: str, number: int | None = None) -> str:
-    """The last turns of a conversation before this one, a line each."""
-    return "\n".join(line for _, line in lines_before(device, conversation, number))
+def said_before(
+    device: Device, conversation: str, number: int | None = None, without: Collection[str] = frozenset()
+) -> str:
+    """The last turns of a conversation before this one, a line each; of those `without` nothing."""
+    return "\n".join(line for i, line in lines_before(device, conversation, number) if i not in without)
 
 
 def lines_before(device: Device, conversation: str, number: int | None = None) -> list[tuple[str, str]]:

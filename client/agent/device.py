@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 
 from florilegium.client.agent.acceptance import unprotected
+from florilegium.client.agent.api_tokens import API_TOKENS
 from florilegium.client.agent.config import CONSENTS, AgentConfig, Consent, When
 from florilegium.client.agent.errors import AgentError, HomeError
 from florilegium.client.agent.folder import DeviceFolder
@@ -125,7 +126,9 @@ class Device:
         return replace(found, shared_layout=layout, experiment=membership.name)
 
     def reply_to(self, device: str, dialogue: str) -> str:
-        """What there is to learn from a dialogue; empty where it is gone."""
+        """What there is to learn from a dialogue; empty where it is gone, and while it is held back."""
+        if self.vault.is_held(dialogue):
+            return ""
         try:
             return self.vault.turn(dialogue).reply
         except KeyError:
@@ -178,11 +181,15 @@ class Device:
 
     def used(self) -> tuple[torch.Tensor | None, int]:
         """The shared adapter (P,) beneath the personal one, and its version."""
-        return _row(self.vault.fact_bytes("used")), self.vault.fact("used", 0)
+        return self.shared("used")
 
     def newest(self) -> tuple[torch.Tensor | None, int]:
         """The shared adapter (P,) that a server has sent last, and its version."""
-        return _row(self.vault.fact_bytes("newest")), self.vault.fact("newest", 0)
+        return self.shared("newest")
+
+    def shared(self, name: str) -> tuple[torch.Tensor | None, int]:
+        """The shared adapter (P,) that was written under a name, and its version."""
+        return _row(self.vault.fact_bytes(name)), self.vault.fact(name, 0)
 
 
 def write_adapter(connection: sqlite3.Connection, name: str, row: torch.Tensor | None, version: int) -> None:
@@ -205,9 +212,10 @@ def loaded(model: ModelConfig) -> LanguageModel:
 
 
 def restore(folder: DeviceFolder) -> None:
-    """Goes back to the last good copy. Consents and the federation are not taken from it: they may be withdrawn ones.
+    """Goes back to the last good copy, but for what may have been withdrawn since.
 
-    Raises `HomeError` and `VaultError`; the damaged file is kept beside.
+    Consents, the federation and programs' tokens are not taken from it. Raises `HomeError` and `VaultError`; the
+    damaged file is kept beside.
     """
     key = folder.read_key(folder.check_copy())
     copy = Vault(folder.good_copy, key)
@@ -220,6 +228,7 @@ def restore(folder: DeviceFolder) -> None:
         for item in CONSENTS:
             write_fact(connection, f"consent to {item}", False)
         write_fact(connection, "federation", None)
+        write_fact(connection, API_TOKENS, {})
         forget_shared(connection)
 
 

@@ -13,6 +13,7 @@ from florilegium.client.agent.conversation import as_dialogues
 from florilegium.client.agent.device import Device, Progress, Write, forget_shared, silent
 from florilegium.client.agent.errors import DeviceError
 from florilegium.client.agent.learning import profile_after, refreshed, without_removed
+from florilegium.client.agent.trial import forget_trials
 from florilegium.client.agent.vault import Turn, forget_origins, unsay, write_fact, write_learned
 from florilegium.client.lm.places import base_hash
 from florilegium.client.personalization.profile import Profile
@@ -52,7 +53,7 @@ def erase(
     """Removes dialogues, what was made from them, and what they did to the buffer, the profile and the adapter.
 
     With them go the model's replies that `said_under` finds, unless `keep_replies`: their words may be in them.
-    What the owner wrote in those dialogues stays.
+    What the owner wrote in those dialogues stays. What models said in trials goes, and the adapter before the last.
 
     The buffer and the profile are made anew from what remains, as if the erased had never been said; but for older
     dialogues that were dropped meanwhile, maybe in their favour. The personal adapter is trained anew from its
@@ -67,6 +68,7 @@ def erase(
         def also(connection: sqlite3.Connection) -> None:
             write_fact(connection, "erasing", True)
             unsay(connection, [t.id for t in under])
+            forget_trials(connection)
             forget_origins(connection, identities)
 
         device.vault.forget(identities, also)
@@ -103,6 +105,7 @@ def rebase(device: Device, progress: Progress = silent) -> MadeAnew:
         write_fact(connection, "base", base)
         write_fact(connection, "federation", None)
         forget_shared(connection)
+        forget_trials(connection, figures=True)
 
     with device.working(progress):
         return _made_anew(device, None, 0, also)

@@ -12,14 +12,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import logging
 import re
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from hmac import compare_digest
 from importlib import resources
 from threading import Thread
 from typing import cast
@@ -30,24 +28,27 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
+from florilegium.client.agent.access import PAGE, AccessControl
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.config import CONSENTS, Consent, When
-from florilegium.client.agent.errors import AgentError, VaultError
-from florilegium.client.agent.http_server import connection_of
+from florilegium.client.agent.errors import AgentError
+from florilegium.client.agent.http_json import (
+    Body,
+    error_response,
+    flag_of,
+    read_json,
+    status_of,
+    text_of,
+    texts_of,
+    told_of,
+)
+from florilegium.client.agent.openai_api import Endpoint
+from florilegium.client.agent.recall import own_words
 from florilegium.client.agent.vault import Turn
-from florilegium.client.lm.layers import UnsupportedModelError
 from florilegium.client.lm.places import ADAPTERS
-from florilegium.client.personalization.profile import ProfileError
-from florilegium.client.state import StateError
-from florilegium.client.state_store import StoreError
-from florilegium.privacy.common.registry import ExtensionError
-from florilegium.privacy.ledger import LedgerError
 
-log = logging.getLogger(__name__)
-PAGE = {"/": "text/html", "/page.js": "text/javascript", "/page.css": "text/css"}
-LARGEST = 200_000  # bytes of a request of the owner's
 HEADERS = {
     "content-security-policy": "default-src 'self'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'",
     "referrer-policy": "no-referrer",
@@ -55,15 +56,11 @@ HEADERS = {
     "cache-control": "no-store",
 }
 CONVERSATION = re.compile(r"[A-Za-z0-9_-]{0,64}")
-URGENT = {"/api/consent", "/api/leave"}  # what an owner can always do, whatever else goes on
+URGENT = {"/api/consent", "/api/leave", "/api/token-revoke"}  # what an owner can always do, whatever else goes on
+A_PAGE, LONGEST_SEARCH = 20, 200  # conversations, characters
 THREADS = 32  # of which those that write wait for the disk together
 Handler = Callable[[Request], Awaitable[Response]]
-Body = dict[str, object]  # an object of JSON
 Told = Callable[[Body], None]
-
-
-class TooLargeError(ValueError):
-    """A request has more bytes than it may."""
 
 
 def application(agent: Agent) -> Starlette:
@@ -72,35 +69,9 @@ def application(agent: Agent) -> Starlette:
 
 
 def page_application(agent: Agent, port: int) -> ASGIApp:
-    """The same for the page on this port, behind its access control."""
-    return AccessControl(Starlette(routes=Service(agent).routes), agent.page_token, port)
-
-
-class AccessControl:
-    """Lets through what comes from the page of this agent, opened by its owner."""
-
-    def __init__(self, app: ASGIApp, token: str, port: int) -> None:
-        self.app, self.token, self.port = app, token, port
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            await (self._refusal(Request(scope)) or self.app)(scope, receive, send)
-
-    def _refusal(self, request: Request) -> Response | None:
-        own = {f"{name}:{self.port}" for name in ("127.0.0.1", "localhost")}
-        origin = request.headers.get("origin")
-        if request.headers.getlist("host") not in [[name] for name in own] or (
-            origin is not None and origin not in {f"http://{name}" for name in own}
-        ):
-            return _error(403, "this page belongs to 127.0.0.1")
-        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            return _error(403, "asked by another page")
-        shown = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if compare_digest(shown.encode(), self.token.encode()):
-            connection_of(request.scope).authenticate()
-        elif request.url.path not in PAGE:
-            return _error(401, "open the address that `florilegium device page` prints")
-        return None
+    """The same for the page on this port, and the endpoint for programs, behind its access control."""
+    routes = [*Service(agent).routes, *Endpoint(agent).routes]
+    return AccessControl(Starlette(routes=routes), agent.page_token, agent.tokens, port)
 
 
 class Service:
@@ -120,16 +91,23 @@ class Service:
             "/api/sent": lambda: [asdict(s) for s in self.agent.device.vault.sent()],
             "/api/ledger": self._ledger,
             "/api/page": lambda: self.agent.page_address,
+            "/api/trials": self.agent.trials,
+            "/api/tokens": self.agent.tokens.listed,
             "/api/consents": lambda: {item: {"text": CONSENTS[item], "given": given}
                                       for item, given in self.agent.device.consents.items()},
         }  # fmt: skip
         writes: dict[str, Callable[[Body], object]] = {
-            "/api/rate": lambda b: _told(self.agent.rate(_text(b, "id"), _liked(b), _text(b, "wanted", ""))),
-            "/api/consent": lambda b: self.agent.consent(cast(Consent, b.get("item")), _flag(b, "given")),
+            "/api/rate": lambda b: _told(self.agent.rate(text_of(b, "id"), _liked(b), text_of(b, "wanted", ""))),
+            "/api/consent": lambda b: self.agent.consent(cast(Consent, b.get("item")), flag_of(b, "given")),
             "/api/learns": lambda b: self.agent.learn_when(cast(When, b.get("when"))),
             "/api/profile": lambda b: json.loads(self.agent.edit_profile(json.dumps(b)).to_json()),
             "/api/leave": lambda b: self.agent.leave(),
-            "/api/said-under": lambda b: [_told(turn) for turn in self.agent.said_under(_names(b))],
+            "/api/go-back": lambda b: self.agent.go_back(),
+            "/api/token-new": lambda b: self.agent.tokens.new(text_of(b, "name")),
+            "/api/token-revoke": lambda b: self.agent.tokens.revoke(text_of(b, "name")),
+            "/api/conversations": self._conversations,
+            "/api/conversation": lambda b: [_told(t) for t in self.agent.device.vault.conversation(text_of(b, "name"))],
+            "/api/said-under": lambda b: [_told(turn) for turn in self.agent.said_under(texts_of(b, "ids"))],
         }
         streams: dict[str, Callable[[Body, Told], object]] = {
             "/api/chat": self._chat,
@@ -162,9 +140,9 @@ class Service:
 
     async def _write(self, request: Request, do: Callable[[Body], object], urgent: bool) -> Response:
         try:
-            body = await _json(request)
+            body = await read_json(request)
         except ValueError as error:
-            return _error(413 if isinstance(error, TooLargeError) else 400, str(error))
+            return error_response(status_of(error), str(error))
         return await self._answered(lambda: do(body), urgent)
 
     async def _answered(self, work: Callable[[], object], urgent: bool = False) -> Response:
@@ -174,15 +152,15 @@ class Service:
         try:
             return JSONResponse(await to_thread.run_sync(work, limiter=self._threads[urgent]))
         except Exception as error:  # noqa: BLE001  # the owner is told its kind
-            status, text = _said(error)
-            return _error(status, text)
+            status, text = told_of(error)
+            return error_response(status, text)
 
     async def _stream(self, request: Request, do: Callable[[Body, Told], object]) -> Response:
         """A line of JSON for each thing to tell; the last is {"done": …} or {"error": …}."""
         try:
-            body = await _json(request)
+            body = await read_json(request)
         except ValueError as error:
-            return _error(413 if isinstance(error, TooLargeError) else 400, str(error))
+            return error_response(status_of(error), str(error))
         lines, loop = asyncio.Queue[Body | None](), asyncio.get_running_loop()
 
         def told(line: Body | None) -> None:
@@ -193,7 +171,7 @@ class Service:
             try:
                 told({"done": do(body, told)})
             except Exception as error:  # noqa: BLE001  # the owner is told its kind
-                told({"error": _said(error)[1]})
+                told({"error": told_of(error)[1]})
             told(None)
 
         Thread(target=work, daemon=True).start()
@@ -202,14 +180,34 @@ class Service:
     # -- what they do -------------------------------------------------------------------------------------------------
 
     def _chat(self, body: Body, told: Told) -> Body:
-        turn = self.agent.chat(
-            _text(body, "prompt"), _conversation(body), lambda text: told({"text": text})
-        )  # fmt: skip
+        prompt, conversation = text_of(body, "prompt"), _conversation(body)
+        temporary, before = flag_of(body, "temporary", False), texts_of(body, "before", [])
+        if before and not temporary:
+            raise AgentError("`before` is for temporary chats: of others the device knows what was said before")
+        turns = self.agent.device.config.context_turns
+        seen = before[len(before) - min(turns, len(before)) :] if temporary else None
+
+        def grown(text: str) -> None:
+            told({"text": text})
+
+        def recalls(turns: list[Turn]) -> None:
+            if turns:
+                told({"recalled": [{"id": t.id, "time": t.time, "words": own_words(t)} for t in turns]})
+
+        turn = self.agent.chat(prompt, conversation, grown, before=seen, temporary=temporary, recalls=recalls)
         return _told(turn)
 
+    def _conversations(self, body: Body) -> Body:
+        """A page of them, and whether there are more."""
+        search, before = text_of(body, "search", ""), body.get("before", 0)
+        if type(before) is not int or not 0 <= before < 2**62 or len(search) > LONGEST_SEARCH:
+            raise ValueError("before must be a number, search a text")
+        found = self.agent.device.vault.conversations(search, before, A_PAGE + 1)
+        return {"conversations": [asdict(c) for c in found[:A_PAGE]], "more": len(found) > A_PAGE}
+
     def _erase(self, body: Body, told: Told) -> Body:
-        keep = _flag(body, "keep_replies", False)
-        return asdict(self.agent.erase(_names(body), lambda phase: told({"phase": phase}), keep_replies=keep))
+        keep = flag_of(body, "keep_replies", False)
+        return asdict(self.agent.erase(texts_of(body, "ids"), lambda phase: told({"phase": phase}), keep_replies=keep))
 
     def _ledger(self) -> Body:
         account = self.agent.account
@@ -232,7 +230,7 @@ class Service:
         try:
             packed = await run_in_threadpool(self._packed)
         except Exception as error:  # noqa: BLE001  # the owner is told its kind
-            return _error(*_said(error))
+            return error_response(*told_of(error))
         named = {"content-disposition": 'attachment; filename="florilegium-device.zip"'}
         return Response(packed, media_type="application/zip", headers=named)
 
@@ -242,6 +240,7 @@ class Service:
         lists = {
             "dialogues": [_told(t) for t in agent.device.vault.turns()],
             "kept": agent.kept(),
+            "trials": cast("list[Body]", agent.trials()["trials"]),
             "sent": [asdict(s) for s in agent.device.vault.sent()],
         }
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -260,82 +259,16 @@ async def _lines(lines: asyncio.Queue[Body | None]) -> AsyncIterator[str]:
         yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def _said(error: Exception) -> tuple[int, str]:
-    """What the owner is told; what is not one of our own errors could quote anything, and is only named."""
-    if isinstance(error, KeyError):
-        return 404, "there is no such dialogue"
-    if isinstance(error, AgentError | ProfileError):
-        return 400, str(error)
-    if isinstance(error, ExtensionError):  # of a module that the owner's own settings name
-        log.error("%s", type(error).__name__)
-        return 500, str(error)
-    if isinstance(error, VaultError | LedgerError | StoreError | StateError | UnsupportedModelError | MemoryError):
-        log.error("%s", type(error).__name__)
-        return 503, str(error)
-    if isinstance(error, TypeError | ValueError):
-        return 400, "the request does not have the expected form"
-    log.error("%s", type(error).__name__)
-    return 500, f"this went wrong here: {type(error).__name__}"
-
-
-def _error(status: int, text: str) -> Response:
-    return JSONResponse({"error": text}, status_code=status)
-
-
-async def _read_body(request: Request, most: int) -> bytes:
-    found = bytearray()
-    async for part in request.stream():
-        found += part
-        if len(found) > most:
-            raise TooLargeError(f"a request has at most {most:,} bytes")
-    return bytes(found)
-
-
-async def _json(request: Request) -> Body:
-    """Raises ValueError for what is not an object of JSON, and `TooLargeError`. Half a character becomes a "?"."""
-    body = await _read_body(request, LARGEST)
-    try:
-        found = json.loads(body or b"{}")
-        written = json.dumps(found, ensure_ascii=False, allow_nan=False)  # NaN and 1e999 are no JSON
-        found = json.loads(written.encode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        raise ValueError("the request is not JSON") from None
-    if not isinstance(found, dict):
-        raise ValueError("the request is not an object of JSON")  # noqa: TRY004  # as all that is wrong with a request
-    return found
-
-
 def _told(turn: Turn) -> Body:
     return asdict(turn)
 
 
-def _text(body: Body, name: str, default: str | None = None) -> str:
-    found = body.get(name, default)
-    if type(found) is not str:
-        raise ValueError(f"{name} must be a text")
-    return found
-
-
 def _conversation(body: Body) -> str:
-    found = _text(body, "conversation", "")
+    found = text_of(body, "conversation", "")
     if not CONVERSATION.fullmatch(found):
         raise ValueError("conversation must be at most 64 letters, digits, - and _")
     return found
 
 
-def _flag(body: Body, name: str, default: bool | None = None) -> bool:
-    found = body.get(name, default)
-    if type(found) is not bool:
-        raise ValueError(f"{name} must be true or false")
-    return found
-
-
 def _liked(body: Body) -> bool | None:
-    return None if body.get("liked") is None else _flag(body, "liked")
-
-
-def _names(body: Body) -> list[str]:
-    found = body.get("ids")
-    if type(found) is not list or not all(type(name) is str for name in found):
-        raise ValueError("ids must be a list of texts")
-    return found
+    return None if body.get("liked") is None else flag_of(body, "liked")

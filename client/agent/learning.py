@@ -10,6 +10,7 @@ from hashlib import sha256
 
 import torch
 
+from florilegium.client.agent import trial
 from florilegium.client.agent.conversation import as_dialogues, check_length, mended
 from florilegium.client.agent.device import Device, Progress, silent, write_adapter
 from florilegium.client.agent.errors import AgentError
@@ -25,7 +26,7 @@ from florilegium.privacy.plan import RoundPlan
 
 
 def learn(device: Device, progress: Progress = silent) -> dict[str, object]:
-    """Takes up what is new, selects, synthesizes, and trains the personal adapter.
+    """Takes up what is new, selects, synthesizes, trains the personal adapter, and keeps it if it passes its trial.
 
     Returns what was observed, as JSON has it.
     """
@@ -33,26 +34,38 @@ def learn(device: Device, progress: Progress = silent) -> dict[str, object]:
         raise AgentError("learning is not consented to: florilegium device consent learn yes")
     with device.working(progress):
         cycle = device.cycle + 1
-        turns = device.vault.take_up(cycle)
+        turns = taken_up(device, cycle)
         state, context = refreshed(device, device.state()), device.context
+        before = trial.learned_now(device, state)
         received, version = device.newest()
         began, plan = time.monotonic(), RoundPlan(cycle, version)
         (state,), (seen,) = learn_alone([state], [as_dialogues(device, turns)], received, plan, context)
+        tried = trial.try_out(device, before, trial.Learned(received, version, state.personal))
         profile = profile_after(device, profile_of(device), turns)
-        facts = {**seen.seen(), "seconds of all": time.monotonic() - began}
+        facts = {**seen.seen(), "seconds of all": time.monotonic() - began, "trial": tried.told()}
 
         def also(connection: sqlite3.Connection) -> None:
             write_fact(connection, "cycle", cycle)
             write_fact(connection, "profile", profile.to_json())
             write_fact(connection, "learned", {"at": time.time(), "page": facts})
-            write_adapter(connection, "used", received, version)
-            write_learned(connection, (k.id for k in state.annotated), cycle)
+            write_fact(connection, trial.LEARNINGS, device.vault.fact(trial.LEARNINGS, 0) + 1)
+            trial.write_trial(connection, tried, cycle, before)
+            if tried.verdict.accepted:
+                write_adapter(connection, "used", received, version)
+                write_learned(connection, (k.id for k in state.annotated), cycle)
 
-        device.save(state, also)
+        device.save(state if tried.verdict.accepted else replace(state, personal=before.personal), also)
         retire(device, state)
         device.vault.check()
         device.vault.copy_to(device.folder.good_copy)
         return facts
+
+
+def taken_up(device: Device, cycle: int) -> list[Turn]:
+    """The dialogues that are new, now of this cycle, some of their replies held back; asked again, the same ones."""
+    turns = device.vault.take_up(cycle)
+    trial.hold_back(device, turns)
+    return turns
 
 
 def due(device: Device, now: time.struct_time, plugged: bool | None) -> bool:
@@ -68,7 +81,7 @@ def due(device: Device, now: time.struct_time, plugged: bool | None) -> bool:
 def gathered(device: Device, state: DeviceState, context: CohortContext) -> DeviceState:
     """The state with all that has arrived, selected and asked for; trains nothing."""
     cycle = device.cycle + 1
-    turns = device.vault.take_up(cycle)
+    turns = taken_up(device, cycle)
     dialogues, plan = as_dialogues(device, turns), RoundPlan(cycle, 0)
     states, _ = observe([refreshed(device, state)], [dialogues], plan, context)
     states, _ = annotate(states, context)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -33,15 +34,34 @@ CREATE TABLE IF NOT EXISTS origin (
     number INTEGER PRIMARY KEY AUTOINCREMENT, dialogue TEXT UNIQUE, after INTEGER, causes TEXT
 );
 CREATE TABLE IF NOT EXISTS learned (dialogue TEXT PRIMARY KEY, cycle INTEGER);
+CREATE TABLE IF NOT EXISTS held (dialogue TEXT PRIMARY KEY, until INTEGER);
+CREATE TABLE IF NOT EXISTS trial (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, cycle INTEGER, replies INTEGER, before REAL, after REAL,
+    error REAL, decision TEXT
+);
+CREATE TABLE IF NOT EXISTS shown (
+    trial INTEGER, dialogue TEXT, said_before TEXT, said_after TEXT, nll_before REAL, nll_after REAL
+);
 CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value TEXT, bytes BLOB);
 CREATE TABLE IF NOT EXISTS sent (
     number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, federation TEXT, round INTEGER, kind TEXT, bytes INTEGER,
     epsilon REAL
 );
 """
+HELD_BACK = (  # until so many learnings are over
+    "SELECT dialogue FROM held WHERE until > (SELECT CAST(value AS INTEGER) FROM fact WHERE name = 'learnings')"
+)
 Fact = TypeVar("Fact")
 Written = TypeVar("Written")
 Write = Callable[[sqlite3.Connection], object]
+_CONVERSATIONS = """
+SELECT name, last, time, turns, (SELECT prompt FROM dialogue WHERE number = first) FROM (
+    SELECT CASE conversation WHEN '' THEN id ELSE conversation END AS name, max(number) AS last, max(time) AS time,
+    count(*) AS turns, min(number) AS first,
+    max(prompt LIKE :sought ESCAPE '\\' OR said LIKE :sought ESCAPE '\\' OR wanted LIKE :sought ESCAPE '\\') AS found
+    FROM dialogue GROUP BY name
+) WHERE found AND (:before = 0 OR last < :before) ORDER BY last DESC LIMIT :most
+"""
 _COLUMNS = "number, id, time, conversation, prompt, said, liked, wanted, cycle"
 
 
@@ -72,6 +92,17 @@ class Turn:
         if self.liked is not None:
             return float(self.liked)
         return 0.0 if self.wanted else 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One of those that were had: its name, or the ID of a dialogue that is alone; its first prompt."""
+
+    name: str
+    last: int  # number of its last dialogue
+    time: float  # of its last dialogue
+    turns: int
+    prompt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +212,37 @@ class Vault:
             rows = connection.execute(f"SELECT {_COLUMNS} FROM dialogue {where} ORDER BY number", values).fetchall()
         return [Turn(*row) for row in rows]
 
+    def held(self) -> frozenset[str]:
+        """The dialogues whose replies are held back now."""
+        with self.open() as connection:
+            return frozenset(i for (i,) in connection.execute(HELD_BACK).fetchall())
+
+    def is_held(self, identity: str) -> bool:
+        """Whether a dialogue's reply is held back now."""
+        with self.open() as connection:
+            return connection.execute(f"{HELD_BACK} AND dialogue = ?", (identity,)).fetchone() is not None
+
+    def saying(self, line: str) -> list[Turn]:
+        """The dialogues in which somebody said just this, whatever is around it."""
+        return self.turns("WHERE ?1 IN (trim(prompt), trim(said), trim(wanted))", (line.strip(),))
+
+    def conversations(self, search: str = "", before: int = 0, most: int = 20) -> list[Conversation]:
+        """The newest conversations in which these words were said, those before a dialogue's number; newest first."""
+        sought = "%" + re.sub(r"([%_\\])", r"\\\1", search) + "%"
+        with self.open() as connection:
+            rows = connection.execute(_CONVERSATIONS, {"sought": sought, "before": before, "most": most}).fetchall()
+        return [Conversation(*row) for row in rows]
+
+    def conversation(self, name: str) -> list[Turn]:
+        """The dialogues of a conversation, or the one of this ID that is in none."""
+        return self.turns("WHERE conversation = ?1 OR (conversation = '' AND id = ?1)", (name,)) if name else []
+
+    def ends(self, turn: Turn) -> bool:
+        """Whether a dialogue is the last one of a conversation."""
+        return bool(turn.conversation) and not self.turns(
+            "WHERE conversation = ? AND number > ?", (turn.conversation, turn.number)
+        )
+
     def count(self) -> int:
         with self.open() as connection:
             return int(connection.execute("SELECT count(*) FROM dialogue").fetchone()[0])
@@ -195,7 +257,8 @@ class Vault:
         """Erases dialogues, all at once, overwritten, not only unlinked; `also` writes in the same transaction."""
         with self.open() as connection:
             connection.execute("BEGIN IMMEDIATE")
-            connection.executemany("DELETE FROM dialogue WHERE id = ?", [(i,) for i in identities])
+            for table, name in (("dialogue", "id"), ("held", "dialogue"), ("shown", "dialogue")):
+                connection.executemany(f"DELETE FROM {table} WHERE {name} = ?", [(i,) for i in identities])
             if also:
                 also(connection)
             connection.execute("COMMIT")

@@ -11,6 +11,8 @@ from florilegium.privacy.common.errors import UserError
 
 KINDS = ("training", "embedding", "generation", "dp_training")  # of work, in `bench engine`
 DTYPES = ("float32", "bfloat16")
+TROUBLES = ("none", "hot", "guest", "server")  # of people who learn, in `bench acceptance`
+SPLITS = ("development", "test", "all")
 
 
 def model(name: str) -> str:
@@ -40,6 +42,27 @@ def sizes(text: str, option: str) -> list[float]:
         found = []
     if not found or not min(found) > 0:
         raise UserError(f"{option} {text!r} must be numbers above 0, with commas, as in 0.75,1")
+    return found
+
+
+def halves(text: str, option: str) -> list[float]:
+    """Numbers above 0, at most a half, from `0.1,0.2`; raises `UserError`."""
+    found = sizes(text, option)
+    if max(found) > 0.5:
+        raise UserError(f"{option} {text!r} must be numbers above 0 and at most 0.5")
+    return found
+
+
+def troubles(text: str) -> list[str]:
+    """Of `TROUBLES`, with commas; raises `UserError`."""
+    return _some_of(TROUBLES, text, "--troubles")
+
+
+def split(text: str) -> str:
+    """One of `SPLITS`; raises `UserError`."""
+    (found,) = _some_of(SPLITS, text, "--split") if "," not in text else ("",)
+    if not found:
+        raise UserError(f"--split {text!r} must be one of {', '.join(SPLITS)}")
     return found
 
 

@@ -161,6 +161,23 @@ def board(
     return names, arguments.numbers(threads, "--threads"), arguments.sizes(limits, "--limits")
 
 
+def acceptance(
+    data: Annotated[str, typer.Option(help="A known data set's name, a file or a folder.")] = "chitchat",
+    split: Annotated[str, typer.Option(help="development, test or all.")] = "test",
+    people: Annotated[int, typer.Option(min=2)] = 48,
+    shares: Annotated[str, typer.Option(help="Of replies that are held back, with commas.")] = "0.2",
+    risks: Annotated[str, typer.Option(help="Of the test, with commas; 0.5 takes back whatever is worse.")] = "0.2",
+    troubles: Annotated[str, typer.Option(help="none, hot, guest, server, with commas.")] = "none,hot,guest,server",
+    seed: Annotated[int, typer.Option()] = 0,
+) -> Asked:
+    """What testing each update of a personal adapter on held-back replies saves and costs real people.
+
+    florilegium bench acceptance --people 24 --troubles none,guest
+    """
+    parts = arguments.halves(shares, "--shares"), arguments.halves(risks, "--risks")
+    return data, arguments.split(split), people, *parts, arguments.troubles(troubles), seed
+
+
 BENCHMARKS = {
     "engine": Benchmark(engine, "engine", 200),
     "selection": Benchmark(selection, "selection", 120),
@@ -170,6 +187,7 @@ BENCHMARKS = {
     "door": Benchmark(door, "https_server", 80),
     "agent": Benchmark(agent, "agent", 110),
     "board": Benchmark(board, "edge_device", 100, prints="list"),
+    "acceptance": Benchmark(acceptance, "acceptance", 130),
 }
 for name, benchmark in BENCHMARKS.items():
     app.command(name)(benchmark.command())

@@ -68,20 +68,34 @@ function on(element, event, work) {
   });
 }
 
+// -- looks -----------------------------------------------------------------------------------------------------------
+
+function look(theme) {
+  if (theme) document.documentElement.dataset.theme = theme; else delete document.documentElement.dataset.theme;
+  at("theme").value = theme;
+}
+look(localStorage.getItem("theme") ?? "");
+at("theme").addEventListener("change", () => { localStorage.setItem("theme", at("theme").value); look(at("theme").value); });
+
 // -- talking ---------------------------------------------------------------------------------------------------------
 
-function shownTurn(prompt) {
-  const box = made("div", "", { className: "turn" });
-  const said = made("p", "…", { className: "said" });
+function shownTurn(prompt, reply = "…") {
+  const box = made("div", "", { className: at("temporary").checked ? "turn temporary" : "turn" });
+  const said = made("div", reply, { className: "said" });
   box.append(made("p", prompt, { className: "you" }), said);
   at("turns").append(box);
   return { box, said };
 }
 
+function spoken(box, turn) {
+  box.querySelector(".said").replaceChildren(turn.said ? markdown(turn.said) : "(nothing)");
+  if (turn.id) judged(box, turn);
+}
+
 function judged(box, turn) {
-  const up = made("button", "👍 Good", { type: "button", title: "a good reply" });
-  const down = made("button", "👎 Not good", { type: "button", title: "not a good reply" });
-  up.setAttribute("aria-label", "a good reply");
+  const up = made("button", "👍 A good reply", { type: "button" });
+  const down = made("button", "👎 Not a good reply", { type: "button" });
+  up.setAttribute("aria-label", "a good reply");  // without the picture
   down.setAttribute("aria-label", "not a good reply");
   const wanted = made("textarea", "", { rows: 2, value: turn.wanted });
   wanted.setAttribute("aria-label", "what you would have said");
@@ -98,42 +112,109 @@ function judged(box, turn) {
   box.append(up, down, wanted, keep);
 }
 
+function because(one) {
+  const day = new Date(1000 * one.time).toLocaleDateString(undefined, { day: "numeric", month: "long" });
+  return made("p", `because you said on ${day}: “${one.words.slice(0, 200)}”`, { className: "note because" });
+}
+
+let before = [];  // lines of a temporary chat, which are here alone
+
 on(at("chat"), "submit", async () => {
-  const prompt = at("prompt").value;
+  const prompt = at("prompt").value, temporary = at("temporary").checked;
   const { box, said } = shownTurn(prompt);
   at("prompt").value = "";
   try {
-    const turn = await follow("chat", { prompt, conversation }, (told) => { said.textContent = told.text; });
-    said.textContent = turn.said || "(nothing)";
-    if (turn.id) judged(box, turn);
+    const asked = temporary ? { prompt, temporary, before } : { prompt, conversation };
+    const turn = await follow("chat", asked, (told) => {
+      if (told.recalled) box.append(...told.recalled.map(because)); else said.replaceChildren(markdown(told.text));
+    });
+    spoken(box, turn);
+    if (temporary) before = [...before, prompt, turn.said].filter(Boolean).slice(-64);
   } catch (error) { box.remove(); at("prompt").value = prompt; throw error; }
+  if (!temporary) { sessionStorage.setItem("conversation", conversation); await showConversations(); }
   await refresh();
 });
+on(at("temporary"), "change", async () => begin(fresh()));
+
 at("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); at("chat").requestSubmit(); }
 });
-on(at("anew"), "click", async () => { conversation = fresh(); at("turns").replaceChildren(); at("prompt").focus(); });
+on(at("anew"), "click", async () => { begin(fresh()); at("prompt").focus(); });
+
+function begin(name) {
+  conversation = name;
+  before = [];
+  at("turns").replaceChildren();
+  sessionStorage.removeItem("conversation");
+}
+
+// -- earlier conversations -------------------------------------------------------------------------------------------
+
+let listed = [];
+
+async function showConversations(older = false) {
+  const search = at("search").value.trim();
+  const found = await ask("conversations", { search, before: older && listed.length ? listed.at(-1).last : 0 });
+  listed = older ? [...listed, ...found.conversations] : found.conversations;
+  at("conversations").replaceChildren(...listed.map((one) => {
+    const entry = made("li"), open = made("button", "", { type: "button" });
+    open.append(`${one.prompt.slice(0, 80)} `, made("small", `${new Date(1000 * one.time).toLocaleString()} · ${plural(one.turns, "turn", "turns")}`));
+    on(open, "click", async () => { await reopen(one.name); at("prompt").focus(); });
+    entry.append(open);
+    return entry;
+  }));
+  at("found").textContent = listed.length ? "" : search ? "nothing was said with these words" : "nothing was said yet";
+  at("more-conversations").hidden = !found.more;
+}
+on(at("search-form"), "submit", () => showConversations());
+on(at("more-conversations"), "click", () => showConversations(true));
+
+async function reopen(name) {
+  const turns = await ask("conversation", { name });
+  at("temporary").checked = false;
+  begin(name);
+  for (const turn of turns) {
+    const { box } = shownTurn(turn.prompt, "");
+    spoken(box, turn);
+  }
+  if (turns.length) sessionStorage.setItem("conversation", name);
+}
 
 // -- what is kept ----------------------------------------------------------------------------------------------------
 
+const PAGE = 10;
+let items = [], first = 0;
+
 async function showKept() {
-  const items = await ask("kept");
-  at("items").replaceChildren(...items.map((item) => {
+  items = await ask("kept");
+  showItems(first);
+}
+
+function showItems(from) {
+  first = Math.max(0, Math.min(from, PAGE * Math.floor(Math.max(0, items.length - 1) / PAGE)));
+  const some = items.slice(first, first + PAGE);
+  at("items").replaceChildren(...some.map((item) => {
     const entry = made("li");
     const scores = Object.entries(item.scores).map(([name, value]) => `${name.toUpperCase()} ${value.toFixed(2)}`).join(" · ");
     const drop = made("button", "Erase", { type: "button", className: "grave" });
     drop.setAttribute("aria-label", `Erase: ${item.prompt.slice(0, 60)}`);
     on(drop, "click", () => erase([item.id]));
+    const none = item.held_back ? "→ held back, to try what is learned" : "→ no reply of yours yet";
     entry.append(
       made("p", item.prompt, { className: "you" }),
-      made("p", item.reply ? `→ ${item.reply}` : "→ no reply of yours yet", { className: "said" }),
+      made("p", item.reply ? `→ ${item.reply}` : none, { className: "said" }),
       made("p", `in the ${item.in.join(" and the ")}${item.domain ? ` · ${item.domain}` : ""}${scores ? ` · ${scores}` : ""} · ${item.made.length} made from it`, { className: "scores" }),
       drop,
     );
     return entry;
   }));
   if (!items.length) at("items").append(made("li", "nothing yet"));
+  at("items-place").textContent = items.length > PAGE ? `${first + 1} to ${first + some.length} of ${items.length}` : "";
+  at("items-before").hidden = first === 0;
+  at("items-after").hidden = first + PAGE >= items.length;
 }
+on(at("items-before"), "click", async () => showItems(first - PAGE));
+on(at("items-after"), "click", async () => showItems(first + PAGE));
 
 async function erase(ids) {
   const under = await ask("said-under", { ids });
@@ -143,6 +224,7 @@ async function erase(ids) {
   const done = await follow("erase", asked, (told) => { at("progress").textContent = `erasing: ${told.phase}`; });
   const sent = done.sent;
   const replies = done.replies ? `, with ${plural(done.replies, "reply", "replies")} of the model` : "";
+  await showConversations();
   at("progress").textContent = `erased${replies}; ${done.dialogues} dialogues left${done.retrained ? ", the adapter is trained anew" : ""}${sent ? `; ${sent} releases were sent before and cannot be recalled` : ""}`;
   await refresh();
 }
@@ -199,6 +281,45 @@ on(at("learn"), "click", async () => {
   at("progress").textContent = `learned from ${page.personal_examples} examples in ${page["seconds of all"].toFixed(1)} s`;
   await refresh();
 });
+on(at("go-back"), "click", async () => {
+  if (!confirm("Use the adapter from before the last learning? What you said stays.")) return;
+  await ask("go-back", {});
+  at("progress").textContent = "the adapter before the last learning is used";
+  await refresh();
+});
+
+function tried(trial) {
+  if (!trial) return "Nothing was learned yet.";
+  const decided = trial.decision === "untried" ? "kept, untried: no reply of yours was held back" : trial.decision;
+  if (trial.before === null) return `The last learning was ${decided}.`;
+  return `The last learning was ${decided}. On ${plural(trial.replies, "reply", "replies")} of yours that were held back, ${trial.before.toFixed(3)} nats a token before and ${trial.after.toFixed(3)} after; lower is more like you.`;
+}
+
+async function showTrials() {
+  const { trials, shown, held_back: held, can_go_back: can } = await ask("trials");
+  at("trial").textContent = `${tried(trials.at(-1))} ${plural(held, "reply", "replies")} of yours ${held === 1 ? "is" : "are"} held back now.`;
+  at("go-back").hidden = !can;
+  at("shown").replaceChildren(...shown.map((one) => {
+    const entry = made("li"), compared = made("div", "", { className: "compared" });
+    for (const [name, text, nll] of [["before", one.said_before, one.nll_before], ["after", one.said_after, one.nll_after]]) {
+      const box = made("div");
+      box.append(made("b", `${name}: your reply at ${nll.toFixed(3)}`), made("span", text || "(nothing)"));
+      compared.append(box);
+    }
+    const own = made("div");
+    own.append(made("b", "what you wrote"), made("span", one.wanted));
+    compared.append(own);
+    entry.append(made("p", one.prompt, { className: "you" }), compared);
+    return entry;
+  }));
+  const tests = trials.filter((trial) => trial.after !== null);
+  const points = tests.map((trial) => ({
+    x: trial.number, y: trial.after, from: trial.before, kind: ["kept", "untried"].includes(trial.decision) ? "" : "bad",
+    told: `learning ${trial.number}: ${trial.before.toFixed(3)} before, ${trial.after.toFixed(3)} after, ${trial.decision}`,
+  }));
+  chart(at("learning-chart"), `Held-back replies before and after ${plural(tests.length, "learning", "learnings")}, nats a token`, points, { unit: "nats a token, learning by learning", line: false });
+  at("learning-note").hidden = !tests.length;
+}
 for (const choice of document.querySelectorAll("input[name=when]")) {
   on(choice, "change", async () => { await ask("learns", { when: choice.value }); });
 }
@@ -229,6 +350,10 @@ async function showLeft(status) {
     line.append(...cells.map((cell) => made("td", String(cell))));
     return line;
   }));
+  const releases = sent.filter((row) => row.kind === "release");
+  const told = (row) => `round ${row.round} of ${row.federation}: ${row.bytes} bytes, ε ${row.epsilon?.toFixed(3) ?? "?"}`;
+  chart(at("spent-chart"), `ε after each release, of ${ledger.budget}`, releases.filter((row) => row.epsilon !== null).map((row, x) => ({ x, y: row.epsilon, told: told(row) })), { unit: "ε, release by release", least: 0, most: ledger.budget });
+  chart(at("bytes-chart"), "Bytes of each release", releases.map((row, x) => ({ x, y: row.bytes, told: told(row) })), { unit: "bytes, release by release", line: false, bars: true, least: 0 });
   at("federation").textContent = status.federation ? `Joined ${status.federation.name} at ${status.federation.server}.` : "This device is in no federation.";
   for (const [what, count] of Object.entries(status["turned away"])) at("federation").textContent += ` Turned away since the start: ${count} × ${what}.`;
   at("leave").hidden = !status.federation;
@@ -236,6 +361,19 @@ async function showLeft(status) {
 on(at("leave"), "click", async () => {
   if (confirm("Leave the federation? What was sent cannot be taken back.")) { await ask("leave", {}); await refresh(); }
 });
+
+async function showTokens() {
+  const tokens = await ask("tokens");
+  at("tokens").replaceChildren(...tokens.map((token) => {
+    const entry = made("li", `${token.name}, since ${new Date(1000 * token.made).toLocaleString()} `);
+    const revoke = made("button", "Revoke", { type: "button", className: "grave" });
+    revoke.setAttribute("aria-label", `Revoke the token of ${token.name}`);
+    on(revoke, "click", async () => { await ask("token-revoke", { name: token.name }); await showTokens(); });
+    entry.append(revoke);
+    return entry;
+  }));
+  if (!tokens.length) at("tokens").append(made("li", "none"));
+}
 
 on(at("export"), "click", async () => {
   const response = await send("export");
@@ -248,13 +386,20 @@ on(at("export"), "click", async () => {
 on(at("erase-all"), "click", async () => {
   if (!confirm("Erase all dialogues, and what was learned from them?")) return;
   await erase((await ask("dialogues")).map((turn) => turn.id));
-  at("turns").replaceChildren();
+  begin(fresh());
 });
 
 async function refresh() {
   const status = await ask("status");
   at("about").textContent = `${status.device} · ${status.model} · ${status.dialogues} dialogues, ${status.new} new · ${status.unanswered} without a reply of yours`;
   for (const choice of document.querySelectorAll("input[name=when]")) choice.checked = choice.value === status.learns;
-  await Promise.all([showKept(), showProfile(), showConsents(), showLeft(status)]);
+  await Promise.all([showKept(), showProfile(), showConsents(), showLeft(status), showTrials(), showTokens()]);
 }
-refresh().catch((error) => complain(error.message));
+
+async function come() {
+  await refresh();
+  await showConversations();
+  const last = sessionStorage.getItem("conversation");
+  if (last) await reopen(last);
+}
+come().catch((error) => complain(error.message));
