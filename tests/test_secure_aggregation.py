@@ -42,6 +42,7 @@ from florilegium.privacy.secure_aggregation.session import Advert, Scene, Sessio
 from florilegium.privacy.secure_aggregation.sharing import PRIME, joined, split
 from florilegium.privacy.secure_aggregation.wire import read_advert, read_shares_reply, reply_bytes
 from florilegium.server.secure_sum import SecureSum
+from florilegium.simulation.benchmarks.secure_aggregation import measure
 
 BITS, WIDTH = 16, 5
 REGISTRAR = identity_key(b"r" * 32)
@@ -558,6 +559,14 @@ def test_what_has_not_the_form_is_not_read() -> None:
         with pytest.raises(ValueError, match=r"not|expected|has"):
             read_shares_reply(sent)
     assert isinstance(advert, Advert) and reply_bytes(64) == 256 + 63 * 82 + 64 + 64 * 33
+
+
+def test_the_benchmark_counts_what_is_sent() -> None:
+    """Of 20 devices two are lost: what a device says and is told, by hand."""
+    (found,) = measure([20], 40, lambda told: None).rows
+    assert (found.devices, found.neighbours, found.device_ms > 0, found.server_ms > 0) == (20, 19, True, True)
+    assert found.up_bytes == packed_bytes(40, found.bits) + 256 + 19 * 82 + 64 + 20 * 33
+    assert found.down_bytes == 20 * 256 + 19 * 82 + 20 * 64
 
 
 def test_settings_say_what_is_wrong() -> None:

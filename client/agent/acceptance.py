@@ -48,6 +48,11 @@ def unprotected(privacy: PrivacyConfig) -> str:
             "privacy.mode = 'user-central' leaves the noise to the server, and no server of real devices adds any: "
             "your change would arrive as it is; set 'example-local' or 'user-local', which add it on this device"
         )
+    if privacy.distributed:
+        return (
+            f"privacy.mode = {privacy.mode!r} is for simulations so far: no server of real devices asks for parts of a "
+            f"sum; set 'example-local' or 'user-local', which add all noise on this device"
+        )
     if privacy.secret != "os":
         return (
             "privacy.secret = 'seed' is for simulations: whoever knows the seed can take the noise off again; "

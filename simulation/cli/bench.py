@@ -104,6 +104,20 @@ def privacy(
     return arguments.model(model), devices, repeats
 
 
+def secure(
+    devices: Annotated[str, typer.Option(help="In one round, with commas; 4 at least.")] = "10,100,1000",
+    width: Annotated[int, typer.Option(min=1, help="Numbers of a device's row.")] = 3072,
+) -> Asked:
+    """What secure aggregation costs a device and its server: bytes up and down, milliseconds, by devices of a round.
+
+    florilegium bench secure --devices 10,64
+    """
+    counts = arguments.numbers(devices, "--devices")
+    if min(counts) < 4:
+        raise typer.BadParameter("--devices takes at least 4: of fewer a sum hides nobody")
+    return counts, width
+
+
 def scale(
     devices: Annotated[str, typer.Option(help="Population sizes, with commas; a tenth is sampled.")] = "100,1000,10000",
     stock_until: Annotated[int, typer.Option(help="Flower's stock simulation up to so many devices.")] = 1000,
@@ -182,6 +196,7 @@ BENCHMARKS = {
     "engine": Benchmark(engine, "engine", 200),
     "selection": Benchmark(selection, "selection", 120),
     "privacy": Benchmark(privacy, "privacy", 120),
+    "secure": Benchmark(secure, "secure_aggregation", 130),
     "scale": Benchmark(scale, "scale", 100, prints="list"),
     "poison": Benchmark(poison, "poisoning", 100),
     "door": Benchmark(door, "https_server", 80),
