@@ -9,17 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import MessageType
 
 from florilegium.client import shared_training
 from florilegium.client.calibration import moved_l2, planned_event, share_std, sum_code
+from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
+from florilegium.client.flower_replies import answer
 from florilegium.client.lm.model import LanguageModel
 from florilegium.privacy.release import ReleaseRefusedError
 from florilegium.privacy.reply_gate import check_masked_reply, check_step
-from florilegium.simulation.audit.checks import named, noise
+from florilegium.privacy.secure_aggregation.rounded_noise import turned_back
+from florilegium.simulation.audit.checks import named, noise, without_noise
+from florilegium.simulation.audit.recorded_coins import Recorded
 from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data.population import User
-from florilegium.simulation.engines.in_memory import Federated, federate_in_memory
+from florilegium.simulation.engines.cohort_grid import CohortGrid
+from florilegium.simulation.engines.in_memory import Federated, InMemory, federate_in_memory, passing_ledger
+from florilegium.simulation.engines.strategy import new_strategy
+from florilegium.simulation.engines.workers import Cohort
 from florilegium.simulation.settings import ConfigError
 
 DEVICES = 6
@@ -131,6 +139,43 @@ def test_what_leaves_a_device_is_masked_and_of_one_size(lm: LanguageModel, peopl
     }  # fmt: skip
     observed = {o.upload_bytes for o in seen.cohort.observations[0].values()}
     assert observed == {code.size_bytes + 256 + 5 * 82 + 64 + 6 * 33}
+
+
+def test_a_sum_is_of_the_dialogues_that_coins_drew(lm: LanguageModel, people: list[User]) -> None:
+    """A device's part less its own noise is what the same coins give in `none`, which is tested by itself."""
+    config = configured("example-distributed", rounds=1, secure_aggregation={"bits": 32})
+    coins, streams = Recorded(), named(streams_of(people))
+    seen, plain = (
+        federate_in_memory(lm, c, c.server, streams, c.seed, at_once=True, coins=coins)
+        for c in (config, without_noise(config))
+    )
+    assert any(0 < row.sum() < len(row) for row in coins.drawn.values())
+    code = sum_code(config, seen.context.schema, 1, config.seed)
+    for k, name in enumerate(streams):
+        draws = np.random.Generator(np.random.Philox(key=coins.noise_keys[name, 1])).standard_normal(code.width)
+        part = seen.cohort.changes[0][k].double().numpy() - turned_back(code.share_std * draws, code.rotation)
+        assert part == pytest.approx(plain.cohort.changes[0][k].numpy(), abs=1e-3 * moved_l2(config))
+
+
+def test_a_part_of_a_sum_has_no_way_out_but_behind_masks(lm: LanguageModel, people: list[User]) -> None:
+    """A grid without sessions refuses it, and so does a device that has none."""
+    config = configured("user-distributed", rounds=1)
+    with passing_ledger() as ledger:
+        replies = {d.id: d.response for s in streams_of(people) for d in s}
+        context = CohortContext.of(lm, config, 0, lambda device, dialogue: replies[dialogue], None, ledger)
+        cohort = InMemory(context, named(streams_of(people)), at_once=True)
+        names = list(cohort.streams)
+
+        def alone(job: Any, some: Sequence[str], shared: Any) -> Any:
+            yield Cohort(tuple(some)), job(cohort, some, shared)
+
+        grid = CohortGrid(alone, context.schema, names)
+        strategy, start = new_strategy(context, config.server)
+        strategy.greet(grid)
+        asked = strategy.messages(names, 1, 0, start, MessageType.TRAIN)
+        for replied in (list(grid.send_and_receive(asked)), answer(asked, names, cohort)):
+            assert {str(m.content.config_records["header"].get("error")) for m in replied} == {"no-release"}
+            assert not any("arrays" in m.content for m in replied)
 
 
 def test_the_gate_passes_no_step_of_another_form() -> None:
