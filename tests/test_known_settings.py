@@ -35,7 +35,7 @@ OF = {  # what bundled configs are for, by folder; where they are no runs
 }  # fmt: skip
 OTHERS = {
     "rivals": "rivals", "rivals-development": "rivals", "rivals-private": "rivals", "scale/servers": "study",
-    "personal/asls": "lives", "personal/drift": "lives",
+    "personal/asls": "lives", "personal/drift": "lives", "personal/token-weights": "study",
 }  # fmt: skip
 
 

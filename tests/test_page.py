@@ -318,10 +318,11 @@ def test_it_says_because_of_what(page: Page, shown: tuple[Agent, str]) -> None:
 # -- learning, seen ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_learning_shows_what_it_did_and_is_taken_back(page: Page, shown: tuple[Agent, str]) -> None:
     agent = shown[0]
     config = agent.device.config
-    agent.device.config = config.model_copy(update={"acceptance": AcceptanceConfig(share=0.5)})
+    agent.device.config = config.model_copy(update={"acceptance": AcceptanceConfig(share=0.5, risk=1e-6)})
     try:
         turns = [agent.device.vault.add(f"Is <i>number {k}</i> even?", "hm", "") for k in range(12)]
         for turn in turns:

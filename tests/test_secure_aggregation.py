@@ -391,6 +391,7 @@ def test_no_two_sets_of_parts_can_be_had_of_a_neighbourhood(count: int, data: st
             assert found.threshold <= survivors
 
 
+@pytest.mark.slow
 def test_large_rounds_have_few_neighbours() -> None:
     """With a tenth lost and a twentieth in league, by the hypergeometric tail."""
     found = {n: reach(n, 9 * n // 10, n // 20)[0] for n in (1_000, 10_000, 100_000)}

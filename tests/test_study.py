@@ -270,6 +270,16 @@ rows = { "privacy.epsilon" = [2.0, 8.0] }
 """
 
 
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children())
+
+
+@pytest.fixture
+def before() -> set[psutil.Process]:
+    """Processes that other tests have left."""
+    return _children()
+
+
 def found_in(folder: Path) -> dict[str, str]:
     """All that a study has written, but for clocks and reports."""
     clocks = ("seconds", "seconds_by_phase", "finished", "hardware")
@@ -285,7 +295,7 @@ def found_in(folder: Path) -> dict[str, str]:
     }
 
 
-def test_two_processes_find_what_one_finds_to_the_bit(tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds_to_the_bit(tmp_path: Path, before: set[psutil.Process]) -> None:
     """Seeds of two cells; the second study is stopped after the first seed, and goes on with another number."""
     path, said = written(tmp_path, TWO_CELLS), list[str]()
     one, two, three = (load_study(path, [f"study.workers={n}"]) for n in (1, 2, 3))
@@ -299,16 +309,16 @@ def test_two_processes_find_what_one_finds_to_the_bit(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_study(two, tmp_path / "two", stop)
-    assert not psutil.Process().children()
+    assert not _children() - before
     assert 1 <= len(list((tmp_path / "two").glob("cells/*/seed*.json"))) < 6
     run_study(three, tmp_path / "two", said.append)
     assert found_in(tmp_path / "one") == found_in(tmp_path / "two")
     assert len(found_in(tmp_path / "one")) == 2 * (3 + 1) + 2  # seeds and results, study.json and people.json
-    assert not psutil.Process().children()
+    assert not _children() - before
 
 
 def test_a_process_that_is_lost_is_replaced_and_its_part_done_again(
-    finished: tuple[Study, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Study, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: set[psutil.Process]
 ) -> None:
     """One process dies in a cell, once: nothing is missing. One that dies each time ends the study."""
     study, folder = finished
@@ -330,10 +340,12 @@ def test_a_process_that_is_lost_is_replaced_and_its_part_done_again(
     monkeypatch.setattr(SelectionCell, "run", always)
     with pytest.raises(RunError, match="processes were lost"):
         run_study(study, tmp_path / "other", lambda phase: None)
-    assert not psutil.Process().children()
+    assert not _children() - before
 
 
-def test_an_error_in_a_cell_ends_the_study_and_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_cell_ends_the_study_and_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: set[psutil.Process]
+) -> None:
     """At once: another cell, which would take a minute, is not waited for."""
     study = load_study(written(tmp_path), ["study.workers=2"])
 
@@ -346,7 +358,7 @@ def test_an_error_in_a_cell_ends_the_study_and_its_processes(tmp_path: Path, mon
     began = time.monotonic()
     with pytest.raises(RunError, match="a disk is full") as raised:
         run_study(study, tmp_path / "study", lambda phase: None)
-    assert time.monotonic() - began < 30 and not psutil.Process().children()
+    assert time.monotonic() - began < 30 and not _children() - before
     assert str(tmp_path / "study" / "cells") in raised.value.__notes__[0]
 
 

@@ -203,6 +203,7 @@ def test_erasing_reaches_what_trials_showed_and_the_adapter_before(home: DeviceF
     assert not set(held) & agent.device.state().replies.keys()  # nor is it learned from on the way
 
 
+@pytest.mark.slow
 def test_a_power_cut_in_a_learning_that_is_taken_back_leaves_what_was_before_or_after(
     home: DeviceFolder, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +234,7 @@ def test_the_commands_show_trials_and_go_back(door: Any) -> None:
 # -- in simulation ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_people_live_through_trials(lm: LanguageModel, people: list[User]) -> None:
     some = [User(u.id, u.stream[:24], u.held_out[:4]) for u in people]
     counted, nll = Life(lm, some, Arm(0.5, 0.5), "server", 0).lived()

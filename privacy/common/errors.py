@@ -5,14 +5,17 @@ FlorilegiumError
 │   ├── ConfigError, DataError, RunError, ReportError, TooManyFailedError, ElsewhereError, AbsentError  in `simulation`
 │   ├── ClusterError, LostProcessError              Ray, and Flower's own simulation, in `simulation`
 │   ├── ModelError, UnsupportedModelError, AdapterFormatError, LexiconError, ProfileError, NoRoomError  in `client`
-│   ├── DeviceError       HomeError, VaultError, AgentError, RefusedError, RefusedTermsError, in `client.agent`
+│   ├── DeviceError       HomeError, VaultError, AgentError, RefusedError, RefusedTermsError, RequestError, in
+│   │                     `client.agent`
 │   ├── BudgetError       a promise that no noise keeps, in `privacy.accounting`
+│   ├── TooFewBitsError   a sum that would not fit, in `privacy.secure_aggregation`
 │   ├── ExtensionError    a module of the user's own, in `privacy.common.registry`
 │   └── NoReleaseError, StepTooLargeError           a round that comes to nothing, or to too much, in `server`
 ├── DeviceFaultError      what the data or the disk of one device can cause
 │   └── StateError, StoreError, LedgerError, TrainingFailedError
 ├── BrokenDeviceError     a simulated device that raised anything else
 ├── ReleaseRefusedError   what may not leave a device, in `privacy.release`
+├── RoundRefusedError     a round that a device takes no part in, or that has no sum, in `privacy.secure_aggregation`
 └── BadReleaseError, TooFewReleasesError            what a server's rule cannot aggregate, in `server`
 """
 

@@ -13,7 +13,7 @@ from florilegium.simulation.reports.figures import figure
 from florilegium.simulation.studies.figures import LOOKS
 from florilegium.simulation.studies.privacy_utility import Outcome, Reach, but_noise
 
-MODES = ("example-local", "user-local", "user-central")
+MODES = ("example-local", "user-local", "user-central", "example-distributed", "user-distributed")
 
 
 def pareto(found: Sequence[Outcome]) -> go.Figure | None:
