@@ -8,9 +8,11 @@ from florilegium.client.config import DeviceConfig
 from florilegium.privacy.accounting import BudgetError, Event, calibrate
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.release import Schema
-from florilegium.privacy.secure_aggregation.rounded_noise import SumCode
+from florilegium.privacy.secure_aggregation.rounded_noise import SumCode, total_variation
 from florilegium.privacy.secure_aggregation.rounded_noise import sum_code as code_of_sum
 from florilegium.privacy.seeds import derive_seed
+
+NEGLIGIBLE = 1e-9  # of δ: what is below is not reckoned
 
 
 def planned_event(config: DeviceConfig) -> Event:
@@ -82,7 +84,11 @@ def sum_code(config: DeviceConfig, schema: Schema, number: int, seed: int) -> Su
         longest *= config.shared.pool_capacity  # all of a pool may be drawn
     rotation = derive_seed(seed, "rotation", number)
     width = schema.of_round(number).width
-    return code_of_sum(width, summed.devices, longest, share_std(config), summed.bits, rotation)
+    code = code_of_sum(width, summed.devices, longest, share_std(config), summed.bits, rotation)
+    apart = total_variation(width, summed.survivors - summed.colluding, code.share_std / code.unit)
+    if not apart * (1 + math.exp(config.privacy.epsilon)) * config.rounds < NEGLIGIBLE * config.privacy.delta:
+        raise BudgetError(f"rounding {width:,} numbers adds {apart:.1g} a round to delta, which is more than nothing")
+    return code
 
 
 def release_limits(config: DeviceConfig, schema: Schema) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from florilegium.privacy.encoding import ENCODINGS
 from florilegium.privacy.ledger import Accounts, LedgerError
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Schema
-from florilegium.privacy.secure_aggregation.neighbours import reach
+from florilegium.privacy.secure_aggregation.neighbours import holders
 from florilegium.privacy.secure_aggregation.wire import reply_bytes
 from florilegium.privacy.seeds import derive_seed
 
@@ -83,9 +83,8 @@ class CohortContext:
     def upload_bytes(self, device: str, plan: RoundPlan) -> int:
         """Bytes of one release on the wire; of a part of a sum, with all that a device says for its masks."""
         if self.config.privacy.distributed:
-            code, summed = sum_code(self.config, self.schema, plan.round, self.seed), self.config.summed
-            degree, _ = reach(summed.devices, summed.survivors, summed.colluding)
-            return code.size_bytes + reply_bytes(degree + 1)
+            summed, code = self.config.summed, sum_code(self.config, self.schema, plan.round, self.seed)
+            return code.size_bytes + reply_bytes(holders(summed.limits))
         schema = self.schema.of_round(plan.round, self.rank_of(device))
         return ENCODINGS[schema.encoding].size_bytes(schema)
 

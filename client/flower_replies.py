@@ -153,7 +153,10 @@ def masked(session: Session, given: DeviceReply | SumPart, sessions: Sessions) -
     if isinstance(given, DeviceReply):
         return given
     code = sessions.code(session.scene.round)
-    numbers = session.masked(given.numbers, code.bits)
+    try:
+        numbers = session.masked(given.numbers, code.bits)
+    except RoundRefusedError as error:
+        return refusal(str(error))
     sessions.keep(session)
     return part_reply(given, numbers, code)
 

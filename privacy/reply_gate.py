@@ -13,6 +13,7 @@ from florilegium.privacy.encoding import ENCODINGS, Encoded
 from florilegium.privacy.release import PROTOCOL, ReleaseRefusedError, Schema
 from florilegium.privacy.secure_aggregation.neighbours import REFUSALS
 from florilegium.privacy.secure_aggregation.wire import (
+    NAME,
     check_masked,
     read_advert,
     read_confirmation,
@@ -23,7 +24,6 @@ from florilegium.privacy.secure_aggregation.wire import (
 # Why there is no release, in a word.
 FAILED, NO_RELEASE, BAD_MESSAGE, NO_DEVICE = OWN_CODES = ("failed", "no-release", "bad-message", "no-device")
 CODES = (*OWN_CODES, *REFUSALS)
-NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 HEAD = re.compile(r"[0-9a-f]{64}")
 
 

@@ -6,8 +6,9 @@ Whoever is silent at a step, or says what has not its form, is left out from the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
@@ -16,12 +17,13 @@ from flwr.serverapp import Grid
 from florilegium.privacy.release import PROTOCOL
 from florilegium.privacy.reply_gate import CODES, FAILED, RELEASE
 from florilegium.privacy.secure_aggregation import wire
-from florilegium.privacy.secure_aggregation.neighbours import RoundRefusedError
+from florilegium.privacy.secure_aggregation.neighbours import RoundRefusedError, SumLimits
 from florilegium.privacy.secure_aggregation.rounded_noise import Row, SumCode
 from florilegium.server.release_collector import MALFORMED, RoundFacts, to_numpy
 from florilegium.server.secure_sum import SecureSum
 
 NO_ARRAYS = ArrayRecord()
+SILENT = "silent"
 Header = Mapping[str, object]
 Take = Callable[[str, Header, RecordDict], None]  # a device, its answer's header, and all of it
 
@@ -31,8 +33,8 @@ class SumTerms:
     """What a server knows of its devices' sums: public, the same on all of them."""
 
     federation: str
-    survivors: int
-    colluding: int
+    limits: SumLimits
+    registrar: bytes  # who says which devices there are
     code: Callable[[int], SumCode]  # by round
     masked: bool = True  # False: a simulation's devices send their parts as they are, whose sum is the same
 
@@ -70,24 +72,27 @@ class SecureRound:
     grid: Grid
     timeout: float
     facts: RoundFacts
+    outcomes: dict[str, str] = field(default_factory=dict)  # of devices that are out: why
 
     def play(self, names: list[str], arrays: ArrayRecord) -> Summed | None:
         """The sum of those of these devices that came through; None, and why in the facts, where there is none."""
-        code = self.terms.code(self.number)
-        secure = SecureSum(
-            self.terms.federation, self.number, code.width, code.bits, self.terms.survivors, self.terms.colluding
-        )
+        terms, code = self.terms, self.terms.code(self.number)
+        secure = SecureSum((terms.federation, self.number), code.width, code.bits, terms.limits, terms.registrar)
         try:
-            heads = self._play(secure, code, names, arrays) if self.terms.masked else self._plain(secure, names, arrays)
-            total = secure.total() if self.terms.masked else secure.plain_total()
-            row = code.decoded(total.astype("int64"))
+            heads = self._play(secure, code, names, arrays) if terms.masked else self._plain(secure, names, arrays)
+            total = secure.total() if terms.masked else secure.plain_total()
         except RoundRefusedError as error:
-            there = len(secure.came) or (0 if self.facts.refused else len(secure.adverts))
-            if there or not (self.facts.refused or self.facts.silent):
-                self.facts.refused[str(error)] = self.facts.refused.get(str(error), 0) + there
+            self._note(names, str(error), ())
             return None
-        self.facts.releases, self.facts.held_bytes = len(secure.came), 4 * code.width
-        return Summed(row, heads)
+        self._note(names, "", secure.came)
+        self.facts.held_bytes = 4 * code.width
+        return Summed(code.decoded(total.astype("int64")), heads)
+
+    def _note(self, names: list[str], why: str, came: Collection[str]) -> None:
+        """What became of each device: in the sum, silent, or refused for its own fault, or for what ended the round."""
+        facts, outcomes = self.facts, Counter(self.outcomes.get(name, why) for name in names if name not in came)
+        facts.releases, facts.silent = len(came), outcomes.pop(SILENT, 0)
+        facts.refused = {code: count for code, count in sorted(outcomes.items()) if code}
 
     def _play(self, secure: SecureSum, code: SumCode, names: list[str], arrays: ArrayRecord) -> dict[str, str]:
         """The five questions; returns the heads of the ledgers of those whose numbers came."""
@@ -139,8 +144,9 @@ class SecureRound:
                 continue
             waiting.remove(name)
             if why := _taken(name, reply, take):
-                self.facts.refused[why] = self.facts.refused.get(why, 0) + 1
-        self.facts.silent += len(waiting)
+                self.outcomes.setdefault(name, why)
+        for name in waiting:
+            self.outcomes.setdefault(name, SILENT)
 
 
 def _taken(name: str, reply: Message, take: Take) -> str:

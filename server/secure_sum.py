@@ -8,21 +8,30 @@ there is none. Not covered: a device that sends other numbers than it learned sp
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 
-from florilegium.privacy.secure_aggregation.keys import mask, public_key
-from florilegium.privacy.secure_aggregation.neighbours import Neighbourhood, RoundRefusedError, neighbourhoods
-from florilegium.privacy.secure_aggregation.session import Advert, Numbers, pair_seed, seed_hash
+from florilegium.privacy.secure_aggregation.adverts import Advert, is_registered, pair_seed, scope, seed_hash
+from florilegium.privacy.secure_aggregation.keys import Told, is_signed, mask, public_key
+from florilegium.privacy.secure_aggregation.neighbours import (
+    Neighbourhood,
+    RoundRefusedError,
+    SumLimits,
+    list_hash,
+    names_of,
+    neighbourhoods,
+)
+from florilegium.privacy.secure_aggregation.session import Numbers
 from florilegium.privacy.secure_aggregation.sharing import joined
 
 
 class SecureSum:
-    """One round. Each `take_…` is one device's answer at that step; what is late, or said twice, is left out."""
+    """One round. Each `take_…` is one device's answer at that step; what is late, false, or said twice, is left out."""
 
-    def __init__(self, federation: str, number: int, width: int, bits: int, survivors: int, colluding: int) -> None:
-        self.of, self.width, self.bits = (federation, number), width, bits
-        self.survivors, self.colluding = survivors, colluding
+    def __init__(self, of: tuple[str, int], width: int, bits: int, limits: SumLimits, registrar: bytes) -> None:
+        """`of` is the federation and the round; `registrar` says which devices there are."""
+        self.of, self.width, self.bits, self.limits, self.registrar = of, width, bits, limits, registrar
         self.adverts: dict[str, Advert] = {}
         self.shares: dict[str, Mapping[str, bytes]] = {}  # by sender, then by neighbour: sealed
         self.came: list[str] = []  # whose masked numbers are in the sum
@@ -34,12 +43,14 @@ class SecureSum:
     # -- what devices say -------------------------------------------------------------------------------------------
 
     def take_advert(self, device: str, advert: Advert) -> None:
-        """Step 1."""
+        """Step 1. Raises ValueError for one that other devices would refuse."""
+        if not is_registered(self.of, self.registrar, device, advert):
+            raise ValueError("not registered")
         self.adverts.setdefault(device, advert)
 
     def close_keys(self) -> None:
         """Who is in the round. Raises `RoundRefusedError` where they are too few."""
-        self._around = neighbourhoods(tuple(sorted(self.adverts)), self.survivors, self.colluding)
+        self._around = neighbourhoods(names_of(list(self.adverts)), self.limits)
 
     @property
     def names(self) -> list[str]:
@@ -71,9 +82,17 @@ class SecureSum:
             self.came.append(device)
 
     def take_confirmation(self, device: str, signature: bytes) -> None:
-        """Step 4."""
-        if device in self.came:
-            self.confirmations.setdefault(device, signature)
+        """Step 4. Raises ValueError for a signature that is none."""
+        if device not in self.came:
+            return
+        told = [*self._scope, list_hash(names_of(self.members)), list_hash(names_of(self.came))]
+        if not is_signed(self.adverts[device].identity, signature, "survivors", told):
+            raise ValueError("not signed")
+        self.confirmations.setdefault(device, signature)
+
+    @property
+    def _scope(self) -> Told:
+        return scope(self.of, names_of(list(self.adverts)), self.adverts, self.limits)
 
     def confirmations_for(self, device: str) -> dict[str, bytes]:
         """Of its neighbourhood."""
@@ -88,7 +107,7 @@ class SecureSum:
 
     def check(self, people: int) -> None:
         """Raises `RoundRefusedError` where so many are fewer than the sum may be of."""
-        if people < self.survivors:
+        if people < self.limits.survivors:
             raise RoundRefusedError("too-few")
 
     def total(self) -> Numbers:
@@ -104,7 +123,7 @@ class SecureSum:
             key = self._secret(device)
             for other in self._around[device].holders:
                 if other in came:
-                    with_other = mask(pair_seed(key, self.adverts[other].masking_key, self.of), self.width)
+                    with_other = mask(pair_seed(key, (device, other), self.adverts, self._scope), self.width)
                     total = total - with_other if other < device else total + with_other
         return total & np.uint32((1 << self.bits) - 1)
 
@@ -114,21 +133,27 @@ class SecureSum:
         return self._total & np.uint32((1 << self.bits) - 1)
 
     def _secret(self, device: str) -> bytes:
-        """The seed of the own mask of one who came, or the masking key of one who did not."""
+        """The seed of the own mask of one who came, or the masking key of one who did not.
+
+        Of any parts in a row, by their places, that give what the device has said it is: a false one may be among all.
+        """
         around = self._around[device]
-        there = {around.place(holder): parts[device] for holder, parts in self.parts.items()
-                 if holder in around.holders and device in parts}  # fmt: skip
-        needed = dict(list(sorted(there.items()))[: around.threshold])
-        if len(needed) < around.threshold:
+        there = sorted(
+            (around.place(holder), parts[device])
+            for holder, parts in self.parts.items()
+            if holder in around.holders and device in parts
+        )
+        if len(there) < around.threshold:
             raise RoundRefusedError("too-few")
-        try:
-            secret = joined(needed)
-        except ValueError:
-            raise RoundRefusedError("bad-parts") from None
+        for first in range(len(there)):
+            some = dict((there + there)[first : first + around.threshold])
+            with suppress(ValueError):
+                if self._fits(secret := joined(some), device):
+                    return secret
+        raise RoundRefusedError("bad-parts")
+
+    def _fits(self, secret: bytes, device: str) -> bool:
         advert = self.adverts[device]
-        fits = seed_hash(secret) == advert.own_mask_hash if device in self.came else (
-            public_key(secret) == advert.masking_key
-        )  # fmt: skip
-        if not fits:
-            raise RoundRefusedError("bad-parts")
-        return secret
+        if device in self.came:
+            return seed_hash(secret) == advert.own_mask_hash
+        return public_key(secret) == advert.masking_key

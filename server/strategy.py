@@ -273,6 +273,8 @@ class ReleaseStrategy(Strategy):
             self.aggregate_evaluate(number, grid.send_and_receive(asked, timeout=timeout))
             if evaluate_fn:
                 evaluate_fn(number, arrays)
+        if self.sums and self.first_round == 1 and not any(facts.releases for facts in self.facts.values()):
+            raise NoReleaseError(f"no round came to a sum of {self.sums.limits.survivors:,} devices or more")
         return Result(arrays=arrays)
 
     def _aggregated(self, number: int, arrays: ArrayRecord, grid: Grid, timeout: float) -> ArrayRecord:

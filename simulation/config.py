@@ -262,8 +262,13 @@ class ExperimentConfig(DeviceConfig):
                 f"secure_aggregation.devices = {summed.devices} is below the {self.asked} devices that a round asks: "
                 f"their sum could wrap"
             )
-        if self.world.classes and not self.secure_aggregation.survivors:
+        if self.world.classes and summed.survivors >= self.asked:
             raise ValueError("[world] has devices that drop out; set secure_aggregation.survivors below those asked")
+        if summed.survivors > self.asked:
+            raise ValueError(
+                f"secure_aggregation.survivors = {summed.survivors} is above the {self.asked} devices that a round "
+                f"asks: none would come to a sum"
+            )
         if why := why_not_summed(summed.devices, summed.survivors, summed.colluding):
             raise ValueError(why)
         return self

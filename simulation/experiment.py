@@ -30,6 +30,7 @@ from florilegium.simulation.config import ExperimentConfig, with_absolute_paths
 from florilegium.simulation.data.population import User, told_of
 from florilegium.simulation.devices.people import device_name
 from florilegium.simulation.devices.preflight import ready
+from florilegium.simulation.devices.simulated import forget_sessions
 from florilegium.simulation.engines.cohort_grid import CohortGrid
 from florilegium.simulation.engines.placement import open_workers
 from florilegium.simulation.engines.scheduler import Scheduler
@@ -181,6 +182,7 @@ def _on_flower(
     from florilegium.simulation.flower_app import RUN_VARIABLE, client_app
 
     devices, users = load_run_devices(run, progress.enter, people), run.config.data.users
+    forget_sessions(run)
     with (
         environment(RUN_VARIABLE, str(run.path)),
         stock_grid(client_app, users, run.path, progress.visit) as grid,

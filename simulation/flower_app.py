@@ -21,7 +21,7 @@ from florilegium.privacy.reply_gate import FAILED, NO_DEVICE
 from florilegium.simulation.baselines.devices import load_run_devices, run_devices_of_worker
 from florilegium.simulation.config import load_config
 from florilegium.simulation.devices.people import device_name
-from florilegium.simulation.devices.simulated import SimulatedDevices
+from florilegium.simulation.devices.simulated import SimulatedDevices, forget_sessions
 from florilegium.simulation.engines.faults import attempt, leave
 from florilegium.simulation.engines.flower_ray import WatchedGrid
 from florilegium.simulation.engines.scheduler import Scheduler
@@ -111,6 +111,7 @@ def main(grid: Grid, context: Context) -> None:
         create(path, load_config(find_config(str(context.run_config["config"])), [f"data.users={nodes}"]))
     run = RunFolder(path)
     devices = load_run_devices(run)
+    forget_sessions(run)
     federate_run(run, WatchedGrid(grid), Scheduler(LocalWorkers(devices), devices))
     write_summary(run)
     log.warning("for the report: florilegium report %s", path)

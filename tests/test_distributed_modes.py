@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,27 @@ from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.flower_replies import answer
 from florilegium.client.lm.model import LanguageModel
+from florilegium.client.secure_sessions import FolderSessions, SimulatedSessions
 from florilegium.privacy.release import ReleaseRefusedError
 from florilegium.privacy.reply_gate import check_masked_reply, check_step
+from florilegium.privacy.secure_aggregation.neighbours import RoundRefusedError
 from florilegium.privacy.secure_aggregation.rounded_noise import turned_back
+from florilegium.server.strategy import NoReleaseError
 from florilegium.simulation.audit.checks import named, noise, without_noise
 from florilegium.simulation.audit.recorded_coins import Recorded
 from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data.population import User
 from florilegium.simulation.engines.cohort_grid import CohortGrid
-from florilegium.simulation.engines.in_memory import Federated, InMemory, federate_in_memory, passing_ledger
+from florilegium.simulation.engines.in_memory import (
+    Federated,
+    InMemory,
+    RecordingGrid,
+    federate_in_memory,
+    passing_ledger,
+)
 from florilegium.simulation.engines.strategy import new_strategy
 from florilegium.simulation.engines.workers import Cohort
+from florilegium.simulation.rounds import Recorder, federate
 from florilegium.simulation.settings import ConfigError
 
 DEVICES = 6
@@ -70,6 +81,9 @@ def test_the_sum_has_the_noise_that_one_trusted_server_would_add(
         assert together == planned_event(configured("user-central")).noise_multiplier * 0.05
     for check in noise(config, seen):
         assert check.passed and check.control_caught, check
+    plain = played(lm, without_noise(config), streams_of(people))
+    each = (seen.cohort.changes[0] - plain.cohort.changes[0]).double().std(1)  # (K,)
+    assert each.numpy() == pytest.approx(np.full(DEVICES, share_std(config)), rel=0.06)  # nobody adds another's share
     assert all(o.epsilon and 5 < o.epsilon <= 8 for o in seen.cohort.observations[1].values())
     assert {n: (f.releases, f.silent, f.refused) for n, f in seen.facts.items()} == {n: (6, 0, {}) for n in (1, 2)}
 
@@ -157,6 +171,60 @@ def test_a_sum_is_of_the_dialogues_that_coins_drew(lm: LanguageModel, people: li
         assert part == pytest.approx(plain.cohort.changes[0][k].numpy(), abs=1e-3 * moved_l2(config))
 
 
+@pytest.mark.parametrize("kind", [SimulatedSessions, FolderSessions])
+@pytest.mark.parametrize("secret", ["seed", "os"])
+def test_a_round_has_one_chance_once_masked_numbers_have_left(
+    lm: LanguageModel, tmp_path: Path, kind: type[SimulatedSessions], secret: str
+) -> None:
+    """A second sum of the same numbers, of one device less, would tell that one's. Before that keys are made anew."""
+    config = configured("user-distributed", privacy={"secret": secret})
+    context = CohortContext.of(lm, config, 0, lambda device, dialogue: "")
+    sessions = kind(context, folder=tmp_path / "s") if kind is FolderSessions else kind(context)
+    names = [f"d{k}" for k in range(DEVICES)]
+    first = sessions.begin("d0", 1).advert
+    assert (sessions.begin("d0", 1).advert == first) == (secret == "seed")
+    adverts = {n: sessions.begin(n, 1).advert for n in names}
+    sealed = {n: sessions.at(n, 1).shares(names, adverts) for n in names}
+    session = sessions.at("d0", 1)
+    session.shares(names, adverts)
+    session.receive(names, {n: sealed[n]["d0"] for n in names[1:]})
+    session.masked(np.arange(5), 16)
+    sessions.keep(session)
+    with pytest.raises(RoundRefusedError, match="out-of-order"):
+        sessions.begin("d0", 1)
+    with pytest.raises(RoundRefusedError, match="out-of-order"):
+        sessions.at("d9", 1)
+    if isinstance(sessions, FolderSessions):
+        assert session.seed.hex() in (tmp_path / "s" / "d0-00001.json").read_text()
+        session.unmasked = ("d1",)
+        sessions.keep(session)
+        assert (tmp_path / "s" / "d0-00001.json").read_text() == "{}"
+        with pytest.raises(RoundRefusedError, match="out-of-order"):
+            sessions.begin("d0", 1)
+
+
+def test_a_run_in_which_no_round_comes_to_a_sum_is_none(lm: LanguageModel, people: list[User]) -> None:
+    """Two of six never answer, and five are to survive."""
+
+    class Silent(RecordingGrid):
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+            kept = [m for m in messages if m.metadata.dst_node_id > 2 or m.metadata.message_type == "query"]
+            yield from super().send_and_receive(kept, timeout=timeout)
+
+    config = configured("user-distributed", secure_aggregation={"survivors": 5})
+    with passing_ledger() as ledger:
+        replies = {d.id: d.response for s in streams_of(people) for d in s}
+        context = CohortContext.of(lm, config, 0, lambda device, dialogue: replies[dialogue], None, ledger)
+        cohort = InMemory(context, named(streams_of(people)), at_once=True)
+        strategy, start = new_strategy(context, config.server)
+        grid = Silent(cohort, list(cohort.streams), masked=True)
+        with pytest.raises(NoReleaseError, match="no round came to a sum of 5"):
+            federate(grid, strategy, Recorder(), start, 2)
+        facts = strategy.facts[1]
+    assert (facts.releases, facts.silent, facts.refused) == (0, 2, {"too-few": 4})
+    assert not any(o.epsilon for o in cohort.observations)  # nobody had begun to learn, or paid
+
+
 def test_a_part_of_a_sum_has_no_way_out_but_behind_masks(lm: LanguageModel, people: list[User]) -> None:
     """A grid without sessions refuses it, and so does a device that has none."""
     config = configured("user-distributed", rounds=1)
@@ -207,6 +275,10 @@ def test_the_gate_passes_no_step_of_another_form() -> None:
         (["privacy.mode=user-distributed", "secure_aggregation.devices=10"], "below the 64 devices"),
         (["privacy.mode=user-distributed", "secure_aggregation.survivors=30"], "must survive, 33"),
         (["privacy.mode=user-distributed", "world.classes=world/devices"], "set secure_aggregation.survivors"),
+        (
+            ["privacy.mode=user-distributed", "secure_aggregation.devices=200", "secure_aggregation.survivors=150"],
+            "above the 64 devices",
+        ),
     ],
 )
 def test_settings_that_protect_nobody_or_cannot_be_are_refused(changes: list[str], told: str) -> None:

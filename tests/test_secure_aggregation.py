@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,17 +15,26 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest, norm
 
 from florilegium.privacy.secure_aggregation import rounded_noise
+from florilegium.privacy.secure_aggregation.adverts import Advert, certified, pair_seed
 from florilegium.privacy.secure_aggregation.config import SecureAggregationConfig, why_not_summed
 from florilegium.privacy.secure_aggregation.keys import (
     agreed,
     identity_key,
     is_signed,
+    is_usable,
     mask,
     opened,
     public_key,
     sealed,
+    signed,
 )
-from florilegium.privacy.secure_aggregation.neighbours import COMPLETE, RoundRefusedError, neighbourhoods, reach
+from florilegium.privacy.secure_aggregation.neighbours import (
+    COMPLETE,
+    RoundRefusedError,
+    SumLimits,
+    neighbourhoods,
+    reach,
+)
 from florilegium.privacy.secure_aggregation.rounded_noise import (
     LEAST_SHARE,
     SumCode,
@@ -38,7 +48,7 @@ from florilegium.privacy.secure_aggregation.rounded_noise import (
     turned_back,
     unpacked,
 )
-from florilegium.privacy.secure_aggregation.session import Advert, Scene, Session, certified
+from florilegium.privacy.secure_aggregation.session import Scene, Session, restored, stored
 from florilegium.privacy.secure_aggregation.sharing import PRIME, joined, split
 from florilegium.privacy.secure_aggregation.wire import read_advert, read_shares_reply, reply_bytes
 from florilegium.server.secure_sum import SecureSum
@@ -52,11 +62,13 @@ def secret(*purpose: object) -> bytes:
     return np.random.Generator(np.random.Philox(key=abs(hash(purpose)) % 2**63)).bytes(32)
 
 
-def device(name: str, survivors: int, colluding: int = 0, number: int = 1, salt: str = "") -> Session:
+def device(
+    name: str, survivors: int, colluding: int = 0, number: int = 1, salt: str = "", devices: int = 12
+) -> Session:
     """One that the registrar knows."""
     own = identity_key(name.encode().ljust(32, b"."))
     public = REGISTRAR.public_key().public_bytes_raw()
-    scene = Scene("us", number, name, public, survivors, colluding)
+    scene = Scene("us", number, name, public, SumLimits(devices, survivors, colluding))
     certificate = certified(REGISTRAR, "us", name, own.public_key().public_bytes_raw())
     return Session(scene, f"{name}{salt}".encode().ljust(32, b"s"), own, certificate)
 
@@ -72,8 +84,9 @@ class Play:
     sessions: dict[str, Session] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sessions = {n: device(n, self.survivors, self.colluding) for n in self.names}
-        self.server = SecureSum("us", 1, WIDTH, BITS, self.survivors, self.colluding)
+        limits = SumLimits(max(12, len(self.names)), self.survivors, self.colluding)
+        self.sessions = {n: device(n, self.survivors, self.colluding, devices=limits.devices) for n in self.names}
+        self.server = SecureSum(("us", 1), WIDTH, BITS, limits, REGISTRAR.public_key().public_bytes_raw())
         self.numbers = {n: np.arange(WIDTH) * 100 - 7 * k - 50 for k, n in enumerate(self.names)}
 
     def there(self, names: Sequence[str], step: str) -> list[str]:
@@ -143,7 +156,7 @@ def test_masked_numbers_alone_are_uniform_whatever_they_are_of() -> None:
     """20,000 numbers of 8 bits behind their masks: each of 256 values as often; the numbers themselves are all 3."""
     names = tuple("abc")
     sessions = {n: device(n, 3) for n in names}
-    server = SecureSum("us", 1, 20_000, 8, 3, 0)
+    server = SecureSum(("us", 1), 20_000, 8, SumLimits(12, 3), REGISTRAR.public_key().public_bytes_raw())
     for n in names:
         server.take_advert(n, sessions[n].advert)
     server.close_keys()
@@ -308,6 +321,143 @@ def test_two_sums_of_one_round_cannot_be_had_by_telling_each_half_that_others_ar
         refused(lambda n=n: play.sessions[n].confirm([m for m in halves[n] if m in "abcdef"]), "too-few")
 
 
+def test_devices_that_were_told_of_others_do_not_understand_each_other() -> None:
+    """To `abcd` the server says that there are six devices, to `e` and `f` that there are eleven: with what the others
+    of those then reveal of `e` and `f` it would have the sum of four, where each wants six.
+    """
+    names = tuple("abcdefghijkl")
+    sessions = {n: device(n, 6) for n in names}
+    adverts = {n: s.advert for n, s in sessions.items()}
+    lists = dict.fromkeys("abcd", "abcdef") | {"e": "abcdeghijkl", "f": "abcdfghijkl"}
+    sealed_for = {n: sessions[n].shares(lists[n], {m: adverts[m] for m in lists[n]}) for n in "abcdef"}
+    inbox = {m: sealed_for[m]["a"] for m in "bcdef"}
+    refused(lambda: sessions["a"].receive("abcdef", inbox), "bad-shares")
+
+
+def test_devices_that_were_told_of_other_keys_do_not_understand_each_other() -> None:
+    """Both are of `h`, of two sessions, and signed by it."""
+    play = Play(6)
+    one, other = (device("h", 6, salt=salt).advert for salt in ("", "again"))
+    told = {n: s.advert for n, s in play.sessions.items()}
+    from_b = play.sessions["b"].shares(play.names, told | {"h": other})
+    others = {n: play.sessions[n].shares(play.names, told | {"h": one}) for n in "acdefgh"}
+    inbox = {n: others[n]["a"] for n in "cdefgh"} | {"b": from_b["a"]}
+    refused(lambda: play.sessions["a"].receive(play.names, inbox), "bad-shares")
+
+
+def test_a_key_is_written_in_one_way_and_makes_nothing_known() -> None:
+    """With its highest bit set, or above the field, it is another device's double; of small order it is nobody's."""
+    play = Play(6)
+    doubled = bytearray(play.sessions["b"].advert.masking_key)
+    doubled[31] |= 0x80
+    for key in (bytes(doubled), bytes(32), (2**255 - 19).to_bytes(32, "little"), b"\xff" * 32, b"\1" + bytes(31)):
+        assert not is_usable(key)
+        for of in ("sharing_key", "masking_key"):
+            own = play.sessions["h"].identity
+            false = replace(play.sessions["h"].advert, **{of: key})
+            keys = [k.hex() for k in (false.sharing_key, false.masking_key, false.own_mask_hash)]
+            false = replace(false, signature=signed(own, "keys", ["us", 1, "h", *keys]))
+            adverts = {n: s.advert for n, s in play.sessions.items()} | {"h": false}
+            refused(lambda adverts=adverts: play.sessions["a"].shares(play.names, adverts), "not-registered")
+    assert play.until() is not None  # nothing of that was kept
+
+
+def test_no_two_pairs_have_a_mask_in_common() -> None:
+    """By what they are called, by their keys, by who takes part."""
+    keys = {n: bytes([k]) * 32 for k, n in enumerate("abc", start=1)}
+    adverts = {n: replace(device(n, 3).advert, masking_key=public_key(key)) for n, key in keys.items()}
+    twin = adverts | {"c": adverts["b"]}  # who says that b's key is his
+    one = pair_seed(keys["a"], ("a", "b"), adverts, ["x"])
+    assert one == pair_seed(keys["b"], ("b", "a"), adverts, ["x"])
+    assert one not in (
+        pair_seed(keys["a"], ("a", "c"), twin, ["x"]), pair_seed(keys["a"], ("a", "b"), adverts, ["y"]),
+        pair_seed(keys["a"], ("a", "c"), adverts, ["x"]),
+    )  # fmt: skip
+
+
+def test_the_masks_of_pairs_hide_where_own_masks_are_known() -> None:
+    """Whoever knows the seeds of all own masks still sees uniform numbers of each device, and of any two of three."""
+    names, sessions = tuple("abc"), {n: device(n, 3) for n in "abc"}
+    adverts = {n: s.advert for n, s in sessions.items()}
+    sealed_by = {n: sessions[n].shares(names, adverts) for n in names}
+    bare = []
+    for n in names:
+        sessions[n].receive(names, {m: sealed_by[m][n] for m in names if m != n})
+        sent = sessions[n].masked(np.full(20_000, 3), 8)
+        bare.append((sent - mask(sessions[n]._key("own mask"), 20_000)) % 256)
+    for some in (bare[0], bare[1], bare[0] + bare[1], bare[1] + bare[2]):
+        assert chisquare(np.bincount(some % 256, minlength=256)).pvalue > 1e-3
+    assert ((bare[0] + bare[1] + bare[2]) % 256 == 9).all()  # all three together: the sum
+
+
+def test_sealed_parts_are_for_one_pair_of_eyes_and_fewer_than_needed_are_nothing() -> None:
+    play = Play(5)
+    play.until("masked")
+    sessions, server = play.sessions, play.server
+    for reader in "cdefgh":
+        with pytest.raises(RoundRefusedError, match="bad-shares"):
+            sessions[reader]._opened("b", server.shares["b"]["a"])
+    threshold = sessions["a"].neighbourhood.threshold
+    parts = sessions["b"]._parts()
+    for half, of in ((slice(0, 33), "own mask"), (slice(33, 66), "masking")):
+        some = {k: parts[n][half] for k, n in enumerate("abcdefgh", start=1)}
+        kept = sessions["b"]._key(of)
+        assert joined({k: some[k] for k in range(1, threshold + 1)}) == kept
+        assert len(set(some.values())) == 8 and kept not in {part[1:] for part in some.values()}
+        for count in range(1, threshold):
+            try:
+                found = joined({k: some[k] for k in range(1, count + 1)})
+            except ValueError:
+                continue
+            assert found != kept
+    apart = {int.from_bytes(p[:33], "big") - int.from_bytes(p[33:], "big") for p in parts.values()}
+    assert len({d % PRIME for d in apart}) == 8  # polynomials of their own: a part of one tells nothing of the other
+    ways = [("a", "b"), ("b", "a"), ("a", "c"), ("c", "a")]
+    assert len({sessions["a"]._channel(*way) for way in ways}) == 4
+
+
+def test_a_session_is_of_one_round_of_one_federation() -> None:
+    one = device("a", 3)
+    for other in (device("a", 3, number=2), replace(one, scene=replace(one.scene, federation="them"))):
+        assert not {one._key(k) for k in ("sharing", "masking", "own mask")} & {
+            other._key(k) for k in ("sharing", "masking", "own mask")
+        }
+        assert other.advert.signature != one.advert.signature
+    play, again = Play(5), Play(5)
+    again.sessions = {n: replace(s, scene=replace(s.scene, round=2)) for n, s in again.sessions.items()}
+    again.server.of = ("us", 2)
+    play.until("unmask")
+    again.until("confirm")
+    for n in again.server.came:
+        again.sessions[n].confirm(again.server.came)
+    refused(lambda: again.sessions["a"].unmask(play.server.confirmations), "not-confirmed")
+
+
+def test_the_same_masks_never_hide_two_rows() -> None:
+    play = Play(5)
+    play.until("confirm")
+    refused(lambda: play.sessions["a"].masked(play.numbers["a"] + 1, BITS), "twice-the-same")
+    refused(lambda: play.sessions["a"].masked(play.numbers["a"], BITS + 1), "twice-the-same")
+
+
+def test_more_devices_than_the_owner_has_agreed_to_are_no_round_of_his() -> None:
+    """A server that invents names would have a sparse graph, whose neighbourhoods need fewer parts."""
+    play = Play(5)
+    adverts = {n: s.advert for n, s in play.sessions.items()}
+    refused(lambda: play.sessions["a"].shares([*play.names, *"uvwxy"], adverts), "not-its-round")
+
+
+def test_a_stored_session_goes_on_where_it_was() -> None:
+    play = Play(5)
+    play.until("unmask")
+    a = play.sessions["a"]
+    again = restored(device("a", 5), json.loads(json.dumps(stored(a))))
+    assert again.unmask(play.server.confirmations_for("a")) == a.unmask(play.server.confirmations_for("a"))
+    refused(lambda: again.masked(play.numbers["a"] + 1, BITS), "twice-the-same")
+    refused(lambda: again.confirm(list("abcdef")), "told-two-stories")
+    assert "73" * 8 not in json.dumps(stored(a))  # nothing of the seed
+
+
 def test_confirmations_are_of_the_same_parts_too() -> None:
     """One device was told of other members than the rest; its signature under the same survivors is none for them."""
     play = Play(5, gone={"h": "masked"})
@@ -318,8 +468,9 @@ def test_confirmations_are_of_the_same_parts_too() -> None:
         play.sessions[n].receive(members, {m: server.shares[m][n] for m in members if m != n})
         play.sessions[n].masked(play.numbers[n], BITS)
     signed = {n: play.sessions[n].confirm(list("abcdefg")) for n in "abcdefg"}
-    refused(lambda: play.sessions["a"].unmask(signed), "not-confirmed")
-    assert play.sessions["a"].unmask({n: s for n, s in signed.items() if n != "g"})
+    few = {n: signed[n] for n in "cdefg"}  # five are needed, and the one of `g` is none here
+    refused(lambda: play.sessions["a"].unmask(few), "not-confirmed")
+    assert play.sessions["a"].unmask(signed)
     refused(lambda: play.sessions["g"].unmask(signed), "not-confirmed")
 
 
@@ -347,15 +498,28 @@ def test_parts_sealed_for_another_device_or_round_are_not_taken() -> None:
 
 @pytest.mark.parametrize("of", ["a", "h"])
 def test_a_false_part_ends_the_round_without_a_sum_and_never_with_a_wrong_one(of: str) -> None:
+    """Of exactly as many parts as are needed one is false; with two more the right ones are found among them."""
     play = Play(5, gone={"h": "masked"})
     play.until("unmask")
     server = play.server
-    for n in "abcde":
+    for n in "abcdefg":
+        if n == "f":
+            refused(server.total, "bad-parts")
         parts = dict(play.sessions[n].unmask(server.confirmations_for(n)))
         if n == "b":
             parts[of] = bytes(32) + b"\7"
         server.take_parts(n, parts)
-    refused(server.total, "bad-parts")
+    assert (server.total() == play.sum_of("abcdefg")).all()
+
+
+def test_what_other_devices_would_refuse_the_server_leaves_out() -> None:
+    play = Play(5)
+    with pytest.raises(ValueError, match="registered"):
+        play.server.take_advert("a", replace(play.sessions["a"].advert, signature=bytes(64)))
+    play.until("confirm")
+    with pytest.raises(ValueError, match="signed"):
+        play.server.take_confirmation("a", bytes(64))
+    assert not play.server.confirmations
 
 
 def test_what_comes_twice_or_from_nobody_is_left_out() -> None:
@@ -380,10 +544,11 @@ def test_no_two_sets_of_parts_can_be_had_of_a_neighbourhood(count: int, data: st
     names = tuple(f"d{k:03d}" for k in range(count))
     if why_not_summed(count, survivors, colluding):
         with pytest.raises(RoundRefusedError):
-            neighbourhoods(names, survivors, colluding)
+            neighbourhoods(names, SumLimits(count, survivors, colluding))
         return
-    _, against = reach(count, survivors, colluding)
-    around = neighbourhoods(names, survivors, colluding)
+    limits = SumLimits(count, survivors, colluding)
+    against = colluding if limits.complete else reach(count, survivors, colluding)[1]
+    around = neighbourhoods(names, limits)
     for name, found in around.items():
         assert 2 * found.threshold > len(found.holders) + against and name in found.holders
         assert all(name in around[other].holders for other in found.holders)  # both ways
@@ -400,8 +565,8 @@ def test_large_rounds_have_few_neighbours() -> None:
 
 @pytest.mark.parametrize(
     ("devices", "survivors", "colluding", "told"),
-    [(2, 2, 0, "3 at least"), (8, 9, 0, "not more than"), (8, 4, 0, "must survive, 5"), (8, 6, 5, "two must be honest"),
-     (8, 6, 4, "must survive, 7")],
+    [(2, 2, 0, "3 at least"), (8, 9, 0, "not more than"), (8, 4, 0, "must survive, 5"), (8, 6, 5, "3 must be honest"),
+     (9, 6, 3, "must survive, 7")],
 )  # fmt: skip
 def test_numbers_that_protect_nobody_are_refused(devices: int, survivors: int, colluding: int, told: str) -> None:
     assert told in why_not_summed(devices, survivors, colluding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from florilegium.privacy.common.base_config import Config
-from florilegium.privacy.secure_aggregation.neighbours import LEAST, reach
+from florilegium.privacy.secure_aggregation.neighbours import LEAST, SumLimits, reach
 from florilegium.privacy.secure_aggregation.rounded_noise import LEAST_BITS, MOST_BITS
 
 
@@ -26,15 +26,21 @@ class SecureAggregationConfig(Config):
         description=f"of a number on its way, {LEAST_BITS} to {MOST_BITS}; 0: the fewest that hold a sum",
     )
 
+    @property
+    def limits(self) -> SumLimits:
+        """As numbers alone."""
+        return SumLimits(self.devices, self.survivors, self.colluding)
+
 
 def why_not_summed(devices: int, survivors: int, colluding: int) -> str:
     """What is wrong with these numbers, in a sentence; empty where nothing is."""
     told = f"secure_aggregation: {survivors:,} survivors of {devices:,} devices, {colluding:,} of them colluding"
     if not LEAST <= survivors <= devices:
         return f"{told}: survivors must be {LEAST} at least, and not more than the devices of a round"
-    if colluding + 2 > survivors:
-        return f"{told}: of so many two must be honest at least"
-    degree, against = reach(devices, survivors, colluding)
+    if colluding + LEAST > survivors:
+        return f"{told}: of those who survive {LEAST} must be honest at least"
+    complete = SumLimits(devices, survivors, colluding).complete
+    degree, against = (devices - 1, colluding) if complete else reach(devices, survivors, colluding)
     needed = (degree + 1 + against) // 2 + 1
     if needed > (survivors if degree + 1 == devices else degree + 1):
         return f"{told}: more than half of those who do not collude must survive, {needed:,}, or two sums could be had"

@@ -34,6 +34,20 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
+def is_usable(public: bytes) -> bool:
+    """Whether this is the one way to write a key of X25519 with which nobody else knows what is agreed.
+
+    Another way to write the same key, with its highest bit set or above the field, would be another device's double.
+    """
+    if len(public) != KEY_BYTES or int.from_bytes(public, "little") >= 2**255 - 19:
+        return False
+    try:
+        agreed(bytes(KEY_BYTES), public)
+    except ValueError:
+        return False
+    return True
+
+
 @lru_cache(maxsize=2**16)
 def agreed(private: bytes, public: bytes) -> bytes:
     """What two devices know and nobody else. Raises ValueError for a public key that would make it known."""

@@ -12,6 +12,7 @@ survivors both be confirmed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,26 +49,49 @@ class Neighbourhood:
         return self.holders.index(name) + 1
 
 
-@lru_cache(maxsize=8)
-def neighbourhoods(names: tuple[str, ...], survivors: int, colluding: int) -> dict[str, Neighbourhood]:
-    """Of each of so many devices (sorted names), of whom at least `survivors` stay and `colluding` tell the server.
+@dataclass(frozen=True)
+class SumLimits:
+    """Of how many devices a sum may be, and what of them is counted on: on a device its owner's, whatever it is told.
 
-    Raises `RoundRefusedError` where nobody could be safe, or nobody be reached.
+    `survivors` are the fewest that a sum is unmasked of; `colluding` may tell the server what they know.
     """
-    count = len(names)
-    if not max(LEAST, colluding + 2) <= survivors <= count or list(names) != sorted(set(names)):
+
+    devices: int
+    survivors: int
+    colluding: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether everybody is everybody's neighbour: no server decides that."""
+        return self.devices <= COMPLETE
+
+
+@lru_cache(maxsize=8)
+def neighbourhoods(names: tuple[str, ...], limits: SumLimits) -> dict[str, Neighbourhood]:
+    """Of each of these devices (sorted names). Raises `RoundRefusedError` where nobody is safe, or nobody reached."""
+    count, survivors, colluding = len(names), limits.survivors, limits.colluding
+    if count > limits.devices or list(names) != sorted(set(names)):
+        raise RoundRefusedError("not-its-round")
+    if not colluding + LEAST <= survivors <= count:
         raise RoundRefusedError("too-few")
-    degree, against = reach(count, survivors, colluding)
+    degree, against = (count - 1, colluding) if limits.complete else reach(count, survivors, colluding)
     threshold = (degree + 1 + against) // 2 + 1
     if threshold > degree + 1 or (degree + 1 == count and threshold > survivors):
         raise RoundRefusedError("too-few")
     if degree + 1 == count:
         return dict.fromkeys(names, Neighbourhood(names, threshold))
-    told = sha256("\n".join(names).encode()).hexdigest()
+    told = list_hash(names)
     ring = sorted(names, key=lambda name: sha256(f"{told} {name}".encode()).digest())
     half = degree // 2
     around = {name: [ring[(i + d) % count] for d in range(-half, half + 1)] for i, name in enumerate(ring)}
     return {name: Neighbourhood(tuple(sorted(around[name])), threshold) for name in names}
+
+
+def holders(limits: SumLimits) -> int:
+    """How many have parts of a device's secrets in a round of as many devices as may be, itself among them."""
+    if limits.complete:
+        return limits.devices
+    return reach(limits.devices, limits.survivors, limits.colluding)[0] + 1
 
 
 @lru_cache(maxsize=64)
@@ -77,8 +101,6 @@ def reach(count: int, survivors: int, colluding: int) -> tuple[int, int]:
     The fewest for which, but for a chance of `FAILURE`, no neighbourhood has more of those, each keeps the parts it
     needs, and honest survivors hang together: no k / 2 on end of the ring are lost (Bell et al., Lemma 3.7).
     """
-    if count <= COMPLETE:
-        return count - 1, colluding
     each, lost = FAILURE / (3 * count), count - survivors
     for degree in range(2, count - 1, 2):
         against = most_of(count, colluding, degree + 1, each)
@@ -95,6 +117,12 @@ def most_of(count: int, marked: int, drawn: int, chance: float) -> int:
     each = hypergeom(count, marked, drawn).pmf(np.arange(drawn + 1))
     beyond = np.cumsum(each[::-1])[::-1]  # (drawn + 1,): P(X ≥ m)
     return int(np.argmax(np.append(beyond[1:], 0.0) <= chance))
+
+
+@lru_cache(maxsize=64)
+def list_hash(names: tuple[str, ...]) -> str:
+    """Of a list of devices."""
+    return sha256(json.dumps(names).encode()).hexdigest()
 
 
 def names_of(devices: Sequence[str]) -> tuple[str, ...]:

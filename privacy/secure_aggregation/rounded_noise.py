@@ -106,7 +106,7 @@ def aliasing(devices: int, share_units: float) -> float:
 
     Σ over the tuples (m_1 … m_n) that are not constant of Π exp(−s² (2πm_i + θ)² / 2), |θ| ≤ π, is at most
     n B (A + B)^(n−1) with A = exp(−s² θ² / 2), B = Σ_{m≠0}. Where |θ| ≤ π/2, B ≤ 3 exp(−9π² s² / 8) and A ≤ 1; beyond,
-    B ≤ 3 exp(−π² s² / 2) ≤ A ≤ exp(−π² s² / 8), so that (A + B)^(n−1) ≤ 4 exp(−π² s² / 4).
+    B ≤ 3 exp(−π² s² / 2), and both B and A are at most exp(−π² s² / 8), so that (A + B)^(n−1) ≤ 4 exp(−π² s² / 4).
     """
     if devices < 3 or share_units < 2:
         raise ValueError(f"{devices} shares of {share_units} units: the bound is for three of two units at least")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from hashlib import sha256
 from typing import TypedDict
 
@@ -25,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from florilegium.privacy.secure_aggregation.adverts import Advert, is_registered, pair_seed, scope, seed_hash
 from florilegium.privacy.secure_aggregation.keys import (
-    KEY_BYTES,
+    Told,
     agreed,
     derived,
     is_signed,
@@ -37,26 +38,17 @@ from florilegium.privacy.secure_aggregation.keys import (
     signed,
 )
 from florilegium.privacy.secure_aggregation.neighbours import (
+    LEAST,
     Neighbourhood,
     RoundRefusedError,
+    SumLimits,
+    list_hash,
     names_of,
     neighbourhoods,
 )
 from florilegium.privacy.secure_aggregation.sharing import PART_BYTES, PRIME, split
 
 Numbers = npt.NDArray[np.uint32]
-
-
-@dataclass(frozen=True, slots=True)
-class Advert:
-    """What a device says of itself in a round; all public."""
-
-    identity: bytes  # Ed25519, of its registration
-    certificate: bytes  # the registrar's signature
-    sharing_key: bytes  # X25519, to encrypt parts to
-    masking_key: bytes  # X25519, for masks
-    own_mask_hash: bytes  # of the seed of the device's own mask: what is put together of its parts is checked
-    signature: bytes  # of the identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +59,7 @@ class Scene:
     round: int
     device: str
     registrar: bytes  # Ed25519: who says which devices there are
-    survivors: int  # below which nothing is unmasked; their noise alone is enough
-    colluding: int = 0  # devices that may tell the server what they know
+    limits: SumLimits
 
     @property
     def of(self) -> tuple[str, int]:
@@ -90,7 +81,7 @@ class Session:
     names: tuple[str, ...] = ()  # of all devices
     members: tuple[str, ...] = ()  # of whom all parts have come to the server
     inbox: Mapping[str, bytes] = field(default_factory=dict)  # by sender: parts that were encrypted to this device
-    sent: bool = False  # whether its masked numbers have left
+    sent: str = ""  # hash of the numbers that have left behind masks
     survivors: tuple[str, ...] = ()
     unmasked: tuple[str, ...] = ()  # whose confirmations it was shown
 
@@ -109,8 +100,12 @@ class Session:
 
     @property
     def neighbourhood(self) -> Neighbourhood:
-        scene = self.scene
-        return neighbourhoods(self.names, scene.survivors, scene.colluding)[scene.device]
+        return neighbourhoods(self.names, self.scene.limits)[self.scene.device]
+
+    @property
+    def _scope(self) -> Told:
+        """What all that is derived or signed is bound to: this round of these devices, and of no others."""
+        return scope(self.scene.of, self.names, self.adverts, self.scene.limits)
 
     @property
     def neighbours(self) -> list[str]:
@@ -126,11 +121,12 @@ class Session:
         told, scene = names_of(names), self.scene
         if self.names and (told != self.names or any(adverts.get(n) != a for n, a in self.adverts.items())):
             raise RoundRefusedError("told-two-stories")
-        if len(told) != len(set(told)) or scene.device not in told or adverts.get(scene.device) != self.advert:
+        if scene.device not in told or adverts.get(scene.device) != self.advert:
             raise RoundRefusedError("not-its-round")
-        around = neighbourhoods(told, scene.survivors, scene.colluding)[scene.device].holders
+        around = neighbourhoods(told, scene.limits)[scene.device].holders
         found = {name: adverts[name] for name in around if name in adverts}
-        if set(found) != set(around) or not all(_is_registered(scene, n, a) for n, a in found.items()):
+        registered = (is_registered(scene.of, scene.registrar, name, advert) for name, advert in found.items())
+        if set(found) != set(around) or not all(registered):
             raise RoundRefusedError("not-registered")
         if len({key for a in found.values() for key in (a.identity, a.sharing_key, a.masking_key)}) != 3 * len(found):
             raise RoundRefusedError("twice-the-same")
@@ -157,7 +153,7 @@ class Session:
         """The key for what goes one way between this device and another."""
         other = to if sender == self.scene.device else sender
         common = agreed(self._key("sharing"), self.adverts[other].sharing_key)
-        return derived(common, "parts", (*self.scene.of, sender, to))
+        return derived(common, "parts", (*self._scope, sender, to))
 
     # -- step 3 -----------------------------------------------------------------------------------------------------
 
@@ -180,7 +176,7 @@ class Session:
 
     @property
     def _fewest(self) -> int:
-        return max(self.scene.survivors, self.scene.colluding + 2)
+        return max(self.scene.limits.survivors, self.scene.limits.colluding + LEAST)
 
     def _opened(self, sender: str, text: bytes) -> bytes:
         device = self.scene.device
@@ -196,12 +192,15 @@ class Session:
         """The device's numbers (P,) modulo 2^bits behind their masks: by themselves uniform noise."""
         if not self.inbox:
             raise RoundRefusedError("out-of-order")
-        self.sent = True
+        told = sha256(f"{bits} {numbers.dtype} ".encode() + numbers.tobytes()).hexdigest()
+        if self.sent not in ("", told):  # the difference of the two would be in the clear
+            raise RoundRefusedError("twice-the-same")
+        device, key = self.scene.device, self._key("masking")
         total = (numbers & 0xFFFFFFFF).astype(np.uint32) + mask(self._key("own mask"), numbers.size)
         for name in self.inbox:
-            seed = pair_seed(self._key("masking"), self.adverts[name].masking_key, self.scene.of)
-            with_other = mask(seed, numbers.size)
-            total = total + with_other if self.scene.device < name else total - with_other
+            with_other = mask(pair_seed(key, (device, name), self.adverts, self._scope), numbers.size)
+            total = total + with_other if device < name else total - with_other
+        self.sent = told
         return total & np.uint32((1 << bits) - 1)
 
     # -- steps 4 and 5 ----------------------------------------------------------------------------------------------
@@ -222,7 +221,7 @@ class Session:
 
     @property
     def _lists(self) -> list[object]:
-        return [*self.scene.of, *map(list_hash, (self.names, self.members, self.survivors))]
+        return [*self._scope, *map(list_hash, (self.members, self.survivors))]
 
     def unmask(self, confirmations: Mapping[str, bytes]) -> dict[str, bytes]:
         """By neighbour, and itself: the part of its own mask's seed if it survived, else of its masking key.
@@ -237,7 +236,7 @@ class Session:
             if name in around.holders and name in self.survivors
             and is_signed(self.adverts[name].identity, signature, "survivors", self._lists)
         ]  # fmt: skip
-        if len(valid) < around.threshold or len(valid) != len(confirmations):
+        if len(valid) < around.threshold:
             raise RoundRefusedError("not-confirmed")
         self.unmasked = names_of(valid)
         found = {}
@@ -247,17 +246,6 @@ class Session:
         return found
 
 
-@lru_cache(maxsize=64)
-def list_hash(names: tuple[str, ...]) -> str:
-    """Of a list of devices."""
-    return sha256("\n".join(names).encode()).hexdigest()
-
-
-def seed_hash(seed: bytes) -> bytes:
-    """Which seed of an own mask it is, told without telling it."""
-    return sha256(b"florilegium own mask 1" + seed).digest()
-
-
 class StoredSession(TypedDict):
     """As JSON takes it."""
 
@@ -265,7 +253,7 @@ class StoredSession(TypedDict):
     names: list[str]
     members: list[str]
     inbox: dict[str, str]
-    sent: bool
+    sent: str
     survivors: list[str]
     unmasked: list[str]
 
@@ -295,24 +283,3 @@ def restored(session: Session, told: StoredSession) -> Session:
         survivors=tuple(told["survivors"]),
         unmasked=tuple(told["unmasked"]),
     )
-
-
-def pair_seed(private: bytes, public: bytes, of: tuple[str, int]) -> bytes:
-    """Of the mask that two devices have in common."""
-    return derived(agreed(private, public), "pair mask", of)
-
-
-def certified(registrar: Ed25519PrivateKey, federation: str, device: str, identity: bytes) -> bytes:
-    """The registrar's signature: this device of this federation has this identity."""
-    return signed(registrar, "device", [federation, device, identity.hex()])
-
-
-def _is_registered(scene: Scene, name: str, advert: Advert) -> bool:
-    """Whether the registrar knows this device by this identity, and the identity has signed these keys."""
-    keys = (advert.sharing_key, advert.masking_key, advert.own_mask_hash)
-    if not all(len(key) == KEY_BYTES for key in (advert.identity, *keys)):
-        return False
-    told = [*scene.of, name, *(key.hex() for key in keys)]
-    return is_signed(
-        scene.registrar, advert.certificate, "device", [scene.federation, name, advert.identity.hex()]
-    ) and is_signed(advert.identity, advert.signature, "keys", told)

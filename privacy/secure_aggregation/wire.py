@@ -5,15 +5,17 @@ Every `read_…` takes what somebody else has sent and raises ValueError for any
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import numpy as np
 
 from florilegium.privacy.encoding import Encoded
+from florilegium.privacy.secure_aggregation.adverts import Advert
 from florilegium.privacy.secure_aggregation.keys import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES
 from florilegium.privacy.secure_aggregation.rounded_noise import packed, packed_bytes, unpacked
-from florilegium.privacy.secure_aggregation.session import Advert, Numbers
+from florilegium.privacy.secure_aggregation.session import Numbers
 from florilegium.privacy.secure_aggregation.sharing import PART_BYTES
 
 KEYS, SHARES, CONFIRM, UNMASK = STEPS = tuple(f"query.{step}" for step in ("keys", "shares", "confirm", "unmask"))
@@ -21,6 +23,7 @@ RECORD = "secure"  # of a message, beside its plan
 MASKED = "masked"  # the array of a masked part
 SEALED_BYTES = 2 * PART_BYTES + TAG_BYTES
 MOST_NAMES = 100_000
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # of a device
 ADVERT = (KEY_BYTES, SIGNATURE_BYTES, KEY_BYTES, KEY_BYTES, KEY_BYTES, SIGNATURE_BYTES)
 ADVERT_BYTES = sum(ADVERT)
 Value = str | bytes | list[str] | list[bytes]
@@ -168,9 +171,13 @@ def _read_pairs(told: Record, names: str, values: str, size: int) -> dict[str, b
 
 
 def _names(told: object) -> list[str]:
-    if not isinstance(told, list) or len(told) > MOST_NAMES or not all(isinstance(name, str) for name in told):
+    if not isinstance(told, list) or len(told) > MOST_NAMES or not all(_is_name(name) for name in told):
         raise ValueError("not names of devices")
     return [*told]
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and bool(NAME.fullmatch(name))
 
 
 def _bytes(sent: object, size: int) -> bytes:

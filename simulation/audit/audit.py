@@ -123,8 +123,9 @@ class Auditor:
     def play(self, config: ExperimentConfig, streams: Streams, coins: Recorded | None = None) -> Federated:
         """A federation with these streams, all of each there in the first round; what it tosses is written down.
 
-        With all that devices say, where that is.
+        With all that devices say, where that is; a sum is of those who are played.
         """
+        config = checks.summed_over(config, len(streams))
         return federate_in_memory(
             self.lm, config, config.server, named(streams), self.seed, at_once=True, coins=coins,
             masked=coins is not None,

@@ -19,7 +19,7 @@ from opacus.accountants import PRVAccountant
 from scipy import stats
 from scipy.optimize import brentq
 
-from florilegium.client.calibration import release_noise, sum_code
+from florilegium.client.calibration import moved_l2, release_noise, sum_code
 from florilegium.client.config import DeviceConfig
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.model import LanguageModel
@@ -179,7 +179,7 @@ def _together(config: ExperimentConfig, seen: Federated) -> list[np.ndarray]:
         zip(seen.aggregated, _without_noise(config, seen), strict=True), start=1
     ):
         count = seen.facts[number].releases
-        code, places = sum_code(config, context.schema, number, context.seed), context.schema.places(number)
+        code, places = sum_code(context.config, context.schema, number, context.seed), context.schema.places(number)
         if count:
             total = aggregated.double() * count / config.server.learning_rate - plain.double().sum(0)
             std = math.sqrt(count * (code.share_std**2 + code.unit**2 / 12))
@@ -267,6 +267,8 @@ def coupling(
     Every slot of the pool is drawn, so that no coin hides the replaced one. Controls: what a dialogue's descendants
     would do if each were clipped apart; a device's change that is not clipped.
     """
+    if config.privacy.distributed:
+        return _coupling_in_a_sum(lm, config, stream, others, seed)
     one = without_noise(one_round(config, sampling_rate=1.0))
     clip = one.privacy.clip_norm_l2
     if not one.privacy.by_dialogue:
@@ -291,26 +293,57 @@ def coupling(
     return Check(title, moved, 0.0, BOUND, control, apart)
 
 
+def _coupling_in_a_sum(
+    lm: LanguageModel, config: DeviceConfig, stream: Sequence[Dialogue], others: Sequence[Dialogue], seed: int
+) -> Check:
+    """As `coupling`, of the integers themselves: the noise is the same in both worlds. Control: no clipping."""
+    one = summed_over(one_round(config, sampling_rate=1.0), 3)
+    fine = one.model_copy(update={"secure_aggregation": one.secure_aggregation.model_copy(update={"bits": 32})})
+    fits = stream[: fine.shared.pool_capacity]
+    instead = _replaced(fits, 0, others) if fine.privacy.by_dialogue else others[: len(fits)]
+    company = [others[: len(fits)], others[: len(fits)]]
+    moved, loose = (
+        _moved(lm, settings, fits, instead, seed, company) / moved_l2(fine)
+        for settings in (fine, without_clipping(fine))
+    )
+    return Check("one unit replaced moves a device's part of a sum, C", moved, 0.0, BOUND, "no clipping", loose)
+
+
 def _replaced(stream: Sequence[Dialogue], place: int, others: Sequence[Dialogue]) -> list[Dialogue]:
     other = others[place % len(others)]
     return [*stream[:place], Dialogue(stream[place].id, other.prompt, other.response), *stream[place + 1 :]]
 
 
 def _moved(
-    lm: LanguageModel, config: DeviceConfig, stream: Sequence[Dialogue], instead: Sequence[Dialogue], seed: int
+    lm: LanguageModel,
+    config: DeviceConfig,
+    stream: Sequence[Dialogue],
+    instead: Sequence[Dialogue],
+    seed: int,
+    company: Streams = (),
 ) -> float:
-    """How far the change of the first round, with the same coins in both worlds."""
+    """How far the first device's change of the first round, with the same coins in both worlds."""
     coins = Recorded()
     one, other = (
-        federate_in_memory(lm, config, ServerConfig(), named([s]), seed, at_once=True, coins=coins).cohort.changes[0]
+        federate_in_memory(
+            lm, config, ServerConfig(), named([s, *company]), seed, at_once=True, coins=coins
+        ).cohort.changes[0][0].double()
         for s in (stream, instead)
-    )
+    )  # fmt: skip
     return float((one - other).norm())
 
 
 def named(streams: Streams) -> dict[str, Sequence[Dialogue]]:
     """As a federation wants them."""
     return {f"audited-{k:05d}": stream for k, stream in enumerate(streams)}
+
+
+def summed_over(config: Kind, count: int) -> Kind:
+    """The same settings for so many devices, all of whom survive and none colludes; as they are without a sum."""
+    if not config.privacy.distributed:
+        return config
+    told = config.secure_aggregation.model_copy(update={"devices": count, "survivors": count, "colluding": 0})
+    return config.model_copy(update={"secure_aggregation": told})
 
 
 def one_round(config: Kind, **shared: object) -> Kind:

@@ -21,7 +21,14 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.privacy.dpsgd import clipped
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.audit.canaries import Canary, Streams, plant
-from florilegium.simulation.audit.checks import named, one_round, with_privacy, without_clipping, without_noise
+from florilegium.simulation.audit.checks import (
+    named,
+    one_round,
+    summed_over,
+    with_privacy,
+    without_clipping,
+    without_noise,
+)
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.engines.in_memory import Federated, federate_in_memory
 from florilegium.simulation.settings import ConfigError
@@ -197,6 +204,7 @@ def _played(
 ) -> Federated:
     if mistake.unclipped:
         settings = without_clipping(settings)
+    settings = summed_over(settings, len(streams))
     seen = federate_in_memory(lm, settings, settings.server, named(streams), seed, at_once=True)
     if mistake.added_noise:
         generator = torch.Generator().manual_seed(derive_seed(seed, "added", number) >> 1)

@@ -16,13 +16,16 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Group
 
 from florilegium.client.terminal import Figures
 from florilegium.privacy.secure_aggregation import keys
+from florilegium.privacy.secure_aggregation.adverts import certified
 from florilegium.privacy.secure_aggregation.keys import identity_key
+from florilegium.privacy.secure_aggregation.neighbours import SumLimits
 from florilegium.privacy.secure_aggregation.rounded_noise import SumCode, sum_code
-from florilegium.privacy.secure_aggregation.session import Scene, Session, certified
+from florilegium.privacy.secure_aggregation.session import Scene, Session
 from florilegium.privacy.secure_aggregation.wire import reply_bytes, told_bytes
 from florilegium.server.secure_sum import SecureSum
 from florilegium.simulation.benchmarks.engine import machine
@@ -67,8 +70,9 @@ def _measured(count: int, width: int) -> Measured:
     lost = {f"device-{k:05d}" for k in range(0, count - count % LOST, LOST)}
     survivors = count - len(lost)
     code = sum_code(width, count, 1.0, NOISE / survivors**0.5)
-    server = SecureSum("bench", 1, width, code.bits, survivors, 0)
-    sessions, spent = _sessions(count, survivors), dict[str, float]()
+    limits, registrar = SumLimits(count, survivors), identity_key(token_bytes(32))
+    server = SecureSum(("bench", 1), width, code.bits, limits, registrar.public_key().public_bytes_raw())
+    sessions, spent = _sessions(count, limits, registrar), dict[str, float]()
     began = time.perf_counter()
     numbers = _play(server, sessions, lost, code, spent)
     total = server.total()
@@ -88,14 +92,13 @@ def _measured(count: int, width: int) -> Measured:
     )  # fmt: skip
 
 
-def _sessions(count: int, survivors: int) -> dict[str, Session]:
-    registrar = identity_key(token_bytes(32))
+def _sessions(count: int, limits: SumLimits, registrar: Ed25519PrivateKey) -> dict[str, Session]:
     known = registrar.public_key().public_bytes_raw()
     found = {}
     for k in range(count):
         name, own = f"device-{k:05d}", identity_key(token_bytes(32))
         certificate = certified(registrar, "bench", name, own.public_key().public_bytes_raw())
-        found[name] = Session(Scene("bench", 1, name, known, survivors), token_bytes(32), own, certificate)
+        found[name] = Session(Scene("bench", 1, name, known, limits), token_bytes(32), own, certificate)
     return found
 
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from florilegium.client.agent.errors import DeviceError
 from florilegium.client.agent.invitation import Invitation
 from florilegium.client.agent.terms import read_terms
-from florilegium.privacy.reply_gate import NAME
+from florilegium.privacy.secure_aggregation.wire import NAME
 from florilegium.simulation.deployment.certificates import CA
 from florilegium.simulation.deployment.link import pem_of
 

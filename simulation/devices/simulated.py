@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
+from shutil import rmtree
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ from florilegium.simulation.runs.device_store import ShardedStore
 from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.settings import ConfigError
 
+SESSIONS = "sessions"  # of secure aggregation, in a run's folder
 CONTRIBUTED = "a-contributed"
 Own = Literal["beside", "alone", "none"]  # how what stays on a device is on: with the shared adapter, without it, never
 
@@ -174,7 +176,7 @@ def load_devices(
     context = CohortContext.of(lm, kept, config.seed, users.reply, listener, run.shards.ledger)
     if config.server.absent:
         return SimulatedDevices(run, context, users, WITHOUT_SERVER)
-    sessions = FolderSessions(context, folder=run.path / "sessions") if config.privacy.distributed else None
+    sessions = FolderSessions(context, folder=run.path / SESSIONS) if config.privacy.distributed else None
     world = world_of(config)
     if world is None:
         return SimulatedDevices(run, context, users, sessions=sessions)
@@ -192,3 +194,8 @@ def _without_pool(config: ExperimentConfig) -> ExperimentConfig:
 def rank_in(world: DevicePopulation, device: str) -> int:
     """Of the shared adapter that the device's class has room for; 0: all of it."""
     return class_of(device, world.classes, world.seed).rank
+
+
+def forget_sessions(run: RunFolder) -> None:
+    """Before a run begins or goes on: a round that was not finished is played again."""
+    rmtree(run.path / SESSIONS, ignore_errors=True)

@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord
 from florilegium.client.calibration import release_limits, release_noise, sum_code
 from florilegium.client.config import DeviceConfig
 from florilegium.client.context import CohortContext
+from florilegium.client.secure_sessions import SimulatedSessions
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.release import Array
 from florilegium.privacy.secure_aggregation.rounded_noise import SumCode
@@ -79,7 +80,9 @@ def sum_terms(context: CohortContext) -> SumTerms | None:
     def code(number: int) -> SumCode:
         return sum_code(config, context.schema, number, context.seed)
 
-    return SumTerms(context.experiment, config.summed.survivors, config.summed.colluding, code)
+    code(1)  # raises what is wrong with it before anything is asked
+    registrar = SimulatedSessions(context).registrar
+    return SumTerms(context.experiment, config.summed.limits, registrar, code)
 
 
 def go_on(strategy: ReleaseStrategy, run: RunFolder, start: Array) -> ArrayRecord:
