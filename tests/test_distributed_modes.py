@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from flwr.app import MessageType
 
 from florilegium.client import shared_training
@@ -39,9 +42,11 @@ from florilegium.simulation.engines.in_memory import (
 from florilegium.simulation.engines.strategy import new_strategy
 from florilegium.simulation.engines.workers import Cohort
 from florilegium.simulation.rounds import Recorder, federate
+from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.settings import ConfigError
 
 DEVICES = 6
+FLORILEGIUM = str(Path(sys.executable).parent / "florilegium")
 BASE: dict[str, Any] = {
     "rounds": 2,
     "model": {"dtype": "float32", "limits": {"prompt_tokens": 16, "reply_tokens": 16}},
@@ -284,3 +289,28 @@ def test_the_gate_passes_no_step_of_another_form() -> None:
 def test_settings_that_protect_nobody_or_cannot_be_are_refused(changes: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told.replace("*", r"\*")):
         load_config("quickstart", changes)
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_the_same_bits_on_both_engines_and_with_any_number_of_workers(tmp_path: Path) -> None:
+    """Keys and masks of many devices in one process, or of each in the process that Flower gives it; one is lost."""
+    found = {}
+    for name, changes in {
+        "one": ["workers=1"], "two": ["workers=2"], "flower": ["engine=flower"],
+    }.items():  # fmt: skip
+        settings = [
+            *SMALL, "data.users=5", "privacy.mode=user-distributed", "evaluation.pooled_epochs=0",
+            "evaluation.rouge_queries_per_user=0", f"name={name}", *changes,
+        ]  # fmt: skip
+        done = subprocess.run(
+            [FLORILEGIUM, "run", "quickstart", *settings], cwd=tmp_path, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "nobody is trusted alone" in " ".join(done.stdout.split())
+        last = RunFolder(tmp_path / "runs" / name).last_shared()
+        assert last is not None
+        found[name] = {key: array.tobytes() for key, array in last.shared.items()}
+        assert not list((tmp_path / "runs" / name).glob("sessions/*.json")) or name == "flower"
+    assert found["one"] == found["two"] == found["flower"]
+    seeds = [path.read_text() for path in (tmp_path / "runs" / "flower" / "sessions").glob("*.json")]
+    assert seeds and set(seeds) == {"{}"}  # of rounds that are over nothing is kept
