@@ -21,7 +21,7 @@ from florilegium.client.words import bare
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.config import ServerConfig
 from florilegium.simulation.audit.attacks import trusted
-from florilegium.simulation.audit.checks import named, one_round
+from florilegium.simulation.audit.checks import named, one_round, summed_over
 from florilegium.simulation.engines.in_memory import Federated, federate_in_memory
 
 LISTED = 64  # words that the attacker chooses from
@@ -39,7 +39,7 @@ def reconstructed(
     said = [rng.choice(len(words), size=LONG).tolist() for _ in range(targets)]
     prompts = [streams[k % len(streams)][0] for k in range(targets)]
     met = [[Dialogue(p.id, p.prompt, _reply(words, chosen))] for p, chosen in zip(prompts, said, strict=True)]
-    one = one_round(config, sampling_rate=1.0, pool_capacity=1)
+    one = summed_over(one_round(config, sampling_rate=1.0, pool_capacity=1), targets)
     seen = federate_in_memory(lm, one, ServerConfig(), named(met), seed, at_once=True)
     found = [
         _searched(seen, k, prompts[k].prompt, words, rng.choice(len(words), size=LONG).tolist()) for k in range(targets)
