@@ -42,9 +42,18 @@ def _described(answers: str, messages: list[Message]) -> Sent:
     arrays = {k: a for record in first.array_records.values() for k, a in record.items()}
     return Sent(
         answers,
-        ", ".join(f"{name} = {value!s}" for name, value in first.config_records["header"].items()),
+        ", ".join(f"{name} = {_told(value)}" for name, value in first.config_records["header"].items()),
         len(messages),
         len(arrays),
         sum(a.numpy().nbytes for a in arrays.values()),
         max(len(wire(m)) for m in messages),
     )
+
+
+def _told(value: object) -> str:
+    """A value of a header; of keys and parts how many bytes."""
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if isinstance(value, list):
+        return f"{len(value)} of {_told(value[0])}" if value else "none"
+    return str(value)
