@@ -9,6 +9,7 @@ import subprocess
 import venv
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
@@ -33,8 +34,10 @@ HELLO: list[Any] = [{"role": "user", "content": "Do you like music?"}]
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> DeviceFolder:
-    return DeviceFolder(tmp_path / "device")
+def home() -> Iterator[DeviceFolder]:
+    """Wherever the tests run, as the path of a socket has a bound."""
+    with TemporaryDirectory(prefix="device-") as folder:
+        yield DeviceFolder(Path(folder) / "home")
 
 
 @pytest.fixture
