@@ -353,6 +353,7 @@ def test_a_trap_makes_of_rounding_what_no_other_adapter_does(lm: LanguageModel) 
 # -- attacks and checks on real federations -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_attacks_work_where_nothing_protects_and_stay_below_the_ceiling(
     lm: LanguageModel, streams: list[list[Dialogue]]
 ) -> None:
@@ -370,6 +371,7 @@ def test_attacks_work_where_nothing_protects_and_stay_below_the_ceiling(
     assert found["private"].auc_ceiling < 0.6 < found["plain"].auc_ceiling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["example-local", "user-local", "user-central"])
 def test_an_attacker_of_one_run_finds_every_coin_without_noise_and_few_with_it(
     lm: LanguageModel, streams: list[list[Dialogue]], mode: str

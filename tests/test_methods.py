@@ -110,6 +110,7 @@ def test_a_study_of_methods_goes_on_where_it_was_killed(methods: tuple[Study, Pa
     )
 
 
+@pytest.mark.slow
 def test_lives_are_studied(tmp_path: Path) -> None:
     study = study_of(LIVES, tmp_path)
     run_study(study, tmp_path, lambda phase: None)

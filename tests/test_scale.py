@@ -438,6 +438,7 @@ def test_fedbuff_says_that_nobody_can_ever_answer(tmp_path: Path) -> None:
 # -- the disk -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_kept_grows_with_the_devices_and_not_with_the_rounds(tmp_path: Path) -> None:
     sizes = {}
     for rounds in (3, 6):

@@ -295,6 +295,7 @@ def found_in(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds_to_the_bit(tmp_path: Path, before: set[psutil.Process]) -> None:
     """Seeds of two cells; the second study is stopped after the first seed, and goes on with another number."""
     path, said = written(tmp_path, TWO_CELLS), list[str]()
@@ -317,6 +318,7 @@ def test_two_processes_find_what_one_finds_to_the_bit(tmp_path: Path, before: se
     assert not _children() - before
 
 
+@pytest.mark.slow
 def test_a_process_that_is_lost_is_replaced_and_its_part_done_again(
     finished: tuple[Study, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: set[psutil.Process]
 ) -> None:
