@@ -36,7 +36,7 @@ def test_writes_that_come_while_one_is_under_way_are_one_transaction_after_it(tm
             lambda c: c.execute("UPDATE dialogue SET wanted = ? WHERE id = ?", (f"reply {k}", identity)).rowcount
         )
 
-    threads = [Thread(target=write, args=(identity, k)) for k, identity in enumerate(ids)]
+    threads = [Thread(target=write, args=(identity, k), daemon=True) for k, identity in enumerate(ids)]
     threads[0].start()
     assert begun.wait(20)
     for thread in threads[1:]:
@@ -46,7 +46,7 @@ def test_writes_that_come_while_one_is_under_way_are_one_transaction_after_it(tm
     assert not told  # nobody is told before it is on the disk
     may_go.set()
     for thread in threads:
-        thread.join()
+        thread.join(20)  # one that waits for what nobody writes would wait for ever
     assert transactions == [0, 1] and told == dict.fromkeys(ids, 1)
     assert [t.wanted for t in vault.turns()] == [f"reply {k}" for k in range(6)]
 
