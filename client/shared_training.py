@@ -41,12 +41,12 @@ def noisy_steps(
     before = context.shared_rows(received, [s.id for s in states]).expand(len(states), -1)  # (K, P)
     whole, places = before.clone(), places_of(states, plan, context)
     rows = {s.id: _private_row(s, row[places[s.id]], plan, context) for s, row in zip(states, whole, strict=True)}
-    sets = _examples(states, context)
+    sets, weights = _examples(states, context), context.weights(received)
     for step in range(context.config.shared.steps_per_round):
         for state, row in zip(states, whole, strict=True):
             row[places[state.id]] = rows[state.id].row
         drawn = _drawn(states, sets, step, plan, context)
-        found = _gradients(drawn, context.lm.adapters(context.shared_layout, whole), context.weights(received), context)
+        found = _gradients(drawn, context.lm.adapters(context.shared_layout, whole), weights, context)
         for state, gradients in zip(states, found, strict=True):
             rows[state.id].step(gradients[:, places[state.id]])
     return {s.id: rows[s.id].row - old[places[s.id]] for s, old in zip(states, before, strict=True)}

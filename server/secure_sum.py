@@ -39,6 +39,7 @@ class SecureSum:
         self.parts: dict[str, Mapping[str, bytes]] = {}  # by holder, then by owner
         self._total = np.zeros(width, dtype=np.uint32)
         self._around: Mapping[str, Neighbourhood] = {}
+        self._scope: Told = ()
 
     # -- what devices say -------------------------------------------------------------------------------------------
 
@@ -50,7 +51,9 @@ class SecureSum:
 
     def close_keys(self) -> None:
         """Who is in the round. Raises `RoundRefusedError` where they are too few."""
-        self._around = neighbourhoods(names_of(list(self.adverts)), self.limits)
+        names = names_of(list(self.adverts))
+        self._around = neighbourhoods(names, self.limits)
+        self._scope = scope(self.of, names, self.adverts, self.limits)
 
     @property
     def names(self) -> list[str]:
@@ -89,10 +92,6 @@ class SecureSum:
         if not is_signed(self.adverts[device].identity, signature, "survivors", told):
             raise ValueError("not signed")
         self.confirmations.setdefault(device, signature)
-
-    @property
-    def _scope(self) -> Told:
-        return scope(self.of, names_of(list(self.adverts)), self.adverts, self.limits)
 
     def confirmations_for(self, device: str) -> dict[str, bytes]:
         """Of its neighbourhood."""

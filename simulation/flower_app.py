@@ -18,6 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from florilegium.client.flower_arrays import on_a_wire
 from florilegium.client.flower_replies import answer, refusal
 from florilegium.privacy.reply_gate import FAILED, NO_DEVICE
+from florilegium.privacy.secure_aggregation.wire import STEPS
 from florilegium.simulation.baselines.devices import load_run_devices, run_devices_of_worker
 from florilegium.simulation.config import load_config
 from florilegium.simulation.devices.people import device_name
@@ -77,29 +78,13 @@ def train(message: Message, context: Context) -> Message:
     return _answer(message, context)
 
 
-@client_app.query("keys")
-def keys(message: Message, context: Context) -> Message:
-    return _answer(message, context)
-
-
-@client_app.query("shares")
-def shares(message: Message, context: Context) -> Message:
-    return _answer(message, context)
-
-
-@client_app.query("confirm")
-def confirm(message: Message, context: Context) -> Message:
-    return _answer(message, context)
-
-
-@client_app.query("unmask")
-def unmask(message: Message, context: Context) -> Message:
-    return _answer(message, context)
-
-
 @client_app.evaluate()
 def adopt(message: Message, context: Context) -> Message:
     return _answer(message, context)
+
+
+for step in STEPS:  # of secure aggregation
+    client_app.query(step.partition(".")[2])(_answer)
 
 
 @server_app.main()

@@ -102,9 +102,9 @@ class Session:
     def neighbourhood(self) -> Neighbourhood:
         return neighbourhoods(self.names, self.scene.limits)[self.scene.device]
 
-    @property
+    @cached_property
     def _scope(self) -> Told:
-        """What all that is derived or signed is bound to: this round of these devices, and of no others."""
+        """From step 2 on: what all that is derived or signed is bound to, this round of these devices alone."""
         return scope(self.scene.of, self.names, self.adverts, self.scene.limits)
 
     @property
