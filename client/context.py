@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -61,7 +62,7 @@ class CohortContext:
         shared = lm.lora_layout(config.shared.adapter, public_seed=derive_seed(seed, "shared"))
         return cls(lm, config, seed, shared, lm.layout(config.personal.adapter), user, listener, ledger)
 
-    @property
+    @cached_property
     def schema(self) -> Schema:
         return release_schema(self.shared_layout, self.config.shared.upload)
 

@@ -178,7 +178,7 @@ def read_question(messages: Sequence[Message], names: Sequence[str], schema: Sch
     if kind == MessageType.QUERY:
         return question(kind, [], {}, names, schema)
     arrays = {name: array.numpy() for name, array in content.array_records["arrays"].items()}
-    return question(kind, [m.content.config_records["plan"] for m in messages], arrays, names, schema)
+    return question(kind, [m.content["plan"] for m in messages], arrays, names, schema)
 
 
 def question(

@@ -36,7 +36,8 @@ class Observation:
 
     def joined(self, later: Observation) -> Observation:
         """With what later phases saw, which stands where both have seen something, and the seconds of both."""
-        return replace(self, **{**later.seen(), "seconds": {**self.seconds, **later.seconds}})  # type: ignore[arg-type]
+        seconds = {**self.seconds, **later.seconds}
+        return Observation(**{**self.seen(), **later.seen(), "seconds": seconds})  # type: ignore[arg-type]
 
     def seen(self) -> dict[str, object]:
         """What is not None, by name: what a store keeps as JSON."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -77,21 +78,21 @@ class Schema:
     @cached_property
     def width(self) -> int:
         """P."""
-        return sum(int(np.prod(shape)) for _, shape in self.shapes)
+        return sum(prod(shape) for _, shape in self.shapes)
 
     @property
     def size_bytes(self) -> int:
-        return sum(4 * int(np.prod(shape)) for _, shape in self.shapes)
+        return 4 * self.width
 
     def split(self, row: Array) -> dict[str, Array]:
         """The arrays of a flat row (P,)."""
+        if row.size != self.width:
+            raise ReleaseRefusedError(f"a row of {row.size} numbers does not fill the schema's {self.width}")
         arrays, start = {}, 0
         for name, shape in self.shapes:
-            size = int(np.prod(shape))
+            size = prod(shape)
             arrays[name] = np.ascontiguousarray(row[start : start + size].reshape(shape))
             start += size
-        if start != row.size:
-            raise ReleaseRefusedError(f"a row of {row.size} numbers does not fill the schema's {start}")
         return arrays
 
     def join(self, arrays: Mapping[str, Array]) -> Array:
@@ -109,9 +110,13 @@ class Schema:
             if not np.isfinite(array).all():
                 raise ReleaseRefusedError(f"{name} holds a number that is not finite")
 
+    @cached_property
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.shapes)
+
     def _check_form(self, arrays: Mapping[str, Array]) -> None:
-        expected = dict(self.shapes)
-        if set(arrays) != set(expected):
+        expected = self._expected
+        if arrays.keys() != expected.keys():
             odd = sorted(set(arrays) ^ set(expected))
             raise ReleaseRefusedError(f"arrays {odd[:4]} are missing or not in the schema")
         for name, array in arrays.items():

@@ -108,7 +108,7 @@ class ReleaseCollector:
         if reply.has_error():
             return FAILED
         try:
-            header = reply.content.config_records["header"]
+            header = reply.content["header"]
             if "error" in header:
                 return str(header["error"]) if header["error"] in CODES else MALFORMED
             if header["protocol"] != PROTOCOL or header["version"] != version:
@@ -116,7 +116,10 @@ class ReleaseCollector:
             head = header["head"]
             if not RELEASE["head"](head):
                 return MALFORMED
-            row, places = self._row(to_numpy(reply.content.array_records["arrays"]))
+            arrays = reply.content["arrays"]
+            if not isinstance(arrays, ArrayRecord):
+                return MALFORMED
+            row, places = self._row(to_numpy(arrays))
             norm = float(np.linalg.norm(row.astype(np.float64)))
         except Exception:  # noqa: BLE001  # numpy, of bytes that are no array: EOFError, BadZipFile, MemoryError, …
             return MALFORMED

@@ -125,7 +125,7 @@ class ReleaseStrategy(Strategy):
         nothing = RecordDict({"arrays": ArrayRecord(), "plan": ConfigRecord()})
         asked = [_message(nothing, node, MessageType.QUERY) for node in grid.get_node_ids()]
         for reply in grid.send_and_receive(asked, timeout=self.config.reply_timeout_s):
-            header = ConfigRecord() if reply.has_error() else reply.content.config_records.get("header", ConfigRecord())
+            header = _header(reply)
             if "device" in header:
                 self.nodes[str(header["device"])] = reply.metadata.src_node_id
         if not self.nodes:
@@ -248,7 +248,7 @@ class ReleaseStrategy(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Devices send no metrics; those that could not adopt are counted."""
         for reply in replies:
-            if reply.has_error() or "error" in reply.content.config_records["header"]:
+            if "adopted" not in _header(reply):
                 self.facts[server_round].failed_adoptions += 1
         return None
 
@@ -316,6 +316,15 @@ class ReleaseStrategy(Strategy):
 
 def _message(content: RecordDict, node: int, kind: str) -> Message:
     return Message(content, dst_node_id=node, message_type=kind)
+
+
+def _header(reply: Message) -> ConfigRecord:
+    """What a reply says beside its arrays; nothing where it has no such record, as one that was made by hand may not.
+
+    Not by `config_records`, which checks all records anew each time.
+    """
+    header = None if reply.has_error() else reply.content.get("header")
+    return header if isinstance(header, ConfigRecord) else ConfigRecord()
 
 
 def _with_head(content: RecordDict, head: str) -> RecordDict:

@@ -11,18 +11,26 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity  # private: a message cannot be made outside a run without it
 
 from florilegium.client.agent.signature import new_key
 from florilegium.client.agent.terms import Terms
 from florilegium.client.flower_replies import refusal
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.plan import RoundPlan
-from florilegium.privacy.release import Array, Release, Schema
+from florilegium.privacy.release import PROTOCOL, Array, Release, Schema
 from florilegium.privacy.reply_gate import FAILED
 from florilegium.server.config import ServerConfig
 from florilegium.server.fedbuff import BufferedStrategy
-from florilegium.server.release_collector import Limits, signal_to_noise, to_arrays, to_numpy
+from florilegium.server.release_collector import (
+    Limits,
+    ReleaseCollector,
+    RoundFacts,
+    signal_to_noise,
+    to_arrays,
+    to_numpy,
+)
 from florilegium.server.strategy import NoReleaseError, ReleaseStrategy
 from florilegium.simulation.config import load_config
 from florilegium.simulation.deployment.rounds import OperatorStrategy
@@ -209,6 +217,31 @@ def test_a_round_in_which_one_fails_and_the_others_are_silent_changes_nothing() 
     assert (server.facts[1].releases, server.facts[1].silent, server.facts[1].refused) == (0, 1, {"failed": 1})
     with pytest.raises(NoReleaseError, match="failed"):
         strategy(ServerConfig()).start(grid_of(devices, ["a"], failing=["a"]), start(), 1)
+
+
+def test_what_is_no_answer_of_the_form_is_counted_and_ends_nothing() -> None:
+    """Whoever was admitted can send any records: none, others under these names, or errors."""
+    of_config, of_arrays = ConfigRecord({"adopted": 1}), ArrayRecord()
+    contents = [{}, {"header": of_arrays}, {"arrays": of_config}, {"header": ConfigRecord({"error": "failed"})}]
+    head = ConfigRecord({"protocol": PROTOCOL, "version": 0, "head": HEAD})
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+    def replies(*records: dict[str, Any]) -> list[Message]:
+        asked = Message(RecordDict(), dst_node_id=1, message_type="evaluate")
+        found = [Message(RecordDict(some), reply_to=asked) for some in records]
+        for node, reply in enumerate(found, 1):
+            reply.metadata.__dict__["_src_node_id"] = node
+        return found
+
+    server = strategy(ServerConfig())
+    server.facts[1] = RoundFacts()
+    server.aggregate_evaluate(1, replies(*contents, {"header": of_config}))
+    assert server.facts[1].failed_adoptions == len(contents)
+    collector = ReleaseCollector(ServerConfig(), SCHEMA, 1, row_of(start()), {k: str(k) for k in range(9)}, Limits())
+    collector.ask(map(str, range(9)), version=0)
+    for reply in replies(*contents, {"header": head}, {"header": head, "arrays": of_config}):
+        collector.take(reply)
+    assert collector.close().refused == {"malformed": 5, "failed": 1} and not collector.rule.count
 
 
 @pytest.mark.parametrize(
