@@ -567,7 +567,7 @@ BOUNDS = {  # of the difference between arms: of losses, of embeddings' sums, of
 
 @pytest.mark.slow
 def test_the_benchmark_measures_every_arm_and_all_learn_the_same(tmp_path: Path) -> None:
-    asked = ("--devices", "2", "--examples", "1,4", "--steps", "1", "--repeats", "1", "--dtypes", "float32")
+    asked = ("--devices", "2", "--examples", "1", "--steps", "1", "--repeats", "1", "--dtypes", "float32")
     found = bench(tmp_path, *asked)
     for kind, bound in BOUNDS.items():
         rows: list[dict[str, Any]] = found[kind]  # type: ignore[assignment]
