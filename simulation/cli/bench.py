@@ -139,6 +139,15 @@ def poison(
     return devices, least_epsilon, seeds
 
 
+def votes(
+    config: Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled one.")] = "scale/votes",
+    candidates: Annotated[int, typer.Option(min=2, help="Dialogues that the server sends.")] = 256,
+    epsilon: Annotated[str, typer.Option(help="Budgets, with commas; without noise too.")] = "1,8",
+) -> Asked:
+    """Votes for the server's candidates beside noised gradients, at the same ε for the same people."""
+    return config, candidates, arguments.sizes(epsilon, "--epsilon")
+
+
 def door(
     devices: Annotated[int, typer.Option(min=1, help="Registered ones, all of this machine.")] = 1000,
     seconds: Annotated[float, typer.Option(min=1, help="After all have connected.")] = 60.0,
@@ -199,6 +208,7 @@ BENCHMARKS = {
     "secure": Benchmark(secure, "secure_aggregation", 130),
     "scale": Benchmark(scale, "scale", 100, prints="list"),
     "poison": Benchmark(poison, "poisoning", 100),
+    "votes": Benchmark(votes, "votes", 110),
     "door": Benchmark(door, "https_server", 80),
     "agent": Benchmark(agent, "agent", 110),
     "board": Benchmark(board, "edge_device", 100, prints="list"),
