@@ -734,6 +734,7 @@ def test_the_benchmark_counts_what_is_sent() -> None:
     assert (found.devices, found.neighbours, found.device_ms > 0, found.server_ms > 0) == (20, 19, True, True)
     assert found.up_bytes == packed_bytes(40, found.bits) + 256 + 19 * 82 + 64 + 20 * 33
     assert found.down_bytes == 20 * 256 + 19 * 82 + 20 * 64
+    assert found.flower.up_bytes > 40 * 4 and found.flower.server_ms > 0  # and it comes to the mean, or raises
 
 
 def test_settings_say_what_is_wrong() -> None:

@@ -50,6 +50,7 @@ FLOORS = (  # of simulation/, from the ground up: a module imports from its own 
 WITH_FLOWER = {
     "simulation/benchmarks/engine_flower.py",
     "simulation/benchmarks/scale_idle_client.py",
+    "simulation/benchmarks/secure_flower.py",
     "simulation/benchmarks/scale_flower.py",
     "client/agent/supernode.py",
     "client/agent/supernode_process.py",

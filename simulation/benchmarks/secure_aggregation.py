@@ -2,7 +2,8 @@
 
 One round of the protocol, without learning: real keys, parts, masks and signatures of all devices in this process, one
 in ten lost after its parts had come. What is timed of a device is all that it computes in the round; its own signatures
-are checked anew on each device, as real ones do. Beside it is the plain sum of the same numbers.
+are checked anew on each device, as real ones do. Beside it are the plain sum of the same numbers, and Flower's SecAgg+
+with as many neighbours (`simulation.benchmarks.secure_flower`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from florilegium.privacy.secure_aggregation.session import Scene, Session
 from florilegium.privacy.secure_aggregation.wire import reply_bytes, told_bytes
 from florilegium.server.secure_sum import SecureSum
 from florilegium.simulation.benchmarks.engine import machine
+from florilegium.simulation.benchmarks.secure_flower import FlowerRound, flower_round
 
 NOISE = 1.0  # in clipping norms, of the sum
 LOST = 10  # one in so many
@@ -47,6 +49,7 @@ class Measured:
     device_ms: float  # median over those that came through
     server_ms: float
     plain_ms: float  # the server's, of a sum of numbers that nothing hides
+    flower: FlowerRound
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,14 @@ def _measured(count: int, width: int) -> Measured:
     return Measured(
         count, holders - 1, code.bits, code.size_bytes + reply_bytes(holders), reply_bytes(holders),
         told_bytes(holders), 1000 * median(spent[n] for n in server.came),
-        1000 * (whole - sum(spent.values())), 1000 * plain_s,
+        1000 * (whole - sum(spent.values())), 1000 * plain_s, _flower(count, width, len(lost), holders),
     )  # fmt: skip
+
+
+def _flower(count: int, width: int, lost: int, holders: int) -> FlowerRound:
+    rng = np.random.default_rng(0)
+    rows = {node: (rng.normal(size=width) / width).astype(np.float32) for node in range(1, count + 1)}
+    return flower_round(rows, set(range(1, lost + 1)), holders, holders // 2 + 1)
 
 
 def _sessions(count: int, limits: SumLimits, registrar: Ed25519PrivateKey) -> dict[str, Session]:
@@ -148,11 +157,13 @@ def as_table(found: Outcome) -> Group:
     title = f"one round of secure aggregation, rows of {found.width:,} numbers, one device in {LOST} lost"
     table = Figures(title=title, title_style="")
     for heading in ("devices", "neighbours", "bits", "up, bytes", "beside the numbers", "down, bytes", "device, ms",
-                    "server, ms", "plain sum, ms"):  # fmt: skip
+                    "server, ms", "plain sum, ms", "SecAgg+ up", "down", "device, ms", "server, ms"):  # fmt: skip
         table.add_column(heading, justify="right")
     for r in found.rows:
         table.add_row(
             f"{r.devices:,}", f"{r.neighbours:,}", str(r.bits), f"{r.up_bytes:,}", f"{r.beside_bytes:,}",
             f"{r.down_bytes:,}", f"{r.device_ms:.1f}", f"{r.server_ms:.1f}", f"{r.plain_ms:.2f}",
+            f"{r.flower.up_bytes:,}", f"{r.flower.down_bytes:,}", f"{r.flower.device_ms:.1f}",
+            f"{r.flower.server_ms:.1f}",
         )  # fmt: skip
     return Group(table)

@@ -108,7 +108,7 @@ def secure(
     devices: Annotated[str, typer.Option(help="In one round, with commas; 4 at least.")] = "10,100,1000",
     width: Annotated[int, typer.Option(min=1, help="Numbers of a device's row.")] = 3072,
 ) -> Asked:
-    """What secure aggregation costs a device and its server: bytes up and down, milliseconds, by devices of a round.
+    """What secure aggregation costs a device and its server, beside Flower's SecAgg+: bytes, milliseconds, by devices.
 
     florilegium bench secure --devices 10,64
     """
@@ -205,7 +205,7 @@ BENCHMARKS = {
     "engine": Benchmark(engine, "engine", 200),
     "selection": Benchmark(selection, "selection", 120),
     "privacy": Benchmark(privacy, "privacy", 120),
-    "secure": Benchmark(secure, "secure_aggregation", 130),
+    "secure": Benchmark(secure, "secure_aggregation", 170),
     "scale": Benchmark(scale, "scale", 100, prints="list"),
     "poison": Benchmark(poison, "poisoning", 100),
     "votes": Benchmark(votes, "votes", 110),
