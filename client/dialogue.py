@@ -17,8 +17,8 @@ class Dialogue:
 
     `response` is the user's own annotation: a device may read it only after it has asked for it
     (see `client.phases.annotate`). `time` is seconds since the epoch, or a running number where a data set
-    has no clock. `parent` names the dialogue that a synthetic one was made from. `context` is what was said before, a
-    line each: part of other dialogues, and so not of what one dialogue may change in a release.
+    has no clock. `context` is what was said before, a line each: part of other dialogues, and so not of what one
+    dialogue may change in a release.
     """
 
     id: str
@@ -26,7 +26,6 @@ class Dialogue:
     response: str
     time: float = 0.0
     domain: str = ""
-    parent: str = ""
     context: str = ""
 
     @property

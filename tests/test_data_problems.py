@@ -55,9 +55,20 @@ def test_rows_of_other_formats_and_tables_are_tried_too(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("content", ["", "[\n{}\n]", '{\n"a": 1\n}', "hello", GOOD])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[\n{}\n]", '{\n"a": 1\n}', "hello", GOOD, "user,prompt,response\ru,p,r\r", "wer,frage\na,b", '{"x": 1}'],
+)
 def test_what_has_no_rows_or_no_wrong_ones_has_no_list(tmp_path: Path, content: str) -> None:
     assert problems_of(written(tmp_path / "x", content), Reading()) == []
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04torn", b"31/02/2026, 20:10 - A: x\n31/02/2026, 20:11 - B: y\n"])
+def test_what_was_taken_for_no_rows_has_no_list_either(tmp_path: Path, content: bytes) -> None:
+    path = written(tmp_path / "x", content)
+    with pytest.raises(DataError) as told:
+        describe(DataConfig(name=str(path)), seed=0)
+    assert "\n" not in str(told.value)
 
 
 def test_a_column_that_is_not_there_is_one_problem_of_the_file(tmp_path: Path) -> None:

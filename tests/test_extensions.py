@@ -330,6 +330,21 @@ def test_a_decision_that_is_none_is_told(decision: object, told: str, lab: Any, 
         offered(ME + "DECIDES", "a", "b", "c")
 
 
+def test_a_policy_that_keeps_something_of_its_own_is_told(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked twice, with the same dice: what it draws is no state."""
+    asked: list[str] = []
+
+    def alternating(bins: Any, newcomer: Any, memory: Any, rng: np.random.Generator) -> int:
+        asked.append(newcomer.id)
+        return len(asked) % 2
+
+    monkeypatch.setattr(lab, "KEEPS", Policy(alternating), raising=False)
+    with pytest.raises(ExtensionError, match=rf"{ME}KEEPS decided otherwise when it was asked the same again"):
+        offered(ME + "KEEPS", "a", "b", "c")
+    monkeypatch.setattr(lab, "DRAWS", Policy(lambda bins, newcomer, memory, rng: int(rng.integers(2))), raising=False)
+    assert len(offered(ME + "DRAWS", *"abcdefgh").bins) == 2
+
+
 def test_a_devices_owner_is_told_which_extension_went_wrong() -> None:
     told = f"device: {ME}RAISES raised ZeroDivisionError; it must return the index"
     assert told_of(ExtensionError(told)) == (500, told) and "RAISES" not in told_of(RuntimeError(told))[1]

@@ -160,9 +160,20 @@ def test_a_slack_export_has_a_folder_for_each_channel(tmp_path: Path) -> None:
         ("01/05/2024, 21:00 - a: Tea?", "01/05/2024, 21:01 - b: Green.", "2024-05-01T21:01"),
         ("[13.05.24, 21:00:00] a: Tea?", "\u200e[13.05.24, 21:01:00] b: Green.", "2024-05-13T21:01"),
         ("[5/1/24, 12:00:00 AM] a: Tea?", "[5/1/24, 12:01:00 AM] b: Green.", "2024-05-01T00:01"),
+        ("13/05/2024 à 21:00 - a: Tea?", "13/05/2024 à 21:01 - b: Green.", "2024-05-13T21:01"),
+        ("13.5.2024 klo 21.00 - a: Tea?", "13.5.2024 klo 21.01 - b: Green.", "2024-05-13T21:01"),
+        ("13.05.24, 21:00 Uhr - a: Tea?", "13.05.24, 21:01 Uhr - b: Green.", "2024-05-13T21:01"),
+        ("13.05.2024 г., 21:00 - a: Tea?", "13.05.2024 г., 21:01 - b: Green.", "2024-05-13T21:01"),
+        ("2024. 05. 13. 21:00 - a: Tea?", "2024. 05. 13. 21:01 - b: Green.", "2024-05-13T21:01"),
+        ("2024. 5. 13. 오후 9:00 - a: Tea?", "2024. 5. 13. 오후 9:01 - b: Green.", "2024-05-13T21:01"),
+        ("2024/5/13 下午9:00 - a: Tea?", "2024/5/13 下午9:01 - b: Green.", "2024-05-13T21:01"),
+        ("[2024/5/13 上午9:00:00] a: Tea?", "[2024/5/13 上午9:01:00] b: Green.", "2024-05-13T09:01"),
     ],
-    ids=["us", "german", "british", "ios", "ios-us"],
-)
+    ids=[
+        "us", "german", "british", "ios", "ios-us", "french", "finnish", "uhr", "bulgarian", "hungarian", "korean",
+        "chinese", "ios-chinese",
+    ],
+)  # fmt: skip
 def test_whatsapp_of_several_locales(tmp_path: Path, first: str, second: str, time: str) -> None:
     (path := tmp_path / "chat.txt").write_text(
         f"{first}\n{second}\nWith lemon.\n{second[: second.index(': ')]}: <Media omitted>\n"
@@ -250,10 +261,13 @@ def test_what_is_imported_gives_the_same_people(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="exists; name a new file"):
         convert(config, out)
     (path := tmp_path / "x").write_text(json.dumps(OPENAI))
-    with pytest.raises(DataError, match="names no users"):
-        convert(DataConfig(name=str(path)), tmp_path / "other")
     with pytest.raises(DataError, match="--as zzz must be one of jsonl, openai"):
         convert(DataConfig(name=str(path)), tmp_path / "other", "zzz")
+    nameless, other = DataConfig(name=str(path)), tmp_path / "other"
+    assert "it names no users, and so do the lines" in convert(nameless, other).told()
+    before, after = ([(d.prompt, d.response) for d in collect(c).by_user[""]]
+                     for c in (nameless, DataConfig(name=str(other))))  # fmt: skip
+    assert before == after != [] and collect(DataConfig(name=str(other))).anonymous
 
 
 @pytest.mark.parametrize(
@@ -810,3 +824,41 @@ def test_a_file_without_a_reply_becomes_none(tmp_path: Path) -> None:
     ):
         convert(DataConfig(name=str(path), replies="user"), out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "notice",
+    [
+        "<Mídia oculta>", "‎<Media weggelaten>", "<Без медиафайлов>", "<사진 생략>", "Mensagem apagada",
+        "Ce message a été supprimé", "Вы удалили данное сообщение.", "IMG-1.jpg (arquivo anexado)",
+    ],
+)  # fmt: skip
+def test_what_whatsapp_writes_in_place_of_a_message_is_nobodys_word(tmp_path: Path, notice: str) -> None:
+    (path := tmp_path / "x").write_text(
+        "\n".join(f"13/05/2024, 21:0{n} - {said}" for n, said in enumerate(["a: Tea?", f"b: {notice}", "b: Green."])),
+        encoding="utf-8",
+    )
+    reading = Reading()
+    (talk,) = read_source(path, reading)
+    assert [turn.text for turn in talk.turns] == ["Tea?", "Green."]
+    assert reading.left_out["media left out of the export, or a deleted message"] == 1
+
+
+def test_a_chat_of_a_form_that_is_not_known_is_named(tmp_path: Path) -> None:
+    (path := tmp_path / "x").write_text("٣١/٠٣/٢٠٢٦، ٨:١٠ م - A: Tea?\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"x, line 1: looks like a chat of WhatsApp's with dates of a form"):
+        list(read_source(path, Reading()))
+
+
+def test_columns_of_others_beside_ours_are_passed_over_and_told(tmp_path: Path) -> None:
+    """A key that could be one of ours, misspelt or under another name, is refused as ever."""
+    row = {"user": "u", "time": 1714555800000, "prompt": "Tea?", "response": "Green."}
+    (path := tmp_path / "x").write_text(json.dumps({"id": 1, "tme_zone_offset": 0, **row}))
+    reading = Reading()
+    (talk,) = read_source(path, reading)
+    assert [t.text for t in talk.turns] == ["Tea?", "Green."] and talk.turns[1].time == 1714555800.0
+    assert "passed over: id, tme_zone_offset" in reading.told()
+    for other in ("timestamp", "respnse", "messages"):
+        path.write_text(json.dumps({other: 1, **row}))
+        with pytest.raises(DataError, match=f"unknown key '{other}'"):
+            list(read_source(path, Reading()))

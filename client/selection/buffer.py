@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from florilegium.client.selection.scores import (
     in_domain_dissimilarity,
 )
 from florilegium.client.selection.stream_memory import StreamMemory, rounded
-from florilegium.privacy.common.registry import UnexpectedError, calling
+from florilegium.privacy.common.registry import UnexpectedError, calling, is_extension
 
 if TYPE_CHECKING:
     from florilegium.client.lm.model import Features
@@ -89,7 +90,10 @@ class Buffer:
             return replace(met, bins=(*self.bins, newcomer)), True
         scored = self._scored()
         with calling(self.config.policy, AN_INDEX):
+            again = deepcopy(rng) if is_extension(self.config.policy) else None
             leaves = _index(policy.decide(scored, newcomer, memory, rng), len(scored))
+            if again and _index(policy.decide(scored, newcomer, memory, again), len(scored)) != leaves:
+                raise UnexpectedError("decided otherwise when it was asked the same again: it must keep nothing")
         if leaves is None:
             return met, False
         return replace(met, bins=(*self.bins[:leaves], *self.bins[leaves + 1 :], newcomer)), True

@@ -5,8 +5,8 @@ peer, says is never resolved here: an import that somebody else names is code of
 (terms, plans, invitations) have closed lists.
 
 What an extension does wrong ends a run with one `ExtensionError` that names it, the device if there is one, and what
-was expected. Not noticed is what keeps state of its own from one call to the next: an extension is to be a function of
-its arguments, or what is computed in company, again or by another process is something else.
+was expected. An extension is to be a function of its arguments, or what is computed in company, again or by another
+process is something else: of a policy it is noticed that it keeps something from one call to the next, of others not.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from florilegium.simulation.data.population import DataConfig, collect, reading_
 def convert(config: DataConfig, out: Path, named: str = "") -> Reading:
     """Writes a new file from which the same people with the same replies are drawn; `named` is one of `FORMATS`.
 
-    Raises `DataError` where the file exists, for data that names no users (a line of ours needs one), or no reply.
+    Of data that names no users lines name none: the same replies, each of which is a conversation of its own then.
+    Raises `DataError` where the file exists, or there is no reply.
     """
     if named and named not in FORMATS:
         raise DataError(f"--as {named} must be one of {', '.join(FORMATS)}")
@@ -29,16 +30,16 @@ def convert(config: DataConfig, out: Path, named: str = "") -> Reading:
     reading = reading_of(config)
     replies = collect(config, reading, named)
     if replies.anonymous:
-        raise DataError(
-            f"{config.name} names no users, and each line of ours needs one: runs read it as it is and deal it to "
-            f"devices; or say with data.fields.user= what names them"
+        reading.note(
+            "it names no users, and so do the lines: runs deal them to devices; data.fields.user= says what names them"
         )
     if not replies.by_user:
         raise DataError("; ".join([f"{config.name} holds no reply to learn ({reading.told()})", *reading.problems()]))
     with out.open("x", encoding="utf-8") as lines:
         for user, said in replies.by_user.items():
             for reply in said:
-                row = {"user": user, "time": reply.time, "prompt": reply.prompt, "response": reply.response}
+                row = {} if replies.anonymous else {"user": user}
+                row |= {"time": reply.time, "prompt": reply.prompt, "response": reply.response}
                 row |= {"domain": reply.domain} if reply.domain else {}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return reading

@@ -22,6 +22,9 @@ from florilegium.client.words import count
 from florilegium.privacy.common.registry import is_extension, resolve
 from florilegium.simulation.data.conversations import READERS, locate
 from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.formats.opened import ZIP, start_of
+from florilegium.simulation.data.formats.reading import Reading
+from florilegium.simulation.data.formats.recognise import OURS_TOLD, ROW_FORMATS
 from florilegium.simulation.data.partition_table import Share, as_table, listed, shares
 from florilegium.simulation.data.population import (
     HUB,
@@ -90,7 +93,7 @@ def describe(config: DataConfig, seed: int) -> Description:
     try:
         replies = collect(config, reading)
     except DataError as error:
-        raise DataError("\n".join([str(error), *_all_problems(config)])) from None
+        raise DataError("\n".join([str(error), *_all_problems(config, reading)])) from None
     eligible = streams(replies, config, seed)
     pairs = [reply for said in eligible.values() for reply in said]
     cuts = [cut(said, config) for said in eligible.values()]
@@ -121,10 +124,15 @@ def describe(config: DataConfig, seed: int) -> Description:
     )
 
 
-def _all_problems(config: DataConfig) -> list[str]:
+def _all_problems(config: DataConfig, ended: Reading) -> list[str]:
     """Those of a file whose first problem has ended its reading; [] where rows cannot be tried one by one."""
     path = Path(config.name).expanduser()
-    found = problems_of(path, reading_of(config)) if path.is_file() else []
+    of_rows = ended.read_as in ("", OURS_TOLD, *(form.told for form in ROW_FORMATS.values()))
+    found = (
+        problems_of(path, reading_of(config))
+        if of_rows and path.is_file() and not start_of(path).startswith(ZIP)
+        else []
+    )
     return ["the commonest problems of its lines:", *found] if found else []
 
 

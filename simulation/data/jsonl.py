@@ -2,9 +2,10 @@
 
     {"user": "ana", "time": "2024-05-01T09:30:00Z", "prompt": "Tea?", "response": "Green, please.", "domain": "kitchen"}
 
-`user`, `prompt` and `response` are required strings (a user may also be an integer). `time` is seconds since the
-epoch or ISO 8601, UTC where it names no zone; every line has one or none has. Lines without times, or of the same time,
-are in order as they stand. `domain` may be left out. Not covered: conversations of more than one exchange to a line.
+`user`, `prompt` and `response` are required strings (a user may also be an integer). `time` is seconds or milliseconds
+since the epoch or ISO 8601, UTC where it names no zone; every line has one or none has. Lines without times, or of the
+same time, are in order as they stand. `domain` may be left out. Not covered: conversations of more than one exchange to
+a line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import Row, json_lines, shown
 from florilegium.simulation.data.synonyms import hint, most_telling
 
-FAR_FUTURE_S = 253_402_300_800  # the year 10,000: what is beyond is in milliseconds
+MILLISECONDS_FROM = 1e11  # seconds until the year 5138: what is beyond is in milliseconds
+FAR_FUTURE_S = 253_402_300_800  # the year 10,000
 KEYS = ("user", "time", "prompt", "response", "domain")
 
 
@@ -44,7 +46,7 @@ def exchange(row: Row, where: str, timed: bool | None, identity: str = "") -> Co
     if timed is not None and has_time(row) != timed:
         other = "has no time, but the lines before do" if timed else "has a time, but the lines before have none"
         raise DataError(f"{where}: {other}; give `time` on every line or on none")
-    time = _time(row, where) if has_time(row) else 0.0
+    time = moment(row["time"], where) if has_time(row) else 0.0
     turns = (Turn("", row["prompt"] or "", time), Turn(str(row["user"]), row["response"] or "", time))
     return Conversation(identity, turns, row.get("domain") or "")
 
@@ -90,11 +92,22 @@ def _check_text(key: str, value: object, where: str) -> None:
         raise DataError(f"{where}: {key} = {shown(value)} must be {expected}")
 
 
-def _time(row: Row, where: str) -> float:
+def moment(value: object, where: str) -> float:
+    """Seconds since the epoch of a number of seconds or milliseconds, or ISO 8601; UTC where no zone is named."""
+    number = value
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            number = value.strip()
     try:
-        return seconds(row["time"])
-    except ValueError:
+        if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) >= MILLISECONDS_FROM:
+            number = number / 1000
+        if isinstance(number, datetime) and number.tzinfo is None:
+            number = number.replace(tzinfo=UTC)
+        return seconds(number)
+    except (ValueError, OverflowError):
         raise DataError(
-            f"{where}: time = {shown(row['time'])} must be seconds (not milliseconds) since the epoch or ISO 8601, "
-            f"as 2024-05-01T09:30:00Z"
+            f"{where}: time = {shown(value)} must be seconds or milliseconds since the epoch, or ISO 8601, "
+            "as 2024-05-01T09:30:00Z"
         ) from None

@@ -21,9 +21,12 @@ from florilegium.simulation.data.formats.opened import opened
 from florilegium.simulation.data.formats.reading import Located, Reading
 from florilegium.simulation.data.formats.recognise import ROW_FORMATS
 from florilegium.simulation.data.formats.tables import delimiter_of
+from florilegium.simulation.data.jsonl import KEYS as OUR_KEYS
 from florilegium.simulation.data.jsonl import exchange, has_time
+from florilegium.simulation.data.synonyms import READ
 
 COMMONEST, LINES_SHOWN = 5, 5
+KEYS = {*OUR_KEYS, *READ}
 OWN_PLACE = re.compile(r"^(, turn \d+)?: ")
 OWN_VALUE = re.compile(r" = .*? must be |, found .*$| \(.*$|: byte \d+ is ")
 
@@ -44,12 +47,15 @@ class Problems:
 
 
 def problems_of(path: Path, reading: Reading) -> list[str]:
-    """Lines for people; [] of what is no file of rows, or whose rows are right one by one."""
+    """Lines for people; [] of what is no file of rows, or whose rows are right one by one.
+
+    And of rows without any key that is known, of which not every line is wrong but what the file is taken for.
+    """
     found = Problems()
     try:
         rows = _rows(path, found)
         first = next(rows, None)
-        if first is None:
+        if first is None or not _is_known(first[1][1], reading):
             return []
         reading.check_named(first[1][1], first[1][0])
         read = _reader(first[1][1], reading)
@@ -61,6 +67,10 @@ def problems_of(path: Path, reading: Reading) -> list[str]:
     except DataError:
         return []  # of the whole file, and told already
     return found.told()
+
+
+def _is_known(first: Row, reading: Reading) -> bool:
+    return bool(KEYS & first.keys()) or any(form.fits(first, reading) for form in ROW_FORMATS.values())
 
 
 def _reader(first: Row, reading: Reading) -> Callable[[Located], object]:
@@ -115,6 +125,8 @@ def _of_table(
     path: Path, header: str, before: int, lines: Iterable[str], found: Problems
 ) -> Iterator[tuple[int, Located]]:
     """Rows by the names of the header, which is line `before`; a row may go over several lines, and has its last."""
+    if "\r" in header:  # all of it is one line
+        return
     mark = delimiter_of(header)
     columns = next(csv.reader([header], delimiter=mark))
     rows = csv.reader((f"{line}\n" for line in lines), delimiter=mark)

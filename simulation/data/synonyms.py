@@ -66,6 +66,13 @@ def hint(key: str, keys: Iterable[str], row: Iterable[str]) -> str:
     return did_you_mean(lower, known, 0.75) or f"leave it out; known keys: {', '.join(known)}"
 
 
+def is_foreign(key: str, keys: Iterable[str]) -> bool:
+    """Whether an unknown key is not one of ours under another name or misspelt, nor one that tells a format."""
+    known, lower = tuple(keys), key.lower()
+    synonyms = {name for ours in known for name in (ours, *CALLED.get(ours, ()))}
+    return lower not in {*READ, *OTHERWISE, *synonyms} and not did_you_mean(lower, known, 0.75)
+
+
 def most_telling(keys: Iterable[str]) -> str:
     """Of unknown keys the one that says which format this is; "" of none."""
     return min(keys, key=lambda key: key.lower() not in {**READ, **OTHERWISE}, default="")

@@ -9,7 +9,8 @@ from typing import Any
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import shown
 from florilegium.simulation.data.formats.messages import Message
-from florilegium.simulation.data.formats.reading import Reading, moment, name, text
+from florilegium.simulation.data.formats.reading import Reading, name, text
+from florilegium.simulation.data.jsonl import moment
 
 Document = tuple[str, Any]  # where it stands, and what was parsed
 MARK = re.compile(r"<([@#!]?)([^<>|]+)(?:\|([^<>]*))?>")  # in Slack's texts, where a bracket of a person's is &lt;

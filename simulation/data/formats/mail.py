@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 
 from florilegium.simulation.data.formats.messages import Message
 from florilegium.simulation.data.formats.opened import opened
-from florilegium.simulation.data.formats.reading import Reading, moment
+from florilegium.simulation.data.formats.reading import Reading
+from florilegium.simulation.data.jsonl import moment
 
 ESCAPED = re.compile(r"^>(?=>*From )")  # a line that begins with "From " begins a mail, so programs put a mark before
 QUOTED = re.compile(r"^\s*>")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Literal
 
 from pydantic import Field
@@ -14,10 +13,9 @@ from florilegium.privacy.common.base_config import Config
 from florilegium.simulation.data.conversations import Conversation, Turn, merge_turns
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import Row, shown
-from florilegium.simulation.data.jsonl import seconds
+from florilegium.simulation.data.jsonl import moment
 from florilegium.simulation.data.synonyms import CALLED
 
-MILLISECONDS_FROM = 1e11  # seconds until the year 5138: what is beyond is in milliseconds
 ROLES = {
     "assistant": {"assistant", "gpt", "bot", "chatgpt", "bard", "model", "chatbot"},
     "user": {"user", "human", "prompter"},
@@ -172,23 +170,3 @@ def domain_of(row: Row, where: str, reading: Reading) -> str:
     """What a row is about, where it says so in a text or a whole number."""
     found = reading.get("domain", row)
     return name(found, where, "domain") if isinstance(found, str | int) else ""
-
-
-def moment(value: object, where: str) -> float:
-    """Seconds since the epoch of a number of seconds or milliseconds, or ISO 8601; UTC where no zone is named."""
-    number = value
-    if isinstance(value, str):
-        try:
-            number = float(value)
-        except ValueError:
-            number = value.strip()
-    try:
-        if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) >= MILLISECONDS_FROM:
-            number = number / 1000
-        if isinstance(number, datetime) and number.tzinfo is None:
-            number = number.replace(tzinfo=UTC)
-        return seconds(number)
-    except (ValueError, OverflowError):
-        raise DataError(
-            f"{where}: time = {shown(value)} must be seconds or milliseconds since the epoch, or ISO 8601"
-        ) from None

@@ -36,8 +36,9 @@ from florilegium.simulation.data.formats.signal import (
     signal_markdown,
 )
 from florilegium.simulation.data.formats.tables import delimiter_of, read_arrow, read_csv, read_parquet, saved_files
-from florilegium.simulation.data.formats.whatsapp import looks_like_whatsapp, read_whatsapp
+from florilegium.simulation.data.formats.whatsapp import looks_like_another_chat, looks_like_whatsapp, read_whatsapp
 from florilegium.simulation.data.jsonl import KEYS, read_jsonl
+from florilegium.simulation.data.synonyms import is_foreign
 
 OURS = "jsonl"
 OURS_TOLD = "JSON Lines of user, prompt and response"
@@ -131,6 +132,11 @@ def _read(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
         return paired(mails(path, reading), reading)
     if text.startswith(("{", "[")):
         return _json(path, reading, named)
+    if not named and looks_like_another_chat(text):
+        raise DataError(
+            f"{path}, line 1: looks like a chat of WhatsApp's with dates of a form that is not known here; export it "
+            f"with the phone set to English"
+        )
     header = text.splitlines()[0] if text.strip() else ""
     if named != OURS and delimiter_of(header):
         return of_rows(path, read_csv(path), reading, named)
@@ -166,10 +172,16 @@ def _json(path: Path, reading: Reading, named: str) -> Iterator[Conversation]:
 
 
 def _is_ours(path: Path, first: Any, reading: Reading) -> bool:
-    """Whether the strict reader is to judge a file: a line an object, with our keys or none that is known."""
+    """Whether the strict reader is to judge a file: a line an object, with our keys or none that is known.
+
+    Where there are others beside ours that have no meaning here, rows are read by what their columns are called.
+    """
     if not isinstance(first, dict) or not is_json_lines(path):
         return False
     ours = {"user", "prompt", "response"} <= first.keys() and reading.fields == FieldNames()
+    if ours and (others := [key for key in first if key not in KEYS]) and all(is_foreign(key, KEYS) for key in others):
+        reading.note(f"passed over: {', '.join(others)}")
+        return False
     return ours or not fits(first, reading)
 
 

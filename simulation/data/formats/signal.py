@@ -15,8 +15,9 @@ from typing import Any
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.folder import Row, shown
 from florilegium.simulation.data.formats.messages import Message
-from florilegium.simulation.data.formats.reading import Reading, moment, name, text
+from florilegium.simulation.data.formats.reading import Reading, name, text
 from florilegium.simulation.data.formats.whatsapp import stamped_lines, time_of
+from florilegium.simulation.data.jsonl import moment
 
 FRAMES = {
     "account", "recipient", "chat", "chatItem", "stickerPack", "adHocCall", "notificationProfile", "chatFolder",

@@ -16,15 +16,29 @@ from florilegium.simulation.data.formats.reading import Reading
 
 MARKS = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # directions, which the app writes around names
 STAMP = re.compile(
-    r"^\[?(\d{1,4})([./-])(\d{1,2})\2(\d{2,4}),?\s+(\d{1,2})[:.](\d{2})(?:[:.](\d{2}))?"
-    r"(?:\s*([AaPp])\.?\s?[Mm]\.?)?(?:\]|\s+-)\s+(.*)$"
+    r"^\[?(?P<first>\d{1,4})(?P<mark>[./-])\s?(?P<second>\d{1,2})(?P=mark)\s?(?P<third>\d{2,4})\.?(?:\s?г\.)?,?\s+"
+    r"(?:(?:à|às|kl\.?|klo|om|um)\s+)?(?:(?P<half>오전|오후|上午|下午|午前|午後)\s?)?"
+    r"(?P<hour>\d{1,2})[:.](?P<minute>\d{2})(?:[:.](?P<seconds>\d{2}))?"
+    r"(?:\s*(?P<am_pm>[AaPp])\.?\s?[Mm]\.?|\s*Uhr)?(?:\]|\s+-)\s+(?P<said>.*)$"
 )
+AFTERNOON = {"오후", "下午", "午後"}
+LIKE_A_STAMP = re.compile(r"^\[?\w{1,4}[./-]\s?\w{1,4}[./-]\s?\w{2,4}\b.{0,24}?(?:\]|\s-)\s[^:]{1,60}: ")
 MEDIA = re.compile(
-    r"^<[^<>]*(omitted|ausgeschlossen|weggelassen|omitidos?|omis|omessi|omessa|attached|angehängt)[^<>]*>$"
+    r"^<[^<>\n]{1,60}>$"  # <Media omitted>, in any language
     r"|^(image|video|audio|sticker|gif|document|contact card) omitted$"
     r"|^(bild|video|audio|sticker|gif|dokument|kontaktkarte) weggelassen$"
-    r"|^(this message was deleted|you deleted this message|diese nachricht wurde gelöscht)\.?$"
-    r"|^.*\((file attached|datei angehängt)\)$|^null$|^(missed|verpasster) (voice|video|sprach|video)[- ]?(call|anruf)",
+    r"|^(this message was deleted|you deleted this message|diese nachricht wurde gelöscht"
+    r"|(se eliminó|eliminaste) este mensaje|este mensaje fue eliminado"
+    r"|mensagem apagada|(essa|esta) mensagem foi apagada|você apagou (essa|esta) mensagem"
+    r"|ce message a été supprimé|vous avez supprimé ce message"
+    r"|questo messaggio è stato eliminato|hai eliminato questo messaggio"
+    r"|(данное|это) сообщение удалено|вы удалили (данное|это) сообщение"
+    r"|dit bericht (is|werd) verwijderd|je hebt dit bericht verwijderd"
+    r"|bu mesaj silindi|bu mesajı sildiniz|ta wiadomość została usunięta|usunięto tę wiadomość"
+    r"|pesan ini (telah )?dihapus|anda menghapus pesan ini)\.?$"
+    r"|^.*\((file attached|datei angehängt|archivo adjunto|arquivo anexado|fichier joint|file allegato"
+    r"|bestand bijgevoegd|файл добавлен)\)$"
+    r"|^null$|^(missed|verpasster) (voice|video|sprach|video)[- ]?(call|anruf)",
     re.IGNORECASE,
 )
 EDITED = re.compile(r"\s*<(this message was edited|diese nachricht wurde bearbeitet)\.?>$", re.IGNORECASE)
@@ -38,6 +52,11 @@ def looks_like_whatsapp(start: str) -> bool:
     return any(STAMP.match(MARKS.sub("", line)) for line in start.splitlines()[:5])
 
 
+def looks_like_another_chat(start: str) -> bool:
+    """Whether the first line has something like a date, and a name before what is said."""
+    return bool(LIKE_A_STAMP.match(MARKS.sub("", start.partition("\n")[0]).strip()))
+
+
 def read_whatsapp(path: Path, reading: Reading) -> Iterator[Conversation]:
     """The file is one conversation; notices of the app and what was left out of the export are counted."""
     stamped = _of_one_form(list(stamped_lines(path)))
@@ -47,14 +66,14 @@ def read_whatsapp(path: Path, reading: Reading) -> Iterator[Conversation]:
 
 def _of_one_form(stamped: list[Stamped]) -> list[Stamped]:
     """With the year first in all dates or in none: lines of the rarer form were pasted into the message before."""
-    year_first = sum(len(stamp[1]) == 4 for _, stamp, _ in stamped) * 2 > len(stamped)
+    year_first = sum(len(stamp["first"]) == 4 for _, stamp, _ in stamped) * 2 > len(stamped)
     kept: list[Stamped] = []
     for number, stamp, written in stamped:
-        if not kept or (len(stamp[1]) == 4) == year_first:
+        if not kept or (len(stamp["first"]) == 4) == year_first:
             kept.append((number, stamp, written))
         else:
             before = kept[-1]
-            pasted = stamp.string + written.removeprefix(stamp[9])
+            pasted = stamp.string + written.removeprefix(stamp["said"])
             kept[-1] = (before[0], before[1], f"{before[2]}\n{pasted}")
     return kept
 
@@ -68,7 +87,7 @@ def stamped_lines(path: Path) -> Iterator[Stamped]:
             if held:
                 yield held
             _, _, said = raw.partition(": ")
-            held = (number, stamp, "" if said.startswith(OF_THE_APP) and not EDITED.search(line) else stamp[9])
+            held = (number, stamp, "" if said.startswith(OF_THE_APP) and not EDITED.search(line) else stamp["said"])
         elif held:
             held = (held[0], held[1], f"{held[2]}\n{line}")
         elif line.strip():
@@ -83,22 +102,22 @@ def _order(path: Path, stamped: list[Stamped], reading: Reading) -> str:
     A number above 12 is a day. Else messages stand in the order of time, which mostly one order of the dates alone
     keeps. Where both do, the marks decide, and it is told.
     """
-    if any(len(stamp[1]) == 4 for _, stamp, _ in stamped):
+    if any(len(stamp["first"]) == 4 for _, stamp, _ in stamped):
         return "ymd"
     if reading.dates != "auto":
         return "dmy" if reading.dates == "day-first" else "mdy"
-    day_first = next((n for n, stamp, _ in stamped if int(stamp[1]) > 12), 0)
-    month_first = next((n for n, stamp, _ in stamped if int(stamp[3]) > 12), 0)
+    day_first = next((n for n, stamp, _ in stamped if int(stamp["first"]) > 12), 0)
+    month_first = next((n for n, stamp, _ in stamped if int(stamp["second"]) > 12), 0)
     if day_first and month_first:
         raise DataError(f"{path}, lines {day_first} and {month_first}: dates in two orders; export the chat anew")
     if day_first or month_first:
         return "dmy" if day_first else "mdy"
-    if all(stamp[1] == stamp[3] for _, stamp, _ in stamped):
+    if all(stamp["first"] == stamp["second"] for _, stamp, _ in stamped):
         return "dmy"
     back = {order: _steps_back(path, stamped, order) for order in ("dmy", "mdy")}
     if back["dmy"] != back["mdy"]:
         return min(back, key=lambda order: back[order])
-    american = any(stamp[2] == "/" and stamp[8] for _, stamp, _ in stamped)
+    american = any(stamp["mark"] == "/" and stamp["am_pm"] for _, stamp, _ in stamped)
     reading.note(
         "nothing says whether day or month comes first in its dates: taken are "
         + ("months; data.dates=day-first else" if american else "days; data.dates=month-first else")
@@ -127,13 +146,16 @@ def _messages(path: Path, stamped: list[Stamped], order: str, reading: Reading) 
 
 def time_of(stamp: re.Match[str], order: str, where: str) -> float:
     """Seconds since the epoch, given which of day, month and year comes first."""
-    numbers = dict(zip(order, (int(stamp[1]), int(stamp[3]), int(stamp[4])), strict=True))
+    numbers = dict(zip(order, (int(stamp["first"]), int(stamp["second"]), int(stamp["third"])), strict=True))
     year = numbers["y"] + (2000 if numbers["y"] < 100 else 0)
-    hour = int(stamp[5])
-    if stamp[8]:
-        hour = hour % 12 + (12 if stamp[8] in "pP" else 0)
+    hour = int(stamp["hour"])
+    if stamp["am_pm"] or stamp["half"]:
+        later = (stamp["am_pm"] or "").lower() == "p" or stamp["half"] in AFTERNOON
+        hour = hour % 12 + 12 * later
     try:
-        at = datetime(year, numbers["m"], numbers["d"], hour, int(stamp[6]), int(stamp[7] or 0), tzinfo=UTC)
+        at = datetime(
+            year, numbers["m"], numbers["d"], hour, int(stamp["minute"]), int(stamp["seconds"] or 0), tzinfo=UTC
+        )
     except ValueError as error:
         raise DataError(f"{where}: no such date or time ({error})") from None
     return at.timestamp()
