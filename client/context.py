@@ -64,6 +64,7 @@ class CohortContext:
 
     @cached_property
     def schema(self) -> Schema:
+        """The arrays of a release: names and shapes."""
         return release_schema(self.shared_layout, self.config.shared.upload)
 
     @property
@@ -104,6 +105,7 @@ class CohortContext:
         return [self.lm.adapters(weight_layout(layout), sent)] if len(sent) else []
 
     def new_state(self, device: str) -> DeviceState:
+        """A device that has met nothing yet, with the adapter that it begins with."""
         personal = self.personal_start
         if personal is None:
             personal = self.personal_layout.start(derive_seed(self.seed, device, "personal"))

@@ -123,6 +123,7 @@ class PrivacyConfig(Config):
 
     @property
     def promise(self) -> PrivacyUnit:
+        """What the mode protects, against whom."""
         return PRIVACY_UNITS[self.mode]
 
     @property

@@ -82,6 +82,7 @@ class Schema:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of the arrays in float32."""
         return 4 * self.width
 
     def split(self, row: Array) -> dict[str, Array]:

@@ -57,7 +57,8 @@ class Rule(Protocol):
     """
 
     @property
-    def is_sum(self) -> bool: ...
+    def is_sum(self) -> bool:
+        """Whether it divides a sum of releases."""
 
     @property
     def least_releases(self) -> int:
@@ -133,18 +134,22 @@ class KeptRows(ABC):
 
     @property
     def count(self) -> int:
+        """Releases so far."""
         return len(self.rows)
 
     @property
     def least_releases(self) -> int:
+        """As in `Rule`."""
         return 1
 
     @property
     def senders(self) -> int:
+        """As in `Rule`; each number is in all releases."""
         return self.count
 
     @property
     def held_bytes(self) -> int:
+        """Bytes of the rows that are kept."""
         return sum(row.nbytes for row in self.rows.values())
 
     def add(self, device: str, row: Array, places: Places | None = None, weight: float = 1.0) -> None:
@@ -157,6 +162,7 @@ class KeptRows(ABC):
         self.rows[device] = row.astype(np.float32)
 
     def change(self, noise: Numbers | float = 0.0, over: Counts | int = 0) -> Array:
+        """What is `chosen`; raises `ValueError` for noise or a divisor, which are of a sum."""
         if np.any(noise) or np.any(over):
             raise ValueError(f"{type(self).__name__} is no sum: noise on a sum does not protect it; use rule = 'mean'")
         return self.chosen()
@@ -166,6 +172,7 @@ class KeptRows(ABC):
         """The change (P,) float32, of all rows."""
 
     def by_name(self) -> list[Array]:
+        """The rows (P,) float32 in the order of the devices' names, whichever came first."""
         return [self.rows[device] for device in sorted(self.rows)]
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -68,6 +69,16 @@ class EngineConfig(Config):
         return check(value, ENGINES, Callable)
 
 
+def place_of(address: str) -> tuple[str, int] | None:
+    """Host and port of `HOST:PORT` or `ray://HOST:PORT`."""
+    found = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = found.hostname, found.port
+    except ValueError:
+        return None
+    return (host, port) if host and port else None
+
+
 class RayConfig(Config):
     """Ray actors that simulated devices live in, on a cluster say. Changes speed, not results (but for rounding)."""
 
@@ -78,6 +89,13 @@ class RayConfig(Config):
     gpus_per_actor: float = Field(0.0, ge=0, description="that Ray reserves for an actor")
     address: str = Field("", description="of a cluster to join; empty: actors on this machine")
     shards: int = Field(0, ge=0, le=9999, description="folders that devices are kept in; 0: four an actor; fixed")
+
+    @field_validator("address")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        if value and value not in ("auto", "local") and not place_of(value):
+            raise ValueError("must be HOST:PORT, ray://HOST:PORT or auto")
+        return value
 
     @property
     def cpus_needed(self) -> int:

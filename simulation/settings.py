@@ -26,6 +26,7 @@ SAID = {  # of what pydantic says in words of Python
     "tuple_type": 'must be a list, as ["one", "two"]',
     "dict_type": "must be a section of settings",
 }
+KIND = re.compile(r"constrained-|literal\[|(int|float|str|bool|none)$|function-|tagged-union|tuple\[|list\[|dict\[")
 Model = TypeVar("Model", bound=Config)
 
 
@@ -65,7 +66,7 @@ def validate(kind: type[Model], tree: dict[str, Any], where: str) -> Model:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
+        raise ConfigError("\n".join(f"{where}: {told}" for told in _told(error.errors()))) from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -132,9 +133,32 @@ def _toml_error(error: Exception, text: str) -> str:
     return str(error).split("; use sys.", maxsplit=1)[0]
 
 
+def _told(errors: Sequence[Any]) -> list[str]:
+    """A line for each setting that is wrong; what each kind of value that it may have says of it, in one."""
+    by_place: dict[str, list[Any]] = {}
+    for error in errors:
+        by_place.setdefault(_place(error), []).append(error)
+    return [
+        " or ".join([_explain(first), *(_message(e).removeprefix("Input should ") for e in others)])
+        for first, *others in by_place.values()
+    ]
+
+
+def _place(error: Any) -> str:
+    """The setting, without pydantic's names of the kinds of value that it may have."""
+    parts = [str(part) for part in error["loc"]]
+    while len(parts) > 1 and KIND.match(parts[-1]):
+        parts.pop()
+    return ".".join(parts) or "top level"
+
+
+def _message(error: Any) -> str:
+    found: str = SAID.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+    return found
+
+
 def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "top level"
-    message = SAID.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+    where, message = _place(error), _message(error)
     if isinstance(error.get("input"), dict | Config):
         return f"{where}: {message}"
     return f"{where} = {shown(error.get('input'))}: {message}"

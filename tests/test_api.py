@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def described(name: str, what: object) -> list[str]:
     found = [f"{name}{own}"]
     for method, value in sorted(vars(what).items()):
         value = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
-        if not method.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+        if not method.startswith("_") and (inspect.isfunction(value) or isinstance(value, property | cached_property)):
             found.append(f"{name}.{method}{inspect.signature(value) if inspect.isfunction(value) else ''}")
     return found
 
@@ -74,6 +75,9 @@ def test_what_is_exported_is_documented(name: str) -> None:
     for public in package.__all__:
         what = getattr(package, public)
         assert not callable(what) or inspect.getdoc(what), f"{name}.{public}"
+        for member, value in vars(what).items() if inspect.isclass(what) else ():
+            if inspect.isfunction(value) or isinstance(value, property | cached_property):
+                assert member.startswith("_") or inspect.getdoc(value), f"{name}.{public}.{member}"
     with pytest.raises(AttributeError):
         package.nothing_of_this_name  # noqa: B018
 

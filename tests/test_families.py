@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,22 @@ def plain_loss(model: PeftModel, text: Example) -> torch.Tensor:
     ids = torch.tensor([[*text.prompt, *text.reply]])
     logits = model(input_ids=ids).logits[0, len(text.prompt) - 1 : -1]
     return torch.nn.functional.cross_entropy(logits, ids[0, len(text.prompt) :], reduction="sum")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_of_ours_goes_through_any_familys_signature(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, handed = engine(family), list[tuple[tuple[object, ...], set[str]]]()
+    body = ours.model.base_model
+    whole = body.forward
+
+    def forward(*args: object, **named: object) -> object:
+        handed.append((args, set(named)))
+        return whole(*args, **named)
+
+    monkeypatch.setattr(body, "forward", forward)
+    ours.score(TEXTS, OWNERS, [adapters(ours)])
+    assert handed and all(found == ((), {"input_ids", "position_ids", "use_cache"}) for found in handed)
+    assert {"input_ids", "position_ids", "use_cache"} <= set(inspect.signature(type(body).forward).parameters)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,6 +23,7 @@ from florilegium.privacy.common import errors
 from florilegium.privacy.common.errors import BrokenDeviceError, DeviceFaultError, FlorilegiumError, UserError
 from florilegium.privacy.ledger import LedgerError
 from florilegium.simulation import recorder
+from florilegium.simulation.baselines import run as baselines_run
 from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.engines.faults import (
     ElsewhereError,
@@ -269,6 +270,13 @@ def test_a_study_names_the_device_that_breaks_a_cell(tmp_path: Path, monkeypatch
     study = load_study(tmp_path / "small.toml", ["rounds=1", "synthesis.per_dialogue=0", "study.seeds=1"])
     broken(client_round, "learn_personal", TypeError, "seed0-001", monkeypatch)
     with pytest.raises(BrokenDeviceError, match=r"seed0-001: TypeError.*learn_personal of round 1; of the 2 others"):
+        run_study(study, tmp_path / "study", lambda phase: None)
+
+
+def test_a_study_of_baselines_names_the_device_and_the_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(find_config("rivals"), ["data.users=3", "data.min_pairs=24", "study.seeds=1", "rounds=1"])
+    broken(baselines_run, "observe", TypeError, "seed0-001", monkeypatch)
+    with pytest.raises(BrokenDeviceError, match=r"seed0-001: TypeError.*observe of round 1; of the 2 others"):
         run_study(study, tmp_path / "study", lambda phase: None)
 
 

@@ -829,7 +829,7 @@ def test_a_file_without_a_reply_becomes_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "notice",
     [
-        "<Mídia oculta>", "‎<Media weggelaten>", "<Без медиафайлов>", "<사진 생략>", "Mensagem apagada",
+        "<Mídia oculta>", "<Media weggelaten>", "<Без медиафайлов>", "<사진 생략>", "Mensagem apagada",
         "Ce message a été supprimé", "Вы удалили данное сообщение.", "IMG-1.jpg (arquivo anexado)",
     ],
 )  # fmt: skip

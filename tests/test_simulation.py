@@ -594,6 +594,8 @@ def test_whose_a_device_is_is_told_to_who_asks_and_stands_nowhere(
         ("personal.adapter.r=8", r"unknown key 'r'; it is called 'rank' here"),
         ("personal.adapter.lora_alpha=8", r"unknown key 'lora_alpha'; it is called 'alpha' here"),
         ("personal.adapter.target_modules=q_proj", r"unknown key 'target_modules'; it is called 'targets' here"),
+        ("workers=0", r"workers = 0: Input should be greater than or equal to 1 or be 'auto'$"),
+        ("ray.address=foo", r"ray\.address = 'foo': must be HOST:PORT, ray://HOST:PORT or auto"),
         ("personal.lr=1", r"personal: unknown key 'lr'; it is called 'learning_rate' here"),
         ("rank=8", r"unknown key 'rank'; did you mean shared.adapter.rank or personal.adapter.rank\?"),
         ("num_clients=8", r"unknown key 'num_clients'; it is called data.users here"),

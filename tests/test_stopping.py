@@ -27,8 +27,9 @@ from florilegium.simulation.benchmarks.engine_worker import AbsentError, Worker
 from florilegium.simulation.config import ExperimentConfig, load_config
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.devices.simulated import SimulatedDevices, load_devices
+from florilegium.simulation.engines import ray_cluster
 from florilegium.simulation.engines.placement import open_workers
-from florilegium.simulation.engines.ray_cluster import NOT_STARTED, ClusterError, Wish, _init, open_cluster
+from florilegium.simulation.engines.ray_cluster import NOT_STARTED, ClusterError, Wish, _init, _reach, open_cluster
 from florilegium.simulation.engines.workers import Cohort
 from florilegium.simulation.runs.folder import RunFolder, create
 from florilegium.simulation.runs.stopping import end_all
@@ -224,7 +225,7 @@ def quick(*overrides: str) -> ExperimentConfig:
     return load_config(config_folder() / "quickstart.toml", [*QUICK, *overrides])
 
 
-def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -232,6 +233,12 @@ def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
             told = f"'{wanted}': no cluster can be reached"
             with pytest.raises(ClusterError, match=told), open_cluster(tmp_path, Wish(1, 1, 0), wanted):
                 pass
+    monkeypatch.setattr(ray_cluster, "CONNECT_TIMEOUT_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        told = "no cluster can be reached there .something else listens there."
+        wanted = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=told), open_cluster(tmp_path, Wish(1, 1, 0), wanted):
+            pass
     for wrong in ("nowhere", "host:port", "ray://host"):
         with pytest.raises(ClusterError, match="must be HOST:PORT"), open_cluster(tmp_path, Wish(1, 1, 0), wrong):
             pass
@@ -294,6 +301,7 @@ def test_a_gpu_that_is_not_there_and_a_foreign_address(tmp_path: Path, monkeypat
         pass
     with open_cluster(tmp_path, Wish(1, 1, 0), cpus=1) as ray:
         assert ray.cluster_resources()["CPU"] == 1
+        _reach(ray.get_runtime_context().gcs_address)  # which is one
 
 
 # -- what is raised in an actor ---------------------------------------------------------------------------------------

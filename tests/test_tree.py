@@ -169,6 +169,10 @@ def test_the_classifiers_are_the_pythons_of_the_table_of_wheels() -> None:
     checked = re.search(r"for version in (.*); do", (ROOT / ".ci" / "wheels").read_text(encoding="utf-8"))
     table = re.findall(r"^\| (3\.\d+) \| x86_64 aarch64", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
     assert checked and said == checked[1].split() == table
+    extras = re.search(r"extras=\((.*?)\)", (ROOT / ".ci" / "wheels").read_text(encoding="utf-8"))
+    header = re.search(r"^\| Python \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+    assert extras and header and extras[1].split() == header[1].split(" | ")
+    assert set(extras[1].split()) | {"docs", "notebook"} >= set(project["optional-dependencies"])
 
 
 def test_the_help_loads_no_model_library() -> None:

@@ -94,6 +94,7 @@ class LanguageModel:
 
     @property
     def name(self) -> str:
+        """What the settings call the base model."""
         return self.config.name
 
     @property

@@ -28,6 +28,7 @@ class Example:
 
     @property
     def length(self) -> int:
+        """Tokens of prompt and reply."""
         return len(self.prompt) + len(self.reply)
 
     @property

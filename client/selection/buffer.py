@@ -70,6 +70,7 @@ class Buffer:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all bins."""
         return sum(k.size_bytes for k in self.bins)
 
     def offer(self, newcomer: BufferEntry, rng: np.random.Generator) -> tuple[Buffer, bool]:

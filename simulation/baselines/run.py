@@ -6,7 +6,8 @@ compares what is learned and counts the bytes of the arrays that would travel. `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from florilegium.client.context import CohortContext
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
+from florilegium.client.observation import PhaseRecorder
 from florilegium.client.phases import annotate, observe
 from florilegium.client.state import States
 from florilegium.privacy.common.registry import UnexpectedError, calling
@@ -24,6 +26,7 @@ from florilegium.simulation.baselines.context import BaselineContext, Held, Less
 from florilegium.simulation.baselines.registry import Baseline, baseline
 from florilegium.simulation.config import ExperimentConfig
 from florilegium.simulation.data.population import met_by
+from florilegium.simulation.engines.faults import tried
 
 FLOAT_BYTES = 4
 Found = TypeVar("Found")
@@ -76,7 +79,10 @@ def play(
             listener(f"{config.baseline.name}, round {number}")
         states = _met(states, streams, number, cohort)
         sets = [context.training_set(s, number) for s in states]
-        with calling(name, f"return what is Held and a tensor ({len(streams)}, S), as `Baseline.turn` says"):
+        with (
+            _noted(number),
+            calling(name, f"return what is Held and a tensor ({len(streams)}, S), as `Baseline.turn` says"),
+        ):
             held, left = chosen.turn(held, sets, context, number)
             _of_kind(held, Held)
             if _of_kind(left, torch.Tensor).shape[:1] != (len(streams),) or left.ndim != 2:
@@ -93,9 +99,29 @@ def _of_kind(found: Found, kind: type[Found]) -> Found:
     return found
 
 
+@contextmanager
+def _noted(number: int) -> Iterator[None]:
+    """An error within it is noted to be of this round."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in round {number}")
+        raise
+
+
 def _met(states: States, streams: Mapping[str, Sequence[Dialogue]], number: int, context: CohortContext) -> States:
     """What of a stream comes in one round, selected and annotated."""
     rounds = context.config.rounds
     arrived = [streams[s.id][s.arrived : met_by(len(streams[s.id]), number, rounds)] for s in states]
-    states, _ = observe(states, arrived, RoundPlan(number, number - 1), context)
-    return annotate(states, context)[0]
+
+    def met(some: Sequence[int]) -> States:
+        recorder = PhaseRecorder(len(some), number, context.listener)
+        with recorder.phase("observe") as seen:
+            after, seen[:] = observe(
+                [states[k] for k in some], [arrived[k] for k in some], RoundPlan(number, number - 1), context
+            )
+        with recorder.phase("annotate") as asked:
+            after, asked[:] = annotate(after, context)
+        return after
+
+    return tried(met, [s.id for s in states])

@@ -1,7 +1,6 @@
 """Ray, as a simulation starts it on this machine or joins it elsewhere.
 
 What is missing is told at once: a cluster that is not there, room for what is asked of it, a folder for its sockets.
-Not covered: an address at which something else listens; Ray itself looks for a cluster there for twelve minutes.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from florilegium.privacy.common.errors import UserError
+from florilegium.simulation.config import place_of
 
 CONNECT_TIMEOUT_S = 5.0
 NOT_STARTED = ("timed out during startup", "Failed to start GCS", "Failed to connect to GCS")  # so Ray says
@@ -68,22 +67,32 @@ def open_cluster(folder: Path, wish: Wish, address: str = "", cpus: int | None =
 
 
 def _reach(address: str) -> None:
-    """Raises where nobody listens; Ray itself would go on asking for minutes."""
-    found = urlsplit(address if "://" in address else f"//{address}")
-    try:
-        host, port = found.hostname, found.port
-    except ValueError:
-        host = port = None
+    """Raises where nobody listens, or somebody who does not speak gRPC; Ray itself would go on asking for minutes."""
     if address in ("auto", "local"):
         return
-    if not host or not port:
+    place = place_of(address)
+    if not place:
         raise ClusterError(f"ray.address = {address!r} must be HOST:PORT, ray://HOST:PORT or auto")
     try:
-        socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
+        socket.create_connection(place, CONNECT_TIMEOUT_S).close()
+        _await_grpc(*place)
     except OSError as error:
         raise ClusterError(
             f"ray.address = {address!r}: no cluster can be reached there ({error}); start one with: ray start --head"
         ) from None
+
+
+def _await_grpc(host: str, port: int) -> None:
+    """Raises `OSError` where the other side does not take part in HTTP/2, as Ray's does."""
+    import grpc
+
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return  # it takes nobody without a certificate
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
+        except grpc.FutureTimeoutError:
+            raise OSError("something else listens there") from None
 
 
 def _init(ray: Any, **options: Any) -> None:
