@@ -23,9 +23,10 @@ from florilegium.simulation.data.conversations import READERS, Conversation
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import DataConfig, User, half_of
 from florilegium.simulation.tasks.config import TaskConfig, _with_held_out, load_task
-from florilegium.simulation.tasks.lamp import OFFICIAL, load_lamp, split_users
+from florilegium.simulation.tasks.lamp import OFFICIAL, load_lamp
 from florilegium.simulation.tasks.makers import by_length, of_two
 from florilegium.simulation.tasks.metrics import macro_f1, measure, normal, rmse, slot_accuracy
+from florilegium.simulation.tasks.official import split_users
 from florilegium.simulation.tasks.populations import MAX_WORDS, bounded, dealt, people, plain
 from florilegium.simulation.tasks.slots import matches, said_before
 from florilegium.simulation.tasks.stand_ins import EMOTIONS, STAND_INS, TOPIC_LABELS
