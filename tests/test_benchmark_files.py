@@ -190,6 +190,13 @@ def test_what_is_broken_in_version_2_is_told(change: dict[str, Any], told: str, 
     assert told in str(raised.value)
 
 
+def test_a_history_of_another_form_is_told(tmp_path: Path) -> None:
+    version_2(tmp_path)
+    (tmp_path / "data" / "chat_history_32k" / "seven.json").write_text('{"metadata": {}}')
+    with pytest.raises(DataError, match=r"seven\.json: expected a list of objects"):
+        load_version_2(tmp_path, "32k", "test")
+
+
 def test_moments_of_one_person_are_all_tested_on_or_all_in_the_pool(tmp_path: Path) -> None:
     """Ana's longest history is the longest, so that both of hers are tested on; the third place is Bo's longer one.
 

@@ -2,7 +2,7 @@
 
 (Jiang et al., arXiv 2504.14225 and 2512.06688.) Forms are those that the authors' code reads
 (github.com/bowen-upenn/PersonaMem, `inference_standalone_openai.py`, and PersonaMem-v2, `inference.py` and
-`MemAgent/data/data_preprocess.py`); the data itself was not here.
+`MemAgent/data/data_preprocess.py`), and of an early state of version 1's files; the data itself was not here.
 
 Version 1 is `questions_{size}.csv` and `shared_contexts_{size}.jsonl`, a line of which is `{context: [{"role",
 "content"}, …]}`. A question sees the first `end_index_in_shared_context` messages and no more, so that a person is
@@ -152,7 +152,7 @@ def _history(folder: Path, link: str) -> tuple[Item, ...]:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{folder}: the history {link!r} lies outside the folder")
     found = read_json(path)
-    return exchanges(rows_of(found["chat_history"] if isinstance(found, dict) else found, str(path)), link)
+    return exchanges(rows_of(found.get("chat_history") if isinstance(found, dict) else found, str(path)), link)
 
 
 def _contexts(path: Path) -> Iterator[tuple[str, str, Any]]:
