@@ -10,11 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from florilegium.simulation.baselines.config import BaselinesConfig
 from florilegium.simulation.config import ExperimentConfig
-from florilegium.simulation.evaluation.metrics import Measured, Scored, compare, derangement, interval, measure_nll
+from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.evaluation.metrics import (
+    Measured,
+    Scored,
+    compare,
+    derangement,
+    interval,
+    measure_nll,
+    other_people,
+)
 from florilegium.simulation.personalization.config import MethodsConfig
 from florilegium.simulation.personalization.interactive import Lived, better_from
 from florilegium.simulation.studies import baselines_report, personalization_report, privacy_utility
@@ -230,5 +241,16 @@ def test_better_from_is_where_the_difference_stays_below_zero() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_a_strangers_adapter_is_somebody_elses_and_everybodys_once(count: int) -> None:
-    given = derangement(count, seed=3)
-    assert sorted(given) == list(range(count)) and all(k != g for k, g in enumerate(given))
+    swapped = derangement(count, seed=3)
+    assert sorted(swapped) == list(range(count)) and all(k != g for k, g in enumerate(swapped))
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=2, max_size=12), st.integers(0, 9))
+def test_nobody_gets_what_is_their_own_at_another_moment(owners: list[str], seed: int) -> None:
+    if max(map(owners.count, owners)) > len(owners) / 2:
+        with pytest.raises(DataError, match="more than half"):
+            other_people(owners, seed)
+        return
+    swapped = other_people(owners, seed)
+    assert sorted(swapped) == list(range(len(owners))) and all(owners[k] != owners[g] for k, g in enumerate(swapped))
+    assert len(set(owners)) < len(owners) or swapped == derangement(len(owners), seed)

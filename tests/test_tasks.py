@@ -23,9 +23,10 @@ from florilegium.simulation.data.conversations import READERS, Conversation
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import DataConfig, User, half_of
 from florilegium.simulation.tasks.config import TaskConfig, _with_held_out, load_task
-from florilegium.simulation.tasks.lamp import OFFICIAL, load_lamp, split_users
-from florilegium.simulation.tasks.makers import by_length, of_two
+from florilegium.simulation.tasks.lamp import OFFICIAL, load_lamp
+from florilegium.simulation.tasks.makers import by_length, of_options
 from florilegium.simulation.tasks.metrics import macro_f1, measure, normal, rmse, slot_accuracy
+from florilegium.simulation.tasks.official import split_users
 from florilegium.simulation.tasks.populations import MAX_WORDS, bounded, dealt, people, plain
 from florilegium.simulation.tasks.slots import matches, said_before
 from florilegium.simulation.tasks.stand_ins import EMOTIONS, STAND_INS, TOPIC_LABELS
@@ -317,7 +318,7 @@ def test_tasks_load_no_model_library() -> None:
 
 def test_stand_ins_say_what_nano_has_seen() -> None:
     seen = {name for name, stand_in in STAND_INS.items() if stand_in.seen_by_nano}
-    assert seen == {"talk-topic", "help-reply", "slots"}
+    assert seen == {"talk-topic", "talk-rest", "help-reply", "slots"}
     assert not any(name.startswith("lamp") for name in STAND_INS)
 
 
@@ -347,7 +348,7 @@ def test_no_history_holds_anything_of_a_query_or_later_than_one(name: str, loade
         assert not {item.id for item in user.history} & {query.id for query in user.queries}
         texts = {plain(item.text) for item in user.history}
         for query in user.queries:
-            if name == "which-reply":
+            if query.options:
                 assert plain(query.options[task.labels.index(query.target)]) not in texts
             elif task.labels or name == "slots":
                 assert plain(query.search) not in texts
@@ -397,12 +398,24 @@ def test_the_other_reply_is_of_somebody_else_to_a_prompt_of_the_same_kind() -> N
         talker("bo", ("Where?", "Here"), ("How old?", "Ten"), ("Hm", "x")),
         talker("cy", ("So.", "Yes"), ("A", "b")),
     ]
-    _, (user,) = of_two(STAND_INS["which-reply"].task, pool, [ana], 0)
+    _, (user,) = of_options(STAND_INS["which-reply"].task, pool, [ana], 0)
     (query,) = user.queries
     assert set(query.options) == {"Splendid.", "Ten"}  # "How …?"
     assert query.options[int(query.target[1]) - 1] == "Splendid."
     assert f'[1]: "{query.options[0]}" [2]: "{query.options[1]}"' in query.input and '"How are you?"' in query.input
     assert user.history[0] == Item("ana0:1", "Hello!", time=0.0, title="Hi")
+
+
+def test_no_two_of_four_replies_have_the_same_words() -> None:
+    """Bo's "ten" to the question of its kind comes first, then replies to others, of which "TEN" counts no more."""
+    ana = talker("ana", ("Hi", "Hello!"), ("How are you?", "Splendid."))
+    pool = [talker("bo", ("How old?", "ten"), ("So.", "TEN"), ("Hm.", "no"), ("Ah.", "well"), ("!", "x"))]
+    _, (user,) = of_options(STAND_INS["which-of-4"].task, pool, [ana], 0)
+    (query,) = user.queries
+    assert sorted(query.options) == ["Splendid.", "no", "ten", "well"]
+    assert query.options["abcd".index(query.target[1])] == "Splendid." and f'(d): "{query.options[3]}"' in query.input
+    with pytest.raises(DataError, match="a choice of 4 replies needs those of others in the pool; raise pool_users"):
+        of_options(STAND_INS["which-of-4"].task, [talker("bo", ("Hm", "no"), ("!", "x"))], [ana], 0)
 
 
 def test_cuts_of_lengths_are_of_the_pools_histories_alone() -> None:

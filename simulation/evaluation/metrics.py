@@ -6,6 +6,7 @@ tokens. Intervals are over users, at 95 %, by Student's t; comparisons are paire
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.rouge import rouge1
+from florilegium.simulation.data.errors import DataError
 
 Arm = Sequence[Adapters]  # the adapters that are on; a stack's row k is device k's
 Queries = Sequence[Sequence[Dialogue]]  # by device
@@ -169,3 +171,22 @@ def derangement(count: int, seed: int) -> list[int]:
     given = np.empty(count, dtype=int)
     given[order] = np.roll(order, 1)
     return [int(i) for i in given]
+
+
+def other_people(owners: Sequence[str], seed: int) -> list[int]:
+    """A derangement in which nobody gets what is the same person's at another moment.
+
+    Ordered by person and shifted by the largest group, no place keeps its person. Raises `DataError` where one person
+    has more than half of the places.
+    """
+    most = max(Counter(owners).values())
+    if most == 1:
+        return derangement(len(owners), seed)
+    if 2 * most > len(owners):
+        raise DataError(
+            f"one person has {most} of {len(owners)} places, more than half; ask more people, or fewer times"
+        )
+    shuffled = np.random.Generator(np.random.Philox(key=seed)).permutation(len(owners))
+    order = sorted((int(i) for i in shuffled), key=lambda i: owners[i])
+    given = dict(zip(order, np.roll(order, most), strict=True))
+    return [int(given[i]) for i in range(len(owners))]

@@ -10,7 +10,8 @@ from florilegium.client.lm.config import AdapterConfig, ModelConfig, SamplingCon
 from florilegium.client.personalization.config import AslsConfig, MethodConfig, TrainingConfig
 from florilegium.privacy.common.base_config import Config
 from florilegium.simulation.data.population import DataConfig
-from florilegium.simulation.tasks.config import LAMP, TaskConfig
+from florilegium.simulation.tasks.benchmarks import BENCHMARKS
+from florilegium.simulation.tasks.config import TaskConfig
 from florilegium.simulation.tasks.stand_ins import stand_in
 
 Part = Literal["all", "near", "far"]
@@ -106,7 +107,7 @@ class MethodsConfig(Config):
 
     @model_validator(mode="after")
     def _known_to_the_model(self) -> Self:
-        made = None if self.task.name.startswith(LAMP) else stand_in(self.task.name)
+        made = None if self.task.name in BENCHMARKS else stand_in(self.task.name)
         if self.model.name == "nano" and made and made.seen_by_nano:
             raise ValueError(f"task.name = {made.task.name!r}: nano was trained on such texts; use smollm2-135m")
         retrieving = self.method.retrieve or self.method.profile

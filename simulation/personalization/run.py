@@ -21,7 +21,7 @@ from florilegium.client.personalization.task_adapter import learn_task
 from florilegium.privacy.common.registry import UnexpectedError, calling
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.evaluation.caching_model import CachingModel
-from florilegium.simulation.evaluation.metrics import derangement
+from florilegium.simulation.evaluation.metrics import other_people
 from florilegium.simulation.personalization.config import MethodsConfig
 from florilegium.simulation.personalization.histories import halved, person, wording
 from florilegium.simulation.tasks.task import Task, TaskUser
@@ -77,7 +77,7 @@ def _played(
     task_adapter: TaskAdapter,
     listener: Listener,
 ) -> Played:
-    clock = Clock(listener, lm)
+    clock, swapped = Clock(listener, lm), other_people([u.owner for u in users], derive_seed(seed, "shuffled"))
     named = [person(u, task, config.history, f"device-{k:04d}") for k, u in enumerate(users)]
     others = [person(u, task, config.history, f"pool-{k:04d}") for k, u in enumerate(pool)]
     people = halved(named, config.history, lm)
@@ -98,7 +98,7 @@ def _played(
         made.adapt(examples)
     with clock.phase("answer"):
         own = answers(made, people, range(len(people)), config, seed)
-    shuffled = answers(made, people, derangement(len(people), derive_seed(seed, "shuffled")), config, seed)
+    shuffled = answers(made, people, swapped, config, seed)
     asked = [in_words(made, k, q) for k, p in enumerate(people) for q in p.questions]
     spent = {kind: made.spent[kind] / len(people) for kind in ("trained", "read", "written")}
     cut = sum(e.truncated for e in lm.format.prompts([d.prompt for d in asked])) / len(asked)

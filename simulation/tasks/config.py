@@ -1,4 +1,4 @@
-"""Which task, whose, and how much of it: LaMP's from its official files, or a stand-in made from what is here."""
+"""Which task, whose, and how much of it: a benchmark's from its official files, or a stand-in from what is here."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from florilegium.privacy.common.registry import check
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.population import DataConfig, Half, half_of
-from florilegium.simulation.tasks.lamp import OFFICIAL, load_lamp, split_users
+from florilegium.simulation.tasks.benchmarks import BENCHMARKS
+from florilegium.simulation.tasks.official import split_users
 from florilegium.simulation.tasks.stand_ins import STAND_INS, StandIn, load_stand_in, stand_in
 from florilegium.simulation.tasks.task import Task, TaskUser
 
-LAMP = "lamp:"
-NAMES = (*STAND_INS, *(LAMP + number for number in OFFICIAL))
+NAMES = (*STAND_INS, *BENCHMARKS)
 HELD_OUT_SHARE = 0.25
 
 
@@ -26,16 +26,16 @@ class TaskConfig(Config):
 
     extensible: ClassVar = {"name": NAMES}
 
-    name: str = Field("chat-reply", description="a stand-in, or one of LaMP's")
-    folder: str = Field("", description="of LaMP's official files for the task")
-    file: Literal["train", "dev", "test"] = Field("dev", description="which of LaMP's files; test needs its golds")
-    users: int = Field(64, ge=1, description="who is reported on; of LaMP, those with the longest histories")
-    pool_users: int = Field(64, ge=1, description="others, whom the task is learned from: at most, of LaMP")
+    name: str = Field("chat-reply", description="a stand-in, or a benchmark's")
+    folder: str = Field("", description="of a benchmark's official files for the task")
+    file: Literal["train", "dev", "test"] = Field("dev", description="which of a benchmark's; test needs its golds")
+    users: int = Field(64, ge=1, description="who is reported on; of a benchmark, those with the longest histories")
+    pool_users: int = Field(64, ge=1, description="others, whom the task is learned from: at most, of a benchmark")
     split: Half | Literal["all"] = Field(
-        "test", description="tune on development users, report on test users; all: of LaMP, OPPU's own test users"
+        "test", description="tune on development users, report on test users; all: of a benchmark, as OPPU tests"
     )
     min_history: int = Field(10, ge=1, description="users with fewer items are left out")
-    max_history: int = Field(120, ge=1, description="items kept: the first ones in time, of LaMP the last")
+    max_history: int = Field(120, ge=1, description="items kept: the first ones in time, of a benchmark the last")
     queries_per_user: int = Field(8, ge=1, description="at most: the first ones")
 
     @field_validator("name")
@@ -47,9 +47,12 @@ class TaskConfig(Config):
     def _consistent(self) -> Self:
         if self.max_history < self.min_history:
             raise ValueError(f"max_history = {self.max_history} must be >= min_history = {self.min_history}")
-        if self.name.startswith(LAMP) != bool(self.folder):
+        if (self.name in BENCHMARKS) != bool(self.folder):
             need = "needs folder = the folder of its official files" if not self.folder else "has no folder"
             raise ValueError(f"task {self.name!r} {need}; got folder = {self.folder!r}")
+        if self.name in BENCHMARKS and self.file not in BENCHMARKS[self.name].files:
+            has = " or ".join(BENCHMARKS[self.name].files)
+            raise ValueError(f"task {self.name!r} has no file = {self.file!r}; set it to {has}")
         return self
 
 
@@ -59,7 +62,7 @@ def load_task(config: TaskConfig, seed: int) -> tuple[Task, list[TaskUser], list
     Nobody is in both, nobody of the development half is in the test half, and no history holds anything of a query
     or later than one. What is drawn depends on data, config and seed alone. Raises `DataError`.
     """
-    if config.name.startswith(LAMP):
+    if config.name in BENCHMARKS:
         return _official(config, seed)
     least = _with_held_out(config.min_history, up=True)
     data = DataConfig(
@@ -85,10 +88,9 @@ def _with_held_out(history: int, *, up: bool) -> int:
 
 
 def _official(config: TaskConfig, seed: int) -> tuple[Task, list[TaskUser], list[TaskUser]]:
-    """Of each half of the users those with the longest histories; the pool is drawn from the rest of the half."""
-    number = config.name.removeprefix(LAMP)
-    found = load_lamp(Path(config.folder).expanduser(), number, config.file)
-    able = (u for u in found if len(u.history) >= config.min_history and config.split in (half_of(u.id), "all"))
+    """Of each half of the people those with the longest histories; the pool is drawn from the rest of the half."""
+    task, found = BENCHMARKS[config.name].load(Path(config.folder).expanduser(), config.file)
+    able = (u for u in found if len(u.history) >= config.min_history and config.split in (half_of(u.owner), "all"))
     rest, users = split_users(able, config.users)
     if len(users) < config.users or not rest:
         raise DataError(
@@ -97,8 +99,9 @@ def _official(config: TaskConfig, seed: int) -> tuple[Task, list[TaskUser], list
             "pool; lower users or min_history"
         )
     pool = sorted(rest, key=lambda user: derive_seed(seed, "pool", user.id))[: config.pool_users]
-    return OFFICIAL[number].task, [_cut(u, config) for u in pool], [_cut(u, config) for u in users]
+    return task, [_cut(u, config) for u in pool], [_cut(u, config) for u in users]
 
 
 def _cut(user: TaskUser, config: TaskConfig) -> TaskUser:
-    return TaskUser(user.id, user.history[-config.max_history :], user.queries[: config.queries_per_user])
+    kept = user.history[-config.max_history :], user.queries[: config.queries_per_user]
+    return TaskUser(user.id, *kept, user.person)

@@ -9,15 +9,13 @@ The data is CC BY-NC-SA 4.0 and no part of this project. LaMP 6 (a licensed mail
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.tasks.official import read_json, rows_of, seconds_of, text_of, with_common_history
 from florilegium.simulation.tasks.task import Item, Query, Task, TaskUser, after_title, as_patterns, by_a_person
 
 NEWS = (
@@ -160,31 +158,19 @@ def load_lamp(folder: Path, number: str, split: str) -> list[TaskUser]:
     questions_path, outputs_path = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"
     golds = _golds(outputs_path, official)
     asked: dict[str, list[tuple[Query, dict[str, Item]]]] = {}
-    for n, row in enumerate(_rows(_read(questions_path), str(questions_path))):
+    for n, row in enumerate(rows_of(read_json(questions_path), str(questions_path))):
         where = f"{questions_path}, question {row.get('id', f'number {n + 1}')!r}"
-        identity = _text(row, "id", where)
+        identity = text_of(row, "id", where)
         if identity not in golds:
             raise DataError(f"{where}: {outputs_path.name} has no gold for it; are both files of the same split?")
         history = _profile(row, official, where)
         query = _query(row, golds[identity], official, max((i.time for i in history.values()), default=0.0), where)
         asked.setdefault(str(row.get("user_id", identity)), []).append((query, history))
-    return [_user(user, asked[user]) for user in sorted(asked)]
-
-
-def split_users(users: Iterable[TaskUser], test_users: int = 100) -> tuple[list[TaskUser], list[TaskUser]]:
-    """The pool, and apart from it the `test_users` users with the longest histories, as in OPPU (arXiv 2402.04401)."""
-    ranked = sorted(users, key=lambda user: (-len(user.history), user.id))
-    return ranked[test_users:], ranked[:test_users]
-
-
-def _user(identity: str, asked: Sequence[tuple[Query, dict[str, Item]]]) -> TaskUser:
-    common = set.intersection(*(set(history) for _, history in asked))
-    items = sorted((item for i, item in asked[0][1].items() if i in common), key=lambda item: item.time)
-    return TaskUser(identity, tuple(items), tuple(sorted((query for query, _ in asked), key=lambda q: q.time)))
+    return [with_common_history(user, asked[user]) for user in sorted(asked)]
 
 
 def _query(row: dict[str, Any], gold: str, official: Official, time: float, where: str) -> Query:
-    identity, prompt = _text(row, "id", where), _text(row, "input", where)
+    identity, prompt = text_of(row, "id", where), text_of(row, "input", where)
     if not official.marker:
         found = re.search(r'\[1\]: "(.*)" \[2\]: "(.*)"', prompt, re.DOTALL)
         if not found:
@@ -198,15 +184,15 @@ def _query(row: dict[str, Any], gold: str, official: Official, time: float, wher
 
 def _profile(row: dict[str, Any], official: Official, where: str) -> dict[str, Item]:
     """Items by id; without dates the order of the file is that of time."""
-    profile = _rows(row.get("profile"), f"{where}, profile")
+    profile = rows_of(row.get("profile"), f"{where}, profile")
     if len({"date" in item for item in profile}) > 1:
         raise DataError(f"{where}: some items of its profile have a date and others none; give all or none")
     items: dict[str, Item] = {}
     for n, fields in enumerate(profile):
         here = f"{where}, item {fields.get('id', f'number {n + 1}')!r}"
-        text, target, title = (_text(fields, k, here) if k else "" for k in _keys(official))
-        time = _seconds(fields["date"], here) if "date" in fields else float(n)
-        identity = _text(fields, "id", here)
+        text, target, title = (text_of(fields, k, here) if k else "" for k in _keys(official))
+        time = seconds_of(fields["date"], here) if "date" in fields else float(n)
+        identity = text_of(fields, "id", here)
         items[identity] = Item(identity, text, target, time, title)
     return items
 
@@ -216,50 +202,17 @@ def _keys(official: Official) -> tuple[str, str, str]:
 
 
 def _golds(path: Path, official: Official) -> dict[str, str]:
-    outputs = _read(path)
+    outputs = read_json(path)
     if not isinstance(outputs, dict) or "golds" not in outputs:
         raise DataError(f'{path}: expected {{"task": …, "golds": […]}}')
     named = str(outputs.get("task")).replace("-", "_")
     if named not in official.file_names:
         raise DataError(f"{path}: task = {named!r} must be {' or '.join(official.file_names)} for {official.task.name}")
     golds: dict[str, str] = {}
-    for n, row in enumerate(_rows(outputs["golds"], f"{path}, golds")):
+    for n, row in enumerate(rows_of(outputs["golds"], f"{path}, golds")):
         where = f"{path}, gold {row.get('id', f'number {n + 1}')!r}"
-        gold = _text(row, "output", where)
+        gold = text_of(row, "output", where)
         if official.task.labels and gold not in official.task.labels:
             raise DataError(f"{where}: output = {gold!r} is no label of {official.task.name}")
-        golds[_text(row, "id", where)] = gold
+        golds[text_of(row, "id", where)] = gold
     return golds
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} does not exist; name the folder of LaMP's files for this task, and the split"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON in UTF-8 ({error}); is the file whole?") from error
-
-
-def _rows(value: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise DataError(f"{where}: expected a list of objects")
-    return value
-
-
-def _text(row: dict[str, Any], key: str, where: str) -> str:
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"{where}: {key} = {value!r} must be a text or a number")
-    return str(value).strip().encode("utf-8", "replace").decode()  # half a character becomes a "?"
-
-
-def _seconds(date: Any, where: str) -> float:
-    """Of a year, a month or a day, such as 2014, 2014-05 or 2014-05-31."""
-    try:
-        year, month, day = (*map(int, str(date).split("-")), 1, 1)[:3]
-        return datetime(year, month, day, tzinfo=UTC).timestamp()
-    except ValueError:
-        raise DataError(f"{where}: date = {date!r} must be a year, a month or a day, as 2014-05-31") from None

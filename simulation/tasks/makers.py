@@ -39,12 +39,13 @@ def by_length(task: Task, pool: list[User], users: list[User], seed: int) -> Spl
     return as_recorded(task, [rated(user) for user in pool], [rated(user) for user in users], seed)
 
 
-def of_two(task: Task, pool: list[User], users: list[User], seed: int) -> Split:
-    """Each query has the user's reply and one of somebody in the pool to a prompt of the same kind, in random order.
+def of_options(task: Task, pool: list[User], users: list[User], seed: int) -> Split:
+    """Each query has the user's reply among as many as there are labels, the others of people in the pool.
 
-    Of the same kind are prompts with the same first word, and the same end in a question mark or not; where nobody
-    else met such a prompt, those with the same end. The history is the user's replies, without labels. A quarter of
-    the pool is in it no more: these give the others' replies, and nothing is learned from them.
+    These are to prompts of the same kind: with the same first word, and the same end in a question mark or not; where
+    too few met such a prompt, with the same end. Where the right one stands is drawn. The history is the user's
+    replies, without labels. A quarter of the pool is in it no more: these give the others' replies, and nothing is
+    learned from them.
     """
     others: Met = {}
     strangers = pool[::4]
@@ -55,26 +56,33 @@ def of_two(task: Task, pool: list[User], users: list[User], seed: int) -> Split:
                 others.setdefault(kind, []).append((user.id, card))
 
     def chosen(user: User) -> TaskUser:
-        queries = tuple(_choice(task, card, _distractor(user.id, card, others, seed), seed) for card in user.held_out)
+        queries = tuple(
+            _choice(task, card, _distractors(user.id, card, others, len(task.labels) - 1, seed), seed)
+            for card in user.held_out
+        )
         return TaskUser(user.id, tuple(_reply_item(card) for card in user.stream), queries)
 
     return [chosen(user) for user in pool], [chosen(user) for user in users]
 
 
-def _distractor(user: str, card: Dialogue, others: Met, seed: int) -> Dialogue:
+def _distractors(user: str, card: Dialogue, others: Met, count: int, seed: int) -> list[str]:
+    """So many replies of others, no two in the same words, those to the nearest kinds of prompts first."""
+    found = {plain(card.response): card.response}
     for kind in (*_kinds(card), *others):
-        met = [c for who, c in others.get(kind, ()) if who != user and plain(c.response) != plain(card.response)]
-        if met:
-            return min(met, key=lambda other: derive_seed(seed, "distractor", card.id, other.id))
-    raise DataError("which-reply needs replies of others in the pool; raise pool_users")
+        met = (c for who, c in others.get(kind, ()) if who != user)
+        for other in sorted(met, key=lambda other: derive_seed(seed, "distractor", card.id, other.id)):
+            found.setdefault(plain(other.response), other.response)
+        if len(found) > count:
+            return list(found.values())[1 : count + 1]
+    raise DataError(f"a choice of {count + 1} replies needs those of others in the pool; raise pool_users")
 
 
-def _choice(task: Task, card: Dialogue, distractor: Dialogue, seed: int) -> Query:
-    first = derive_seed(seed, "order", card.id) % 2 == 0
-    options = (card.response, distractor.response) if first else (distractor.response, card.response)
-    asked = f'[1]: "{options[0]}" [2]: "{options[1]}"'
+def _choice(task: Task, card: Dialogue, distractors: list[str], seed: int) -> Query:
+    right = derive_seed(seed, "order", card.id) % len(task.labels)
+    options = (*distractors[:right], card.response, *distractors[right:])
+    asked = " ".join(f'{label}: "{option}"' for label, option in zip(task.labels, options, strict=True))
     prompt = task.asked.format(text=asked, target="", title=card.prompt)
-    return Query(card.id, prompt, "[1]" if first else "[2]", " ".join(options), options, card.time)
+    return Query(card.id, prompt, task.labels[right], " ".join(options), options, card.time)
 
 
 def _kinds(card: Dialogue) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -1,11 +1,11 @@
-"""The metrics of LaMP, per query, per user and over all queries.
+"""The metrics of LaMP and of other benchmarks, per query, per user and over all queries.
 
-As in the authors' evaluation (github.com/LaMP-Benchmark/LaMP, `eval/evaluation.py`): predictions are stripped and
-compared with case; macro-F1 is over the whole list of labels, a label without any prediction and target counting 0,
-and a prediction that is no label is wrong and no label's; a rating that cannot be read is taken for whichever of 1
-and 5 is farther from the target, 5 where both are; ROUGE is F1 without stemming (`evaluate`'s default), unlike the
-project's other figures, which stem, and over words of any script (`client.words`), which changes nothing in English.
-LaMP prints the median of a bootstrap of ROUGE's mean; here it is the mean.
+LaMP's are as in its authors' evaluation (github.com/LaMP-Benchmark/LaMP, `eval/evaluation.py`): predictions are
+stripped and compared with case; macro-F1 is over the whole list of labels, a label without any prediction and target
+counting 0, and a prediction that is no label is wrong and no label's; a rating that cannot be read is taken for
+whichever of 1 and 5 is farther from the target, 5 where both are; ROUGE is F1 without stemming (`evaluate`'s default),
+unlike the project's other figures, which stem, and over words of any script (`client.words`), which changes nothing in
+English. LaMP prints the median of a bootstrap of ROUGE's mean; here it is the mean.
 """
 
 from __future__ import annotations
@@ -100,6 +100,26 @@ def rouge_l(prediction: str, target: str) -> float:
     return rouge("rougeL", target.strip(), prediction.strip(), stemmed=False)
 
 
+def choice_accuracy(prediction: str, target: str) -> float:
+    """Whether a reply names the right one of (a) to (d) and no other, behind `<final_answer>` or else in all of it.
+
+    As PersonaMem's authors read it: letters in brackets, or where there are none, letters that stand alone.
+    """
+    whole = prediction.lower()
+    right = {target.strip("() ").lower()}
+    return float(any(_letters(said) == right for said in (whole.rpartition("<final_answer>")[2], whole)))
+
+
+def label_accuracy(prediction: str, target: str) -> float:
+    """Whether one of the labels that a reply names, separated by commas, is one of the right ones (PEFT-U)."""
+    named, right = ({label.strip() for label in text.split(",")} - {""} for text in (prediction, target))
+    return float(bool(named & right))
+
+
+def _letters(said: str) -> set[str]:
+    return set(re.findall(r"\(([a-d])\)", said)) or set(re.findall(r"\b([a-d])\b", said))
+
+
 def slot_accuracy(prediction: str, target: str) -> float:
     """Whether both are the same value after `normal`."""
     return float(normal(prediction) == normal(target))
@@ -123,4 +143,6 @@ OF_A_QUERY: dict[str, Callable[[str, str], float]] = {
     "rouge-1": rouge_1,
     "rouge-L": rouge_l,
     "slot accuracy": slot_accuracy,
+    "choice accuracy": choice_accuracy,
+    "label accuracy": label_accuracy,
 }

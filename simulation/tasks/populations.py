@@ -22,6 +22,7 @@ from florilegium.simulation.tasks.slots import read_slots
 
 People = Mapping[str, tuple[Dialogue, ...]]
 MAX_WORDS = 64  # of a talk, a dialogue or an answer that is to be named or titled: a small model's context
+LONG_WORDS = 40, 128  # of a text that is to be written at length: left out below, cut above
 TASTE = 0.3  # shape of the Gamma that a dealt user's liking of each group is drawn from: below 1, a few are liked much
 
 # Kin of which there are few talks are joined; the two topics that name two (music and movies) are left out.
@@ -67,6 +68,19 @@ def talks(_: DataConfig) -> People:
         if talk.domain in TOPICS:
             text = bounded("\n".join(turn.text for turn in talk.turns))
             card = Dialogue(f"{talk.id}:0", text, TOPICS[talk.domain], talk.turns[0].time)
+            found.setdefault(talk.turns[0].speaker, []).append(card)
+    return {user: tuple(cards) for user, cards in found.items()}
+
+
+def long_talks(_: DataConfig) -> People:
+    """self_dialogue: how each talk begins and the rest of it, by the worker who wrote both sides."""
+    found: dict[str, list[Dialogue]] = {}
+    for talk in READERS["self_dialogue"]():
+        rest = "\n".join(turn.text for turn in talk.turns[1:])
+        if len(rest.split()) >= LONG_WORDS[0] and talk.turns[0].text.strip():
+            card = Dialogue(
+                f"{talk.id}:0", bounded(talk.turns[0].text), bounded(rest, LONG_WORDS[1]), talk.turns[0].time
+            )
             found.setdefault(talk.turns[0].speaker, []).append(card)
     return {user: tuple(cards) for user, cards in found.items()}
 
@@ -148,13 +162,13 @@ def once(cards: Iterable[Dialogue], unique: str) -> tuple[Dialogue, ...]:
     return tuple(first.values())
 
 
-def bounded(text: str) -> str:
-    """The first `MAX_WORDS` words; line breaks count as words' ends and stay."""
+def bounded(text: str, most: int = MAX_WORDS) -> str:
+    """The first `most` words; line breaks count as words' ends and stay."""
     words, kept = 0, []
     for line in text.strip().splitlines():
-        kept.append(" ".join(line.split()[: MAX_WORDS - words]))
+        kept.append(" ".join(line.split()[: most - words]))
         words += len(line.split())
-        if words >= MAX_WORDS:
+        if words >= most:
             break
     return "\n".join(kept)
 

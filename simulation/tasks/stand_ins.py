@@ -1,4 +1,4 @@
-"""The types of LaMP's tasks, and slot filling, made from populations that are here. None of them is LaMP.
+"""The types of benchmarks' tasks, and slot filling, made from populations that are here. None is a benchmark's.
 
 Each has the name of what it is. Users are real people with their times where the data knows them; where it does not,
 they are dealt (`simulation.tasks.populations.dealt`) and their taste is synthetic: such a task can show that a method
@@ -15,7 +15,7 @@ from florilegium.client.dialogue import Dialogue
 from florilegium.privacy.common.registry import UnexpectedError, calling, resolve
 from florilegium.simulation.data.population import DataConfig, User
 from florilegium.simulation.tasks import populations
-from florilegium.simulation.tasks.makers import Split, as_recorded, by_length, of_two
+from florilegium.simulation.tasks.makers import Split, as_recorded, by_length, of_options
 from florilegium.simulation.tasks.populations import TOPICS, conversation, dealt, once, people
 from florilegium.simulation.tasks.task import Task, TaskUser, as_patterns, by_a_person
 
@@ -34,7 +34,7 @@ Make = Callable[[Task, list[User], list[User], int], Split]  # of the pool, thos
 
 @dataclass(frozen=True)
 class StandIn:
-    """A task, the type of LaMP's that it resembles, the data set it is made from, and whose texts become its items."""
+    """A task, the type of LaMP's or the benchmark that it resembles, its data set, and whose texts become its items."""
 
     task: Task
     kind: str
@@ -120,7 +120,24 @@ STAND_INS = {
             "which of two replies to a prompt the user wrote; the other is somebody else's to a prompt of its kind",
             "chitchat",
             _of_people(populations.replies, "response"),
-            of_two,
+            of_options,
+            real_users=True,
+        ),
+        StandIn(
+            Task(
+                "which-of-4",
+                ("choice accuracy",),
+                ("(a)", "(b)", "(c)", "(d)"),
+                asked='To "{title}", which reply did the user write? Just answer with (a), (b), (c) or (d). {text}',
+                practice=("{title}", "{text}"),
+                joined=by_a_person,
+                searched_with="{title}",
+            ),
+            "PersonaMem",
+            "which of four replies to a prompt the user wrote; the others are other people's to prompts of its kind",
+            "chitchat",
+            _of_people(populations.replies, "response"),
+            of_options,
             real_users=True,
         ),
         StandIn(
@@ -199,6 +216,23 @@ STAND_INS = {
             _of_cards(populations.situations, "response"),
             as_recorded,
             real_users=False,
+        ),
+        StandIn(
+            Task(
+                "talk-rest",
+                ROUGE,
+                asked="Write the rest of the talk that begins so: {text}",
+                shown_as='"{target}" is the rest of the talk that begins with "{text}" ',
+                joined=as_patterns,
+                searched="{text} {target}",
+                own="{target}",
+            ),
+            "LongLaMP",
+            "the rest of a talk, of 40 to 128 words, from how it begins",
+            "self_dialogue",
+            _of_people(populations.long_talks, "response"),
+            as_recorded,
+            real_users=True,
         ),
         StandIn(
             _reply_task("chat-reply"),

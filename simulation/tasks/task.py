@@ -1,6 +1,6 @@
 """A task of a personal language model: what is asked, with a history per user, and how it is written (after LaMP).
 
-The seven types are those of LaMP (Salemi et al., arXiv 2304.11406). A task is data and templates over the fields of
+Most types are those of LaMP (Salemi et al., arXiv 2304.11406). A task is data and templates over the fields of
 an item; nothing here reads a file or knows a model. Cutting long texts to a model's context is the caller's.
 """
 
@@ -43,19 +43,37 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class TaskUser:
-    """A person: a history, oldest first, and what is asked after it."""
+    """A person: a history, oldest first, and what is asked after it.
+
+    Where one person is asked at several moments, each moment is a user of its own, with the history up to it, and
+    `person` is whose it is; else it is empty.
+    """
 
     id: str
     history: tuple[Item, ...]
     queries: tuple[Query, ...]
+    person: str = ""
+
+    @property
+    def owner(self) -> str:
+        """The person: the same for all of their moments."""
+        return self.person or self.id
 
 
 def before(items: str, prompt: str) -> str:
     return f"{items}. {prompt}"
 
 
+def above(items: str, prompt: str) -> str:
+    return f"{items}\n\n{prompt}"
+
+
 def as_patterns(items: str, prompt: str) -> str:
     return f"{items}. Following the given patterns {prompt}"
+
+
+def in_the_style(items: str, prompt: str) -> str:
+    return f"{items}. Use the above abstracts as context to understand the style and language of the user and, {prompt}"
 
 
 def by_a_person(items: str, prompt: str) -> str:
@@ -73,10 +91,10 @@ class Task:
     """What is asked and how. Templates have the fields {text}, {target} and {title} of an item.
 
     `asked` is the prompt of an item, empty where queries are not made of items. `labels` is the closed set of replies,
-    or empty. `practice` is the prompt and the reply of a history item as a
-    training example: by default that of a query. `shown_as` is an item that was retrieved, `joined` how such items
-    enter a prompt, `searched` what a retriever compares an item by, `searched_with` what it is given where the item is
-    a training example (never the reply; empty: nothing to look by), `own` what of an item its user wrote.
+    or empty. `practice` is the prompt and the reply of a history item as a training example: by default that of a
+    query. `shown_as` is an item that was retrieved, `between` stands between two of them, `joined` is how they enter a
+    prompt, `searched` what a retriever compares an item by, `searched_with` what it is given where the item is a
+    training example (never the reply; empty: nothing to look by), `own` what of an item its user wrote.
     """
 
     name: str
@@ -89,6 +107,7 @@ class Task:
     searched: str = "{text}"
     searched_with: str = "{text}"
     own: str = "{text}"
+    between: str = ", and "
 
     def example(self, item: Item) -> Dialogue:
         """A history item as a training example."""
@@ -109,7 +128,7 @@ class Task:
 
     def with_items(self, prompt: str, shown: Sequence[str]) -> str:
         """The prompt with retrieved items; without any, the prompt itself."""
-        return self.joined(", and ".join(shown), prompt) if shown else prompt
+        return self.joined(self.between.join(shown), prompt) if shown else prompt
 
     def search(self, item: Item) -> str:
         """What a retriever is given where the item is a training example."""
