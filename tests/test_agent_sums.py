@@ -706,6 +706,7 @@ def test_four_devices_of_which_one_is_lost_after_it_learned_give_the_sum_of_thre
     assert (strategy.facts[1].releases, strategy.facts[1].silent, strategy.facts[1].refused) == (3, 1, {})
     sums, numbers = sum_terms(orchard.terms, layout_of(orchard.terms)), [agents[n].device.state().sent for n in "abc"]
     assert sums and orchard.terms.distributed
+    assert {a.device.context.sum_code(1) for a in agents.values()} == {sums.code(1)}  # turned and scaled alike
     row = sums.code(1).decoded(sum(n.numpy() for n in numbers if n is not None))
     assert np.array_equal(shared, begun + (row / 3).astype(np.float32))
     together = orchard.terms.distributed.noise_multiplier * 0.05

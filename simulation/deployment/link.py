@@ -110,7 +110,7 @@ class LinkGrid(HttpGrid):
         A device that is expelled meanwhile is not waited for.
         """
         asked = list(messages)
-        nodes = {i: m.metadata.dst_node_id for i, m in zip(self.push_messages(asked), asked, strict=True) if i}
+        nodes = {i: m.metadata.dst_node_id for i, m in zip(self.push_messages(asked), asked, strict=False) if i}
         waiting, unanswered = set(nodes), set(nodes)
         until, found = time.monotonic() + (timeout or 0.0), list[Message]()
         while waiting and (timeout is None or time.monotonic() < until):

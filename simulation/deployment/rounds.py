@@ -216,7 +216,7 @@ class OperatorStrategy(ReleaseStrategy):
         self.asked = ()
         for attempt in range(TRIES):
             if attempt:
-                self.tell(f"round {number}: {came_to(self.facts[number], self.fewest)}; once more")
+                self.tell(f"round {number}: {self.facts[number].releases} of {self.fewest} releases; once more")
             while len(self.link.online()) < self.least_releases:
                 time.sleep(LOOK_S)
             self.look()
