@@ -19,6 +19,7 @@ from florilegium.privacy.ledger import Accounts, LedgerError
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.release import Schema
 from florilegium.privacy.secure_aggregation.neighbours import holders
+from florilegium.privacy.secure_aggregation.rounded_noise import SumCode
 from florilegium.privacy.secure_aggregation.wire import reply_bytes
 from florilegium.privacy.seeds import derive_seed
 
@@ -48,6 +49,7 @@ class CohortContext:
     rank_of: Callable[[str], int] = full_rank
     coins: Coins = field(default_factory=Coins)
     personal_start: torch.Tensor | None = None  # (P,) that every device begins with; none: each with one of its own
+    public_seed: int | None = None  # the same on all devices of a federation; none: `seed` is
 
     @classmethod
     def of(
@@ -67,6 +69,11 @@ class CohortContext:
         """The arrays of a release: names and shapes."""
         return release_schema(self.shared_layout, self.config.shared.upload)
 
+    def sum_code(self, number: int) -> SumCode:
+        """How the rows that travel in a round become integers, the same on all devices."""
+        seed = self.seed if self.public_seed is None else self.public_seed
+        return sum_code(self.config, self.schema, number, seed)
+
     @property
     def accounts(self) -> Accounts:
         """The ledger; raises `LedgerError` where there is none to pay from."""
@@ -85,8 +92,7 @@ class CohortContext:
     def upload_bytes(self, device: str, plan: RoundPlan) -> int:
         """Bytes of one release on the wire; of a part of a sum, with all that a device says for its masks."""
         if self.config.privacy.distributed:
-            summed, code = self.config.summed, sum_code(self.config, self.schema, plan.round, self.seed)
-            return code.size_bytes + reply_bytes(holders(summed.limits))
+            return self.sum_code(plan.round).size_bytes + reply_bytes(holders(self.config.summed.limits))
         schema = self.schema.of_round(plan.round, self.rank_of(device))
         return ENCODINGS[schema.encoding].size_bytes(schema)
 

@@ -36,6 +36,7 @@ from florilegium.privacy.secure_aggregation.session import Session
 
 NO_ARRAYS = Schema(())
 PLAN = {"round", "version", "head"}  # what a server may say beside the shared adapter
+ONLY_A_PLAN = f"a plan has {', '.join(sorted(PLAN))} and nothing else: all other settings are the device's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,7 @@ def contributions(question: Instruction, names: Sequence[str], devices: Devices)
 def step_reply(message: Message, name: str, sessions: Sessions) -> DeviceReply:
     """What a device says at a step of secure aggregation that is not about its numbers."""
     try:
-        content = message.content.config_records
-        number, told = _count(content["plan"]["round"]), dict(content[wire.RECORD])
+        number, told = read_step(message)
         said = answer_step(message.metadata.message_type, told, name, number, sessions)
     except RoundRefusedError as error:
         return refusal(str(error))
@@ -117,6 +117,14 @@ def step_reply(message: Message, name: str, sessions: Sessions) -> DeviceReply:
         return refusal(BAD_MESSAGE)
     check_step(said)
     return DeviceReply(said)
+
+
+def read_step(message: Message) -> tuple[int, wire.Record]:
+    """The round that a step is of, and what is told there. Raises KeyError or ValueError for anything else in it."""
+    content = message.content.config_records
+    if set(content["plan"]) != PLAN:
+        raise ValueError(ONLY_A_PLAN)
+    return _count(content["plan"]["round"]), dict(content[wire.RECORD])
 
 
 def open_parts(
@@ -197,7 +205,7 @@ def question(
     if kind == MessageType.QUERY:
         return Instruction(kind, RoundPlan(0, 0), torch.empty(0))
     if any(set(plan) != PLAN for plan in plans):
-        raise ValueError(f"a plan has {', '.join(sorted(PLAN))} and nothing else: all other settings are the device's")
+        raise ValueError(ONLY_A_PLAN)
     heads = {name: str(plan["head"]) for name, plan in zip(names, plans, strict=True)}
     plan = RoundPlan(_count(plans[0]["round"]), _count(plans[0]["version"]), heads)
     down = schema.with_weights() if any(name.endswith(WEIGHT) for name in arrays) else schema

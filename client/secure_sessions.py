@@ -16,7 +16,6 @@ from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from florilegium.client.calibration import sum_code
 from florilegium.client.context import CohortContext
 from florilegium.privacy.plan import RoundPlan
 from florilegium.privacy.secure_aggregation import wire
@@ -73,7 +72,7 @@ class SimulatedSessions:
         self.sessions[session.scene.device, session.scene.round] = session
 
     def code(self, number: int) -> SumCode:
-        return sum_code(self.context.config, self.context.schema, number, self.context.seed)
+        return self.context.sum_code(number)
 
     def seed(self, device: str, number: int) -> bytes:
         """Of a new session."""

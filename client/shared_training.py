@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from florilegium.client.calibration import planned_event, sum_code
+from florilegium.client.calibration import planned_event
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.batching import schedule_steps
@@ -200,7 +200,7 @@ def _finite(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _coded(row: torch.Tensor, state: DeviceState, plan: RoundPlan, context: CohortContext) -> torch.Tensor:
-    code = sum_code(context.config, context.schema, plan.round, context.seed)
+    code = context.sum_code(plan.round)
     draws = np.random.Generator(np.random.Philox(key=context.coins.noise_key(state, plan, context)))
     return torch.from_numpy(code.encoded(row.numpy(), draws.standard_normal(code.width)))
 

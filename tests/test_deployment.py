@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,19 @@ import pytest
 from cryptography.x509 import load_pem_x509_certificate
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from typer import Typer
 from typer.testing import CliRunner
 
 from florilegium.client.agent.agent import Agent
+from florilegium.client.agent.cli import app as device_app
 from florilegium.client.agent.config import new_config
-from florilegium.client.agent.device import Device
+from florilegium.client.agent.device import SESSION, Device
 from florilegium.client.agent.errors import DeviceError
 from florilegium.client.agent.folder import DeviceFolder
+from florilegium.client.agent.signature import public_half
 from florilegium.client.agent.supernode import PUBLIC_KEY, REASONS, connected, prepare
 from florilegium.client.agent.terms import Terms, read_terms, write_terms
+from florilegium.client.agent.vault import Vault
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.privacy.release import PROTOCOL
@@ -38,9 +44,11 @@ from florilegium.simulation.config import load_config
 from florilegium.simulation.data.population import load_population
 from florilegium.simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
 from florilegium.simulation.deployment.link import Link
-from florilegium.simulation.deployment.register import admit
+from florilegium.simulation.deployment.register import admit, expel
+from florilegium.simulation.deployment.registrar import REGISTRAR_KEY
 from florilegium.simulation.deployment.rounds import came_to, layout_of, make_folder, serving, strategy_of
 from florilegium.simulation.deployment.settings import check_rule
+from florilegium.simulation.deployment.sums import sum_terms
 from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.settings import find_config
 
@@ -52,6 +60,13 @@ def told(*arguments: str | Path | int) -> None:
     """What its owner would type."""
     done = subprocess.run([*FLORILEGIUM, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def typed(app: Typer, *arguments: str | Path | float) -> str:
+    """The same in this process; returns what it shows."""
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output.replace("\n", " ")
 
 
 def free_port() -> int:
@@ -78,7 +93,7 @@ def test_terms_are_public_and_say_nothing_of_a_budget(tmp_path: Path) -> None:
         read_terms(tmp_path / "terms.toml")
 
 
-def new_device(home: DeviceFolder, lm: LanguageModel, **privacy: float) -> Agent:
+def new_device(home: DeviceFolder, lm: LanguageModel, **privacy: float | str) -> Agent:
     """With a few dialogues that its owner has answered."""
     config = new_config(ModelConfig(name="nano"))
     limits = config.device.privacy.model_copy(update=privacy)
@@ -259,6 +274,66 @@ def test_three_devices_a_server_and_what_goes_wrong(tmp_path: Path, lm: Language
     assert all(np.array_equal(first[name], after[name]) for name in first)
     text = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
     assert not any(reply.encode() in text for _, reply in SAID)
+
+
+@pytest.mark.slow
+def test_four_devices_add_their_noise_together_and_one_is_killed_as_it_learns(
+    tmp_path: Path, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A registrar, a server and four processes; one is gone once it has the others' parts: the sum is of who came."""
+    monkeypatch.chdir(tmp_path)
+    folder, registrar, port = tmp_path / "server", tmp_path / "registrar", free_port()
+    typed(server_app, "registrar", "new", registrar)
+    public = public_half((registrar / REGISTRAR_KEY).read_bytes())
+    typed(server_app, "init", folder, "--name", "orchard", "--host", "127.0.0.1", "--rounds", 1, "--patience-s", 120,
+          "--mode", "user-distributed", "--registrar", public, "--devices", 4, "--survivors", 3, "--min-devices", 4,
+          "--clip-norm-l2", 0.05)  # fmt: skip
+    homes = [DeviceFolder(tmp_path / name) for name in ("ada", "ben", "cleo", "dan")]
+    for home in homes:
+        agent = new_device(home, lm, mode="user-distributed")
+        home.write_config(agent.device.config)
+        shown = typed(device_app, "identity", folder / "terms.toml", "--home", home.path)
+        typed(server_app, "registrar", "sign", registrar, folder / "terms.toml", home.path.name, shown.strip())
+        joining = typed(device_app, "join", folder / "terms.toml", "--server", f"127.0.0.1:{port}", "--certificates",
+                        folder / CA, "--registration", f"{home.path.name}.registration", "--yes",
+                        "--home", home.path)  # fmt: skip
+        assert f"said by the registrar, {public}" in joining
+        admit(folder, home.path.name, str(home.supernode / PUBLIC_KEY))
+        agent.device.vault.set_fact("pace", 1.0)  # rehearsed before
+    command = [sys.executable, "-m", "florilegium", "server", "start", str(folder), "--port", str(port)]
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert server.stdout and "may connect" in server.stdout.readline()
+    with ThreadPoolExecutor() as starting:  # a SuperNode that is early tries again late
+        agents = list(starting.map(Serving, homes))
+    try:
+        until, last = time.monotonic() + 300, Vault(homes[3].vault, homes[3].read_key(homes[3].config()))
+        while not (kept := last.fact(SESSION, {})) or not kept["told"]["members"]:
+            assert time.monotonic() < until and server.poll() is None, (folder / "server.log").read_text()[-3000:]
+            time.sleep(0.05)
+        agents[3].kill()
+        expel(folder, "dan")  # or the server waits for as long as its terms say
+        said, _ = server.communicate(timeout=300)
+    finally:
+        for serving in agents[:3]:
+            serving.kill()
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+    assert server.returncode == 0 and "round 1: 3 releases" in said.replace("4 releases", "3 releases"), said
+    run, terms = RunFolder(folder), read_terms(folder / "terms.toml")
+    (facts,) = [f for line in run.metrics.read_text().splitlines() if (f := json.loads(line))["event"] == "round"]
+    devices = [Agent(Device(h, h.config(), lm, h.read_key(h.config()))).device for h in homes]
+    parts = [device.state().sent for device in devices[: facts["releases"]]]
+    sums = sum_terms(terms, layout_of(terms))
+    assert sums and len(parts) in (3, 4)
+    row = sums.code(1).decoded(sum(part.numpy() for part in parts if part is not None))
+    start, first = (np.concatenate([a.ravel() for a in run.shared(n).shared.values()]) for n in (0, 1))
+    assert np.array_equal(first, start + (row / len(parts)).astype(np.float32))
+    assert float(row.std()) == pytest.approx(math.sqrt(len(parts)) * sums.code(1).share_std, rel=0.05)
+    for device in devices[:3]:
+        account = device.ledger.account(device.state().id, device.state().genesis)
+        assert account and [e.round for e in account.entries] == [1] and device.vault.fact(SESSION, None) is None
 
 
 @pytest.mark.slow

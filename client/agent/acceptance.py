@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from florilegium.client.agent.distributed_terms import DistributedTerms
 from florilegium.client.agent.errors import RefusedTermsError
-from florilegium.client.calibration import planned_event, planned_steps
+from florilegium.client.calibration import planned_event, planned_steps, sum_code
 from florilegium.client.config import DeviceConfig, SharedConfig
 from florilegium.privacy.accounting import Event, epsilon
 from florilegium.privacy.common.errors import UserError
 from florilegium.privacy.modes import Mode, PrivacyConfig
+from florilegium.privacy.release import Schema
 
 if TYPE_CHECKING:
     from florilegium.client.lm.adapter import AdapterLayout
@@ -35,7 +37,8 @@ MOST_STEPS = 100_000  # in all rounds
 MOST_TEXTS = 20_000  # learned from in a round
 MOST_BYTES = 2**30  # of the gradients of a pool that is drawn as a whole
 MOST_TARGETS, LONGEST_TARGET = 64, 128  # names of layers, and characters of each
-ANSWERING: tuple[Mode, ...] = ("example-local", "user-local")  # modes of devices that answer a server at all
+ANSWERING: tuple[Mode, ...] = ("example-local", "user-local")  # modes whose noise is a device's own
+SAME = 1e-9  # of a noise multiplier: how far two devices' may be apart
 LEAST_NOISE = 0.3  # in clipping norms: below, coins that nobody may guess are all that is left
 
 
@@ -48,17 +51,60 @@ def unprotected(privacy: PrivacyConfig) -> str:
             "privacy.mode = 'user-central' leaves the noise to the server, and no server of real devices adds any: "
             "your change would arrive as it is; set 'example-local' or 'user-local', which add it on this device"
         )
-    if privacy.distributed:
-        return (
-            f"privacy.mode = {privacy.mode!r} is for simulations so far: no server of real devices asks for parts of a "
-            f"sum; set 'example-local' or 'user-local', which add all noise on this device"
-        )
     if privacy.secret != "os":
         return (
             "privacy.secret = 'seed' is for simulations: whoever knows the seed can take the noise off again; "
             "set privacy.secret = 'os'"
         )
     return ""
+
+
+def disagreement(config: DeviceConfig, told: DistributedTerms | None) -> str:
+    """What of a federation's sums is beyond this device's own settings, in a sentence; empty where nothing is."""
+    privacy, own = config.privacy, config.secure_aggregation
+    if told is None:
+        if not privacy.distributed:
+            return ""
+        return (
+            f"privacy.mode = {privacy.mode!r} needs a federation whose terms say how the noise is added together, and "
+            f"these do not; set 'example-local' or 'user-local', which add all noise on this device"
+        )
+    if privacy.mode != told.mode:
+        return (
+            f"the federation is for privacy.mode = {told.mode!r}, in which the noise is that of many devices; this one "
+            f"is set to {privacy.mode!r}: set it to the federation's if you want that, or stay away"
+        )
+    beyond = {
+        f"epsilon = {told.epsilon:g}, above this device's privacy.epsilon = {privacy.epsilon:g}":
+            told.epsilon > privacy.epsilon,
+        f"delta = {told.delta:g}, above this device's privacy.delta = {privacy.delta:g}": told.delta > privacy.delta,
+        f"sums of {told.survivors} survivors, below this device's secure_aggregation.survivors = {own.survivors}":
+            told.survivors < own.survivors,
+        f"sums of up to {told.devices} devices, above this device's secure_aggregation.devices = {own.devices}":
+            bool(own.devices) and told.devices > own.devices,
+        f"colluding = {told.colluding}, below this device's secure_aggregation.colluding = {own.colluding}":
+            told.colluding < own.colluding,
+        f"bits = {told.bits}, other than this device's secure_aggregation.bits = {own.bits}":
+            own.bits not in (0, told.bits),
+    }  # fmt: skip
+    found = [text for text, is_so in beyond.items() if is_so]
+    return f"the federation wants {found[0]}" if found else ""
+
+
+def check_sums(config: DeviceConfig, schema: Schema, told: DistributedTerms, seed: int) -> None:
+    """Raises `RefusedTermsError` for noise that is not what ε needs, TooFewBitsError for a sum that could wrap.
+
+    `config` is that under these terms. All is reckoned here from ε, δ, rounds and rates: nothing is believed.
+    """
+    needed = planned_event(config).noise_multiplier
+    if abs(told.noise_multiplier - needed) > SAME * needed:
+        raise RefusedTermsError(
+            f"the terms say noise_multiplier = {told.noise_multiplier:.9g}; epsilon = {told.epsilon:g} at delta = "
+            f"{told.delta:g} over their rounds needs {needed:.9g} by this device's own accounting, and others would "
+            f"add their shares of another one"
+        )
+    for number in range(1, 1 + len(schema.turns)):
+        sum_code(config, schema, number, seed)
 
 
 def check_settings(shared: SharedConfig, rounds: int) -> None:

@@ -17,15 +17,16 @@ import psutil
 import torch
 
 from florilegium.client.agent import conversation, erasure, learning, membership, trial
-from florilegium.client.agent.acceptance import unprotected
 from florilegium.client.agent.api_tokens import ApiTokens
 from florilegium.client.agent.config import CONSENTS, Consent, When
 from florilegium.client.agent.device import Device, Progress, silent
 from florilegium.client.agent.erasure import MadeAnew
 from florilegium.client.agent.errors import AgentError
 from florilegium.client.agent.folder import DeviceFolder
+from florilegium.client.agent.registration import Registration, public_identity
 from florilegium.client.agent.terms import Terms
 from florilegium.client.agent.vault import Turn
+from florilegium.client.agent.vault_sessions import VaultSessions
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.peft_format import peft_files, shared_files
 from florilegium.client.lm.places import BASE_FOLDER, base_of
@@ -130,13 +131,17 @@ class Agent:
 
     # -- its federation -----------------------------------------------------------------------------------------------
 
-    def check_terms(self, terms: Terms) -> None:
-        """Raises `AgentError` for terms that do not fit; see `membership.check_terms`."""
-        membership.check_terms(self.device, terms)
+    def identity(self, terms: Terms) -> str:
+        """What a registrar signs of this device for a federation: a public key, in hexadecimal digits."""
+        return public_identity(self.device.vault, terms.federation)
 
-    def join(self, terms: Terms, server: str) -> None:
+    def check_terms(self, terms: Terms, registration: Registration | None = None) -> None:
+        """Raises `AgentError` for terms that do not fit; see `membership.check_terms`."""
+        membership.check_terms(self.device, terms, registration)
+
+    def join(self, terms: Terms, server: str, registration: Registration | None = None) -> None:
         """Agrees to a federation's terms; see `membership.join`."""
-        membership.join(self.device, terms, server)
+        membership.join(self.device, terms, server, registration)
 
     def leave(self) -> None:
         """Answers no server from now on; see `membership.leave`."""
@@ -157,8 +162,9 @@ class Agent:
 
     @property
     def sessions(self) -> Sessions | None:
-        """Those of secure aggregation."""
-        return None
+        """Those of secure aggregation, in a federation that has sums."""
+        there = self.device.membership
+        return VaultSessions(self.device) if there and there.distributed else None
 
     def contribute(self, names: Sequence[str], received: torch.Tensor, plan: RoundPlan) -> list[Sendable | None]:
         """The release of a round, of the one device there is; see `membership.contribution`."""
@@ -200,7 +206,7 @@ class Agent:
             "unanswered": len(learning.held(state) - state.replies.keys() - vault.held()),
             "held_back": trial.held_replies(device),
             "federation": there.model_dump(mode="json") if there else None,
-            "unprotected": unprotected(privacy),
+            "unprotected": device.objection,
             "releases": len(vault.releases()),
             "turned away": dict(self.turned_away),
             "pace": vault.fact("pace", 0.0),

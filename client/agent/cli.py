@@ -349,6 +349,9 @@ def join(
     certificates: Annotated[
         Path | None, typer.Option(help="The server's CA, as its operator gave it to you; an invitation has it.")
     ] = None,
+    registration: Annotated[
+        Path | None, typer.Option(help="What the registrar has signed, where devices add noise together.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     home: HomeOption = HOME,
 ) -> None:
@@ -357,10 +360,17 @@ def join(
     `serve` then keeps in touch with it.
     """
     from florilegium.client.agent.invitation import accept, read_invitation
+    from florilegium.client.agent.registration import read_registration
     from florilegium.client.agent.terms import read_terms
 
     with plain_errors():
         invitation = read_invitation(terms)
+        registered = read_registration(registration) if registration else None
+        if invitation and registered and invitation.device != registered.device:
+            raise DeviceError(
+                f"the invitation is for {invitation.device!r}, the registration for {registered.device!r}: other "
+                f"devices would not know this one"
+            )
     server = invitation.server if invitation else server
     if not invitation and certificates is None:
         raise typer.BadParameter("--certificates FILE is needed: ca.pem of the server's operator")
@@ -376,13 +386,21 @@ def join(
             from florilegium.client.agent.supernode import prepare
 
             agent = Agent.open(folder)
-            agent.check_terms(asked)
+            agent.check_terms(asked, registered)
             privacy, spent = agent.device.config.device.privacy, agent.epsilon()
+            if asked.distributed:
+                privacy = privacy.model_copy(update=asked.distributed.model_dump(include={"epsilon", "delta"}))
             console.print(
                 f"{asked.name} at {server}: {asked.rounds} rounds. Each answer is the change of a shared adapter of "
                 f"{agent.device.lm.name}, with noise for {privacy.promise.unit}: at most ε = {privacy.epsilon:g} at "
                 f"δ = {privacy.delta:g} over all rounds. Not covered: {privacy.promise.not_covered}."
             )
+            if sums := asked.distributed:
+                console.print(
+                    f"The noise is that of a sum of {sums.survivors} devices or more, of which {sums.colluding} may "
+                    f"tell the server what they know. Which devices there are is said by the registrar, "
+                    f"{sums.registrar}: trust it not to invent any, and not to be the server's operator."
+                )
             if spent is None or spent > 0:
                 told = "The account is broken" if spent is None else f"ε = {spent:.3f} of it is spent already"
                 console.print(f"{told}: what cannot be paid for is not sent, and spent budget does not return.")
@@ -392,9 +410,34 @@ def join(
             public = prepare(folder.supernode, given)
             if invitation:
                 accept(invitation, public.read_text(encoding="utf-8"))
-            agent.join(asked, server)
+            agent.join(asked, server, registered)
         to_do = "" if invitation else f"give {public} to the server's operator, then: "
         console.print(f"joined; {to_do}{folder.command('serve')}")
+
+
+@app.command()
+def identity(
+    terms: Annotated[Path, typer.Argument(help="The terms of a federation, or an invitation to it.")],
+    home: HomeOption = HOME,
+) -> None:
+    """Show this device's identity for a federation whose devices add noise together: what its registrar signs.
+
+    It is of these terms alone; stop `serve` first.
+    """
+    from florilegium.client.agent.invitation import read_invitation
+    from florilegium.client.agent.registration import public_identity
+    from florilegium.client.agent.terms import read_terms
+    from florilegium.client.agent.vault import Vault
+
+    with plain_errors():
+        invitation = read_invitation(terms)
+        asked = invitation.terms if invitation else read_terms(terms)
+        if asked.distributed is None:
+            raise DeviceError(f"{asked.name!r} has no registrar: its devices add no noise together")
+        folder = DeviceFolder(home)
+        with folder.locked():
+            vault = Vault(folder.vault, folder.read_key(folder.check()))
+            console.print(public_identity(vault, asked.federation))
 
 
 @app.command()

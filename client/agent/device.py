@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from florilegium.client.agent.acceptance import unprotected
+from florilegium.client.agent.acceptance import disagreement, unprotected
 from florilegium.client.agent.api_tokens import API_TOKENS
 from florilegium.client.agent.config import CONSENTS, AgentConfig, Consent, When
 from florilegium.client.agent.errors import AgentError, HomeError
@@ -33,6 +33,7 @@ from florilegium.client.state_store import DeviceStore
 from florilegium.privacy.ledger import Ledger
 from florilegium.privacy.seeds import fresh_secret
 
+SESSION = "sum session"  # the fact with the session of secure aggregation that is going on
 Progress = Callable[[str], None]
 Write = Callable[[sqlite3.Connection], None]  # within a transaction
 
@@ -105,8 +106,13 @@ class Device:
     @property
     def federating(self) -> bool:
         """Whether a server is answered: by settings that its owner has changed since joining, maybe no more."""
-        protects = not unprotected(self.config.device.privacy)
-        return self.membership is not None and all(self.consents.values()) and protects
+        return self.membership is not None and all(self.consents.values()) and not self.objection
+
+    @property
+    def objection(self) -> str:
+        """Why these settings answer no server, or not the one that was joined; empty where they do."""
+        there, config = self.membership, self.config.device
+        return unprotected(config.privacy) or (disagreement(config, there.distributed) if there else "")
 
     # -- what the phases work with ------------------------------------------------------------------------------------
 
@@ -123,7 +129,7 @@ class Device:
         config = membership.settings(config)
         found = CohortContext.of(self.lm, config, seed, self.reply_to, self.tell, self.ledger)
         layout = self.lm.lora_layout(config.shared.adapter, public_seed=membership.public_seed)
-        return replace(found, shared_layout=layout, experiment=membership.name)
+        return replace(found, shared_layout=layout, experiment=membership.name, public_seed=membership.public_seed)
 
     def reply_to(self, device: str, dialogue: str) -> str:
         """What there is to learn from a dialogue; empty where it is gone, and while it is held back."""
@@ -201,6 +207,7 @@ def forget_shared(connection: sqlite3.Connection) -> None:
     """No shared adapter, as of another federation or of none, within a transaction of its caller's."""
     for name in ("used", "newest", "pace"):
         write_fact(connection, name, 0)
+    write_fact(connection, SESSION, None)  # a round that is going on goes on without this device
 
 
 def loaded(model: ModelConfig) -> LanguageModel:

@@ -45,7 +45,7 @@ def read_invitation(path: Path) -> Invitation | None:
 def write_invitation(path: Path, invitation: Invitation) -> None:
     """For its reader alone. Raises `DeviceError` where there is a file."""
     try:
-        write_private(path, tomli_w.dumps(invitation.model_dump(mode="json")).encode())
+        write_private(path, tomli_w.dumps(invitation.model_dump(mode="json", exclude_none=True)).encode())
     except FileExistsError:
         raise DeviceError(f"{path} is there already") from None
 

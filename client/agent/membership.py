@@ -12,14 +12,23 @@ from dataclasses import replace
 import torch
 from pydantic import ValidationError
 
-from florilegium.client.agent.acceptance import check_promise, check_settings, check_work, unprotected
+from florilegium.client.agent.acceptance import (
+    check_promise,
+    check_settings,
+    check_sums,
+    check_work,
+    disagreement,
+    unprotected,
+)
 from florilegium.client.agent.device import Device, forget_shared, write_adapter
 from florilegium.client.agent.errors import AgentError
 from florilegium.client.agent.folder import replace_file
 from florilegium.client.agent.learning import gathered, retire
 from florilegium.client.agent.pace import doubled, rehearsed
+from florilegium.client.agent.registration import Registration, public_identity
 from florilegium.client.agent.terms import Membership, Terms
 from florilegium.client.agent.vault import Sent, write_fact, write_sent
+from florilegium.client.agent.vault_sessions import ANSWERED
 from florilegium.client.calibration import release_limits
 from florilegium.client.context import CohortContext
 from florilegium.client.observation import Observation
@@ -36,12 +45,13 @@ LOST = "lost"  # in place of a head that should be there
 # -- joining and leaving ----------------------------------------------------------------------------------------------
 
 
-def check_terms(device: Device, terms: Terms) -> None:
+def check_terms(device: Device, terms: Terms, registration: Registration | None = None) -> None:
     """Raises `AgentError` for terms that do not fit this device, or that its owner has not consented to."""
     missing = [item for item, given in device.consents.items() if not given]
     if missing:
         raise AgentError(f"not consented to: {' and '.join(missing)}; florilegium device consent {missing[0]} yes")
-    if why := unprotected(device.config.device.privacy):
+    config = device.config.device
+    if why := unprotected(config.privacy) or disagreement(config, terms.distributed):
         raise AgentError(why)
     if terms.base != device.vault.fact("base", ""):
         raise AgentError(
@@ -53,6 +63,7 @@ def check_terms(device: Device, terms: Terms) -> None:
     there = device.membership
     if there and there.name != terms.name:
         raise AgentError(f"this device is in {there.name!r}; leave it first: florilegium device leave")
+    _check_registration(device, terms, registration)
     context = _affordable(device, terms)
     longest = release_limits(context.config, context.schema)[0]
     if terms.largest_norm_l2 and longest > terms.largest_norm_l2:
@@ -61,6 +72,21 @@ def check_terms(device: Device, terms: Terms) -> None:
             f"device's are up to {longest:.3g}: ask the operator for terms of another --mode, or with a smaller "
             f"--least-epsilon"
         )
+
+
+def _check_registration(device: Device, terms: Terms, registration: Registration | None) -> None:
+    """Raises `AgentError` unless this device is registered where devices have to be, and there alone."""
+    told = terms.distributed
+    if told is None:
+        if registration:
+            raise AgentError(f"a registration has no effect in {terms.name!r}: its devices sign nothing for each other")
+        return
+    identity = public_identity(device.vault, terms.federation)
+    way = f"give the registrar of {terms.name!r} what florilegium device identity shows for these terms: {identity}"
+    if registration is None:
+        raise AgentError(f"devices of {terms.name!r} add noise together and are registered: {way}")
+    if registration.identity != identity or not registration.is_of(told.registrar, terms.federation):
+        raise AgentError(f"the registration is not this device's for these terms, by their registrar: {way}")
 
 
 def _affordable(device: Device, terms: Terms) -> CohortContext:
@@ -73,6 +99,8 @@ def _affordable(device: Device, terms: Terms) -> CohortContext:
         context = device.context_in(Membership.of(terms))
         check_work(context.shared_layout, context.config)
         check_promise(context.config, terms.min_devices)
+        if terms.distributed:
+            check_sums(context.config, context.schema, terms.distributed, terms.seed)
     except (UserError, ValidationError) as error:
         why = "; ".join(e["msg"] for e in error.errors()) if isinstance(error, ValidationError) else str(error)
         raise AgentError(f"the terms of {terms.name!r} do not fit this device: {why}") from None
@@ -81,11 +109,11 @@ def _affordable(device: Device, terms: Terms) -> CohortContext:
     return context
 
 
-def join(device: Device, terms: Terms, server: str) -> None:
+def join(device: Device, terms: Terms, server: str, registration: Registration | None = None) -> None:
     """Agrees to a federation's terms: from now on its server is answered. Raises as `check_terms`."""
-    check_terms(device, terms)
+    check_terms(device, terms, registration)
     with device.busy:
-        _go_over(device, terms.shared.pool_capacity, Membership.of(terms, server))
+        _go_over(device, terms.shared.pool_capacity, Membership.of(terms, server, registration))
 
 
 def leave(device: Device) -> None:
@@ -124,7 +152,7 @@ def released(device: Device, received: torch.Tensor, plan: RoundPlan) -> Sendabl
     there = device.membership
     if there is None or not device.federating or not 1 <= plan.round <= there.rounds:
         return None
-    answered: dict[str, list[int]] = device.vault.fact("answered rounds", {})
+    answered: dict[str, list[int]] = device.vault.fact(ANSWERED, {})
     state, context, rounds = device.state(), device.context_in(there), answered.get(there.name, [])
     if plan.round in rounds:  # in any order: none of them ends another
         return resend(state, received, plan, context) if plan.round == rounds[-1] else None
@@ -143,7 +171,7 @@ def released(device: Device, received: torch.Tensor, plan: RoundPlan) -> Sendabl
     told = _sent(there, plan, seen, context.upload_bytes(state.id, plan) if release else 0)
 
     def also(connection: sqlite3.Connection) -> None:
-        write_fact(connection, "answered rounds", {**answered, there.name: [*rounds, plan.round]})
+        write_fact(connection, ANSWERED, {**answered, there.name: [*rounds, plan.round]})
         write_sent(connection, told)
 
     device.save(state, also)

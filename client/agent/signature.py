@@ -34,12 +34,12 @@ def new_key() -> bytes:
 
 def public_half(private: bytes) -> str:
     """The public half of a private key in PEM: 64 hexadecimal digits. Raises ValueError for what is not one."""
-    return _private(private).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
+    return private_key(private).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
 def sealed(content: RecordDict, kind: str, federation: str, private: bytes, arrays_hash: str = "") -> RecordDict:
     """The same question with its signature; a hash of the arrays that is known already is not made again."""
-    signature = _private(private).sign(_told(content, kind, federation, arrays_hash))
+    signature = private_key(private).sign(_told(content, kind, federation, arrays_hash))
     return RecordDict({**content, SEAL: ConfigRecord({SEAL: signature})})
 
 
@@ -84,7 +84,8 @@ def _plain(value: object) -> object:
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
-def _private(pem: bytes) -> Ed25519PrivateKey:
+def private_key(pem: bytes) -> Ed25519PrivateKey:
+    """Raises ValueError for what is not one in PEM."""
     key = load_pem_private_key(pem, None)
     if not isinstance(key, Ed25519PrivateKey):
         raise ValueError("not an Ed25519 key")  # noqa: TRY004  # of what is in a file

@@ -72,6 +72,11 @@ def certified(registrar: Ed25519PrivateKey, federation: str, device: str, identi
     return signed(registrar, "device", [federation, device, identity.hex()])
 
 
+def is_certified(registrar: bytes, certificate: bytes, federation: str, device: str, identity: bytes) -> bool:
+    """Whether the registrar has signed that."""
+    return is_signed(registrar, certificate, "device", [federation, device, identity.hex()])
+
+
 def is_registered(of: tuple[str, int], registrar: bytes, name: str, advert: Advert) -> bool:
     """Whether the registrar knows this device by this identity, which has signed these keys, and they can be used."""
     keys = (advert.sharing_key, advert.masking_key, advert.own_mask_hash)
@@ -79,7 +84,7 @@ def is_registered(of: tuple[str, int], registrar: bytes, name: str, advert: Adve
         return False
     told = [*of, name, *(key.hex() for key in keys)]
     return (
-        is_signed(registrar, advert.certificate, "device", [of[0], name, advert.identity.hex()])
+        is_certified(registrar, advert.certificate, of[0], name, advert.identity)
         and is_signed(advert.identity, advert.signature, "keys", told)
         and is_usable(advert.sharing_key)
         and is_usable(advert.masking_key)

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from florilegium.client.agent.cli import plain_errors
+from florilegium.simulation.cli import registrar as registrar_commands
 
 app = typer.Typer(no_args_is_help=True, help="A server for real devices: terms, certificates, who may join, rounds.")
+app.add_typer(registrar_commands.app, name="registrar")
 console = Console(soft_wrap=True, markup=False)
 
 
@@ -32,12 +34,29 @@ def init(
     host: Annotated[list[str], typer.Option(help="Names and addresses that devices know the server by.")],
     model: str = "nano",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    min_devices: Annotated[int, typer.Option(min=1, help="Releases below which a round is not aggregated.")] = 1,
+    min_devices: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Releases below which a round is not aggregated, or begun; usually 1, in *-distributed the survivors.",
+        ),
+    ] = None,
     patience_s: Annotated[float, typer.Option(min=1, help="For the answers of a round.")] = 600.0,
     least_epsilon: Annotated[float, typer.Option(min=0.01, help="Of devices: it bounds the norm of a release.")] = 4.0,
     mode: Annotated[
-        Literal["example-local", "user-local"], typer.Option(help="Of devices, as privacy.mode: for the norm as well.")
+        Literal["example-local", "user-local", "example-distributed", "user-distributed"],
+        typer.Option(help="Of devices, as privacy.mode: for the norm as well."),
     ] = "example-local",
+    registrar: Annotated[
+        str | None, typer.Option(help="*-distributed: whose key it is that says which devices there are.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="*-distributed: in one sum at most, of 128.")] = None,
+    survivors: Annotated[int | None, typer.Option(help="*-distributed: below which no sum is unmasked.")] = None,
+    colluding: Annotated[int | None, typer.Option(help="*-distributed: whose noise counts for nothing.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="*-distributed: of all rounds; usually 8.")] = None,
+    delta: Annotated[float | None, typer.Option(help="*-distributed: usually 1e-5.")] = None,
+    clip_norm_l2: Annotated[float | None, typer.Option(help="*-distributed: as privacy.clip_norm_l2; 1.")] = None,
+    bits: Annotated[int | None, typer.Option(help="*-distributed: of a number; usually the fewest.")] = None,
     rule: Annotated[str, typer.Option(help="mean, trimmed-mean, krum, or package.module:NAME.")] = "mean",
     trimmed_share: Annotated[float, typer.Option(help="Of the releases, left out at both ends by trimmed-mean.")] = 0.1,
     byzantine: Annotated[int, typer.Option(help="Releases of a round that may be false, for krum.")] = 0,
@@ -58,12 +77,17 @@ def init(
     from florilegium.simulation.settings import validate
 
     folder = folder.resolve()
+    of_sums = {
+        "registrar": registrar, "devices": devices, "survivors": survivors, "colluding": colluding,
+        "epsilon": epsilon, "delta": delta, "clip_norm_l2": clip_norm_l2, "bits": bits,
+    }  # fmt: skip
+    sums = _sums(mode, {name: value for name, value in of_sums.items() if value is not None})
     with plain_errors():
         of_rule = {"rule": rule, "trimmed_share": trimmed_share, "byzantine": byzantine, "krum_keep": krum_keep}
         settings = validate(ServerConfig, of_rule, "server init")
         told = {
             "name": name, "model": model, "base": base_hash(model), "rounds": rounds, "seed": randbits(48),
-            "min_devices": min_devices, "patience_s": patience_s,
+            "min_devices": min_devices or survivors or 1, "patience_s": patience_s,
         }  # fmt: skip
         terms = validate(Terms, told, "server init")
         check_settings(terms.shared, terms.rounds)
@@ -74,13 +98,31 @@ def init(
             make_folder,  # and with it torch, now that little is left to refuse
         )
 
-        made = make_folder(folder, terms, settings, least_epsilon, host, mode)
+        made = make_folder(folder, terms, settings, least_epsilon, host, mode, sums)
     console.print(
         f"{folder}: give terms.toml and ca.pem to the devices' owners, and let in who sends you a node.pub: "
         f"florilegium server admit {folder} NAME node.pub"
     )
+    if made.distributed:
+        console.print(
+            f"a sum is of {made.distributed.survivors} devices at least, which {made.distributed.registrar} has "
+            f"registered: florilegium server registrar sign; noise multiplier {made.distributed.noise_multiplier:.3g}"
+        )
+        return
     console.print(f"a release longer than {made.largest_norm_l2:.3g} is refused: that of a device in {mode} with ε "
                   f"below {least_epsilon:g}, or of one that does not keep to what is agreed")  # fmt: skip
+
+
+def _sums(mode: str, given: dict[str, object]) -> dict[str, object] | None:
+    """What devices fix that add noise together; None where each adds its own."""
+    if not mode.endswith("-distributed"):
+        if given:
+            raise typer.BadParameter(f"--{next(iter(given)).replace('_', '-')} is for --mode *-distributed, not {mode}")
+        return None
+    for name in ("registrar", "devices", "survivors"):
+        if name not in given:
+            raise typer.BadParameter(f"--{name} is needed for --mode {mode}")
+    return {"epsilon": 8.0, "delta": 1e-5, "clip_norm_l2": 1.0, "mode": mode, **given}
 
 
 @app.command()

@@ -105,17 +105,24 @@ class LinkGrid(HttpGrid):
         return _Handlers(self._link)  # type: ignore[return-value]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """What was not answered in time is not asked any more: a device would spend on a round that is over."""
-        waiting = set(filter(None, self.push_messages(list(messages))))
+        """What was not answered in time is not asked any more: a device would spend on a round that is over.
+
+        A device that is expelled meanwhile is not waited for.
+        """
+        asked = list(messages)
+        nodes = {i: m.metadata.dst_node_id for i, m in zip(self.push_messages(asked), asked, strict=False) if i}
+        waiting, unanswered = set(nodes), set(nodes)
         until, found = time.monotonic() + (timeout or 0.0), list[Message]()
         while waiting and (timeout is None or time.monotonic() < until):
             for reply in self.pull_messages(waiting):
-                waiting.discard(reply.metadata.reply_to_message_id)
+                unanswered.discard(reply.metadata.reply_to_message_id)
                 found.append(reply)
+            there = set(self._link.nodes.values())
+            waiting = {i for i in unanswered if nodes[i] in there}
             if waiting:
                 time.sleep(LOOK_S)
-        self._link.state.delete_messages(waiting)
-        for left in waiting:
+        self._link.state.delete_messages(unanswered)
+        for left in unanswered:
             self._link.state.object_store.delete(left)
         return found
 

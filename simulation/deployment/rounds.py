@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
-from florilegium.client.agent.acceptance import check_for_everyone
 from florilegium.client.agent.config import new_config
 from florilegium.client.agent.errors import DeviceError
 from florilegium.client.agent.folder import write_private
@@ -29,12 +28,12 @@ from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.privacy.common.errors import UserError
 from florilegium.privacy.modes import Mode
-from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.release import Schema
 from florilegium.privacy.secure_aggregation.wire import Told
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.config import ServerConfig
 from florilegium.server.release_collector import Limits, RoundFacts, to_numpy
+from florilegium.server.secure_round import SumTerms
 from florilegium.server.strategy import TOO_FEW, Commit, NoReleaseError, ReleaseStrategy
 from florilegium.simulation.deployment.certificates import (
     CERTIFICATE,
@@ -48,6 +47,7 @@ from florilegium.simulation.deployment.https_server import Allowed, device_serve
 from florilegium.simulation.deployment.link import Link, LinkGrid
 from florilegium.simulation.deployment.register import NODES, admitted, welcome
 from florilegium.simulation.deployment.settings import check_rule, read_settings, write_settings
+from florilegium.simulation.deployment.sums import check_for_devices, noise_of, sum_terms, with_sums
 from florilegium.simulation.engines.strategy import commit, go_on
 from florilegium.simulation.rounds import Recorder, federate
 from florilegium.simulation.runs.events import RoundEnd
@@ -70,17 +70,22 @@ def make_folder(
     least_epsilon: float,
     hosts: Sequence[str] = (),
     mode: Mode = "example-local",
+    sums: Mapping[str, object] | None = None,
 ) -> Terms:
     """The terms with the operator's key and the bound of a release in them, and all that a server at `hosts` needs.
 
-    `mode` and `least_epsilon` are those of the devices whose releases are longest.
+    `mode` and `least_epsilon` are those of the devices whose releases are longest; `sums` says what devices fix that
+    add noise together, as `deployment.sums.with_sums` takes it.
 
     Raises `DeviceError`, for terms that no device would accept too; then nothing was written.
     """
     layout, private = layout_of(terms), new_key()
-    check_for_everyone(layout, terms.shared, terms.rounds)
     told = terms.model_copy(update={"operator": public_half(private)})
-    told = told.model_copy(update={"largest_norm_l2": largest_norm(told, layout, least_epsilon, mode)})
+    if sums is not None:
+        told = with_sums(told, layout, sums)
+    check_for_devices(layout, told)
+    if sums is None:
+        told = told.model_copy(update={"largest_norm_l2": largest_norm(told, layout, least_epsilon, mode)})
     if hosts:
         make_certificates(folder, hosts)
     write_private(folder / OPERATOR_KEY, private)
@@ -127,14 +132,25 @@ class OperatorStrategy(ReleaseStrategy):
         *,
         least_releases: int,
         commit: Commit | None = None,
+        sums: SumTerms | None = None,
     ) -> None:
-        """How much noise devices add is theirs to know; how long a release may be stands in the terms."""
+        """How much noise devices add is theirs to know, unless they add it together.
+
+        How long a release may be stands in the terms.
+        """
         limits = Limits(largest_norm_l2=terms.largest_norm_l2 or math.inf)
         super().__init__(
-            config, schema, terms.seed, ReleaseNoise(), limits=limits, least_releases=least_releases, commit=commit
-        )
+            config, schema, terms.seed, noise_of(terms), limits=limits, least_releases=least_releases, commit=commit,
+            sums=sums,
+        )  # fmt: skip
+        self.numbers_asked = set[int]()  # rounds of sums whose devices give no numbers again
         self.terms, self.operator_key, self.link, self.tell = terms, operator_key, link, tell
         self.asked: Sequence[str] = ()  # in the round that is under way
+
+    @property
+    def fewest(self) -> int:
+        """Releases that a round is aggregated of at least; in a sum, fewer may come through than it begins with."""
+        return self.sums.limits.survivors if self.sums else self.least_releases
 
     def greet(self, grid: Grid) -> None:
         """Nobody is asked for a name: names are bound to keys by the operator."""
@@ -149,6 +165,8 @@ class OperatorStrategy(ReleaseStrategy):
         secure: Mapping[str, Told] | None = None,
     ) -> list[Message]:
         known = hash_of(arrays)
+        if secure is not None and kind == MessageType.TRAIN:
+            self.numbers_asked.add(number)
         return [
             Message(
                 sealed(m.content, kind, self.terms.name, self.operator_key, known),
@@ -167,7 +185,15 @@ class OperatorStrategy(ReleaseStrategy):
 
     def sampled(self, server_round: int) -> list[str]:
         """Drawn of those who are there as a round begins, and the same in all of its tries."""
-        return list(self.asked) or super().sampled(server_round)
+        return list(self.asked) or self._drawn(server_round)
+
+    def _drawn(self, number: int) -> list[str]:
+        """As others draw them; of sums not more than one may be of."""
+        drawn = super().sampled(number)
+        if self.sums is None or len(drawn) <= self.sums.limits.devices:
+            return drawn
+        order = sorted(drawn, key=lambda name: derive_seed(self.seed, name, number))
+        return sorted(order[: self.sums.limits.devices])
 
     def look(self) -> None:
         """Who is connected now."""
@@ -185,15 +211,16 @@ class OperatorStrategy(ReleaseStrategy):
         again.
 
         The same devices are: one that has paid for the round sends its release once more, and no other pays instead.
+        A round of sums is over once numbers were asked for: a device gives them once.
         """
         self.asked = ()
         for attempt in range(TRIES):
             if attempt:
-                self.tell(f"round {number}: {self.facts[number].releases} of {self.least_releases} releases; once more")
+                self.tell(f"round {number}: {self.facts[number].releases} of {self.fewest} releases; once more")
             while len(self.link.online()) < self.least_releases:
                 time.sleep(LOOK_S)
             self.look()
-            self.asked = self._again(number) if attempt else super().sampled(number)
+            self.asked = self._again(number) if attempt else self._drawn(number)
             try:
                 found = super().collected(number, arrays, grid, timeout)
             except NoReleaseError as error:
@@ -201,6 +228,8 @@ class OperatorStrategy(ReleaseStrategy):
             else:
                 if found is not None:
                     return found
+            if number in self.numbers_asked:
+                return None
         return None
 
 
@@ -217,7 +246,7 @@ class ServerRecorder(Recorder):
         if number:
             facts = strategy.facts[number]
             self.run.record(RoundEnd(round=number, **asdict(facts)))
-            strategy.tell(f"round {number}: {came_to(facts, strategy.least_releases)}")
+            strategy.tell(f"round {number}: {came_to(facts, strategy.fewest)}")
 
 
 def strategy_of(folder: Path, link: Link, layout: AdapterLayout, tell: Tell) -> tuple[OperatorStrategy, ArrayRecord]:
@@ -233,6 +262,7 @@ def strategy_of(folder: Path, link: Link, layout: AdapterLayout, tell: Tell) -> 
         tell,
         least_releases=terms.min_devices,
         commit=partial(commit, run),
+        sums=sum_terms(terms, layout),
     )
     return strategy, go_on(strategy, run, layout.start(derive_seed(terms.seed, "shared")).numpy())
 
@@ -280,7 +310,7 @@ def _check_terms(folder: Path, terms: Terms, layout: AdapterLayout, tell: Tell) 
     Raises `RefusedTermsError` before the first round; who takes part in one that has begun is served to its end.
     """
     try:
-        check_for_everyone(layout, terms.shared, terms.rounds)
+        check_for_devices(layout, terms)
     except UserError as error:
         if not RunFolder(folder).done and RunFolder(folder).aggregate(1) is None:
             raise

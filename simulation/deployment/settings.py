@@ -28,7 +28,15 @@ def read_settings(folder: Path) -> ServerConfig:
 
 
 def check_rule(settings: ServerConfig, terms: Terms) -> None:
-    """Raises `DeviceError` where a round that has the releases it is to have could have too few for its rule."""
+    """Raises `DeviceError` where a round that has the releases it is to have could have too few for its rule.
+
+    Or where it has none, as of sums alone, and the rule looks at each.
+    """
+    if terms.distributed and settings.rule != "mean":
+        raise DeviceError(
+            f"--rule {settings.rule} looks at each device's release, and in {terms.distributed.mode!r} nobody sees "
+            f"any: what a server has is their sum; take mean"
+        )
     if (needed := settings.least_releases) > terms.min_devices:
         why = {
             "krum": f"with byzantine = {settings.byzantine} and krum_keep = {settings.krum_keep}",

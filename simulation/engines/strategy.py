@@ -12,13 +12,12 @@ from dataclasses import asdict
 
 from flwr.app import ArrayRecord
 
-from florilegium.client.calibration import release_limits, release_noise, sum_code
+from florilegium.client.calibration import release_limits, release_noise
 from florilegium.client.config import DeviceConfig
 from florilegium.client.context import CohortContext
 from florilegium.client.secure_sessions import SimulatedSessions
 from florilegium.privacy.noise import ReleaseNoise
 from florilegium.privacy.release import Array
-from florilegium.privacy.secure_aggregation.rounded_noise import SumCode
 from florilegium.privacy.seeds import derive_key, derive_seed, fresh_secret
 from florilegium.server.config import ServerConfig
 from florilegium.server.fedbuff import BufferedStrategy
@@ -77,12 +76,9 @@ def sum_terms(context: CohortContext) -> SumTerms | None:
     if not config.privacy.distributed:
         return None
 
-    def code(number: int) -> SumCode:
-        return sum_code(config, context.schema, number, context.seed)
-
-    code(1)  # raises what is wrong with it before anything is asked
+    context.sum_code(1)  # raises what is wrong with it before anything is asked
     registrar = SimulatedSessions(context).registrar
-    return SumTerms(context.experiment, config.summed.limits, registrar, code)
+    return SumTerms(context.experiment, config.summed.limits, registrar, context.sum_code)
 
 
 def go_on(strategy: ReleaseStrategy, run: RunFolder, start: Array) -> ArrayRecord:
