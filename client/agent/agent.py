@@ -24,6 +24,7 @@ from florilegium.client.agent.device import Device, Progress, silent
 from florilegium.client.agent.erasure import MadeAnew
 from florilegium.client.agent.errors import AgentError
 from florilegium.client.agent.folder import DeviceFolder
+from florilegium.client.agent.gguf_export import gguf_files
 from florilegium.client.agent.terms import Terms
 from florilegium.client.agent.vault import Turn
 from florilegium.client.lm.config import SamplingConfig
@@ -231,10 +232,11 @@ class Agent:
             for i in dict.fromkeys([*bins, *pool])
         ]  # fmt: skip
 
-    def exported(self) -> dict[str, bytes]:
+    def exported(self, *, gguf: bool = False) -> dict[str, bytes]:
         """The adapters as plain `peft` reads them, by path: the personal one, the shared one beneath it, the base.
 
-        Of bases those alone that are bundled: others are as large as a board's memory, and can be fetched.
+        Of bases those alone that are bundled: others are as large as a board's memory, and can be fetched. With `gguf`
+        all of it as llama.cpp reads it too; raises `AdapterFormatError` for adapters that it does not know.
         """
         lm, context, row = self.device.lm, self.device.context, self.device.state().personal
         base, (shared, _) = base_of(lm.name), self.device.used()
@@ -243,4 +245,4 @@ class Agent:
             files |= shared_files(context.shared_layout, shared, base)
         if lm.name == "nano":
             files |= {f"{BASE_FOLDER}/{path.name}": path.read_bytes() for path in base.files}
-        return files
+        return files | (gguf_files(self.device) if gguf else {})
