@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +20,24 @@ from gguf.quants import dequantize
 from test_gguf import write as write_tiny
 from typer.testing import CliRunner
 
+from florilegium.client.agent.agent import Agent
+from florilegium.client.agent.config import AgentConfig, GenerationConfig, new_config
+from florilegium.client.agent.device import Device, write_adapter
+from florilegium.client.agent.folder import DeviceFolder
+from florilegium.client.agent.gguf_export import adapters_on
+from florilegium.client.lm import llamacpp
 from florilegium.client.lm.adapter import AdapterLayout, Adapters
-from florilegium.client.lm.config import AdapterConfig, ModelConfig, SamplingConfig
+from florilegium.client.lm.config import AdapterConfig, ModelConfig, ReplyConfig, SamplingConfig
 from florilegium.client.lm.gguf_adapter import Placement, gguf_adapter, placement
 from florilegium.client.lm.gguf_base import write_gguf
 from florilegium.client.lm.llamacpp import LlamaCpp
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.peft_format import AdapterFormatError
 from florilegium.client.lm.places import ModelError
+from florilegium.client.personalization.acceptance import AcceptanceConfig
 from florilegium.simulation.cli.models import app as models_app
 from florilegium.simulation.data.population import User
+from florilegium.simulation.settings import set_value
 
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="pip install 'florilegium[llamacpp]'"
@@ -208,21 +219,22 @@ def test_llama_cpp_says_the_same_with_the_same_adapter(
         assert abs(logarithms(server, ids, 4096) - expected).max() < CLOSE < 0.1 < abs(bare - expected).max()
     sampling, heard = SamplingConfig(max_new_tokens=16), list[str]()
     replies = written.generate(prompts, [0] * 50, on, sampling, [0] * 50)
-    theirs = [server.reply(e.prompt, sampling, 0, "", heard.append) for e in written.format.prompts(prompts)]
+    theirs = [server.reply(e.prompt, sampling, 0, heard.append) for e in written.format.prompts(prompts)]
     assert sum(a == b for a, b in zip(replies, theirs, strict=True)) >= 48  # of 50: 95 %, rounded up
     assert len(set(replies)) > 10 and heard[-1] == theirs[-1]
 
 
 @needs_llamacpp
-def test_llama_cpp_draws_by_the_seed_and_stops(written: LanguageModel, server: LlamaCpp) -> None:
+def test_llama_cpp_draws_by_the_seed_and_stops(written: LanguageModel, base: Path, server: LlamaCpp) -> None:
     (asked,) = written.format.prompts(["Do you like tea?"])
-    warm = SamplingConfig(max_new_tokens=12, temperature=1.0)
-    said = {seed: server.reply(asked.prompt, warm, seed, "", lambda told: None) for seed in (1, 2, 2**40 + 1)}
+    warm, heard = SamplingConfig(max_new_tokens=12, temperature=1.0), list[str]()
+    said = {seed: server.reply(asked.prompt, warm, seed, heard.append) for seed in (1, 2, 2**40 + 1)}
     assert said[1] != said[2] and said[2**40 + 1] == said[1]
-    word = said[1].split()[1]
-    assert server.reply(asked.prompt, warm, 1, f" {word}", lambda told: None) == said[1].split()[0]
     with pytest.raises(ModelError, match=r"llama\.cpp refuses: .*context"):
-        server.reply(asked.prompt * 200, warm, 1, "", lambda told: None)
+        server.reply(asked.prompt * 200, warm, 1, heard.append)
+    other = LlamaCpp(base, 512, 1, stop=" ")
+    assert " " not in other.reply(asked.prompt, warm, 1, heard.append)
+    other.close()
 
 
 @needs_llamacpp
@@ -231,3 +243,97 @@ def test_an_adapter_of_another_base_is_refused(written: LanguageModel, base: Pat
     adapter = gguf_adapter(adapters(written), placement(written.engine, GGUFReader(base)))
     with pytest.raises(ModelError, match=r"llama\.cpp does not load the base, or the adapter for it"):
         LlamaCpp(other, 512, 1, adapter)
+
+
+# -- a device ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def agent(base: Path, written: LanguageModel) -> Iterator[Agent]:
+    """One that talks through llama.cpp, with a socket's short path."""
+    with TemporaryDirectory(prefix="device-") as folder:
+        home = DeviceFolder(Path(folder) / "home")
+        config = new_config(ModelConfig(name=str(base), dtype="float32")).model_copy(
+            update={
+                "generation": GenerationConfig(backend="llamacpp"),
+                "acceptance": AcceptanceConfig(share=0),
+                "chat": ReplyConfig(max_new_tokens=12),
+            }
+        )
+        found = Agent(Device(home, config, written, home.make(config)))
+        found.consent("learn", True)
+        yield found
+        found.close()
+
+
+def both(agent: Agent) -> tuple[str, str]:
+    """A reply of llama.cpp's and PyTorch's, of the adapters that are on."""
+    device, asked = agent.device, "What do you like best?"
+    theirs = agent.chat(asked, temporary=True).said
+    return theirs, device.lm.reply(asked, adapters_on(device), device.config.chat, 0, lambda told: None)
+
+
+@pytest.mark.slow
+@needs_llamacpp
+def test_a_device_talks_with_what_it_has_learned(agent: Agent) -> None:
+    device, heard = agent.device, list[str]()
+    turn = agent.chat("Do you like music?", "c", heard.append)
+    assert heard[-1] == turn.said and device.served
+    before, at_first = both(agent), device.served
+    assert before[0] == before[1]
+    agent.settle()
+    assert not device.has_weights
+    with monitored() as loads:
+        assert agent.chat("Do you like music?").said == turn.said
+        assert agent.status()["model"] == device.config.device.model.name
+    assert not loads and not device.has_weights and device.served == at_first
+    for k in range(2):
+        told = agent.chat(f"What do you like best, {k}?", "d")
+        agent.rate(told.id, None, "I like nothing better than old boats and the smell of tar.")
+    received = 0.05 * torch.randn(device.context.shared_layout.width, generator=torch.Generator().manual_seed(0))
+    with device.vault.open() as connection:
+        write_adapter(connection, "newest", received, 1)  # as from a server
+    assert agent.learn()["personal_examples"] and device.used()[1] == 1
+    assert not device.has_weights and device.served != at_first
+    learned, then = both(agent), device.served
+    assert learned[0] == learned[1] != before[0]
+    agent.go_back()
+    assert device.served == at_first != then
+    back = both(agent)
+    assert back[0] == back[1] == before[0]
+
+
+@contextmanager
+def monitored() -> Iterator[list[str]]:
+    """The models that are loaded meanwhile."""
+    loads, load = list[str](), LanguageModel.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageModel, "load", lambda config: loads.append(config.name) or load(config))
+        yield loads
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    told = new_config(ModelConfig(name="x.gguf")).model_dump(mode="json")
+    for place, value in {"generation.backend": "llamacpp", **changes}.items():
+        set_value(told, place, value)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        ("device.model.name", "nano", r"needs a \.gguf file as device\.model\.name, not 'nano'"),
+        ("chat.contrast", 0.5, r"has no contrast: set chat\.contrast to 0"),
+        ("device.personal.adapter.kind", "ia3", r"knows LoRA alone, not device\.personal\.adapter\.kind = 'ia3'"),
+    ],
+)
+def test_settings_that_llama_cpp_cannot_have_are_refused(place: str, value: object, told: str) -> None:
+    assert AgentConfig.model_validate(settings()).generation.backend == "llamacpp"
+    with pytest.raises(ValueError, match=told):
+        AgentConfig.model_validate(settings(**{place: value}))
+
+
+def test_where_the_extra_is_missing_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'florilegium\[llamacpp\]'"):
+        llamacpp.check_llamacpp()

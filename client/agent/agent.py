@@ -16,7 +16,7 @@ from typing import get_args
 import psutil
 import torch
 
-from florilegium.client.agent import conversation, erasure, learning, membership, trial
+from florilegium.client.agent import conversation, erasure, generation, learning, membership, trial
 from florilegium.client.agent.acceptance import unprotected
 from florilegium.client.agent.api_tokens import ApiTokens
 from florilegium.client.agent.config import CONSENTS, Consent, When
@@ -94,7 +94,8 @@ class Agent:
 
     def learn(self, progress: Progress = silent) -> dict[str, object]:
         """Learns from what is new; see `learning.learn`."""
-        return learning.learn(self.device, progress)
+        with generation.settled(self.device):
+            return learning.learn(self.device, progress)
 
     def trials(self) -> dict[str, object]:
         """What came of each learning's trial; see `trial.history`."""
@@ -102,7 +103,8 @@ class Agent:
 
     def go_back(self) -> None:
         """Takes the last learning back; see `trial.go_back`."""
-        trial.go_back(self.device)
+        with generation.settled(self.device):
+            trial.go_back(self.device)
 
     def due(self, now: time.struct_time, plugged: bool | None) -> bool:
         """Whether it is time to learn; see `learning.due`."""
@@ -123,7 +125,8 @@ class Agent:
 
     def erase(self, identities: Sequence[str], progress: Progress = silent, *, keep_replies: bool = False) -> MadeAnew:
         """Removes dialogues and what they did to the device; see `erasure.erase`."""
-        return erasure.erase(self.device, identities, progress, keep_replies=keep_replies)
+        with generation.settled(self.device):
+            return erasure.erase(self.device, identities, progress, keep_replies=keep_replies)
 
     def rebase(self, progress: Progress = silent) -> MadeAnew:
         """Begins anew on the model that the settings name; see `erasure.rebase`."""
@@ -142,6 +145,14 @@ class Agent:
     def leave(self) -> None:
         """Answers no server from now on; see `membership.leave`."""
         membership.leave(self.device)
+
+    def settle(self) -> None:
+        """Between two things to do; see `generation.settle`."""
+        generation.settle(self.device)
+
+    def close(self) -> None:
+        """Ends what writes its replies; see `generation.close`."""
+        generation.close(self.device)
 
     def turn_away(self, what: str) -> None:
         """Counts something that was not answered, for its owner to see."""
@@ -188,7 +199,7 @@ class Agent:
         config, vault, privacy = device.config, device.vault, device.config.device.privacy
         return {
             "device": config.name,
-            "model": device.lm.name,
+            "model": config.device.model.name,
             "doing": device.doing,
             "consents": device.consents,
             "learns": device.learns,

@@ -46,10 +46,14 @@ def check_llamacpp() -> None:
 class LlamaCpp:
     """One base, loaded, with at most one adapter on."""
 
-    def __init__(self, base: Path, context_tokens: int, threads: int, adapter: bytes = b"") -> None:
-        """Raises `ModelError` where llama.cpp does not load the base, or the adapter for it."""
+    def __init__(self, base: Path, context_tokens: int, threads: int, adapter: bytes = b"", stop: str = "") -> None:
+        """Replies end before the text `stop`, if any.
+
+        Raises `ModelError` where llama.cpp does not load the base, or the adapter for it.
+        """
         import xllamacpp
 
+        self._stop = stop
         params = xllamacpp.CommonParams()
         params.model.path = str(base)
         params.n_ctx, params.n_parallel = context_tokens, 1
@@ -73,18 +77,16 @@ class LlamaCpp:
         """Ends it, and gives its memory back."""
         del self._server
 
-    def reply(
-        self, prompt: Sequence[int], sampling: SamplingConfig, seed: int, stop: str, told: Callable[[str], None]
-    ) -> str:
+    def reply(self, prompt: Sequence[int], sampling: SamplingConfig, seed: int, told: Callable[[str], None]) -> str:
         """What follows the ids of a prompt, as text without control tokens; `told` hears all of it so far as it grows.
 
-        It ends where the model says so, before the text `stop`, if any, or after `sampling.max_new_tokens`. Raises
-        `ModelError` with what llama.cpp says where it refuses.
+        It ends where the model says so, or after `sampling.max_new_tokens`. Raises `ModelError` with what llama.cpp
+        says where it refuses.
         """
         asked: dict[str, object] = {
             "prompt": list(prompt), "n_predict": sampling.max_new_tokens, "stream": True, "cache_prompt": True,
             "temperature": sampling.temperature, "samplers": ["temperature"], "seed": seed % SEEDS,
-            **({"stop": [stop]} if stop else {}),
+            **({"stop": [self._stop]} if self._stop else {}),
         }  # fmt: skip
         parts: list[str] = []
         errors: list[str] = []
