@@ -29,7 +29,7 @@ from florilegium.client.lm import llamacpp
 from florilegium.client.lm.adapter import AdapterLayout, Adapters
 from florilegium.client.lm.config import AdapterConfig, ModelConfig, ReplyConfig, SamplingConfig
 from florilegium.client.lm.gguf_adapter import Placement, gguf_adapter, placement
-from florilegium.client.lm.gguf_base import write_gguf
+from florilegium.client.lm.gguf_base import Kind, write_gguf
 from florilegium.client.lm.llamacpp import LlamaCpp
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.peft_format import AdapterFormatError
@@ -222,6 +222,34 @@ def test_llama_cpp_says_the_same_with_the_same_adapter(
     theirs = [server.reply(e.prompt, sampling, 0, heard.append) for e in written.format.prompts(prompts)]
     assert sum(a == b for a, b in zip(replies, theirs, strict=True)) >= 48  # of 50: 95 %, rounded up
     assert len(set(replies)) > 10 and heard[-1] == theirs[-1]
+
+
+@pytest.mark.slow
+@needs_llamacpp
+@pytest.mark.parametrize(("kind", "most"), [("Q8_0", 0.01), ("Q4_1", 0.1)])
+def test_fewer_bits_cost_little(
+    written: LanguageModel,
+    people: list[User],
+    tmp_path: Path,
+    kind: Kind,
+    most: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nats a token of real replies: in float32, on the file's weights in PyTorch, and in llama.cpp's integers."""
+    write_gguf("nano", path := tmp_path / "nano.gguf", kind)
+    coded = LanguageModel.load(ModelConfig(name=str(path), dtype="float32"))
+    examples = written.format.dialogues(people[0].stream[:6])
+    tokens, nobody = sum(e.targets for e in examples), [0] * len(examples)
+    floats, ours = (sum(m.engine.score(examples, nobody, [])) / tokens for m in (written, coded))
+    server, nll = LlamaCpp(path, 512, 1), 0.0
+    for example in examples:
+        whole = [*example.prompt, *example.reply]
+        for k in range(len(example.prompt), len(whole)):
+            nll -= logarithms(server, whole[:k], 4096)[whole[k]]
+    server.close()
+    with capsys.disabled():
+        print(f"nano {kind}, {tokens} tokens: {floats:.4f}, {ours - floats:+.4f}, {nll / tokens - floats:+.4f}")
+    assert abs(ours - floats) < most and abs(nll / tokens - ours) < 0.02
 
 
 @needs_llamacpp

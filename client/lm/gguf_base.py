@@ -1,8 +1,8 @@
 """Writes a Llama model that lies as safetensors as one GGUF file: what llama.cpp needs to run it.
 
-Matrices are float32, float16 or in 8 bits (`Q8_0`), the embedding too; norms are float32. Rows of queries and keys are
-in llama.cpp's order (`gguf_adapter`). Not covered: other architectures, scaled positions, tokenizers other than
-byte-level BPE with GPT-2's or SmolLM's splitting, for which llama.cpp has converters of its own.
+Matrices are float32, float16, in 8 bits (`Q8_0`) or in 4 (`Q4_1`, but for the embedding in 8); norms are float32. Rows
+of queries and keys are in llama.cpp's order (`gguf_adapter`). Not covered: other architectures, scaled positions,
+tokenizers other than byte-level BPE with GPT-2's or SmolLM's splitting, for which llama.cpp has converters of its own.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from florilegium.client.lm.gguf_adapter import LLAMA, rotated
 from florilegium.client.lm.hub import load
 from florilegium.client.lm.places import ModelError
 
-Kind = Literal["F32", "F16", "Q8_0"]
+Kind = Literal["F32", "F16", "Q8_0", "Q4_1"]
 CONTROL = ("bos", "eos", "unk", "pad")
+EMBEDDING = "token_embd.weight"  # the head too, where both are one
 OTHERWISE = "llama.cpp's convert_hf_to_gguf.py knows more of them"
 
 
@@ -40,7 +41,8 @@ def write_gguf(name: str, path: Path, kind: Kind = "F32", chat_template: str = "
     _add_tokenizer(writer, tokenizer, config.vocab_size, name)
     for tensor, weight in _tensors(model, config):
         matrix = weight.ndim == 2 and kind != "F32"
-        coded = GGMLQuantizationType[kind if matrix else "F32"]
+        bits = "Q8_0" if kind == "Q4_1" and tensor == EMBEDDING else kind
+        coded = GGMLQuantizationType[bits if matrix else "F32"]
         writer.add_tensor(tensor, quantize(weight, coded) if matrix else weight, raw_dtype=coded)
     try:
         writer.write_header_to_file()

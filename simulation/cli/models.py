@@ -85,7 +85,7 @@ def pull(name: str) -> None:
 def gguf(
     name: str,
     file: Path,
-    kind: Annotated[str, typer.Option(help="F32, F16 or Q8_0: what matrices are held in.")] = "F32",
+    kind: Annotated[str, typer.Option(help="F32, F16, Q8_0 or Q4_1: what matrices are held in.")] = "F32",
 ) -> None:
     """Write a Llama model as one GGUF file, for llama.cpp and for devices that talk through it.
 
@@ -93,8 +93,8 @@ def gguf(
     """
     from florilegium.client.lm.places import check_model
 
-    if kind not in ("F32", "F16", "Q8_0"):
-        raise typer.BadParameter(f"--kind takes F32, F16 or Q8_0, not {kind!r}")
+    if kind not in ("F32", "F16", "Q8_0", "Q4_1"):
+        raise typer.BadParameter(f"--kind takes F32, F16, Q8_0 or Q4_1, not {kind!r}")
     if file.exists() or file.suffix != ".gguf" or not file.absolute().parent.is_dir():
         raise typer.BadParameter(f"{file} must be a new file of the ending .gguf in a folder that exists")
     check_model(name)
