@@ -838,6 +838,8 @@ def test_a_round_is_answered_once_and_repeated_bit_by_bit(joined: tuple[Agent, t
     assert [s.kind for s in agent.device.vault.sent()] == ["release", "release"]
     assert agent.learn()["personal_examples"] and agent.device.used()[1] == 1
     assert {"personal/adapter_config.json", "shared/adapter_config.json", "base/config.json"} <= agent.exported().keys()
+    more = agent.exported(gguf=True).keys() - agent.exported().keys()
+    assert more == {f"gguf/{name}.gguf" for name in ("personal", "shared", "merged", "base")}
 
 
 def question(agent: Agent, number: int, row: torch.Tensor) -> Message:
@@ -1263,10 +1265,9 @@ def test_the_socket_is_its_owners(door: SimpleNamespace, tmp_path: Path, monkeyp
     assert door.remote.write("rate", id=last["done"]["id"], liked=True, wanted="")["liked"] == 1
     assert [t for t in door.remote.stream("learn")][-1]["done"]["personal_examples"] >= 1
     assert door.remote.read("status")["dialogues"] == 1 and door.remote.read("kept")[0]["reply"]
-    packed = zipfile.ZipFile(io.BytesIO(door.remote.export()))
-    assert {"dialogues.jsonl", "profile.json", "ledger.json", "adapters/personal/adapter_model.safetensors"} <= set(
-        packed.namelist()
-    )
+    packed = zipfile.ZipFile(io.BytesIO(door.remote.export(gguf=True)))
+    adapters = {"adapters/personal/adapter_model.safetensors", "adapters/gguf/personal.gguf"}
+    assert adapters | {"dialogues.jsonl", "profile.json", "ledger.json"} <= set(packed.namelist())
     assert all(not Path(name).is_absolute() and ".." not in name for name in packed.namelist())
     packed.extractall(tmp_path / "mine")
     monkeypatch.chdir(tmp_path / "mine")
@@ -1550,5 +1551,8 @@ def test_the_commands_reach_an_agent_that_runs(home: DeviceFolder) -> None:
     status = told(home, "status")  # an agent for this command alone
     assert status.returncode == 0 and "│ dialogues" in status.stdout
     file = home.path.parent / "mine.zip"
-    assert told(home, "export", str(file)).returncode == 0 and zipfile.is_zipfile(file)
+    assert (
+        told(home, "export", str(file), "--gguf").returncode == 0
+        and "adapters/gguf/personal.gguf" in zipfile.ZipFile(file).namelist()
+    )
     assert told(home, "erase", "--yes").returncode == 0 and not home.exists

@@ -121,6 +121,7 @@ def refused(folder: Path) -> list[list[str]]:
         ["bench", "scale", "--devices", "0"],
         ["bench", "board", "--models", "nanoo"],
         ["bench", "board", "--limits", "much"],
+        ["bench", "board", "--generations", "nope"],
         ["server", "init", missing, "--name", "a", "--host", "a", "--model", "nanoo"],
         ["server", "init", missing, "--name", "a b", "--host", "a"],
         ["server", "init", missing, "--name", "a", "--host", "ä ö"],

@@ -832,6 +832,7 @@ OF_DEVICES: dict[str, Row] = {
     "chat.temperature": Seen(0.5, chatting),
     "chat.contrast": Seen(0.5, chatting),
     "chat.plausible": Seen(0.5, chatting, {"chat.contrast": 1.0}),
+    "generation.backend": In("llamacpp", "test_llamacpp.py::test_a_device_talks_with_what_it_has_learned"),
     "context_turns": Seen(1, chatting),
     "recall": In(1, "test_recall.py::test_a_reply_is_shown_what_its_owner_said_elsewhere"),
     "acceptance.share": In(0.5, TRIALS + "test_a_reply_that_is_held_back_is_learned_from_by_nobody_until_its_turn"),

@@ -16,13 +16,14 @@ from typing import get_args
 import psutil
 import torch
 
-from florilegium.client.agent import conversation, erasure, learning, membership, trial
+from florilegium.client.agent import conversation, erasure, generation, learning, membership, trial
 from florilegium.client.agent.api_tokens import ApiTokens
 from florilegium.client.agent.config import CONSENTS, Consent, When
 from florilegium.client.agent.device import Device, Progress, silent
 from florilegium.client.agent.erasure import MadeAnew
 from florilegium.client.agent.errors import AgentError
 from florilegium.client.agent.folder import DeviceFolder
+from florilegium.client.agent.gguf_export import gguf_files
 from florilegium.client.agent.registration import Registration, public_identity
 from florilegium.client.agent.terms import Terms
 from florilegium.client.agent.vault import Turn
@@ -94,7 +95,8 @@ class Agent:
 
     def learn(self, progress: Progress = silent) -> dict[str, object]:
         """Learns from what is new; see `learning.learn`."""
-        return learning.learn(self.device, progress)
+        with generation.settled(self.device):
+            return learning.learn(self.device, progress)
 
     def trials(self) -> dict[str, object]:
         """What came of each learning's trial; see `trial.history`."""
@@ -102,7 +104,8 @@ class Agent:
 
     def go_back(self) -> None:
         """Takes the last learning back; see `trial.go_back`."""
-        trial.go_back(self.device)
+        with generation.settled(self.device):
+            trial.go_back(self.device)
 
     def due(self, now: time.struct_time, plugged: bool | None) -> bool:
         """Whether it is time to learn; see `learning.due`."""
@@ -123,7 +126,8 @@ class Agent:
 
     def erase(self, identities: Sequence[str], progress: Progress = silent, *, keep_replies: bool = False) -> MadeAnew:
         """Removes dialogues and what they did to the device; see `erasure.erase`."""
-        return erasure.erase(self.device, identities, progress, keep_replies=keep_replies)
+        with generation.settled(self.device):
+            return erasure.erase(self.device, identities, progress, keep_replies=keep_replies)
 
     def rebase(self, progress: Progress = silent) -> MadeAnew:
         """Begins anew on the model that the settings name; see `erasure.rebase`."""
@@ -146,6 +150,14 @@ class Agent:
     def leave(self) -> None:
         """Answers no server from now on; see `membership.leave`."""
         membership.leave(self.device)
+
+    def settle(self) -> None:
+        """Between two things to do; see `generation.settle`."""
+        generation.settle(self.device)
+
+    def close(self) -> None:
+        """Ends what writes its replies; see `generation.close`."""
+        generation.close(self.device)
 
     def turn_away(self, what: str) -> None:
         """Counts something that was not answered, for its owner to see."""
@@ -193,7 +205,7 @@ class Agent:
         config, vault, privacy = device.config, device.vault, device.config.device.privacy
         return {
             "device": config.name,
-            "model": device.lm.name,
+            "model": config.device.model.name,
             "doing": device.doing,
             "consents": device.consents,
             "learns": device.learns,
@@ -237,10 +249,11 @@ class Agent:
             for i in dict.fromkeys([*bins, *pool])
         ]  # fmt: skip
 
-    def exported(self) -> dict[str, bytes]:
+    def exported(self, *, gguf: bool = False) -> dict[str, bytes]:
         """The adapters as plain `peft` reads them, by path: the personal one, the shared one beneath it, the base.
 
-        Of bases those alone that are bundled: others are as large as a board's memory, and can be fetched.
+        Of bases those alone that are bundled: others are as large as a board's memory, and can be fetched. With `gguf`
+        all of it as llama.cpp reads it too; raises `AdapterFormatError` for adapters that it does not know.
         """
         lm, context, row = self.device.lm, self.device.context, self.device.state().personal
         base, (shared, _) = base_of(lm.name), self.device.used()
@@ -249,4 +262,4 @@ class Agent:
             files |= shared_files(context.shared_layout, shared, base)
         if lm.name == "nano":
             files |= {f"{BASE_FOLDER}/{path.name}": path.read_bytes() for path in base.files}
-        return files
+        return files | (gguf_files(self.device) if gguf else {})

@@ -468,14 +468,18 @@ def ledger(home: HomeOption = HOME) -> None:
 
 
 @app.command()
-def export(file: Path, home: HomeOption = HOME) -> None:
+def export(
+    file: Path,
+    gguf: Annotated[bool, typer.Option("--gguf", help="The adapters as llama.cpp reads them too.")] = False,
+    home: HomeOption = HOME,
+) -> None:
     """Write everything that is yours to FILE, a zip. It is readable by whoever has it."""
     if os.path.lexists(file) or not file.absolute().parent.is_dir():
         raise typer.BadParameter(
             f"{file} exists" if os.path.lexists(file) else f"there is no folder {file.absolute().parent}"
         )
     with _remote(home) as agent:
-        packed = agent.export()
+        packed = agent.export(gguf=gguf)
         write_private(file, packed)
         console.print(f"{file}: {len(packed):,} bytes")
 

@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+from florilegium.client.agent import generation
 from florilegium.client.agent.device import Device, Progress, silent
 from florilegium.client.agent.errors import AgentError
 from florilegium.client.agent.recall import line_of, recalled
 from florilegium.client.agent.vault import Turn
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.config import SamplingConfig
-from florilegium.client.phases import frozen_adapters
 from florilegium.privacy.seeds import fresh_secret
 
 
@@ -39,9 +39,6 @@ def chat(
     if not prompt.strip():
         raise AgentError("there is nothing to reply to")
     with device.busy:
-        state, context = device.state(), device.context
-        received, _ = device.used()
-        on = [*([] if received is None else frozen_adapters(received, [state.id], context)), device.personal(state)]
         if before is None:
             known = lines_before(device, conversation)
             found = recalled(device, prompt, {i for i, _ in known})
@@ -49,7 +46,7 @@ def chat(
             before = [*(line_of(device, turn) for turn in found), *(line for _, line in known)]
             causes = list(dict.fromkeys([*(turn.id for turn in found), *(i for i, _ in known)]))
         asked = with_lines(prompt, before)
-        said = device.lm.reply(asked, on, sampling or device.config.chat, seed or fresh_secret() >> 65, told)
+        said = generation.reply(device, asked, sampling or device.config.chat, seed or fresh_secret() >> 65, told)
         if temporary or not device.consents["learn"]:
             return Turn(0, "", time.time(), conversation, prompt, said, None, "", None)
         return device.vault.add(prompt, said, conversation, device.cycle, causes)

@@ -18,6 +18,7 @@ from florilegium.client.agent.errors import HomeError
 from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.agent.http_server import Bounds, open_server
 from florilegium.client.agent.memory_limits import limit_memory
+from florilegium.client.lm.llamacpp import check_llamacpp
 from florilegium.client.lm.places import check_model
 from florilegium.privacy.common.dumps import hide_memory
 
@@ -83,6 +84,7 @@ def learning(agent: Agent, clock: Callable[[], time.struct_time] = time.localtim
             try:
                 if agent.due(clock(), plugged()):
                     agent.learn()
+                agent.settle()
             except Exception as error:  # noqa: BLE001  # the agent goes on answering its owner
                 log.error("learning went wrong: %s", type(error).__name__)
 
@@ -107,11 +109,17 @@ def opened(folder: DeviceFolder) -> Iterator[Agent]:
     with folder.locked():
         config = folder.check()
         check_model(config.device.model.name)
+        if config.generation.backend == "llamacpp":
+            check_llamacpp()
         limit_memory(config.memory_limit)
         hide_memory()
 
         from florilegium.client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
 
         agent = Agent.open(folder)
-        with listening(agent):
-            yield agent
+        agent.settle()
+        try:
+            with listening(agent):
+                yield agent
+        finally:
+            agent.close()

@@ -5,6 +5,7 @@ What is done with it is in functions over a `Device`: `conversation`, `learning`
 
 from __future__ import annotations
 
+import gc
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -26,8 +27,10 @@ from florilegium.client.context import CohortContext
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.config import ModelConfig
 from florilegium.client.lm.layers import UnsupportedModelError
+from florilegium.client.lm.llamacpp import LlamaCpp
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.places import ModelError, base_hash
+from florilegium.client.lm.token_budget import return_freed_memory
 from florilegium.client.state import DeviceState
 from florilegium.client.state_store import DeviceStore
 from florilegium.privacy.ledger import Ledger
@@ -52,7 +55,10 @@ class Device:
 
         `rebasing`: what was learned may belong to another model; `erasure.rebase` comes next.
         """
-        self.folder, self.config, self.lm = folder, config, lm
+        self.folder, self.config, self.format = folder, config, lm.format
+        self._lm: LanguageModel | None = lm
+        self.server: LlamaCpp | None = None  # where replies are llama.cpp's
+        self.served = ""  # a hash of the adapters that it has on
         self.vault = Vault(folder.vault, key)
         self.store, self.ledger = DeviceStore(folder.vault, key), Ledger(folder.vault, key)
         self.busy = threading.RLock()
@@ -75,6 +81,26 @@ class Device:
         key = folder.read_key(config)
         Vault(folder.vault, key).check()
         return cls(folder, config, loaded(config.device.model), key, rebasing=rebasing)
+
+    # -- its model ----------------------------------------------------------------------------------------------------
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The model in PyTorch; loaded again where it was put away."""
+        if self._lm is None:
+            self._lm = loaded(self.config.device.model)
+        return self._lm
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether PyTorch's weights are in memory."""
+        return self._lm is not None
+
+    def put_away(self) -> None:
+        """Gives back the memory of PyTorch's weights until they are needed."""
+        self._lm = None
+        gc.collect()  # modules refer to each other
+        return_freed_memory()
 
     # -- what its owner allows ----------------------------------------------------------------------------------------
 

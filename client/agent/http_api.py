@@ -228,13 +228,13 @@ class Service:
 
     async def _export(self, request: Request) -> Response:
         try:
-            packed = await run_in_threadpool(self._packed)
+            packed = await run_in_threadpool(self._packed, gguf="gguf" in request.query_params)
         except Exception as error:  # noqa: BLE001  # the owner is told its kind
             return error_response(*told_of(error))
         named = {"content-disposition": 'attachment; filename="florilegium-device.zip"'}
         return Response(packed, media_type="application/zip", headers=named)
 
-    def _packed(self) -> bytes:
+    def _packed(self, *, gguf: bool) -> bytes:
         """All that is the owner's, readable: dialogues, what is kept, profile, accounts, the adapters."""
         agent, packed = self.agent, io.BytesIO()
         lists = {
@@ -249,7 +249,7 @@ class Service:
             archive.writestr("profile.json", agent.profile.to_json())
             archive.writestr("ledger.json", json.dumps(self._ledger(), indent=1))
             archive.write(agent.device.folder.settings, "device.toml")
-            for name, content in agent.exported().items():
+            for name, content in agent.exported(gguf=gguf).items():
                 archive.writestr(f"{ADAPTERS}/{name}", content)
         return packed.getvalue()
 

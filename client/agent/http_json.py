@@ -10,6 +10,8 @@ from starlette.responses import JSONResponse, Response
 
 from florilegium.client.agent.errors import AgentError, VaultError
 from florilegium.client.lm.layers import UnsupportedModelError
+from florilegium.client.lm.peft_format import AdapterFormatError
+from florilegium.client.lm.places import ModelError
 from florilegium.client.personalization.profile import ProfileError
 from florilegium.client.state import StateError
 from florilegium.client.state_store import StoreError
@@ -58,7 +60,7 @@ def told_of(error: Exception) -> tuple[int, str]:
     """Status and what the owner is told; what is not one of our own errors could quote anything, and is only named."""
     if isinstance(error, KeyError):
         return 404, "there is no such dialogue"
-    if isinstance(error, AgentError | ProfileError):
+    if isinstance(error, AgentError | AdapterFormatError | ModelError | ProfileError):
         return 400, str(error)
     if isinstance(error, ExtensionError):  # of a module that the owner's own settings name
         log.error("%s", type(error).__name__)

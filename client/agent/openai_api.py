@@ -73,10 +73,15 @@ class Endpoint:
 
     def _described(self) -> Body:
         made = int(self.agent.device.folder.settings.stat().st_mtime)
-        return {"id": self.agent.device.lm.name, "object": "model", "created": made, "owned_by": "this-device"}
+        return {
+            "id": self.agent.device.config.device.model.name,
+            "object": "model",
+            "created": made,
+            "owned_by": "this-device",
+        }
 
     def _check_model(self, name: str) -> None:
-        if name != (own := self.agent.device.lm.name):
+        if name != (own := self.agent.device.config.device.model.name):
             raise RequestError(f"this device has the model {own!r} alone, not {name!r}", "model", "model_not_found")
 
     async def _nothing(self, request: Request) -> Response:

@@ -72,7 +72,7 @@ class Reply:
             asked.prompt, self._conversation(), told, before=self._lines, causes=list(causes),
             temporary=self.temporary, sampling=sampling, seed=asked.seed,
         )  # fmt: skip
-        self._tokens = max(self._tokens, device.lm.format.length(turn.said) if turn.said else 0)
+        self._tokens = max(self._tokens, device.format.length(turn.said) if turn.said else 0)
         return turn
 
     def _seen(self) -> list[str]:
@@ -104,7 +104,7 @@ class Reply:
         return {"id": self._name, "object": kind, "created": self._made, "model": self.asked.model, "choices": choices}
 
     def _usage(self) -> Body:
-        (example,) = self.agent.device.lm.format.prompts([with_lines(self.asked.prompt, self._lines)])
+        (example,) = self.agent.device.format.prompts([with_lines(self.asked.prompt, self._lines)])
         read = len(example.prompt)
         return {"prompt_tokens": read, "completion_tokens": self._tokens, "total_tokens": read + self._tokens}
 

@@ -42,9 +42,9 @@ class OwnerClient:
                     raise RefusedError(told["error"])
                 yield told
 
-    def export(self) -> bytes:
-        """All that is the owner's, as a zip."""
-        return _checked(self._client.get("http://agent/api/export")).content
+    def export(self, *, gguf: bool = False) -> bytes:
+        """All that is the owner's, as a zip; with `gguf` the adapters as llama.cpp reads them too."""
+        return _checked(self._client.get(f"http://agent/api/export{'?gguf' if gguf else ''}")).content
 
 
 @contextmanager

@@ -51,5 +51,5 @@ def own_words(turn: Turn) -> str:
 def line_of(device: Device, turn: Turn) -> str:
     """A dialogue as a reply is shown it: its day, and the beginning of what its owner said."""
     day = time.localtime(turn.time)
-    text = device.lm.format.beginning(" ".join(own_words(turn).split()), TOKENS)
+    text = device.format.beginning(" ".join(own_words(turn).split()), TOKENS)
     return f"({day.tm_mday} {time.strftime('%B', day)}) {text}"

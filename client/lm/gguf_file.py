@@ -1,7 +1,7 @@
 """A model in one GGUF file: weights, in whatever numbers of bits, tokenizer and chat template.
 
 transformers makes floats of it. What it would leave out without a word is counted here. Not covered: models in several
-files, files of the hub, writing GGUF.
+files, files of the hub, writing GGUF (`gguf_base`).
 """
 
 from __future__ import annotations

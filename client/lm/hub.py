@@ -21,6 +21,7 @@ from transformers.utils import logging
 from florilegium.client.lm import gguf_file
 from florilegium.client.lm.places import ModelError, check_weights, is_gguf, resolve
 from florilegium.client.lm.quantised import Weights, quantise
+from florilegium.client.lm.token_budget import return_freed_memory
 from florilegium.privacy.common.errors import first_line
 
 TEMPLATES = {
@@ -62,6 +63,7 @@ def load(
     model.config.pad_token_id = tokenizer.pad_token_id
     if weights != "float":
         quantise(model, weights)  # before a device has to hold it
+        return_freed_memory()
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers' wrapper hides its signature
     model.eval()
     return model.requires_grad_(False), tokenizer

@@ -108,15 +108,17 @@ def _parts(grad: torch.Tensor, layer: nn.Linear | QuantisedLinear) -> Iterator[t
 def quantise(model: nn.Module, weights: Weights) -> None:
     """Puts a `QuantisedLinear` in the place of each linear layer of the model but its head. Raises `ModelError`."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head:
-            if weights == "int4" and module.in_features % GROUP:
-                raise ModelError(
-                    f"model.weights = 'int4' needs layers whose inputs are a multiple of {GROUP}, and {name} has "
-                    f"{module.in_features}; use 'int8' or 'float'"
-                )
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, QuantisedLinear(module, weights))
+    linear = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    for name, inputs in linear.items():  # not the layers themselves: each is gone before the next has codes
+        if weights == "int4" and inputs % GROUP:
+            raise ModelError(
+                f"model.weights = 'int4' needs layers whose inputs are a multiple of {GROUP}, and {name} has "
+                f"{inputs}; use 'int8' or 'float'"
+            )
+        parent, _, child = name.rpartition(".")
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        setattr(model.get_submodule(parent), child, QuantisedLinear(layer, weights))
 
 
 def layers_of(model: nn.Module) -> Iterator[QuantisedLinear]:

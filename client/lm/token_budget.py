@@ -30,6 +30,14 @@ def keep_freed_memory() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def return_freed_memory() -> None:
+    """Hands what is free back to the system now. Does nothing where the C library is not glibc."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
 class TokenBudget:
     """How many tokens go through the model at once; halved when the memory does not suffice."""
 

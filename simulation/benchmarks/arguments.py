@@ -55,12 +55,12 @@ def halves(text: str, option: str) -> list[float]:
 
 def troubles(text: str) -> list[str]:
     """Of `TROUBLES`, with commas; raises `UserError`."""
-    return _some_of(TROUBLES, text, "--troubles")
+    return some_of(text, TROUBLES, "--troubles")
 
 
 def split(text: str) -> str:
     """One of `SPLITS`; raises `UserError`."""
-    (found,) = _some_of(SPLITS, text, "--split") if "," not in text else ("",)
+    (found,) = some_of(text, SPLITS, "--split") if "," not in text else ("",)
     if not found:
         raise UserError(f"--split {text!r} must be one of {', '.join(SPLITS)}")
     return found
@@ -68,22 +68,23 @@ def split(text: str) -> str:
 
 def kinds(text: str) -> list[str]:
     """Of `KINDS`, with commas; raises `UserError`."""
-    return _some_of(KINDS, text, "--kinds")
+    return some_of(text, KINDS, "--kinds")
 
 
 def dtypes(text: str) -> list[str]:
     """Of `DTYPES`, with commas; none where none is named. Raises `UserError`."""
-    return _some_of(DTYPES, text, "--dtypes") if text else []
+    return some_of(text, DTYPES, "--dtypes") if text else []
 
 
 def policies(text: str) -> list[str]:
     """Of `client.selection.policies.POLICIES`, with commas; all where none is named. Raises `UserError`."""
     from florilegium.client.selection.policies import POLICIES  # and with it pydantic
 
-    return _some_of(POLICIES, text, "--policies") if text else list(POLICIES)
+    return some_of(text, POLICIES, "--policies") if text else list(POLICIES)
 
 
-def _some_of(known: Collection[str], text: str, option: str) -> list[str]:
+def some_of(text: str, known: Collection[str], option: str) -> list[str]:
+    """Names of `known` ones, with commas; raises `UserError`."""
     asked = text.split(",")
     for name in asked:
         if name not in known:

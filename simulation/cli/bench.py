@@ -175,13 +175,29 @@ def board(
     models: Annotated[str, typer.Option(help="With commas.")] = "nano,smollm2-135m",
     threads: Annotated[str, typer.Option(help="With commas.")] = "1,2",
     limits: Annotated[str, typer.Option(help="GiB of memory, with commas.")] = "1,2,4",
+    dtypes: Annotated[str, typer.Option(help="float32, bfloat16, with commas.")] = "float32,bfloat16",
+    weights: Annotated[str, typer.Option(help="Of the frozen base: float, int8, int4, with commas.")] = "float",
+    forms: Annotated[str, typer.Option(help="usual, thrifty (as --memory-limit sets), with commas.")] = "usual,thrifty",
+    generations: Annotated[str, typer.Option(help="What talks: torch, llamacpp (.gguf), with commas.")] = "torch",
+    turns: InTurns = 1,
+    learn: Annotated[bool, typer.Option("--learn/--talk-only", help="Whether a device learns as well.")] = True,
 ) -> Asked:
-    """What a device's learning takes of a small board: seconds and memory under limits that the kernel enforces.
+    """What talking and learning take of a small board: seconds and memory under limits that the kernel enforces.
 
     florilegium bench board --models nano --threads 1 --limits 0.75,1
     """
     names = [arguments.model(name) for name in models.split(",")]
-    return names, arguments.numbers(threads, "--threads"), arguments.sizes(limits, "--limits")
+    counts, gib = arguments.numbers(threads, "--threads"), arguments.sizes(limits, "--limits")
+    chosen = [
+        arguments.some_of(given, known, option)
+        for given, known, option in (
+            (dtypes, ("float32", "bfloat16"), "--dtypes"),
+            (weights, ("float", "int8", "int4"), "--weights"),
+            (forms, ("usual", "thrifty"), "--forms"),
+            (generations, ("torch", "llamacpp"), "--generations"),
+        )
+    ]
+    return names, counts, gib, *chosen, turns, learn
 
 
 def acceptance(

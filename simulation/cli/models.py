@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.text import Text
@@ -79,6 +79,31 @@ def pull(name: str) -> None:
         raise ModelError(f"model {name!r} cannot be pulled; only smollm2-135m can")
     with interruptible():
         console.print(f"{name}: {pull_smollm2(report=console.print)}")
+
+
+@app.command()
+def gguf(
+    name: str,
+    file: Path,
+    kind: Annotated[str, typer.Option(help="F32, F16, Q8_0 or Q4_1: what matrices are held in.")] = "F32",
+) -> None:
+    """Write a Llama model as one GGUF file, for llama.cpp and for devices that talk through it.
+
+    NAME is nano, smollm2-135m, a hub id or a folder: florilegium models gguf smollm2-135m smollm2.gguf --kind Q8_0
+    """
+    from florilegium.client.lm.places import check_model
+
+    if kind not in ("F32", "F16", "Q8_0", "Q4_1"):
+        raise typer.BadParameter(f"--kind takes F32, F16, Q8_0 or Q4_1, not {kind!r}")
+    if file.exists() or file.suffix != ".gguf" or not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{file} must be a new file of the ending .gguf in a folder that exists")
+    check_model(name)
+
+    from florilegium.client.lm.gguf_base import Kind, write_gguf  # and with it torch
+
+    with interruptible():
+        write_gguf(name, file, cast("Kind", kind))
+        console.print(f"{file}: {file.stat().st_size:,} bytes")
 
 
 @app.command()
