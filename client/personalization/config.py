@@ -10,7 +10,7 @@ from florilegium.client.lm.config import AdapterConfig
 from florilegium.privacy.common.base_config import Config
 from florilegium.privacy.common.registry import check
 
-NAMES = ("base", "oppu", "pooled", "pplug", "kgt", "per-pcs", "rpo")  # of `client.personalization.registry`
+NAMES = ("base", "oppu", "pooled", "pplug", "kgt", "per-pcs", "rpo", "hydra")  # of `client.personalization.registry`
 Retriever = Literal["bm25", "dense", "recent", "random"]
 ArmName = Literal[
     "full", "with-words", "adaptation-only", "profiling-only", "summary", "no-retuning", "no-feedback",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from florilegium.client.personalization.hydra import Hydra
 from florilegium.client.personalization.kgt import KnowledgeGraph
 from florilegium.client.personalization.method import Method, MethodContext
 from florilegium.client.personalization.oppu import Oppu, Pooled
@@ -21,6 +22,7 @@ METHODS: Mapping[str, type[Method]] = {
     "kgt": KnowledgeGraph,
     "per-pcs": Assembled,
     "rpo": Rpo,
+    "hydra": Hydra,
 }
 
 
