@@ -12,13 +12,17 @@ from test_personal import PEOPLE, TEXTS, beneath_of, context, person
 
 from florilegium.client.lm.config import ModelConfig, SamplingConfig, TextLimits
 from florilegium.client.lm.model import LanguageModel
+from florilegium.client.personalization import dpcml, steerable
+from florilegium.client.personalization.against_others import AgainstOthers, Pairs
 from florilegium.client.personalization.choosing import CANDIDATES, Choosing
 from florilegium.client.personalization.config import TrainingConfig
+from florilegium.client.personalization.dpcml import Dpcml
 from florilegium.client.personalization.embedding import hidden, space
 from florilegium.client.personalization.heads import Judged, learn_head, learn_trunk, logits, trunk
 from florilegium.client.personalization.history import Asked
 from florilegium.client.personalization.hydra import Hydra
 from florilegium.client.personalization.method import Served
+from florilegium.client.personalization.steerable import NeuralProcess, Steerable
 
 LOUD = tuple((question, "NO! WHAT A DAY!!!") for question, _ in TEXTS)
 CALM = tuple((question, "yes, as i said, it is all fine") for question, _ in TEXTS)
@@ -145,3 +149,63 @@ def test_hydras_heads_choose_what_their_persons_would_say(lm: LanguageModel) -> 
     loud, calm = (made.worth([(k, asked[0][1])] * 2, SAID) for k in (0, 1))
     assert loud[0] - loud[1] > calm[0] - calm[1]
     assert made.kept_bytes == 2 * 4 * 17 and made.fetched_bytes == 4 * (3 * lm.hidden_size * 16 + 16 + 17)
+
+
+# -- against others -----------------------------------------------------------------------------------------------
+
+
+def test_a_persons_replies_are_set_against_those_of_others(lm: LanguageModel) -> None:
+    made = Dpcml(context(lm, name="dpcml"))
+    made.learn(POOL)
+    there = made.pairs(POOL[0])
+    torch.testing.assert_close(there.own, made.space([reply for _, reply in LOUD[:3]]))
+    theirs = {tuple(v) for who, v in zip(made.whose, made.said.tolist(), strict=True) if who != "p0"}
+    assert all(tuple(v) in theirs for v in there.others.tolist()) and len(there.others) == 3
+    assert made.fetched_bytes > 4 * made.said.numel() == 4 * 12 * lm.hidden_size
+
+
+def test_the_metrics_loss_by_hand() -> None:
+    """Vectors (0, 0) and (1, 0): s of (0, 1) is 1, of (1, .5) it is .25, and δ = (1 + 1) / (2 · 2 · 1) = .5."""
+    vectors = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
+    far, near = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.5]])
+    assert dpcml.distances(vectors, far).tolist() == [1.0] and dpcml.distances(vectors, near).tolist() == [0.25]
+    assert dpcml.spread(vectors).tolist() == [0.5]
+    assert dpcml.loss(vectors, near, far).item() == 0  # .5 + .25 − 1 < 0
+    assert dpcml.loss(vectors, far, near).item() == pytest.approx(0.5 + 1 - 0.25)
+    same, apart = torch.zeros(1, 2, 2), torch.tensor([[[-1.0, 0.0], [1.0, 0.0]]])  # δ = 0 and 2
+    assert dpcml.loss(same, same[:, 0], same[:, 0]).item() == pytest.approx(0.5 + 0.1 * 0.1)
+    assert dpcml.loss(apart, same[:, 0], same[:, 0]).item() == pytest.approx(0.5 + 0.1 * 1.5)
+    outside = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
+    torch.testing.assert_close(dpcml.in_ball(outside), torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
+
+
+def test_the_divergence_of_two_gaussians_is_torchs() -> None:
+    one, other = torch.randn(2, 5), torch.randn(2, 5)
+    normals = [torch.distributions.Normal(m, s.exp()) for m, s in (one, other)]
+    expected = torch.distributions.kl_divergence(*normals).sum()
+    torch.testing.assert_close(steerable.divergence(one, other), expected)
+
+
+def test_a_neural_processs_loss_is_that_of_its_preferences_and_of_what_the_context_leaves_open() -> None:
+    torch.manual_seed(0)
+    made, noise = NeuralProcess(6), torch.randn(steerable.LATENT)
+    told = Pairs(torch.randn(3, 6), torch.randn(3, 6))
+    every, one = made.infer(told), made.infer(Pairs(told.own[:1], told.others[:1]))
+    z = every[0] + every[1].exp() * noise
+    rewards = [[made.reward(v[None], z[None]) for v in side] for side in (told.own, told.others)]
+    likely = [torch.log(torch.sigmoid(up - down)) for up, down in zip(*rewards, strict=True)]
+    expected = -torch.stack(likely).mean() + steerable.divergence(every, one) / 3
+    torch.testing.assert_close(made.loss(told, [0], noise), expected)
+    torch.testing.assert_close(made.loss(told, [0, 1, 2], noise), -torch.stack(likely).mean())
+    backwards = [made.infer(Pairs(told.own[order], told.others[order])) for order in ([0, 1, 2], [2, 0, 1])]
+    torch.testing.assert_close(*backwards)  # of a set
+
+
+@pytest.mark.parametrize("kind", [Dpcml, Steerable])
+def test_each_persons_kind_of_reply_is_chosen(lm: LanguageModel, kind: type[AgainstOthers]) -> None:
+    """Of a loud and of a calm reply, to a question that neither has met, by people who are not of the pool."""
+    made = kind(context(lm, training=LEARNING))
+    made.learn(POOL)
+    made.prepare(TWO)
+    assert chosen(made) == [0, 1]
+    assert made.kept_bytes == 4 * {Dpcml: dpcml.VECTORS * dpcml.WIDTH, Steerable: steerable.LATENT}[kind]

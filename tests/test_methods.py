@@ -224,3 +224,18 @@ def test_unknown_settings_are_named(tmp_path: Path) -> None:
         study_of({**METHODS, "method": {"retreive": 2}}, tmp_path)
     with pytest.raises(ConfigError, match="chat-reply"):
         study_of({**METHODS, "task": {"name": "chat-replay"}}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"name": "tap-per", "retrieve": 1}, "retrieve = 0"),
+        ({"name": "userip", "adapter": {"kind": "ia3"}}, "method.adapter.kind = 'lora', not 'ia3'"),
+        ({"name": "dpl", "profile": True}, "profile = false"),
+        ({"name": "aloe", "retrieve": 2}, "retriever = 'recent'"),
+        ({"name": "aloe", "retriever": "recent"}, "retrieve >= 1"),
+    ],
+)
+def test_settings_that_a_method_makes_nothing_of_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        MethodsConfig.model_validate({"method": settings})

@@ -115,13 +115,17 @@ def test_every_method_works_on_top_of_what_the_base_is_for_the_task(lm: Language
     assert (len(trained), bool(scored), bool(weighed)) == {
         "base": (0, False, False), "oppu": (1, False, False), "pooled": (1, False, False), "pplug": (0, False, True),
         "kgt": (0, True, False), "per-pcs": (1, False, True), "rpo": (0, True, True),
-        "hydra": (0, False, False),
+        "hydra": (0, False, False), "dpcml": (0, False, False), "steerable": (0, False, False),
+        "core": (1, False, True), "hypernet": (1, False, True), "hypernet-start": (1, False, True),
+        "tap-per": (0, False, True), "userip": (0, False, True), "dpl": (0, False, False), "aloe": (0, True, True),
     }[name]  # fmt: skip
     of_base = {"kgt": [[]] * kgt.PROPOSED}  # it proposes what is known of a person
-    expected = {**of_base, "rpo": [[task]], "hydra": [[task]] * 2}.get(name, [])
+    expected = {**of_base, "rpo": [[task]], "hydra": [[task]] * 2, "dpl": [[]] * 2, "aloe": [[task]]}.get(name, [])
     assert [call["adapters"] for call in written] == expected
     served = made.serving([(1, made.people[1].questions[0][0])])
-    assert served.arm[0] is task and len(served.arm) == (1 if name in ("base", "kgt", "hydra") else 2)
+    assert served.arm[0] is task and len(served.arm) == (
+        1 if name in ("base", "kgt", "hydra", "dpcml", "steerable", "dpl") else 2
+    )
 
 
 def beneath_of(lm: LanguageModel) -> Adapters:
@@ -287,7 +291,9 @@ def test_a_person_gets_nothing_of_anybody_elses(lm: LanguageModel, name: str) ->
     """One person's history is another one: what all others are given and served stays bit by bit."""
 
     def prompts_and_losses(people: Sequence[Person]) -> list[tuple[str, list[float]]]:
-        made = method(context(lm, name=name, profile=name in ("base", "oppu"), retrieve=name in ("base", "oppu")))
+        made = method(
+            context(lm, name=name, profile=name in ("base", "oppu"), retrieve=name in ("base", "oppu", "aloe"))
+        )
         made.learn(SHARERS)
         made.prepare(people)
         made.adapt(made.examples())
@@ -299,7 +305,7 @@ def test_a_person_gets_nothing_of_anybody_elses(lm: LanguageModel, name: str) ->
         scores = lm.score(lm.format.dialogues(replies), served.slots, served.arm)
         chosen = made.worth(asked, ["lentil soup"] * len(asked)) if isinstance(made, Choosing) else [0.0] * len(asked)
         return [
-            (r.prompt, [round(s.nll, 3), round(float(w), 3)]) for r, s, w in zip(replies, scores, chosen, strict=True)
+            (r.prompt, [round(s.nll, 3), round(float(w), 5)]) for r, s, w in zip(replies, scores, chosen, strict=True)
         ]
 
     there = prompts_and_losses([PEOPLE[0], PEOPLE[1], PEOPLE[2]])
