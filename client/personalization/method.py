@@ -103,7 +103,7 @@ class Served:
 class Method:
     """No personalisation: the question as it is, no adapter."""
 
-    candidates: int = 1  # replies that are written, and read, for each question
+    candidates: int = 1  # replies that are written for a question without options
 
     def __init__(self, context: MethodContext) -> None:
         self.context = context

@@ -47,7 +47,7 @@ class Played:
     kept_bytes: float  # beside the history, of a person on the mean
     spent: dict[str, float]  # tokens of a person on the mean, before the first question: trained, read and written
     fetched_bytes: float  # from others, before anything
-    question_tokens: float  # of one question: prompt and right reply, so often as there are candidates
+    question_tokens: float  # of one question: prompt and right reply, as often as there are candidates
     cut: float  # share of the questions whose prompts do not fit
     seconds: dict[str, float]
 
@@ -100,9 +100,12 @@ def _played(
         own = answers(made, people, range(len(people)), config, seed)
     shuffled = answers(made, people, derangement(len(people), derive_seed(seed, "shuffled")), config, seed)
     asked = [in_words(made, k, q) for k, p in enumerate(people) for q in p.questions]
+    written = [1 if q.options else made.candidates for p in people for q, _ in p.questions]
     spent = {kind: made.spent[kind] / len(people) for kind in ("trained", "read", "written")}
     cut = sum(e.truncated for e in lm.format.prompts([d.prompt for d in asked])) / len(asked)
-    question_tokens = made.candidates * made.tokens(asked) / len(asked)
+    question_tokens = made.tokens([d for d, times in zip(asked, written, strict=True) for _ in range(times)]) / len(
+        asked
+    )
     return Played(own, shuffled, made.kept_bytes, spent, made.fetched_bytes, question_tokens, cut, clock.seconds)
 
 
