@@ -142,6 +142,8 @@ def test_a_state_is_the_mean_of_projected_items_by_recency(lm: LanguageModel, mo
     one, two, three = made.projection(items)
     torch.testing.assert_close(state, (one + 2 * two + 4 * three) / 7)
     torch.testing.assert_close(near, super(TapPer, made).token(question, items))
+    size = lm.hidden_size
+    assert made.fetched_bytes == 4 * (size * 2 * size + 2 * size + 2 * size * size + size)
 
 
 # -- codebook -----------------------------------------------------------------------------------------------------

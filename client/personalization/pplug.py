@@ -81,6 +81,11 @@ class Pplug(Method):
         """The embeddings of the history."""
         return 4 * sum(items.numel() for items in self.items) / max(1, len(self.items))
 
+    @property
+    def fetched_bytes(self) -> float:
+        """The projection."""
+        return float(sum(4 * p.numel() for p in self.projection.parameters()))
+
     def _embedded(self, texts: Sequence[str]) -> torch.Tensor:
         """Mean hidden states (n, H), in the scale of the model's embeddings."""
         scale = float(self.layout.vocabulary.float().norm(dim=1).mean())
