@@ -243,14 +243,14 @@ def test_what_a_person_said_is_preferred_turn_by_turn_by_one_adapter_for_all(
     assert all(shown[i] in call["prompts"][3] for i in (1, 2)) and shown[3] not in call["prompts"][3]
     own = [e for examples in made.examples() for e in examples]
     said = lm.generate(call["prompts"], call["slots"], [], call["sampling"], call["seeds"])
-    told = made._preferences([(e, s) for e, s in zip(own, said, strict=True)])
+    others = [replace(e, response=s) for e, s in zip(own, said, strict=True)]
     assert made.adapters and len(made.adapters.rows) == 1
 
     def rewards(replies: object) -> torch.Tensor:
         bare, now = (lm.engine.score(replies, [0] * len(own), on) for on in ([], [made.adapters]))  # type: ignore
         return torch.tensor(bare) - torch.tensor(now)
 
-    assert (rewards(told.chosen) > rewards(told.rejected)).float().mean() > 0.8
+    assert (rewards(lm.format.dialogues(own)) > rewards(lm.format.dialogues(others))).float().mean() > 0.8
     made.prepare(PEOPLE)
     served = made.serving([(2, PEOPLE[2].questions[0][0])])
     assert served.arm == [made.adapters] and served.slots == [2] and not made.spent["trained"]
