@@ -419,7 +419,7 @@ def task_user(name: str, word: str) -> TaskUser:
     return TaskUser(name, items, (query,))
 
 
-@pytest.mark.parametrize("name", ["oppu", "pooled", "pplug", "per-pcs", "rpo"])
+@pytest.mark.parametrize("name", ["oppu", "pooled", "pplug", "per-pcs", "rpo", "hypernet-start", "userip"])
 def test_no_method_has_seen_the_answers(lm: LanguageModel, heard: Heard, name: str) -> None:
     """Of those who are reported on; the pool's answers are what the task is learned from."""
     config = MethodsConfig.model_validate({

@@ -42,6 +42,7 @@ METHODS: dict[str, Any] = {
         "tables": {"t": {"rows": {"method.name & method.retrieve": [["base", 0], ["base", 1], ["oppu", 0]]}}},
     },
 }
+METHODS_OF_TWO: dict[str, Any] = {"model": MODEL, "sampling": {"max_new_tokens": 6}}
 LIVES: dict[str, Any] = {
     "model": MODEL,
     "data": {"users": 2, "min_pairs": 40, "max_pairs": 40},
@@ -224,3 +225,35 @@ def test_unknown_settings_are_named(tmp_path: Path) -> None:
         study_of({**METHODS, "method": {"retreive": 2}}, tmp_path)
     with pytest.raises(ConfigError, match="chat-reply"):
         study_of({**METHODS, "task": {"name": "chat-replay"}}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"name": "tap-per", "retrieve": 1}, "retrieve = 0"),
+        ({"name": "userip", "adapter": {"kind": "ia3"}}, "method.adapter.kind = 'lora', not 'ia3'"),
+        ({"name": "dpl", "profile": True}, "profile = false"),
+        ({"name": "aloe", "retrieve": 2}, "retriever = 'recent'"),
+        ({"name": "aloe", "retriever": "recent"}, "retrieve >= 1"),
+    ],
+)
+def test_settings_that_a_method_makes_nothing_of_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        MethodsConfig.model_validate({"method": settings})
+
+
+def test_a_method_that_chooses_costs_its_candidates_but_where_there_are_options(lm: LanguageModel) -> None:
+    """Four replies a question; the label of an option, which is not written, is what is said."""
+    config = MethodsConfig.model_validate(
+        METHODS_OF_TWO | {"method": {"name": "steerable", "training": {"epochs": 1}}, "task_stage": {"enabled": False}}
+    )
+    task = Task("which", ("accuracy",), asked="{text}")
+    people = [TaskUser(n, tuple(Item(f"{n}{i}", f"say {i}", f"it is {i}") for i in range(3)), ()) for n in "abcd"]
+    query = Query("q", "which is it", "[2]", "it", ("it is 1", "it was"))
+    users = {
+        options: [TaskUser(p.id, p.history, (Query(query.id, query.input, "[2]", "it", options),)) for p in people[:2]]
+        for options in ((), query.options)
+    }
+    free, choice = (play(lm, config, task, people[2:], users[o], seed=0) for o in ((), query.options))
+    assert free.question_tokens == 4 * choice.question_tokens
+    assert {reply for of in choice.own.replies for reply in of} <= {"[1]", "[2]"}

@@ -20,6 +20,7 @@ from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.optimizer import Moments, adamw_
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization import kgt, per_pcs, rpo
+from florilegium.client.personalization.choosing import Choosing
 from florilegium.client.personalization.config import NAMES, MethodConfig, TrainingConfig
 from florilegium.client.personalization.history import Asked, Past, Person, Wording
 from florilegium.client.personalization.kgt import KnowledgeGraph, Triple
@@ -114,13 +115,17 @@ def test_every_method_works_on_top_of_what_the_base_is_for_the_task(lm: Language
     assert (len(trained), bool(scored), bool(weighed)) == {
         "base": (0, False, False), "oppu": (1, False, False), "pooled": (1, False, False), "pplug": (0, False, True),
         "kgt": (0, True, False), "per-pcs": (1, False, True), "rpo": (0, True, True),
+        "hydra": (0, False, False), "dpcml": (0, False, False), "steerable": (0, False, False),
+        "core": (1, False, True), "hypernet": (1, False, True), "hypernet-start": (1, False, True),
+        "tap-per": (0, False, True), "userip": (0, False, True), "dpl": (0, False, False), "aloe": (0, True, True),
     }[name]  # fmt: skip
-    expected = {"kgt": [[]] * kgt.PROPOSED, "rpo": [[task]]}.get(
-        name, []
-    )  # the base proposes what is known of a person
+    of_base = {"kgt": [[]] * kgt.PROPOSED}  # it proposes what is known of a person
+    expected = {**of_base, "rpo": [[task]], "hydra": [[task]] * 2, "dpl": [[]] * 2, "aloe": [[task]]}.get(name, [])
     assert [call["adapters"] for call in written] == expected
     served = made.serving([(1, made.people[1].questions[0][0])])
-    assert served.arm[0] is task and len(served.arm) == (1 if name in ("base", "kgt") else 2)
+    assert served.arm[0] is task and len(served.arm) == (
+        1 if name in ("base", "kgt", "hydra", "dpcml", "steerable", "dpl") else 2
+    )
 
 
 def beneath_of(lm: LanguageModel) -> Adapters:
@@ -286,7 +291,9 @@ def test_a_person_gets_nothing_of_anybody_elses(lm: LanguageModel, name: str) ->
     """One person's history is another one: what all others are given and served stays bit by bit."""
 
     def prompts_and_losses(people: Sequence[Person]) -> list[tuple[str, list[float]]]:
-        made = method(context(lm, name=name, profile=name in ("base", "oppu"), retrieve=name in ("base", "oppu")))
+        made = method(
+            context(lm, name=name, profile=name in ("base", "oppu"), retrieve=name in ("base", "oppu", "aloe"))
+        )
         made.learn(SHARERS)
         made.prepare(people)
         made.adapt(made.examples())
@@ -296,7 +303,10 @@ def test_a_person_gets_nothing_of_anybody_elses(lm: LanguageModel, name: str) ->
         ]
         served = made.serving(asked)
         scores = lm.score(lm.format.dialogues(replies), served.slots, served.arm)
-        return [(r.prompt, [round(s.nll, 3)]) for r, s in zip(replies, scores, strict=True)]
+        chosen = made.worth(asked, ["lentil soup"] * len(asked)) if isinstance(made, Choosing) else [0.0] * len(asked)
+        return [
+            (r.prompt, [round(s.nll, 3), round(float(w), 5)]) for r, s, w in zip(replies, scores, chosen, strict=True)
+        ]
 
     there = prompts_and_losses([PEOPLE[0], PEOPLE[1], PEOPLE[2]])
     changed = prompts_and_losses([OTHER, PEOPLE[1], PEOPLE[2]])
@@ -611,7 +621,7 @@ def test_rpo_moves_a_persons_replies_above_the_models_with_its_own_settings(lm: 
     made.adapt([examples])
     (call,) = calls
     assert (call["rate"], call["beta"], call["nll_weight"]) == (5e-3, 0.2, 0.0) and len(call["told"][0]) == 6
-    (said,) = made._replies([examples])
+    (said,) = made.replies_of_model([examples])
     own, theirs = (lm.format.dialogues([replace(e, response=r) for e, r in zip(examples, replies, strict=True)])
                    for replies in ([e.response for e in examples], said))  # fmt: skip
     assert made.adapters
@@ -627,7 +637,7 @@ def test_rejected_is_what_the_model_says_on_top_of_what_it_is_for_the_task(lm: L
     task = beneath_of(lm)
     made = Rpo(replace(context(lm, name="rpo"), beneath=[task]))
     made.prepare(PEOPLE[:1])
-    (said,) = made._replies(made.examples())
+    (said,) = made.replies_of_model(made.examples())
     sampling = SamplingConfig(max_new_tokens=lm.format.limits.reply_tokens)
     prompts = [p.example.prompt for p in PEOPLE[0].history]
     with_task, bare = (lm.generate(prompts, [0] * 4, on, sampling, range(4)) for on in ([task], []))
@@ -638,7 +648,7 @@ def test_rejected_is_what_the_model_says_and_chosen_what_the_person_did(lm: Lang
     made = Rpo(context(lm, name="rpo"))
     made.prepare(PEOPLE[:1])
     examples = made.examples()
-    (said,) = made._replies(examples)
+    (said,) = made.replies_of_model(examples)
     told = made._preferences(examples[0], said, [0, 2])
     assert [e.reply for e in told.chosen] == [e.reply for e in lm.format.dialogues([examples[0][0], examples[0][2]])]
     assert {e.prompt for e in told.chosen} == {e.prompt for e in told.rejected}

@@ -1100,7 +1100,7 @@ NOT_REACHING: dict[str, tuple[str, Callable[[Cell], Any], Mapping[str, str]]] = 
         "methods",
         lambda cell: MethodsCell(cell, *NO_BENCH)._of_task(0),
         {
-            **NAME, "method.name": "but for kgt, prompts are the same", "method.adapter": "trained later",
+            **NAME, "method.name": "but for kgt and dpl, prompts are the same", "method.adapter": "trained later",
             "method.training": "trained later", "method.preference": "trained later", "sampling": "nothing is said yet",
         },
     ),

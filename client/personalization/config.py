@@ -10,7 +10,11 @@ from florilegium.client.lm.config import AdapterConfig
 from florilegium.privacy.common.base_config import Config
 from florilegium.privacy.common.registry import check
 
-NAMES = ("base", "oppu", "pooled", "pplug", "kgt", "per-pcs", "rpo")  # of `client.personalization.registry`
+NAMES = (
+    "base", "oppu", "pooled", "pplug", "kgt", "per-pcs", "rpo", "hydra", "dpcml", "steerable", "core", "hypernet",
+    "hypernet-start", "tap-per", "userip", "dpl", "aloe",
+)  # fmt: skip
+OWN_PROMPTS = ("kgt", "dpl")  # those that write other prompts than `base` does with the same settings
 Retriever = Literal["bm25", "dense", "recent", "random"]
 ArmName = Literal[
     "full", "with-words", "adaptation-only", "profiling-only", "summary", "no-retuning", "no-feedback",

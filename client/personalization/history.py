@@ -14,6 +14,7 @@ class Asked:
 
     prompt: str
     search: str  # what a retriever is given; empty where a question has nothing to look by
+    options: tuple[str, ...] = ()  # texts that the labels [1], [2], … of a choice stand for
 
 
 @dataclass(frozen=True, slots=True)

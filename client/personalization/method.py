@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.adapter import Adapters
 from florilegium.client.lm.batching import schedule
-from florilegium.client.lm.config import AdapterConfig
+from florilegium.client.lm.config import AdapterConfig, SamplingConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.lm.training_data import TrainingSet
 from florilegium.client.personalization.config import MethodConfig, TrainingConfig
@@ -103,6 +103,8 @@ class Served:
 class Method:
     """No personalisation: the question as it is, no adapter."""
 
+    candidates: int = 1  # replies that are written for a question without options
+
     def __init__(self, context: MethodContext) -> None:
         self.context = context
         self.people: Sequence[Person] = ()
@@ -143,6 +145,29 @@ class Method:
     def served(self, asked: Sequence[tuple[int, Asked]], own: Adapters | None = None) -> Served:
         """By the base as it is for the task and, if there are any, the people's own adapters."""
         return Served([device for device, _ in asked], [*self.context.beneath, *([own] if own else [])])
+
+    def reply(
+        self,
+        asked: Sequence[tuple[int, Asked]],
+        prompts: Sequence[str],
+        served: Served,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+    ) -> list[str]:
+        """What is said to these questions of these people, in these prompts."""
+        return self.context.lm.generate(prompts, served.slots, served.arm, sampling, seeds)
+
+    def replies_of_model(self, examples: Sequence[Sequence[Dialogue]]) -> list[list[str]]:
+        """What the model says to each example's prompt, greedily; as long as the person's replies may be."""
+        lm = self.context.lm
+        slots = [k for k, own in enumerate(examples) for _ in own]
+        prompts = [e.prompt for own in examples for e in own]
+        sampling = SamplingConfig(max_new_tokens=lm.format.limits.reply_tokens)
+        self.count(read=sum(self.tokens([replace(e, response="")]) for own in examples for e in own))
+        said = iter(lm.generate(prompts, slots, self.context.beneath, sampling, range(len(prompts))))
+        found = [[next(said) for _ in own] for own in examples]
+        self.count(written=sum(lm.format.length(text) for own in found for text in own))
+        return found
 
     def count(self, **tokens: float) -> None:
         """Notes what was trained on, read or written."""

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from florilegium.client.lm.adapter import Adapters
-from florilegium.client.lm.batching import schedule
 from florilegium.client.lm.config import AdapterConfig
 from florilegium.client.lm.soft_prompt import PromptLayout
+from florilegium.client.personalization.embedding import hidden, seeded
 from florilegium.client.personalization.history import Asked, Person
 from florilegium.client.personalization.method import Method, MethodContext, Served
-from florilegium.privacy.seeds import derive_seed
+from florilegium.client.personalization.through import teach
 
 TEMPERATURE = 0.1  # of cosines
 
@@ -28,36 +28,31 @@ TEMPERATURE = 0.1  # of cosines
 class Pplug(Method):
     """One soft token for each question."""
 
+    virtual_tokens = 1
+
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)
-        layout = context.lm.layout(AdapterConfig(kind="prompt", virtual_tokens=1))
+        layout = context.lm.layout(AdapterConfig(kind="prompt", virtual_tokens=self.virtual_tokens))
         assert isinstance(layout, PromptLayout)
         self.layout, size = layout, layout.hidden
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(context.seed, "pplug"))
-            self.projection = nn.Sequential(nn.Linear(size, 2 * size), nn.ReLU(), nn.Linear(2 * size, size))
+        self.projection = seeded(
+            lambda: nn.Sequential(nn.Linear(size, 2 * size), nn.ReLU(), nn.Linear(2 * size, size)),
+            context.seed,
+            "pplug",
+        )
         self.items: list[torch.Tensor] = []  # of each person (n, H)
 
     def learn(self, others: Sequence[Person]) -> None:
         """Trains the projection on the questions of these people, by the loss of their replies."""
         self.prepare(others)
         asked = [(k, q, reply) for k, person in enumerate(others) for q, reply in person.questions]
-        training, lm = self.context.config.training, self.context.lm
-        examples = lm.format.dialogues([reply for _, _, reply in asked])
+        examples = self.context.lm.format.dialogues([reply for _, _, reply in asked])
         questions = self._embedded([q.search for _, q, _ in asked])
-        optimizer = torch.optim.AdamW(self.projection.parameters(), lr=training.learning_rate, weight_decay=0)
-        order = schedule(
-            len(asked), training.batch_size, training.epochs, derive_seed(self.context.seed, "pplug", "order")
-        )
-        for batch in order:
-            tokens = torch.stack([self.token(questions[i], self.items[asked[i][0]]) for i in batch])  # (b, H)
-            weight = 1 / max(1, sum(examples[i].targets for i in batch))
-            stack = lm.adapters(self.layout, tokens.detach())
-            chosen = [[examples[i]] for i in batch]
-            gradient, _ = lm.engine.gradient(stack, self.context.beneath, chosen, [[weight]] * len(batch))
-            optimizer.zero_grad()
-            tokens.backward(gradient.cpu())
-            optimizer.step()
+
+        def tokens(batch: Sequence[int]) -> torch.Tensor:
+            return torch.stack([self.token(questions[i], self.items[asked[i][0]]) for i in batch])
+
+        teach(self.context, self.layout, self.projection.parameters(), tokens, examples, "pplug")
 
     def prepare(self, people: Sequence[Person]) -> None:
         super().prepare(people)
@@ -86,10 +81,12 @@ class Pplug(Method):
         """The embeddings of the history."""
         return 4 * sum(items.numel() for items in self.items) / max(1, len(self.items))
 
+    @property
+    def fetched_bytes(self) -> float:
+        """The projection."""
+        return float(sum(4 * p.numel() for p in self.projection.parameters()))
+
     def _embedded(self, texts: Sequence[str]) -> torch.Tensor:
         """Mean hidden states (n, H), in the scale of the model's embeddings."""
-        if not texts:
-            return torch.zeros(0, self.layout.hidden)
         scale = float(self.layout.vocabulary.float().norm(dim=1).mean())
-        found = torch.stack([f.readings["mean"].vector for f in self.context.lm.embed(texts)])
-        return nn.functional.normalize(found, dim=1) * scale
+        return nn.functional.normalize(hidden(self.context.lm, texts), dim=1) * scale

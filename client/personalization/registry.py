@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from florilegium.client.personalization.aloe import Aloe
+from florilegium.client.personalization.core import Core
+from florilegium.client.personalization.dpcml import Dpcml
+from florilegium.client.personalization.dpl import Dpl
+from florilegium.client.personalization.hydra import Hydra
+from florilegium.client.personalization.hypernet import Hypernet, HypernetStart
 from florilegium.client.personalization.kgt import KnowledgeGraph
 from florilegium.client.personalization.method import Method, MethodContext
 from florilegium.client.personalization.oppu import Oppu, Pooled
@@ -11,6 +17,9 @@ from florilegium.client.personalization.per_pcs import Assembled
 from florilegium.client.personalization.pplug import Pplug
 from florilegium.client.personalization.prompting import Prompting
 from florilegium.client.personalization.rpo import Rpo
+from florilegium.client.personalization.steerable import Steerable
+from florilegium.client.personalization.tap_per import TapPer
+from florilegium.client.personalization.userip import UserIp
 from florilegium.privacy.common.registry import calling, resolve
 
 METHODS: Mapping[str, type[Method]] = {
@@ -21,6 +30,16 @@ METHODS: Mapping[str, type[Method]] = {
     "kgt": KnowledgeGraph,
     "per-pcs": Assembled,
     "rpo": Rpo,
+    "hydra": Hydra,
+    "dpcml": Dpcml,
+    "steerable": Steerable,
+    "core": Core,
+    "hypernet": Hypernet,
+    "hypernet-start": HypernetStart,
+    "tap-per": TapPer,
+    "userip": UserIp,
+    "dpl": Dpl,
+    "aloe": Aloe,
 }
 
 

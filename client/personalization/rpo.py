@@ -14,7 +14,6 @@ import torch
 
 from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.batching import schedule
-from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.personalization.oppu import Oppu
 from florilegium.client.personalization.preference import Preferences, prefer
 from florilegium.privacy.seeds import derive_seed
@@ -27,7 +26,7 @@ class Rpo(Oppu):
         config, lm = self.context.config, self.context.lm
         training, layout = config.training, lm.layout(config.adapter)
         start = torch.stack([layout.start(derive_seed(self.context.seed, "personal", "start")) for _ in examples])
-        rejected = self._replies(examples)
+        rejected = self.replies_of_model(examples)
         batches = [
             schedule(len(own), training.batch_size, training.epochs, derive_seed(self.context.seed, p.id, "rpo"))
             for own, p in zip(examples, self.people, strict=True)
@@ -45,17 +44,6 @@ class Rpo(Oppu):
             lm.engine, lm.adapters(layout, start), self.context.beneath, told, rate=training.learning_rate,
             beta=config.preference.beta, nll_weight=config.preference.nll_weight,
         )  # fmt: skip
-
-    def _replies(self, examples: Sequence[Sequence[Dialogue]]) -> list[list[str]]:
-        """What the model says to each example's prompt, greedily; as long as the person's replies may be."""
-        slots = [k for k, own in enumerate(examples) for _ in own]
-        prompts = [e.prompt for own in examples for e in own]
-        sampling = SamplingConfig(max_new_tokens=self.context.lm.format.limits.reply_tokens)
-        self.count(read=sum(self.tokens([replace(e, response="")]) for own in examples for e in own))
-        said = iter(self.context.lm.generate(prompts, slots, self.context.beneath, sampling, range(len(prompts))))
-        found = [[next(said) for _ in own] for own in examples]
-        self.count(written=sum(self.context.lm.format.length(text) for own in found for text in own))
-        return found
 
     def _preferences(self, own: Sequence[Dialogue], said: Sequence[str], batch: Sequence[int]) -> Preferences:
         lm = self.context.lm

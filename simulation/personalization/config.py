@@ -15,6 +15,7 @@ from florilegium.simulation.tasks.config import TaskConfig
 from florilegium.simulation.tasks.stand_ins import stand_in
 
 Part = Literal["all", "near", "far"]
+ON_LORA = ("pplug", "tap-per", "per-pcs", "core", "hypernet", "hypernet-start", "userip")
 
 
 class TaskStageConfig(Config):
@@ -111,10 +112,14 @@ class MethodsConfig(Config):
         if self.model.name == "nano" and made and made.seen_by_nano:
             raise ValueError(f"task.name = {made.task.name!r}: nano was trained on such texts; use smollm2-135m")
         retrieving = self.method.retrieve or self.method.profile
-        if self.method.name in ("pplug", "kgt") and retrieving:
+        if self.method.name in ("pplug", "tap-per", "kgt") and retrieving:
             raise ValueError(f"method.name = {self.method.name!r} has its own prompts: retrieve = 0, profile = false")
         kinds = {"method.adapter": self.method.adapter.kind, "task_stage.adapter": self.task_stage.adapter.kind}
         for place, kind in kinds.items():
-            if self.method.name in ("pplug", "per-pcs") and kind != "lora":
+            if self.method.name in ON_LORA and kind != "lora":
                 raise ValueError(f"method.name = {self.method.name!r} needs {place}.kind = 'lora', not {kind!r}")
+        if self.method.name == "dpl" and self.method.profile:
+            raise ValueError("method.name = 'dpl' makes a profile of its own: profile = false")
+        if self.method.name == "aloe" and not (self.method.retrieve and self.method.retriever == "recent"):
+            raise ValueError("method.name = 'aloe' goes by the turns before: retrieve >= 1, retriever = 'recent'")
         return self

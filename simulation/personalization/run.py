@@ -47,7 +47,7 @@ class Played:
     kept_bytes: float  # beside the history, of a person on the mean
     spent: dict[str, float]  # tokens of a person on the mean, before the first question: trained, read and written
     fetched_bytes: float  # from others, before anything
-    question_tokens: float  # of one question: prompt and right reply
+    question_tokens: float  # of one question: prompt and right reply, as often as there are candidates
     cut: float  # share of the questions whose prompts do not fit
     seconds: dict[str, float]
 
@@ -100,9 +100,12 @@ def _played(
         own = answers(made, people, range(len(people)), config, seed)
     shuffled = answers(made, people, swapped, config, seed)
     asked = [in_words(made, k, q) for k, p in enumerate(people) for q in p.questions]
+    written = [1 if q.options else made.candidates for p in people for q, _ in p.questions]
     spent = {kind: made.spent[kind] / len(people) for kind in ("trained", "read", "written")}
     cut = sum(e.truncated for e in lm.format.prompts([d.prompt for d in asked])) / len(asked)
-    question_tokens = made.tokens(asked) / len(asked)
+    question_tokens = made.tokens([d for d, times in zip(asked, written, strict=True) for _ in range(times)]) / len(
+        asked
+    )
     return Played(own, shuffled, made.kept_bytes, spent, made.fetched_bytes, question_tokens, cut, clock.seconds)
 
 
@@ -127,7 +130,11 @@ def answers(
     start = derive_seed(seed, "reply") >> 1
     seeds = range(start, start + len(asked))
     prompts = [d.prompt for d in dialogues]
-    replies = iter(lm.generate(prompts, served.slots, served.arm, config.sampling, seeds))
+    with calling(made.context.config.name, f"say {len(asked)} replies"):
+        said = made.reply([(k, a) for k, (a, _) in asked], prompts, served, config.sampling, seeds)
+        if len(said) != len(asked):
+            raise UnexpectedError(f"said {len(said)}")
+    replies = iter(said)
     return Answers(
         [[next(scores) for _ in p.questions] for p in people], [[next(replies) for _ in p.questions] for p in people]
     )

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from florilegium.client.lm.adapter import Adapters
+from florilegium.client.personalization.config import OWN_PROMPTS
 from florilegium.privacy.common.registry import is_extension
 from florilegium.privacy.seeds import derive_seed
 from florilegium.simulation.evaluation.metrics import Scored, measure_nll
@@ -71,12 +72,12 @@ class MethodsCell(Seeded):
     def _of_task(self, number: int) -> Hashable:
         """All that the task's adapter depends on.
 
-        Of a method that is its prompts, which are those of others but for `kgt` and for those of the user's own.
+        Of a method that is its prompts, those of others but for `OWN_PROMPTS` and for those of the user's own.
         """
         known = self.config.model_dump_json(include={"model", "task", "task_stage", "history", "seed"})
         prompts = self.config.method.model_dump_json(include={"retrieve", "retriever", "profile"})
         name = self.config.method.name
-        return (known, prompts, name if name == "kgt" or is_extension(name) else "", self.cell.seeds, number)
+        return (known, prompts, name if name in OWN_PROMPTS or is_extension(name) else "", self.cell.seeds, number)
 
     def _measured(self, answers: Answers, task: Task, users: list[TaskUser]) -> Result:
         """NLL and the task's metrics, over all, by user and by query, and the mean length of replies."""

@@ -7,7 +7,7 @@ an item; nothing here reads a file or knows a model. Cutting long texts to a mod
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from florilegium.client.dialogue import Dialogue
 
@@ -103,7 +103,7 @@ class Task:
     asked: str = ""
     practice: tuple[str, str] | None = None
     shown_as: str = '"{text}" '
-    joined: Join = before
+    joined: Join = field(default=before, repr=False)  # its address is another in each process
     searched: str = "{text}"
     searched_with: str = "{text}"
     own: str = "{text}"
