@@ -44,7 +44,7 @@ class VotingContext(CohortContext):
         return cls(**own, candidates=tuple(candidates))
 
     @cached_property
-    def schema(self) -> Schema:  # type: ignore[override]
+    def schema(self) -> Schema:
         """One column of counts."""
         return Schema((("votes", (len(self.candidates), 1)),))
 
@@ -62,8 +62,7 @@ class VotingContext(CohortContext):
 def place(dialogue: Dialogue, lm: LanguageModel) -> torch.Tensor:
     """(H,), of length 1: the mean hidden state of prompt and reply, in a pass without any other text."""
     (found,) = lm.embed([f"{dialogue.prompt}\n{dialogue.response}"], ["mean"])
-    vector = found.readings["mean"].vector
-    return vector / vector.norm().clamp_min(1e-12)
+    return torch.nn.functional.normalize(found.readings["mean"].vector, dim=0)
 
 
 def cast_votes(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from florilegium.simulation.data.errors import DataError
+from florilegium.simulation.data.folder import Row
 from florilegium.simulation.data.formats.reading import Reading
 from florilegium.simulation.data.formats.recognise import FORMATS
 from florilegium.simulation.data.population import DataConfig, collect, reading_of
@@ -38,7 +39,7 @@ def convert(config: DataConfig, out: Path, named: str = "") -> Reading:
     with out.open("x", encoding="utf-8") as lines:
         for user, said in replies.by_user.items():
             for reply in said:
-                row = {} if replies.anonymous else {"user": user}
+                row: Row = {} if replies.anonymous else {"user": user}
                 row |= {"time": reply.time, "prompt": reply.prompt, "response": reply.response}
                 row |= {"domain": reply.domain} if reply.domain else {}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
