@@ -500,6 +500,8 @@ RUNS: dict[str, Row] = {
     "data.context_turns": In(2, "test_data.py::test_a_prompt_holds_as_many_turns_as_are_asked_for", WHOLE),
     "data.order": Seen("blocked", people),
     "data.stickiness": Seen(0.1, people, {"data.order": "sticky"}),
+    "data.troubles.kind": Seen("greetings", people, {"data.troubles": {"kind": "junk", "share": 0.5}}),
+    "data.troubles.share": Seen(0.25, people, {"data.troubles": {"kind": "junk", "share": 0.5}}),
     "data.hub_fields.user": In("who", HUB),
     "data.hub_fields.time": In("at", HUB),
     "data.hub_fields.prompt": In("asked", HUB),
