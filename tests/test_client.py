@@ -30,6 +30,7 @@ from florilegium.client.round import learn_alone
 from florilegium.client.selection import stream_memory
 from florilegium.client.selection.buffer import Buffer
 from florilegium.client.selection.config import SelectionConfig
+from florilegium.client.selection.determinantal import Terms, log_marginals
 from florilegium.client.selection.entry import BufferEntry
 from florilegium.client.selection.lexicons import BUNDLED, LexiconError, load_lexicons, matches, words
 from florilegium.client.selection.policies import POLICIES
@@ -297,6 +298,50 @@ def test_leverage_keeps_one_of_each_direction() -> None:
     axes = {"a": (1, 0.02), "b": (1, 0.01), "c": (0.02, 1), "d": (1, -0.02), "e": (1, -0.01)}
     arrivals = [replace(kept(n), embedding=np.array(v, np.float16)) for n, v in axes.items()]
     assert "c" in offered("leverage", 2, arrivals)
+
+
+def test_dpp_drops_a_copy_then_what_is_old_then_what_is_noise() -> None:
+    """By hand: of N far points and a copy, both halves of the pair have 2·0.001 of variance left, the others 1.001."""
+    far = np.diag([9.0, 9.0, 9.0])
+    white = np.vstack([far, far[1] * 1.0])  # the last is a copy of the second
+    left = log_marginals(white, [0, 0, 0, 0], Terms(quality=0, recency=0))
+    assert left[[0, 2]] == pytest.approx([math.log(1.001)] * 2, abs=1e-3)
+    assert left[[1, 3]] == pytest.approx([math.log(1.001 - 1 / 1.001)] * 2, abs=1e-3)  # 1.001 less what the twin tells
+    aged = log_marginals(far, [0, 0, 0], Terms(quality=0, redundancy=0, recency=2))
+    assert aged == pytest.approx([0, 1, 2])
+    assert log_marginals(far, [0, 2, -2], Terms(quality=0.25, redundancy=0, recency=0)) == pytest.approx([0, -0.5, 0.5])
+
+
+def test_a_prompt_surprises_by_deviations_from_the_streams_mean() -> None:
+    memory: StreamMemory = {}
+    met = []
+    for n, value in enumerate((3.0, 5.0, 3.0, 5.0, 9.0)):
+        newcomer, memory = POLICIES["dpp"].meet(replace(kept(str(n), angle=n), value=value), memory)
+        met.append(newcomer.value)
+    assert met == [0, 0, 0, 0, pytest.approx(1.826)]  # of 3, 5, 3, 5, 9: mean 5, deviation √4.8
+    assert float(memory["nll_mean"]) == pytest.approx(5) and float(memory["nll_squares"]) == pytest.approx(24)
+
+
+def test_dpp_and_its_ablations_keep_what_their_terms_say() -> None:
+    """Half of 40 arrivals are copies of one text, the last quarter is of a new direction; some are noise."""
+    dice, arrivals = rng(5), []
+    for n in range(40):
+        vector = np.array([9, 0, 0, 0]) if n % 2 else dice.normal(size=4)
+        arrivals.append(replace(kept(str(n)), embedding=vector.astype(np.float16), value=8.0 if n % 8 == 4 else 4.0))
+
+    def copies(policy: str) -> int:
+        return sum(int(i) % 2 for i in offered(policy, 8, arrivals))
+
+    def noise(policy: str) -> int:
+        return sum(int(i) % 8 == 4 for i in offered(policy, 8, arrivals))
+
+    def mean_age(policy: str) -> float:
+        return float(np.mean([int(i) for i in offered(policy, 8, arrivals)]))
+
+    without = "florilegium.client.selection.ablations:WITHOUT_"
+    assert copies("dpp") <= 2 < copies(without + "REDUNDANCY")
+    assert noise("dpp") <= noise(without + "QUALITY")
+    assert mean_age("dpp") > mean_age(without + "RECENCY") + 3
 
 
 def test_perplexity_keeps_the_hardest_or_the_middle() -> None:
