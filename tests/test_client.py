@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from florilegium.client.config import DeviceConfig
 from florilegium.client.context import CohortContext
+from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.observation import Observation
@@ -514,6 +516,27 @@ def test_siblings_that_come_out_alike_are_copies(lm: LanguageModel) -> None:
     requests = [Request(device, ("do you like old films", "yes"), 5) for device in ("d0", "d1")]
     for written in synthesize_texts(requests, [], lm, config):
         assert len(written.kept) == 1 and written.rejected == Counter(copy=2)
+
+
+def test_a_reply_that_would_become_less_likely_is_thrown_away(lm: LanguageModel) -> None:
+    """Of the same draws those are kept whose prompt makes the user's reply no less likely than the original's did."""
+    request = Request("d0", ("do you like old films or the new ones", "the old ones are much better films"), 5)
+    settings: dict[str, Any] = {
+        "per_dialogue": 12, "instruction": "Rewrite: ", "rouge1_min": 0.0, "rouge1_max": 1.0, "length_ratio_max": 100.0,
+        "sampling": {"max_new_tokens": 12, "temperature": 1.0},
+    }  # fmt: skip
+    free, likely = (
+        synthesize_texts([request], [], lm, SynthesisConfig.model_validate({**settings, "accept": accept}))[0]
+        for accept in ("paper", "likely")
+    )
+
+    def nll(pair: tuple[str, str]) -> float:
+        (score,) = lm.score(lm.format.dialogues([Dialogue("", *pair)]), [0], [])
+        return score.nll / score.tokens
+
+    assert likely.kept == tuple(pair for pair in free.kept if nll(pair) <= nll(request.original) + 5e-4)
+    assert 0 < len(likely.kept) < len(free.kept)
+    assert likely.rejected["unlikely"] == len(free.kept) - len(likely.kept) and "unlikely" not in free.rejected
 
 
 def test_what_was_thrown_away_is_written_again(lm: LanguageModel) -> None:
