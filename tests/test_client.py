@@ -520,7 +520,7 @@ def test_siblings_that_come_out_alike_are_copies(lm: LanguageModel) -> None:
 
 def test_a_reply_that_would_become_less_likely_is_thrown_away(lm: LanguageModel) -> None:
     """Of the same draws those are kept whose prompt makes the user's reply no less likely than the original's did."""
-    request = Request("d0", ("do you like old films or the new ones", "the old ones are much better films"), 5)
+    request = Request("d0", ("hm?", "i like old films too"), 5)  # an original prompt that says little
     settings: dict[str, Any] = {
         "per_dialogue": 12, "instruction": "Rewrite: ", "rouge1_min": 0.0, "rouge1_max": 1.0, "length_ratio_max": 100.0,
         "sampling": {"max_new_tokens": 12, "temperature": 1.0},
