@@ -100,7 +100,8 @@ def synthesize_pool(states: States, context: CohortContext) -> tuple[States, lis
 
     Each is judged by its own original alone: no dialogue decides what becomes of another.
     """
-    settings = context.config.synthesis.model_copy(update={"per_dialogue": context.config.shared.synthetic})
+    only = {"per_dialogue": context.config.shared.synthetic, "accept": "paper"}  # a batch's rounding decides nothing
+    settings = context.config.synthesis.model_copy(update=only)
     own = {s.id: s.own for s in states}
     fresh = [(s, i, p) for s in states for i, p in s.pool.slots if i in own[s.id] and i not in s.pool_synthetic]
     requests = [

@@ -1,7 +1,7 @@
 """New dialogues in the manner of kept ones, by the same language model (Qin et al. 2024, §3.3).
 
 By default the prompt is written anew and the reply stays the user's own. What is too far from the original, a copy,
-of another length, empty, or (if asked for) points at a person is thrown away, and counted by the reason.
+of another length, empty, or (if asked for) points at a person or is unlikely is thrown away, and counted by the reason.
 The base model writes, adapters off, so that no device's texts colour another's and nothing private is used twice.
 """
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.pii import personal_data
 from florilegium.client.words import count, words
@@ -33,6 +34,9 @@ class SynthesisConfig(Config):
     attempts: int = Field(1, ge=1, description="times that what was thrown away is written again")
     prompt: Treatment = Field("rewrite", description="the paper's default")
     response: Treatment = Field("keep", description="the paper's default")
+    accept: Literal["paper", "likely"] = Field(
+        "paper", description="likely: only where the model finds the reply no less likely than the original's"
+    )
     instruction: str = Field(
         "Refine and generate a text semantically similar to the following text block, no need to answer it, "
         "no need to explain, use [ ] to hold your generated response: ",
@@ -85,8 +89,10 @@ def synthesize(
     rejected: list[Counter[str]] = [Counter() for _ in requests]
     for attempt in range(config.attempts):
         wanted = [i for i, found in enumerate(kept) for _ in range(config.per_dialogue - len(found))]
-        for i, made in zip(wanted, _write(requests, wanted, attempt, lm, config), strict=True):
-            reason = objection(made, requests[i], seen, config)
+        pairs = _write(requests, wanted, attempt, lm, config)
+        unlikely = _less_likely(pairs, [requests[i].original for i in wanted], lm, config)
+        for i, made, less in zip(wanted, pairs, unlikely, strict=True):
+            reason = objection(made, requests[i], seen, config) or ("unlikely" if less else "")
             if reason:
                 rejected[i][reason] += 1
             else:
@@ -141,6 +147,18 @@ def _write(
         )
         for i in wanted
     ]
+
+
+def _less_likely(
+    pairs: Sequence[Pair], originals: Sequence[Pair], lm: LanguageModel, config: SynthesisConfig
+) -> list[bool]:
+    """Whether the model, without adapters, finds a reply less likely, by token, than that of its original."""
+    if config.accept == "paper":
+        return [False] * len(pairs)
+    dialogues = [Dialogue("", prompt, reply) for prompt, reply in (*pairs, *originals)]
+    scores = lm.score(lm.format.dialogues(dialogues), [0] * len(dialogues), [])
+    nll = [round(s.nll / max(1, s.tokens), 3) for s in scores]  # rounding in a batch must not decide
+    return [made > before for made, before in zip(nll[: len(pairs)], nll[len(pairs) :], strict=True)]
 
 
 def _new(pair: Pair, config: SynthesisConfig) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from florilegium.client.config import DeviceConfig
 from florilegium.client.context import CohortContext
+from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.config import SamplingConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.observation import Observation
@@ -30,6 +32,7 @@ from florilegium.client.round import learn_alone
 from florilegium.client.selection import stream_memory
 from florilegium.client.selection.buffer import Buffer
 from florilegium.client.selection.config import SelectionConfig
+from florilegium.client.selection.determinantal import Terms, log_marginals
 from florilegium.client.selection.entry import BufferEntry
 from florilegium.client.selection.lexicons import BUNDLED, LexiconError, load_lexicons, matches, words
 from florilegium.client.selection.policies import POLICIES
@@ -299,6 +302,50 @@ def test_leverage_keeps_one_of_each_direction() -> None:
     assert "c" in offered("leverage", 2, arrivals)
 
 
+def test_dpp_drops_a_copy_then_what_is_old_then_what_is_noise() -> None:
+    """By hand: of N far points and a copy, both halves of the pair have 2·0.001 of variance left, the others 1.001."""
+    far = np.diag([9.0, 9.0, 9.0])
+    white = np.vstack([far, far[1] * 1.0])  # the last is a copy of the second
+    left = log_marginals(white, [0, 0, 0, 0], Terms(quality=0, recency=0))
+    assert left[[0, 2]] == pytest.approx([math.log(1.001)] * 2, abs=1e-3)
+    assert left[[1, 3]] == pytest.approx([math.log(1.001 - 1 / 1.001)] * 2, abs=1e-3)  # 1.001 less what the twin tells
+    aged = log_marginals(far, [0, 0, 0], Terms(quality=0, redundancy=0, recency=2))
+    assert aged == pytest.approx([0, 1, 2])
+    assert log_marginals(far, [0, 2, -2], Terms(quality=0.25, redundancy=0, recency=0)) == pytest.approx([0, -0.5, 0.5])
+
+
+def test_a_prompt_surprises_by_deviations_from_the_streams_mean() -> None:
+    memory: StreamMemory = {}
+    met = []
+    for n, value in enumerate((3.0, 5.0, 3.0, 5.0, 9.0)):
+        newcomer, memory = POLICIES["dpp"].meet(replace(kept(str(n), angle=n), value=value), memory)
+        met.append(newcomer.value)
+    assert met == [0, 0, 0, 0, pytest.approx(1.826)]  # of 3, 5, 3, 5, 9: mean 5, deviation √4.8
+    assert float(memory["nll_mean"]) == pytest.approx(5) and float(memory["nll_squares"]) == pytest.approx(24)
+
+
+def test_dpp_and_its_ablations_keep_what_their_terms_say() -> None:
+    """Half of 40 arrivals are copies of one text, the last quarter is of a new direction; some are noise."""
+    dice, arrivals = rng(5), []
+    for n in range(40):
+        vector = np.array([9, 0, 0, 0]) if n % 2 else dice.normal(size=4)
+        arrivals.append(replace(kept(str(n)), embedding=vector.astype(np.float16), value=8.0 if n % 8 == 4 else 4.0))
+
+    def copies(policy: str) -> int:
+        return sum(int(i) % 2 for i in offered(policy, 8, arrivals))
+
+    def noise(policy: str) -> int:
+        return sum(int(i) % 8 == 4 for i in offered(policy, 8, arrivals))
+
+    def mean_age(policy: str) -> float:
+        return float(np.mean([int(i) for i in offered(policy, 8, arrivals)]))
+
+    without = "florilegium.client.selection.ablations:WITHOUT_"
+    assert copies("dpp") <= 2 < copies(without + "REDUNDANCY")
+    assert noise("dpp") <= noise(without + "QUALITY")
+    assert mean_age("dpp") > mean_age(without + "RECENCY") + 3
+
+
 def test_perplexity_keeps_the_hardest_or_the_middle() -> None:
     arrivals = [replace(kept(str(n)), value=v) for n, v in enumerate((1.0, 9.0, 5.0, 4.9, 8.0, 2.0))]
     assert offered("perplexity", 2, arrivals) == ["1", "4"]
@@ -469,6 +516,27 @@ def test_siblings_that_come_out_alike_are_copies(lm: LanguageModel) -> None:
     requests = [Request(device, ("do you like old films", "yes"), 5) for device in ("d0", "d1")]
     for written in synthesize_texts(requests, [], lm, config):
         assert len(written.kept) == 1 and written.rejected == Counter(copy=2)
+
+
+def test_a_reply_that_would_become_less_likely_is_thrown_away(lm: LanguageModel) -> None:
+    """Of the same draws those are kept whose prompt makes the user's reply no less likely than the original's did."""
+    request = Request("d0", ("hm?", "i like old films too"), 5)  # an original prompt that says little
+    settings: dict[str, Any] = {
+        "per_dialogue": 12, "instruction": "Rewrite: ", "rouge1_min": 0.0, "rouge1_max": 1.0, "length_ratio_max": 100.0,
+        "sampling": {"max_new_tokens": 12, "temperature": 1.0},
+    }  # fmt: skip
+    free, likely = (
+        synthesize_texts([request], [], lm, SynthesisConfig.model_validate({**settings, "accept": accept}))[0]
+        for accept in ("paper", "likely")
+    )
+
+    def nll(pair: tuple[str, str]) -> float:
+        (score,) = lm.score(lm.format.dialogues([Dialogue("", *pair)]), [0], [])
+        return score.nll / score.tokens
+
+    assert likely.kept == tuple(pair for pair in free.kept if nll(pair) <= nll(request.original) + 5e-4)
+    assert 0 < len(likely.kept) < len(free.kept)
+    assert likely.rejected["unlikely"] == len(free.kept) - len(likely.kept) and "unlikely" not in free.rejected
 
 
 def test_what_was_thrown_away_is_written_again(lm: LanguageModel) -> None:

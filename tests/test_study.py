@@ -22,25 +22,29 @@ import torch
 from rich.console import Console
 
 from florilegium.client.calibration import release_noise
+from florilegium.client.dialogue import Dialogue
 from florilegium.client.lm.config import ModelConfig, SamplingConfig
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.selection.lexicons import LexiconError
 from florilegium.simulation.cli.main import main
 from florilegium.simulation.config import load_config
-from florilegium.simulation.data.population import DataConfig
+from florilegium.simulation.data.population import DataConfig, Replies
+from florilegium.simulation.data.troubles import TroublesConfig
 from florilegium.simulation.evaluation.caching_model import CachingModel
 from florilegium.simulation.evaluation.metrics import Comparison
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.settings import ConfigError, config_folder, find_config
 from florilegium.simulation.studies.cell import SharedResources
-from florilegium.simulation.studies.config import Study, load_study
+from florilegium.simulation.studies.config import Study, TableConfig, load_study
+from florilegium.simulation.studies.difference_map import difference_maps
 from florilegium.simulation.studies.figures import _within
 from florilegium.simulation.studies.preflight import ready
 from florilegium.simulation.studies.privacy_utility import outcomes, reaches
 from florilegium.simulation.studies.published import PUBLISHED
 from florilegium.simulation.studies.runner import run_study
 from florilegium.simulation.studies.selection_cell import SelectionCell
-from florilegium.simulation.studies.statistics import Contrast, contrasts, corrected, entries
+from florilegium.simulation.studies.statistics import Contrast, contrasts, corrected, entries, entry
+from florilegium.simulation.studies.statistics import contrast as contrast_of
 from florilegium.simulation.studies.study_report import read_report
 
 SMALL = """
@@ -91,6 +95,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
     study = load_study(written(folder), ["study.workers=2"])
     run_study(study, folder / "small", lambda phase: None)
     return study, folder / "small"
+
+
+def test_what_has_a_name_is_read_once_for_all_that_is_drawn_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def collected(config: DataConfig) -> Replies:
+        read.append(config.name)
+        said = tuple(Dialogue(f"u:{k}:1", f"what of {k}?", f"reply {k}", float(k)) for k in range(40))
+        return Replies({f"u{k}": said for k in range(8)}, anonymous=False, empty=0, repeated=0)
+
+    monkeypatch.setattr("florilegium.simulation.studies.cell.collect", collected)
+    bench, config = SharedResources(frozenset()), DataConfig(users=2, split="all")
+    clean = bench.people(config, 2, 0)
+    bursts = bench.people(config.model_copy(update={"troubles": TroublesConfig(kind="junk", share=0.5)}), 2, 0)
+    assert read == ["chitchat"] and list(clean) == list(bursts) == ["seed0-000", "seed0-001", "seed1-000", "seed1-001"]
+    assert clean["seed0-000"].stream != bursts["seed0-000"].stream
+    bench.people(config.model_copy(update={"context_turns": 2}), 2, 0)
+    assert read == ["chitchat"] * 2
 
 
 # -- settings -----------------------------------------------------------------------------------------------------
@@ -473,6 +495,28 @@ def test_the_papers_figures_stand_where_they_belong(tmp_path: Path) -> None:
     assert PUBLISHED["policy"](cells["oasis"]) is None and PUBLISHED["synthesis"](cells["quality"]) is None
 
 
+def test_a_map_has_each_cell_less_the_one_of_its_row_that_it_is_compared_with(finished: tuple[Study, Path]) -> None:
+    """By hand: the cell's mean less that of `bins=2` in its row, which for `bins=2` itself there is not."""
+    study, folder = finished
+    axes = {"rows": {"selection.policy": ["fifo", "random"]}, "columns": {"selection.bins": [2, 4]}}
+    table = TableConfig.model_validate({**axes, "against": ["selection.bins=2"]})
+    fifo = [entry(study, folder, table, label) for label in table.labels()[0]]
+    rows = [fifo, [replace(e, label=(("selection.policy", "random"), *e.label[1:])) for e in fifo]]
+    pairs = [(e.nll, fifo[0].nll) for row in rows for e in row[1:]]
+    found = [
+        contrast_of(row[1].name, "bins 2", "nll", pair, [0, 0, 1, 1]) for row, pair in zip(rows, pairs, strict=True)
+    ]
+    (made,) = difference_maps(table, rows, corrected([c for c in found if c]))
+    assert (made.than, made.metric, list(made.rows), list(made.columns)) == (
+        "bins 2", "nll", ["fifo", "random"], ["bins 2", "bins 4"],
+    )  # fmt: skip
+    assert [row[0] for row in made.texts] == ["–", "–"]
+    by_hand = fifo[1].nll.mean_per_user - fifo[0].nll.mean_per_user
+    assert made.cells[0][1] and made.cells[0][1].found.mean_difference == pytest.approx(by_hand)
+    assert made.texts[0][1].startswith(f"{by_hand:+.3f} ± ") and made.drawn().data[0].z[0][0] is None
+    assert difference_maps(table, rows[:1], []) == []
+
+
 def test_the_report_says_what_was_shown_and_what_was_not_equal(finished: tuple[Study, Path]) -> None:
     study, folder = finished
     page = read_report(study, folder).write(folder).read_text(encoding="utf-8")
@@ -523,6 +567,8 @@ def test_every_bundled_study_runs_on_its_data(path: Path, tmp_path: Path) -> Non
         "evaluation.sampling.max_new_tokens=4",
         "evaluation.rouge_queries_per_user=1",
     ]
+    if path.stem in ("regimes", "dpp-development", "synthesis"):
+        least.append("data.users=2")
     if path.stem == "table":
         least.append('study.tables.buffer.fixed={"data.users" = 1}')  # without its 900 dialogues
     study = load_study(path, least)

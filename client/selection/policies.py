@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from florilegium.client.selection import stream_memory
+from florilegium.client.selection.determinantal import ALL_TERMS, Terms, log_marginals, surprise
 from florilegium.client.selection.entry import Vectors
 from florilegium.client.selection.scores import unit
 from florilegium.client.selection.stream_memory import StreamMemory, Update, nearest, nothing_to_remember, whitening
@@ -163,6 +164,19 @@ def leverage(
     return _not_the_newcomer(_lowest((white * np.linalg.solve(information, white.T).T).sum(1)), bins)
 
 
+def dpp(
+    bins: Sequence[BufferEntry],
+    newcomer: BufferEntry,
+    memory: StreamMemory,
+    rng: np.random.Generator,
+    *,
+    terms: Terms = ALL_TERMS,
+) -> int | None:
+    """The one whose loss costs the determinant least: a copy, an old one, noise (`client.selection.determinantal`)."""
+    white = _vectors(bins, newcomer) @ whitening(memory)
+    return _not_the_newcomer(_lowest(log_marginals(white, [k.value for k in (*bins, newcomer)], terms)), bins)
+
+
 # -- what the model finds hard ------------------------------------------------------------------------------------
 
 
@@ -235,6 +249,7 @@ POLICIES: dict[str, Policy] = {
     "herding": Policy(herding, "weighted", stream_memory.mean_vector),
     "whitened-kcenter": Policy(whitened_kcenter, "weighted", stream_memory.covariance),
     "leverage": Policy(leverage, "weighted", stream_memory.covariance),
+    "dpp": Policy(dpp, "likelihood", surprise),
     "perplexity": Policy(perplexity, "likelihood"),
     "perplexity-mid": Policy(middle_perplexity, "likelihood", stream_memory.mean_value),
     "uds": Policy(uds, "nuclear", stream_memory.queue),

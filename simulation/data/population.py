@@ -8,7 +8,7 @@ they stand in the file. Not covered: which user joins which round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -30,6 +30,7 @@ from florilegium.simulation.data.formats.reading import Replies as RepliesOf
 from florilegium.simulation.data.formats.recognise import read_source
 from florilegium.simulation.data.hub import HubFields, read_hub
 from florilegium.simulation.data.partition import PartitionConfig, check_labels, rows_by_user
+from florilegium.simulation.data.troubles import TroublesConfig, troubled
 
 Half = Literal["development", "test"]
 Split = Literal["development", "test", "all"]
@@ -56,6 +57,7 @@ class DataConfig(Config):
     partition: PartitionConfig = PartitionConfig()
     order: Order = Field(default="recorded", description="of a stream; sticky: Markov over its domains")
     stickiness: float = Field(default=0.9, ge=0, le=1, description="chance that the next dialogue stays in the domain")
+    troubles: TroublesConfig = TroublesConfig()
     hub_fields: HubFields = HubFields()
     fields: FieldNames = FieldNames()
     replies: RepliesOf = Field(default="assistant", description="whose replies are learned, where a file says roles")
@@ -218,6 +220,8 @@ def draw(replies: Replies, config: DataConfig, seed: int) -> Sequence[User]:
         raise DataError(_too_few(replies, config, len(eligible)))
     chosen = sorted(eligible, key=lambda user: derive_seed(seed, "draw", user))[: config.users]
     people = [_user(user, eligible[user], config, seed) for user in chosen]
+    if config.troubles.share:
+        people = [_troubled(user, eligible, config, seed) for user in people]
     return people if len(people) == config.users else Bootstrapped(people, config.users, seed)
 
 
@@ -421,6 +425,13 @@ def _user(identity: str, said: tuple[Dialogue, ...], config: DataConfig, seed: i
     stream, held_out = cut(said, config)
     arranged = arrange(stream, config.order, config.stickiness, derive_seed(seed, "order", identity))
     return User(identity, arranged, held_out)
+
+
+def _troubled(user: User, eligible: Mapping[str, tuple[Dialogue, ...]], config: DataConfig, seed: int) -> User:
+    """The user with a troubled stream. What others have said is all that any of the half meets, held out nowhere."""
+    others = [cut(said, config)[0] for name, said in eligible.items() if name != user.id]
+    rng = np.random.Generator(np.random.Philox(key=derive_seed(seed, "troubles", config.troubles.kind, user.id)))
+    return replace(user, stream=troubled(user.stream, others, config.troubles, rng))
 
 
 def _too_few(replies: Replies, config: DataConfig, eligible: int) -> str:

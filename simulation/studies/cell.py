@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from florilegium.client.lm.config import ModelConfig
 from florilegium.privacy.common.machine import cores
-from florilegium.simulation.data.population import DataConfig, User, load_population
+from florilegium.simulation.data.population import DataConfig, User, collect, draw, load_population
 from florilegium.simulation.runs.errors import RunError
 from florilegium.simulation.runs.provenance import sources_sha256
 from florilegium.simulation.studies.config import Cell
@@ -58,8 +58,14 @@ class SharedResources:
         drawn = config.model_copy(update={"users": config.users * seeds})
         key = (drawn, seed)
         if key not in self._people:
-            self._people[key] = load_population(drawn, seed)
+            self._people[key] = self._population(drawn, seed)
         return {f"seed{i // config.users}-{i % config.users:03d}": u for i, u in enumerate(self._people[key])}
+
+    def _population(self, config: DataConfig, seed: int) -> Sequence[User]:
+        """As `load_population`; what has a name is read once for all that is drawn from it."""
+        if not config.is_known():
+            return load_population(config, seed)
+        return draw(self.remembered((config.name, config.context_turns), lambda: collect(config)), config, seed)
 
     def task(self, config: TaskConfig, seeds: int, seed: int) -> tuple[Task, list[TaskUser], list[TaskUser]]:
         """The task, its pool, and `config.users` users of each seed, one seed's behind the other's."""

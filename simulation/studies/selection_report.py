@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from florilegium.client.terminal import Figures
 from florilegium.simulation.studies import figures
 from florilegium.simulation.studies.cell import read_result
 from florilegium.simulation.studies.config import Study, TableConfig
+from florilegium.simulation.studies.difference_map import DifferenceMap, difference_maps
 from florilegium.simulation.studies.statistics import METRICS, Contrast, Entry, contrasts, entries, spread
 from florilegium.simulation.studies.study_report import Shown, StudyReport, listed
 
@@ -23,6 +25,12 @@ class Policies(Shown[Entry]):
     """A table whose cells stand in a grid."""
 
     rows: list[list[Entry]]
+
+    @cached_property
+    def maps(self) -> dict[str, DifferenceMap]:
+        """By name: those of its comparisons that stand in rows and columns."""
+        found = difference_maps(self.table, self.rows, self.contrasts)
+        return {f"{self.key}-map-{number}": one for number, one in enumerate(found)}
 
 
 def report(study: Study, folder: Path) -> StudyReport[Entry]:
@@ -50,6 +58,7 @@ def report(study: Study, folder: Path) -> StudyReport[Entry]:
         figures={
             **{f"{t.key}-sweep-{metric}": figures.sweep(t.rows, metric) for t in shown for metric in METRICS},
             **{f"{t.key}-curves": figures.curves(t.rows) for t in shown},
+            **{name: one.drawn() for t in shown for name, one in t.maps.items()},
         },
         values={"unequal": unequal, "rejected": _rejected(results)},
     )
@@ -124,7 +133,18 @@ def _drawn(study: Study, t: Policies) -> RenderableType:
             f"{e.cost.annotations:.0f}", f"{e.cost.synthetic:.1f}", f"{e.cost.steps:.0f}",
         )  # fmt: skip
     tests = [f"{c.metric}: {c.name} − {c.than}: {_told(c)}" for c in t.contrasts if c.shown]
-    return Group(shown, "\n".join(tests or ["no difference shown by a corrected test at equal cost"]))
+    maps = [_map(one) for one in t.maps.values()]
+    return Group(shown, *maps, "\n".join(tests or ["no difference shown by a corrected test at equal cost"]))
+
+
+def _map(one: DifferenceMap) -> RenderableType:
+    shown = Figures(title=f"{METRICS[one.metric]} − that of {one.than} ± 95 %, * shown", title_style="")
+    shown.add_column("")
+    for name in one.columns:
+        shown.add_column(name, justify="right")
+    for name, row in zip(one.rows, one.texts, strict=True):
+        shown.add_row(name, *row)
+    return shown
 
 
 def _told(c: Contrast) -> str:
