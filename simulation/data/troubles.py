@@ -78,9 +78,7 @@ def troubled(
 
 
 def _replaced(dialogue: Dialogue, pair: Pair, kind: str) -> Dialogue:
-    return replace(
-        dialogue, id=f"{dialogue.id}~{kind}", prompt=pair[0], response=pair[1], domain="", context=""
-    )
+    return replace(dialogue, id=f"{dialogue.id}~{kind}", prompt=pair[0], response=pair[1], domain="", context="")
 
 
 def _places(kind: Kind, length: int, count: int, rng: np.random.Generator) -> set[int]:
