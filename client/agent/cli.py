@@ -344,7 +344,7 @@ def consent(
 
 @app.command()
 def join(
-    terms: Path,
+    terms: Annotated[Path, typer.Argument(help="Of a federation, or an invitation; -: the text of a QR code.")],
     server: Annotated[str, typer.Option(help="host:port of the server; an invitation has it.")] = "",
     certificates: Annotated[
         Path | None, typer.Option(help="The server's CA, as its operator gave it to you; an invitation has it.")
@@ -356,11 +356,14 @@ def join(
 
     `serve` then keeps in touch with it.
     """
-    from florilegium.client.agent.invitation import accept, read_invitation
+    from florilegium.client.agent.invitation import accept, read_invitation, read_line
     from florilegium.client.agent.terms import read_terms
 
+    scanned = str(terms) == "-"
+    if scanned and not yes and not sys.stdin.isatty():
+        raise typer.BadParameter("--yes is needed where the text does not come from a terminal: nobody could be asked")
     with plain_errors():
-        invitation = read_invitation(terms)
+        invitation = read_line(sys.stdin.readline()) if scanned else read_invitation(terms)
     server = invitation.server if invitation else server
     if not invitation and certificates is None:
         raise typer.BadParameter("--certificates FILE is needed: ca.pem of the server's operator")

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from florilegium.client.agent.cli import plain_errors
+
+if TYPE_CHECKING:
+    from florilegium.client.agent.invitation import Invitation
 
 app = typer.Typer(no_args_is_help=True, help="A server for real devices: terms, certificates, who may join, rounds.")
 console = Console(soft_wrap=True, markup=False)
@@ -139,14 +142,33 @@ def invite(
     folder: Path,
     name: str,
     server: Annotated[str, typer.Option(help="host:port as the device reaches it.")],
+    qr: Annotated[bool, typer.Option("--qr", help="As a QR code too: here, and in NAME.png.")] = False,
 ) -> None:
     """Make NAME.invitation, the one file that a device needs to join under this NAME; it works once."""
     from florilegium.client.agent.invitation import write_invitation
 
     with _registering(folder) as register:
         path = Path(f"{name}.invitation").resolve()
-        write_invitation(path, register.invite(folder.resolve(), name, server))
+        made = register.invite(folder.resolve(), name, server)
+        write_invitation(path, made)
         console.print(f"{path}: for {name} alone; florilegium device join {path.name}")
+        if qr:
+            _draw(made, path.with_suffix(".png"))
+
+
+def _draw(invitation: Invitation, path: Path) -> None:
+    """The code of an invitation as a picture, in place of an older one, and on a terminal that is wide enough."""
+    from florilegium.client.agent.folder import write_private
+    from florilegium.simulation.deployment.qr_code import code_of, columns, lines_of, picture_of
+
+    code = code_of(invitation)
+    path.unlink(missing_ok=True)
+    write_private(path, picture_of(code))
+    if not console.is_terminal or console.width >= columns(code):
+        console.print(lines_of(code), style="bright_white on black")
+    else:
+        console.print(f"this terminal has {console.width} columns of the {columns(code)} that the code takes")
+    console.print(f"{path}: the same; whose reader has the text of it: florilegium device join -")
 
 
 @app.command()
