@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from florilegium.client.agent.cli import plain_errors
+from florilegium.client.agent.errors import DeviceError
 
 if TYPE_CHECKING:
     from florilegium.client.agent.invitation import Invitation
@@ -91,6 +92,10 @@ def start(
     folder: Path,
     host: Annotated[str, typer.Option(help="To listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
+    status_port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, help="Of the operator's page and metrics, on 127.0.0.1; 0: any that is free."),
+    ] = 0,
 ) -> None:
     """Run the rounds of FOLDER's terms with the devices that were admitted. Goes on where it was stopped.
 
@@ -116,10 +121,10 @@ def start(
 
         if not all_done(folder):
             layout = layout_of(terms)
-            with serving(folder, host, port, layout, console.print) as link:
+            with serving(folder, host, port, layout, console.print, status_port) as link:
                 console.print(
                     f"{len(link.nodes)} devices may connect to {host}:{port}; a round begins when {terms.min_devices} "
-                    f"are there"
+                    f"are there; florilegium server page {folder} shows how it goes"
                 )
                 run_rounds(folder, link, layout, console.print)
     console.print(f"all rounds are done: {folder / 'server'}")
@@ -177,6 +182,19 @@ def expel(folder: Path, name: str) -> None:
     with _registering(folder) as register:
         register.expel(folder.resolve(), name)
         console.print(f"{name} may not connect any more; what it has sent stays in what was made of it")
+
+
+@app.command()
+def page(folder: Path) -> None:
+    """The address of the page of the server that runs on FOLDER, with the token that opens it: keep it to yourself."""
+    from florilegium.simulation.deployment.certificates import STATUS_LINK, check_folder
+
+    with plain_errors():
+        check_folder(folder.resolve())
+        try:
+            console.print((folder / STATUS_LINK).read_text(encoding="utf-8").strip())
+        except FileNotFoundError:
+            raise DeviceError(f"no server runs on {folder}: florilegium server start {folder}") from None
 
 
 @app.command("list")

@@ -40,6 +40,7 @@ from florilegium.client.agent.connection_limits import Rate, by_address
 from florilegium.client.agent.errors import DeviceError
 from florilegium.client.agent.http_server import Bounds, HttpServer, KindOf, connection_of, open_server
 from florilegium.client.agent.invitation import JOIN
+from florilegium.simulation.deployment.activity import Activity
 from florilegium.simulation.deployment.link import Link
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,8 @@ class Allowed:
 class DeviceServer:
     """The requests of registered devices, an ASGI application."""
 
-    def __init__(self, link: Link, allowed: Allowed, welcome: Welcome) -> None:
-        self.link, self.allowed, self.welcome = link, allowed, welcome
+    def __init__(self, link: Link, allowed: Allowed, welcome: Welcome, activity: Activity | None = None) -> None:
+        self.link, self.allowed, self.welcome, self.activity = link, allowed, welcome, activity or Activity()
         self._rates: dict[str, tuple[Rate, Rate]] = {}  # device → of requests, of bytes
         self._keys: dict[bytes, Any] = {}  # PEM → the key, read once
 
@@ -104,6 +105,7 @@ class DeviceServer:
         try:
             response = await self._answer(request)
         except TurnedAwayError as error:
+            self.activity.turned_away[str(error)] += 1
             response = JSONResponse({"detail": str(error)}, error.status, headers={"connection": "close"})
         await response(scope, receive, send)
 
@@ -120,6 +122,7 @@ class DeviceServer:
             raise TurnedAwayError(401, "this key is not admitted")
         if name:
             connection_of(request.scope).authenticate()
+            self.activity.heard[name] = time.time()
         body = await self._body(request, name)
         return await run_in_threadpool(self._handled, path, handler, body, name, key)
 
@@ -219,6 +222,7 @@ def device_server(
     bounds: Bounds = BOUNDS,
     welcome: Welcome = lambda device, secret, key: False,
     kind_of: KindOf = by_address,
+    activity: Activity | None = None,
 ) -> Iterator[HttpServer]:
     """Open on this address while this lasts; `welcome` says of whoever shows an invitation whether it is one.
 
@@ -226,7 +230,7 @@ def device_server(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
-    app, listens = DeviceServer(link, allowed, welcome), _listening(host, port)
+    app, listens = DeviceServer(link, allowed, welcome, activity), _listening(host, port)
     with open_server(app, listens, bounds, secured=context, kind_of=kind_of) as server:
         yield server
 
