@@ -239,6 +239,8 @@ def learn(
                 page = told["done"]
                 console.print(f"{page['personal_examples']} examples, {page['seconds of all']:.1f} s")
                 console.print(_tried(page["trial"]))
+                if met := page.get("shared trial"):
+                    console.print(_met(met))
         if not page["personal_examples"]:
             console.print(
                 "nothing to learn from yet: say what you would have said (florilegium device rate ID --wanted …, "
@@ -256,6 +258,15 @@ def _tried(told: dict[str, Json]) -> str:
     return f"{told['decision']}, {likelier}{taken_back}"
 
 
+def _met(met: dict[str, Json]) -> str:
+    """What became of a shared adapter of a server's."""
+    figures = "" if met["after"] is None else (
+        f"; {met['replies']} replies of yours at {met['before']:.3f} nats a token before and {met['after']:.3f} with it"
+    )  # fmt: skip
+    less = ": you go on with the one before" if met["decision"] == "refused" else ""
+    return f"shared adapter {met['version']} of {met['federation']}: {met['decision']}{less}{figures}"
+
+
 @app.command()
 def trials(home: HomeOption = HOME) -> None:
     """What each learning did to the likelihood of replies of yours that were held back; what the model said to some."""
@@ -267,6 +278,8 @@ def trials(home: HomeOption = HOME) -> None:
             when = f"{datetime.fromtimestamp(trial['time']):%Y-%m-%d %H:%M}"
             table.add_row(when, str(trial["replies"]), *figures, trial["decision"])
         console.print(table)
+        for met in told["shared"]:
+            console.print(_met(met))
         for shown in told["shown"]:
             console.print(Text(f"You were told: {shown['prompt']}\n  before: {shown['said_before']}"))
             console.print(Text(f"  after: {shown['said_after']}\n  you: {shown['wanted']}"))
