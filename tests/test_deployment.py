@@ -96,13 +96,13 @@ def new_device(home: DeviceFolder, lm: LanguageModel, **privacy: float) -> Agent
 class Serving:
     """An agent's process."""
 
-    def __init__(self, home: DeviceFolder) -> None:
-        self.home = home
+    def __init__(self, home: DeviceFolder, python: str = sys.executable) -> None:
+        self.home, self.python = home, python
         self.start()
 
     def start(self) -> None:
         command = [
-            sys.executable,
+            self.python,
             "-m",
             "florilegium",
             "device",
