@@ -118,7 +118,8 @@ def test_a_line_is_whole_or_refused(tmp_path: Path) -> None:
     packer = zlib.compressobj(9, zdict=USUAL)
     false = packer.compress(b'{"device":"alice"}') + packer.flush()
     broken = [MARK + base64.b32encode(b).decode().rstrip("=") for b in (bomb, false, false + b"more", b"", b"x" * 6000)]
-    cut = [line[:-1], line[: len(line) // 2], line[:40] + "Q" + line[41:], line[:40] + "1" + line[41:]]
+    other = "Q" if line[40] != "Q" else "R"
+    cut = [line[:-1], line[: len(line) // 2], line[:40] + other + line[41:], line[:40] + "1" + line[41:]]
     for bad in (*broken, *cut, "", MARK, "https://example.org", "FLORILEGIUM1:ä"):
         with pytest.raises(DeviceError, match="no whole invitation"):
             read_line(bad)
