@@ -45,6 +45,7 @@ from florilegium.simulation.deployment.link import Link
 
 log = logging.getLogger(__name__)
 PREFIX, ACTIVATE = "/v1/fleet/", "activate-node"
+NOT_ADMITTED = "this key is not admitted"
 BOUNDS = Bounds(connections=2048, of_an_address=1024, unauthenticated=128, body_s=120.0, idle_s=120.0)
 STRANGERS_BYTES = 4096  # of the one request that a key which is not admitted may make: to be told so
 Welcome = Callable[[str, str, str], bool]  # device, secret, public key
@@ -119,7 +120,7 @@ class DeviceServer:
             raise TurnedAwayError(404, "Not Found")
         name, key = self._who(request)
         if not name and path != PREFIX + ACTIVATE:
-            raise TurnedAwayError(401, "this key is not admitted")
+            raise TurnedAwayError(401, NOT_ADMITTED)
         if name:
             connection_of(request.scope).authenticate()
             self.activity.heard[name] = time.time()
@@ -193,6 +194,8 @@ class DeviceServer:
             self._check_own(asked, name, key)
             answer = handler(asked, self.link)
         except FlowerError as error:
+            if not name:
+                self.activity.turned_away[NOT_ADMITTED] += 1
             known = API_ERROR_MAP[error.code]
             return JSONResponse(error.to_json(known.public_message), known.http_status_code)
         except (DecodeError, ValueError, IndexError, KeyError, TypeError):
