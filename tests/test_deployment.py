@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from cryptography.x509 import load_pem_x509_certificate
@@ -42,12 +43,13 @@ from florilegium.simulation.benchmarks.poisoning import RULES, Measured, _measur
 from florilegium.simulation.cli.server import app as server_app
 from florilegium.simulation.config import load_config
 from florilegium.simulation.data.population import load_population
-from florilegium.simulation.deployment.certificates import CA, CERTIFICATE, KEY, make_certificates
+from florilegium.simulation.deployment.certificates import CA, CERTIFICATE, KEY, STATUS_LINK, make_certificates
 from florilegium.simulation.deployment.link import Link
 from florilegium.simulation.deployment.register import admit, expel
 from florilegium.simulation.deployment.registrar import REGISTRAR_KEY
-from florilegium.simulation.deployment.rounds import came_to, layout_of, make_folder, serving, strategy_of
+from florilegium.simulation.deployment.rounds import layout_of, make_folder, serving, strategy_of
 from florilegium.simulation.deployment.settings import check_rule
+from florilegium.simulation.deployment.status import came_to
 from florilegium.simulation.deployment.sums import sum_terms
 from florilegium.simulation.runs.folder import RunFolder
 from florilegium.simulation.settings import find_config
@@ -109,13 +111,13 @@ def new_device(home: DeviceFolder, lm: LanguageModel, **privacy: float | str) ->
 class Serving:
     """An agent's process."""
 
-    def __init__(self, home: DeviceFolder) -> None:
-        self.home = home
+    def __init__(self, home: DeviceFolder, python: str = sys.executable) -> None:
+        self.home, self.python = home, python
         self.start()
 
     def start(self) -> None:
         command = [
-            sys.executable,
+            self.python,
             "-m",
             "florilegium",
             "device",
@@ -355,13 +357,16 @@ def test_who_does_not_know_the_other_stays_apart(
         agents[name].join(read_terms(folder / "terms.toml"), address)
     with ExitStack() as running:
         layout = layout_of(read_terms(folder / "terms.toml"))
-        link = running.enter_context(serving(folder, "127.0.0.1", port, layout, print))
+        link = running.enter_context(serving(folder, "127.0.0.1", port, layout, print, 0))
         for agent in agents.values():
             running.enter_context(connected(agent))
         until = time.monotonic() + 300
         while not all(text in caplog.text for text in REASONS.values()) or set(link.online()) != {"known"}:
             assert time.monotonic() < until, caplog.text
             time.sleep(1)
+        page, _, token = (folder / STATUS_LINK).read_text().strip().partition("#token=")
+        metrics = httpx.get(f"{page}metrics", headers={"authorization": f"Bearer {token}"}, trust_env=False).text
+        assert "florilegium_devices_connected 1.0" in metrics and '{answer="this key is not admitted"}' in metrics
         admit(folder, "late", str(agents["stranger"].device.folder.supernode / PUBLIC_KEY))  # while the server runs
         while set(link.online()) != {"known", "late"}:
             assert time.monotonic() < until, caplog.text

@@ -10,21 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_agent import SAID, all_after_each_cut, decrypted, door, made, reopened, talked
+from test_agent import SAID, SERVER, TERMS, all_after_each_cut, decrypted, door, made, reopened, talked
 from typer.testing import CliRunner
 
-from florilegium.client.agent import trial
+from florilegium.client.agent import shared_trial, trial
 from florilegium.client.agent.agent import Agent
 from florilegium.client.agent.cli import app as device_app
-from florilegium.client.agent.device import write_adapter
 from florilegium.client.agent.errors import AgentError
 from florilegium.client.agent.folder import DeviceFolder
 from florilegium.client.lm.model import LanguageModel
 from florilegium.client.personalization.acceptance import AcceptanceConfig, is_held_back, judged
+from florilegium.privacy.plan import RoundPlan
 from florilegium.simulation.benchmarks.acceptance import CYCLES, Arm, Life
 from florilegium.simulation.data.population import User
 
 assert door  # a fixture
+MODEST = 0.035  # of noise in a server's adapter
 
 MORE = (
     ("Tea or coffee?", "Tea, with a leaf of mint."),
@@ -161,14 +162,57 @@ def test_what_helps_is_kept_and_what_harms_is_taken_back(home: DeviceFolder, lm:
 
 
 def test_a_servers_adapter_that_harms_is_not_used(home: DeviceFolder, lm: LanguageModel) -> None:
+    """Loud weights, no numbers, and a little worse: each refused once, while learning goes on without it."""
     agent = holding(home, lm)
     agent.learn()
+    agent.join(TERMS, SERVER)
     layout = agent.device.context.shared_layout
-    evil = layout.start(0) + 0.5 * torch.randn(layout.width, generator=torch.Generator().manual_seed(0))
-    with agent.device.vault.open() as connection:
-        write_adapter(connection, "newest", evil, 1)
-    assert agent.learn()["trial"]["decision"] == "taken back"
-    assert agent.device.used() == (None, 0) and agent.device.newest()[1] == 1
+    start = layout.start(TERMS.seed)
+    noise = torch.randn(layout.width, generator=torch.Generator().manual_seed(0))
+    evil = {"loud": start + 30 * noise, "nan": start.clone(), "modest": start + MODEST * noise}
+    evil["nan"][7] = math.nan
+    said = agent.chat("Tea?", temporary=True, seed=1).said
+    for version, (name, row) in enumerate(evil.items(), 1):
+        agent.adopt([""], row, RoundPlan(version, version))
+        personal = agent.device.state().personal.clone()
+        before = trial.learned_now(agent.device, agent.device.state())
+        used, _, met = shared_trial.tried_newest(agent.device, before)
+        assert used is None and met and (met.decision, met.version) == ("refused", version), name
+        if name == "modest":
+            assert met.before and met.after and 0 < met.after - met.before < 0.5 and met.replies >= 2
+            talked(agent, (("And now?", "To bed."),))
+            learned = agent.learn()
+            assert learned["shared trial"] == agent.trials()["shared"][-1] and learned["trial"]["decision"] == "kept"
+            assert not torch.equal(agent.device.state().personal, personal)  # the server does not end learning
+            assert "shared trial" not in agent.learn() and len(agent.trials()["shared"]) == 1  # nor is it tried again
+        else:
+            assert agent.chat("Tea?", temporary=True, seed=1).said == said
+    assert agent.device.used() == (None, 0) and agent.device.newest()[1] == 3
+    (sent,) = agent.contribute([""], evil["modest"], RoundPlan(1, 1))
+    assert sent is not None  # a round is answered at the adapter that it sends
+    agent.adopt([""], start, RoundPlan(3, 3))  # B is 0: nothing is changed
+    assert agent.learn()["shared trial"]["decision"] == "kept"
+    assert torch.equal(agent.device.used()[0], start)
+
+
+def test_a_servers_adapter_waits_for_replies_and_is_tried_on_learned_ones(
+    home: DeviceFolder, lm: LanguageModel
+) -> None:
+    """With nothing held back, on all the owner has said, by itself; with less than two replies, not at all."""
+    agent = made(home, lm, acceptance=AcceptanceConfig(share=0.5))
+    agent.join(TERMS, SERVER)
+    layout = agent.device.context.shared_layout
+    noise = torch.randn(layout.width, generator=torch.Generator().manual_seed(0))
+    agent.adopt([""], layout.start(0) + noise, RoundPlan(1, 1))
+    before = trial.learned_now(agent.device, agent.device.state())
+    used, _, met = shared_trial.tried_newest(agent.device, before)
+    assert used is None and met and met.decision == "waits for replies"
+    talked(agent)
+    used, _, met = shared_trial.tried_newest(agent.device, before)
+    assert used is None and met and (met.decision, met.replies) == ("refused", len(SAID))
+    agent.device.config = agent.device.config.model_copy(update={"acceptance": AcceptanceConfig(share=0)})
+    used, version, met = shared_trial.tried_newest(agent.device, before)
+    assert used is not None and version == 1 and met and met.decision == "untried"
 
 
 def test_its_owner_goes_back_once(home: DeviceFolder, lm: LanguageModel) -> None:

@@ -239,6 +239,8 @@ def learn(
                 page = told["done"]
                 console.print(f"{page['personal_examples']} examples, {page['seconds of all']:.1f} s")
                 console.print(_tried(page["trial"]))
+                if met := page.get("shared trial"):
+                    console.print(_met(met))
         if not page["personal_examples"]:
             console.print(
                 "nothing to learn from yet: say what you would have said (florilegium device rate ID --wanted …, "
@@ -256,6 +258,15 @@ def _tried(told: dict[str, Json]) -> str:
     return f"{told['decision']}, {likelier}{taken_back}"
 
 
+def _met(met: dict[str, Json]) -> str:
+    """What became of a shared adapter of a server's."""
+    figures = "" if met["after"] is None else (
+        f"; {met['replies']} replies of yours at {met['before']:.3f} nats a token before and {met['after']:.3f} with it"
+    )  # fmt: skip
+    less = ": you go on with the one before" if met["decision"] == "refused" else ""
+    return f"shared adapter {met['version']} of {met['federation']}: {met['decision']}{less}{figures}"
+
+
 @app.command()
 def trials(home: HomeOption = HOME) -> None:
     """What each learning did to the likelihood of replies of yours that were held back; what the model said to some."""
@@ -267,6 +278,8 @@ def trials(home: HomeOption = HOME) -> None:
             when = f"{datetime.fromtimestamp(trial['time']):%Y-%m-%d %H:%M}"
             table.add_row(when, str(trial["replies"]), *figures, trial["decision"])
         console.print(table)
+        for met in told["shared"]:
+            console.print(_met(met))
         for shown in told["shown"]:
             console.print(Text(f"You were told: {shown['prompt']}\n  before: {shown['said_before']}"))
             console.print(Text(f"  after: {shown['said_after']}\n  you: {shown['wanted']}"))
@@ -344,7 +357,7 @@ def consent(
 
 @app.command()
 def join(
-    terms: Path,
+    terms: Annotated[Path, typer.Argument(help="Of a federation, or an invitation; -: the text of a QR code.")],
     server: Annotated[str, typer.Option(help="host:port of the server; an invitation has it.")] = "",
     certificates: Annotated[
         Path | None, typer.Option(help="The server's CA, as its operator gave it to you; an invitation has it.")
@@ -359,12 +372,15 @@ def join(
 
     `serve` then keeps in touch with it.
     """
-    from florilegium.client.agent.invitation import accept, read_invitation
+    from florilegium.client.agent.invitation import accept, read_invitation, read_line
     from florilegium.client.agent.registration import read_registration
     from florilegium.client.agent.terms import read_terms
 
+    scanned = str(terms) == "-"
+    if scanned and not yes and not sys.stdin.isatty():
+        raise typer.BadParameter("--yes is needed where the text does not come from a terminal: nobody could be asked")
     with plain_errors():
-        invitation = read_invitation(terms)
+        invitation = read_line(sys.stdin.readline()) if scanned else read_invitation(terms)
         registered = read_registration(registration) if registration else None
         if invitation and registered and invitation.device != registered.device:
             raise DeviceError(

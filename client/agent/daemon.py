@@ -55,7 +55,8 @@ def listening(agent: Agent) -> Iterator[None]:
 @contextmanager
 def showing(agent: Agent, port: int) -> Iterator[str]:
     """The page is there while this lasts; yields its address without the token that opens it. Raises `HomeError`."""
-    from florilegium.client.agent.http_api import HEADERS, page_application
+    from florilegium.client.agent.access import HEADERS
+    from florilegium.client.agent.http_api import page_application
 
     listens = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio lets it wait
     listens.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

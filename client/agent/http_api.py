@@ -49,12 +49,6 @@ from florilegium.client.agent.recall import own_words
 from florilegium.client.agent.vault import Turn
 from florilegium.client.lm.places import ADAPTERS
 
-HEADERS = {
-    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; form-action 'self'; base-uri 'none'",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-    "cache-control": "no-store",
-}
 CONVERSATION = re.compile(r"[A-Za-z0-9_-]{0,64}")
 URGENT = {"/api/consent", "/api/leave", "/api/token-revoke"}  # what an owner can always do, whatever else goes on
 A_PAGE, LONGEST_SEARCH = 20, 200  # conversations, characters

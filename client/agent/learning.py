@@ -5,12 +5,12 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 
 import torch
 
-from florilegium.client.agent import trial
+from florilegium.client.agent import shared_trial, trial
 from florilegium.client.agent.conversation import as_dialogues, check_length, mended
 from florilegium.client.agent.device import Device, Progress, silent, write_adapter
 from florilegium.client.agent.errors import AgentError
@@ -37,12 +37,14 @@ def learn(device: Device, progress: Progress = silent) -> dict[str, object]:
         turns = taken_up(device, cycle)
         state, context = refreshed(device, device.state()), device.context
         before = trial.learned_now(device, state)
-        received, version = device.newest()
+        received, version, met = shared_trial.tried_newest(device, before)
         began, plan = time.monotonic(), RoundPlan(cycle, version)
         (state,), (seen,) = learn_alone([state], [as_dialogues(device, turns)], received, plan, context)
         tried = trial.try_out(device, before, trial.Learned(received, version, state.personal))
         profile = profile_after(device, profile_of(device), turns)
         facts = {**seen.seen(), "seconds of all": time.monotonic() - began, "trial": tried.told()}
+        if met:
+            facts["shared trial"] = asdict(met)
 
         def also(connection: sqlite3.Connection) -> None:
             write_fact(connection, "cycle", cycle)
@@ -50,6 +52,7 @@ def learn(device: Device, progress: Progress = silent) -> dict[str, object]:
             write_fact(connection, "learned", {"at": time.time(), "page": facts})
             write_fact(connection, trial.LEARNINGS, device.vault.fact(trial.LEARNINGS, 0) + 1)
             trial.write_trial(connection, tried, cycle, before)
+            shared_trial.write_shared_trial(connection, device, met)
             if tried.verdict.accepted:
                 write_adapter(connection, "used", received, version)
                 write_learned(connection, (k.id for k in state.annotated), cycle)

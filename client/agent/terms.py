@@ -54,6 +54,11 @@ class Terms(Config):
         return self
 
     @property
+    def fewest(self) -> int:
+        """Releases that a round is aggregated of at least; in a sum fewer may come through than it begins with."""
+        return self.distributed.survivors if self.distributed else self.min_devices
+
+    @property
     def federation(self) -> str:
         """The name and a hash of all that is agreed: in whatever devices sign and derive for each other."""
         told = json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True)

@@ -2,9 +2,9 @@
 
 A coin for each dialogue holds the owner's reply back for a few learnings: it is not asked for meanwhile, so that no
 adapter learns it, and no other dialogue is learned with it in sight. What is tried is all that changes with a learning,
-the personal adapter and the shared one beneath it: a server's adapter that makes this person's replies less likely is
-not used. Nothing is held back of what comes before the first learning. The adapter before the last one that was kept
-is there to go back to. Which prompts are shown does not depend on how they came out.
+the personal adapter and the shared one beneath it, which has been tried by itself (`shared_trial`). Nothing is held
+back of what comes before the first learning. The adapter before the last one that was kept is there to go back to.
+Which prompts are shown does not depend on how they came out.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from florilegium.client.state import DeviceState
 MOST_REPLIES, SHOWN = 32, 3  # that a trial looks at, that it shows
 KEPT, TAKEN_BACK, UNTRIED, UNDONE = "kept", "taken back", "untried", "undone by its owner"
 PERSONAL_BEFORE, SHARED_BEFORE, LEARNINGS = "personal before", "used before", "learnings"
+SHARED_TRIALS = "shared trials"  # of server's adapters
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,13 @@ def hold_back(device: Device, turns: Sequence[Turn]) -> None:
 
 def try_out(device: Device, before: Learned, after: Learned) -> Trial:
     """The trial of what was learned, on the newest held-back replies in their owner's own words."""
-    turns = _held_back(device)[-MOST_REPLIES:]
+    turns = held_back_turns(device)[-MOST_REPLIES:]
     if not turns:
         return Trial(judged([], [], device.config.acceptance.risk), ())
     device.tell("try")
-    first, second = (_nll(device, turns, _adapters(device, learned)) for learned in (before, after))
+    first, second = (nll_of(device, turns, adapters_of(device, learned)) for learned in (before, after))
     shown = turns[-SHOWN:]
-    said = [_said(device, shown, _adapters(device, learned)) for learned in (before, after)]
+    said = [_said(device, shown, adapters_of(device, learned)) for learned in (before, after)]
     figures = zip(shown, *said, first[-SHOWN:], second[-SHOWN:], strict=True)
     found = tuple(Shown(turn.id, *rest) for turn, *rest in figures)
     return Trial(judged(first, second, device.config.acceptance.risk), found)
@@ -103,15 +104,21 @@ def try_out(device: Device, before: Learned, after: Learned) -> Trial:
 
 def held_replies(device: Device) -> int:
     """How many replies of the owner's are held back now."""
-    return len(_held_back(device))
+    return len(held_back_turns(device))
 
 
-def _held_back(device: Device) -> list[Turn]:
-    turns = device.vault.turns(f"WHERE id IN ({HELD_BACK})")
-    return [t for t in turns if t.reply and not isinstance(t.reply, Echo)]
+def held_back_turns(device: Device) -> list[Turn]:
+    """What is held back, in its owner's own words, oldest first."""
+    return answered_turns(device, f"WHERE id IN ({HELD_BACK})")
 
 
-def _adapters(device: Device, learned: Learned) -> list[Adapters]:
+def answered_turns(device: Device, which: str = "") -> list[Turn]:
+    """What has a reply in its owner's own words, oldest first."""
+    return [t for t in device.vault.turns(which) if t.reply and not isinstance(t.reply, Echo)]
+
+
+def adapters_of(device: Device, learned: Learned) -> list[Adapters]:
+    """The shared adapter, if any, and the personal one over it."""
     context = device.context
     shared = [] if learned.shared is None else frozen_adapters(learned.shared, [device.config.name], context)
     return [*shared, device.lm.adapters(context.personal_layout, learned.personal)]
@@ -122,7 +129,7 @@ def _asked(device: Device, turn: Turn) -> str:
     return with_lines(turn.prompt, [line for line in [said_before(device, turn.conversation, turn.number)] if line])
 
 
-def _nll(device: Device, turns: Sequence[Turn], on: Sequence[Adapters]) -> list[float]:
+def nll_of(device: Device, turns: Sequence[Turn], on: Sequence[Adapters]) -> list[float]:
     """Nats a token of each reply."""
     examples = device.lm.format.dialogues([Dialogue(t.id, _asked(device, t), t.reply) for t in turns])
     return [score.nll / score.tokens for score in device.lm.score(examples, [0] * len(turns), on)]
@@ -163,6 +170,7 @@ def forget_trials(connection: sqlite3.Connection, *, figures: bool = False) -> N
         write_fact(connection, name, 0)
     if figures:
         connection.execute("DELETE FROM trial")
+        write_fact(connection, SHARED_TRIALS, [])
 
 
 def can_go_back(device: Device) -> bool:
@@ -193,9 +201,9 @@ def go_back(device: Device) -> None:
 
 
 def history(device: Device) -> dict[str, object]:
-    """All trials, oldest first, and what the last one showed: prompt, the owner's reply, the model's before and after.
+    """All trials, oldest first, those of servers' adapters too, and what the last learning's showed.
 
-    As JSON has it, for the owner's eyes.
+    That is the prompt, the owner's reply, the model's before and after. As JSON has it, for the owner's eyes.
     """
     with device.vault.open() as connection:
         names = ("number", "time", "cycle", "replies", "before", "after", "error", "decision")
@@ -208,6 +216,7 @@ def history(device: Device) -> dict[str, object]:
     return {
         "trials": [dict(zip(names, row, strict=True)) for row in trials],
         "shown": [dict(zip(parts, row, strict=True)) for row in shown],
+        "shared": device.vault.fact(SHARED_TRIALS, []),
         "held_back": held_replies(device),
         "can_go_back": can_go_back(device),
     }

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from florilegium.client.agent.cli import plain_errors
+from florilegium.client.agent.errors import DeviceError
 from florilegium.simulation.cli import registrar as registrar_commands
+
+if TYPE_CHECKING:
+    from florilegium.client.agent.invitation import Invitation
 
 app = typer.Typer(no_args_is_help=True, help="A server for real devices: terms, certificates, who may join, rounds.")
 app.add_typer(registrar_commands.app, name="registrar")
@@ -130,6 +134,10 @@ def start(
     folder: Path,
     host: Annotated[str, typer.Option(help="To listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
+    status_port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, help="Of the operator's page and metrics, on 127.0.0.1; 0: any that is free."),
+    ] = 0,
 ) -> None:
     """Run the rounds of FOLDER's terms with the devices that were admitted. Goes on where it was stopped.
 
@@ -155,10 +163,10 @@ def start(
 
         if not all_done(folder):
             layout = layout_of(terms)
-            with serving(folder, host, port, layout, console.print) as link:
+            with serving(folder, host, port, layout, console.print, status_port) as link:
                 console.print(
                     f"{len(link.nodes)} devices may connect to {host}:{port}; a round begins when {terms.min_devices} "
-                    f"are there"
+                    f"are there; florilegium server page {folder} shows how it goes"
                 )
                 run_rounds(folder, link, layout, console.print)
     console.print(f"all rounds are done: {folder / 'server'}")
@@ -181,14 +189,33 @@ def invite(
     folder: Path,
     name: str,
     server: Annotated[str, typer.Option(help="host:port as the device reaches it.")],
+    qr: Annotated[bool, typer.Option("--qr", help="As a QR code too: here, and in NAME.png.")] = False,
 ) -> None:
     """Make NAME.invitation, the one file that a device needs to join under this NAME; it works once."""
     from florilegium.client.agent.invitation import write_invitation
 
     with _registering(folder) as register:
         path = Path(f"{name}.invitation").resolve()
-        write_invitation(path, register.invite(folder.resolve(), name, server))
+        made = register.invite(folder.resolve(), name, server)
+        write_invitation(path, made)
         console.print(f"{path}: for {name} alone; florilegium device join {path.name}")
+        if qr:
+            _draw(made, path.with_suffix(".png"))
+
+
+def _draw(invitation: Invitation, path: Path) -> None:
+    """The code of an invitation as a picture, in place of an older one, and on a terminal that is wide enough."""
+    from florilegium.client.agent.folder import write_private
+    from florilegium.simulation.deployment.qr_code import code_of, columns, lines_of, picture_of
+
+    code = code_of(invitation)
+    path.unlink(missing_ok=True)
+    write_private(path, picture_of(code))
+    if not console.is_terminal or console.width >= columns(code):
+        console.print(lines_of(code), style="bright_white on black")
+    else:
+        console.print(f"this terminal has {console.width} columns of the {columns(code)} that the code takes")
+    console.print(f"{path}: the same; whose reader has the text of it: florilegium device join -")
 
 
 @app.command()
@@ -197,6 +224,19 @@ def expel(folder: Path, name: str) -> None:
     with _registering(folder) as register:
         register.expel(folder.resolve(), name)
         console.print(f"{name} may not connect any more; what it has sent stays in what was made of it")
+
+
+@app.command()
+def page(folder: Path) -> None:
+    """The address of the page of the server that runs on FOLDER, with the token that opens it: keep it to yourself."""
+    from florilegium.simulation.deployment.certificates import STATUS_LINK, check_folder
+
+    with plain_errors():
+        check_folder(folder.resolve())
+        try:
+            console.print((folder / STATUS_LINK).read_text(encoding="utf-8").strip())
+        except FileNotFoundError:
+            raise DeviceError(f"no server runs on {folder}: florilegium server start {folder}") from None
 
 
 @app.command("list")

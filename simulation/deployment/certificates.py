@@ -19,6 +19,7 @@ from florilegium.client.agent.folder import write_private
 
 TERMS, OPERATOR_KEY, SETTINGS = "terms.toml", "operator.key", "server.toml"
 CA, CERTIFICATE, KEY = "ca.pem", "server.pem", "server.key"
+STATUS_LINK, STATUS_TOKEN = "status.url", "status.token"  # of the operator's page, while the server runs, and always
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
 HOST = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 YEAR = timedelta(days=365)

@@ -40,10 +40,12 @@ from florilegium.client.agent.connection_limits import Rate, by_address
 from florilegium.client.agent.errors import DeviceError
 from florilegium.client.agent.http_server import Bounds, HttpServer, KindOf, connection_of, open_server
 from florilegium.client.agent.invitation import JOIN
+from florilegium.simulation.deployment.activity import Activity
 from florilegium.simulation.deployment.link import Link
 
 log = logging.getLogger(__name__)
 PREFIX, ACTIVATE = "/v1/fleet/", "activate-node"
+NOT_ADMITTED = "this key is not admitted"
 BOUNDS = Bounds(connections=2048, of_an_address=1024, unauthenticated=128, body_s=120.0, idle_s=120.0)
 STRANGERS_BYTES = 4096  # of the one request that a key which is not admitted may make: to be told so
 Welcome = Callable[[str, str, str], bool]  # device, secret, public key
@@ -92,8 +94,8 @@ class Allowed:
 class DeviceServer:
     """The requests of registered devices, an ASGI application."""
 
-    def __init__(self, link: Link, allowed: Allowed, welcome: Welcome) -> None:
-        self.link, self.allowed, self.welcome = link, allowed, welcome
+    def __init__(self, link: Link, allowed: Allowed, welcome: Welcome, activity: Activity | None = None) -> None:
+        self.link, self.allowed, self.welcome, self.activity = link, allowed, welcome, activity or Activity()
         self._rates: dict[str, tuple[Rate, Rate]] = {}  # device → of requests, of bytes
         self._keys: dict[bytes, Any] = {}  # PEM → the key, read once
 
@@ -104,6 +106,7 @@ class DeviceServer:
         try:
             response = await self._answer(request)
         except TurnedAwayError as error:
+            self.activity.turned_away[str(error)] += 1
             response = JSONResponse({"detail": str(error)}, error.status, headers={"connection": "close"})
         await response(scope, receive, send)
 
@@ -117,9 +120,10 @@ class DeviceServer:
             raise TurnedAwayError(404, "Not Found")
         name, key = self._who(request)
         if not name and path != PREFIX + ACTIVATE:
-            raise TurnedAwayError(401, "this key is not admitted")
+            raise TurnedAwayError(401, NOT_ADMITTED)
         if name:
             connection_of(request.scope).authenticate()
+            self.activity.heard[name] = time.time()
         body = await self._body(request, name)
         return await run_in_threadpool(self._handled, path, handler, body, name, key)
 
@@ -190,6 +194,8 @@ class DeviceServer:
             self._check_own(asked, name, key)
             answer = handler(asked, self.link)
         except FlowerError as error:
+            if not name:
+                self.activity.turned_away[NOT_ADMITTED] += 1
             known = API_ERROR_MAP[error.code]
             return JSONResponse(error.to_json(known.public_message), known.http_status_code)
         except (DecodeError, ValueError, IndexError, KeyError, TypeError):
@@ -219,6 +225,7 @@ def device_server(
     bounds: Bounds = BOUNDS,
     welcome: Welcome = lambda device, secret, key: False,
     kind_of: KindOf = by_address,
+    activity: Activity | None = None,
 ) -> Iterator[HttpServer]:
     """Open on this address while this lasts; `welcome` says of whoever shows an invitation whether it is one.
 
@@ -226,7 +233,7 @@ def device_server(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(certificate, key)
-    app, listens = DeviceServer(link, allowed, welcome), _listening(host, port)
+    app, listens = DeviceServer(link, allowed, welcome, activity), _listening(host, port)
     with open_server(app, listens, bounds, secured=context, kind_of=kind_of) as server:
         yield server
 

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,10 @@ from florilegium.privacy.release import Schema
 from florilegium.privacy.secure_aggregation.wire import Told
 from florilegium.privacy.seeds import derive_seed
 from florilegium.server.config import ServerConfig
-from florilegium.server.release_collector import Limits, RoundFacts, to_numpy
+from florilegium.server.release_collector import Limits, to_numpy
 from florilegium.server.secure_round import SumTerms
-from florilegium.server.strategy import TOO_FEW, Commit, NoReleaseError, ReleaseStrategy
+from florilegium.server.strategy import Commit, NoReleaseError, ReleaseStrategy
+from florilegium.simulation.deployment.activity import Activity
 from florilegium.simulation.deployment.certificates import (
     CERTIFICATE,
     KEY,
@@ -47,6 +48,8 @@ from florilegium.simulation.deployment.https_server import Allowed, device_serve
 from florilegium.simulation.deployment.link import Link, LinkGrid
 from florilegium.simulation.deployment.register import NODES, admitted, welcome
 from florilegium.simulation.deployment.settings import check_rule, read_settings, write_settings
+from florilegium.simulation.deployment.status import Status, came_to
+from florilegium.simulation.deployment.status_page import showing_status
 from florilegium.simulation.deployment.sums import check_for_devices, noise_of, sum_terms, with_sums
 from florilegium.simulation.engines.strategy import commit, go_on
 from florilegium.simulation.rounds import Recorder, federate
@@ -147,11 +150,6 @@ class OperatorStrategy(ReleaseStrategy):
         self.terms, self.operator_key, self.link, self.tell = terms, operator_key, link, tell
         self.asked: Sequence[str] = ()  # in the round that is under way
 
-    @property
-    def fewest(self) -> int:
-        """Releases that a round is aggregated of at least; in a sum, fewer may come through than it begins with."""
-        return self.sums.limits.survivors if self.sums else self.least_releases
-
     def greet(self, grid: Grid) -> None:
         """Nobody is asked for a name: names are bound to keys by the operator."""
 
@@ -216,7 +214,7 @@ class OperatorStrategy(ReleaseStrategy):
         self.asked = ()
         for attempt in range(TRIES):
             if attempt:
-                self.tell(f"round {number}: {self.facts[number].releases} of {self.fewest} releases; once more")
+                self.tell(f"round {number}: {self.facts[number].releases} of {self.terms.fewest} releases; once more")
             while len(self.link.online()) < self.least_releases:
                 time.sleep(LOOK_S)
             self.look()
@@ -246,7 +244,7 @@ class ServerRecorder(Recorder):
         if number:
             facts = strategy.facts[number]
             self.run.record(RoundEnd(round=number, **asdict(facts)))
-            strategy.tell(f"round {number}: {came_to(facts, strategy.fewest)}")
+            strategy.tell(f"round {number}: {came_to(facts, strategy.terms.fewest)}")
 
 
 def strategy_of(folder: Path, link: Link, layout: AdapterLayout, tell: Tell) -> tuple[OperatorStrategy, ArrayRecord]:
@@ -274,33 +272,33 @@ def run_rounds(folder: Path, link: Link, layout: AdapterLayout, tell: Tell) -> N
     federate(LinkGrid(link), strategy, recorder, start, strategy.terms.rounds)
 
 
-def came_to(facts: RoundFacts, least: int) -> str:
-    """A round in a line, for the operator."""
-    codes = sorted(code for code in facts.refused if code != TOO_FEW)  # who is too few was no fault of theirs
-    refused = "".join(f", {facts.refused[code]} {code}" for code in codes)
-    if facts.releases < least:
-        return f"not aggregated: {facts.releases} releases of the {least} that it needs{refused}"
-    return f"{facts.releases} releases{refused}"
-
-
 # -- the process ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def serving(folder: Path, host: str, port: int, layout: AdapterLayout, tell: Tell) -> Iterator[Link]:
-    """The door of this folder's server is open while this lasts, for whoever is admitted. Raises `DeviceError`."""
+def serving(
+    folder: Path, host: str, port: int, layout: AdapterLayout, tell: Tell, status_port: int | None = None
+) -> Iterator[Link]:
+    """The door of this folder's server is open while this lasts, for whoever is admitted. Raises `DeviceError`.
+
+    With a `status_port` (0: any that is free) the operator's page is there too.
+    """
     check_folder(folder)
     terms = read_terms(folder / TERMS)
     _check_terms(folder, terms, layout, tell)
     allowed = Allowed.of(release_schema(layout, terms.shared.upload).size_bytes)
-    with _alone(folder), _logged(folder):
-        link = Link()
+    with _alone(folder), _logged(folder), ExitStack() as open_too:
+        link, activity = Link(), Activity()
         link.set_admitted(admitted(folder))
         welcomed = partial(welcome, folder)
         with (
             _watched(folder, link),
-            device_server(link, host, port, folder / CERTIFICATE, folder / KEY, allowed, welcome=welcomed),
+            device_server(
+                link, host, port, folder / CERTIFICATE, folder / KEY, allowed, welcome=welcomed, activity=activity
+            ) as door,
         ):
+            if status_port is not None:
+                open_too.enter_context(showing_status(Status(folder, terms, link, activity, door), status_port))
             yield link
 
 

@@ -295,8 +295,16 @@ function tried(trial) {
   return `The last learning was ${decided}. On ${plural(trial.replies, "reply", "replies")} of yours that were held back, ${trial.before.toFixed(3)} nats a token before and ${trial.after.toFixed(3)} after; lower is more like you.`;
 }
 
+function met(shared) {
+  if (!shared) return "";
+  const figures = shared.after === null ? "" : ` On ${plural(shared.replies, "reply", "replies")} of yours, ${shared.before.toFixed(3)} nats a token without it and ${shared.after.toFixed(3)} with it.`;
+  const less = shared.decision === "refused" ? ", and you go on with the one before" : "";
+  return `The last shared adapter of ${shared.federation} (${shared.version}): ${shared.decision}${less}.${figures}`;
+}
+
 async function showTrials() {
-  const { trials, shown, held_back: held, can_go_back: can } = await ask("trials");
+  const { trials, shared, shown, held_back: held, can_go_back: can } = await ask("trials");
+  at("shared-trial").textContent = met(shared.at(-1));
   at("trial").textContent = `${tried(trials.at(-1))} ${plural(held, "reply", "replies")} of yours ${held === 1 ? "is" : "are"} held back now.`;
   at("go-back").hidden = !can;
   at("shown").replaceChildren(...shown.map((one) => {
