@@ -392,7 +392,9 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     if "study" in tree:
         raise ConfigError(f"{path}: is a study of several experiments; run it with: florilegium study {path}")
     given = " ".join(o if len(o) <= 60 else f"{o[:60]}…" for o in overrides)
-    return validate(ExperimentConfig, tree, f"{path.name} with {given}" if given else str(path))
+    return validate(
+        ExperimentConfig, tree, f"{path.name} with {given}" if given else str(path), None if overrides else path
+    )
 
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:

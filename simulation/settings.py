@@ -61,12 +61,28 @@ def find_config(name: str) -> Path:
     raise ConfigError(f"config {name!r} is no file{hint}")
 
 
-def validate(kind: type[Model], tree: dict[str, Any], where: str) -> Model:
-    """The settings of a tree; raises `ConfigError` with a line for each that is wrong."""
+def validate(kind: type[Model], tree: dict[str, Any], where: str, path: Path | None = None) -> Model:
+    """The settings of a tree; raises `ConfigError` with a line for each that is wrong.
+
+    It names the line of the file `path` that the setting stands in, where all of the tree is from there.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {told}" for told in _told(error.errors()))) from None
+        text = path.read_text(encoding="utf-8-sig") if path else ""
+        told = [f"{where}{_line_in(text, place)}: {what}" for place, what in _told(error.errors())]
+        raise ConfigError("\n".join(told)) from None
+
+
+def _line_in(text: str, place: str) -> str:
+    """Where a setting is given a value in a text of TOML: ", line 3"; "" where it is not."""
+    section = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*\[+\s*([\w.\-]+)\s*\]+", line):
+            section = f"{header[1]}."
+        elif (key := re.match(r"\s*([\w.\-]+)\s*=", line)) and f"{place}.".startswith(f"{section}{key[1]}."):
+            return f", line {number}"
+    return ""
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -133,14 +149,14 @@ def _toml_error(error: Exception, text: str) -> str:
     return str(error).split("; use sys.", maxsplit=1)[0]
 
 
-def _told(errors: Sequence[Any]) -> list[str]:
-    """A line for each setting that is wrong; what each kind of value that it may have says of it, in one."""
+def _told(errors: Sequence[Any]) -> list[tuple[str, str]]:
+    """Each setting that is wrong, with what each kind of value that it may have says of it, in one line."""
     by_place: dict[str, list[Any]] = {}
     for error in errors:
         by_place.setdefault(_place(error), []).append(error)
     return [
-        " or ".join([_explain(first), *(_message(e).removeprefix("Input should ") for e in others)])
-        for first, *others in by_place.values()
+        (place, " or ".join([_explain(first), *(_message(e).removeprefix("Input should ") for e in others)]))
+        for place, (first, *others) in by_place.items()
     ]
 
 

@@ -83,6 +83,18 @@ def test_a_name_that_there_is_not_gets_the_hint_of_a_file(wrong: str, told: str)
         find_setting(wrong)
 
 
+def test_a_wrong_setting_is_told_with_its_line(tmp_path: Path) -> None:
+    (path := tmp_path / "bad.toml").write_text(
+        '[personal]\nlearning_rate = "hot"\nadapter = { rank = "x" }\n\n[data]\nusers = 0\n', encoding="utf-8"
+    )
+    with pytest.raises(ConfigError) as told:
+        load_config(path)
+    places = ["line 2: personal.learning_rate = 'hot'", "line 3: personal.adapter.rank = 'x'", "line 6: data.users = 0"]
+    assert sorted(line.partition("bad.toml, ")[2].partition(": Input")[0] for line in str(told.value).splitlines()) == (
+        places
+    )
+
+
 @pytest.mark.parametrize("name", bundled_configs())
 def test_a_bundled_config_is_of_its_kind_and_as_its_schema_says(name: str) -> None:
     validator = pytest.importorskip("jsonschema", reason="jsonschema comes with Ray")

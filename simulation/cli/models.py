@@ -115,9 +115,10 @@ def pretrain(config: Path) -> None:
     from florilegium.simulation.models.config import PretrainConfig
     from florilegium.simulation.settings import find_config, read_tree, validate
 
-    tree = read_tree(find_config(str(config)))
+    found = find_config(str(config))
+    tree = read_tree(found)
     tree.pop("name")  # which other configs have
-    settings = validate(PretrainConfig, tree, str(config))
+    settings = validate(PretrainConfig, tree, str(config), found)
 
     from florilegium.simulation.models.pretrain import (
         pretrain as train,  # and with it torch, now that nothing is left to refuse

@@ -69,7 +69,7 @@ class DevicePopulation:
 def load_classes(path: str | Path) -> tuple[DeviceClass, ...]:
     """The device classes of a file or of a bundled one (`world/devices`); raises `ConfigError`."""
     found = find_config(str(path))
-    return validate(DeviceClasses, read_tree(found), str(found)).classes
+    return validate(DeviceClasses, read_tree(found), str(found), found).classes
 
 
 def class_of(device: str, classes: Sequence[DeviceClass], seed: int) -> DeviceClass:
