@@ -389,7 +389,12 @@ def test_an_attacker_of_one_run_finds_every_coin_without_noise_and_few_with_it(
     assert len(loose.scores) == 16
 
 
-@pytest.mark.parametrize("mode", ["example-local", "user-local", "user-central"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "mode", ["example-local", *(pytest.param(m, marks=SLOW) for m in ("user-local", "user-central"))]
+)
 def test_checks_pass_and_their_controls_are_caught(lm: LanguageModel, streams: list[list[Dialogue]], mode: str) -> None:
     """With secrets from the operating system, and so little noise that coins tossed anew would show beside it."""
     changes = {"mode": mode, "secret": "os", "epsilon": 50.0, "clip_norm_l2": 0.05 if "user" in mode else 1.0}

@@ -59,6 +59,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_without_a_server_devices_learn_alone_and_nothing_leaves(plain: Path, tmp_path: Path) -> None:
     run_experiment(config("server.rule=none", "evaluation.newcomers=2"), tmp_path / "run")
     (told,) = [e for e in events(tmp_path / "run", "evaluation") if (e.arm, e.metric) == ("personal", "nll")]
@@ -78,6 +79,7 @@ def test_without_a_server_devices_learn_alone_and_nothing_leaves(plain: Path, tm
 # -- what the server makes of releases ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -96,6 +98,7 @@ def test_a_server_with_another_rule_and_optimizer_ends_elsewhere(
     assert [e.releases for e in events(tmp_path / "run", "round")] == [6, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("encoding", "size", "off"), [("bf16", 1 / 2, 2**-8), ("int8", 1 / 4, 1 / 100)])
 def test_fewer_bits_travel_and_the_adapter_is_nearly_the_same(
     plain: Path, tmp_path: Path, encoding: str, size: float, off: float
@@ -107,6 +110,7 @@ def test_fewer_bits_travel_and_the_adapter_is_nearly_the_same(
         assert 0 < np.abs(ours - shared_of(tmp_path / "run")[name]).max() <= 2 * off * np.abs(ours).max()
 
 
+@pytest.mark.slow
 def test_exact_products_are_sent_as_changes_of_weights(tmp_path: Path) -> None:
     """FedEx keeps the means and adds what they miss; FLoRA adds all and begins anew: their functions agree."""
     both = ("shared.adapter.factors=both", "rounds=1")

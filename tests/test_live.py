@@ -248,7 +248,12 @@ def test_a_user_accepts_what_is_near_enough_slips_and_corrects() -> None:
     assert sum(map(bool, rejected)) / len(rejected) == pytest.approx(0.5, abs=0.04)
 
 
-@pytest.mark.parametrize("arm", get_args(ArmName))
+FAST = ("with-words", "adaptation-only")
+
+
+@pytest.mark.parametrize(
+    "arm", [arm if arm in FAST else pytest.param(arm, marks=pytest.mark.slow) for arm in get_args(ArmName)]
+)
 def test_a_stream_is_lived_through(lm: LanguageModel, people: list[User], arm: str) -> None:
     streams = {f"d{k}": user.stream[:6] for k, user in enumerate(people)}
     config = AslsConfig.model_validate({"arm": arm, "fresh": 2})

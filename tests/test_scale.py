@@ -152,6 +152,7 @@ def _row(arrays: Mapping[str, Array]) -> Array:
 # -- the same everywhere ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cohorts_of_one_select_write_and_draw_the_same(undisturbed: Path, tmp_path: Path) -> None:
     run_experiment(quick("cohort_size=1", "ray.shards=1"), tmp_path / "run")
     assert_like(undisturbed, tmp_path / "run")
@@ -401,6 +402,7 @@ def _classes(path: Path, *hours: float, memory_bytes: int = 10**12) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_round_that_everybody_drops_out_of_changes_nothing(tmp_path: Path) -> None:
     world = [f"world.classes={_classes(tmp_path / 'devices.toml', 1.0)}", "world.drop_out=0.7", "data.users=3"]
     config = quick(*world, "rounds=5", "server.optimizer=fedadam", "seed=1")

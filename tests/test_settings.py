@@ -1016,7 +1016,7 @@ def configured(tree: str, changed: Mapping[str, Any]) -> Any:
     kind, base, _ = TREES[tree]
     settings = deepcopy(dict(base))
     for key, value in changed.items():
-        set_value(settings, key, value)
+        set_value(settings, key, deepcopy(value))  # which a setting within it changes
     return validate(kind, settings, "settings")
 
 

@@ -318,6 +318,7 @@ def test_a_killed_process_resumes(finished: Path, tmp_path: Path) -> None:
     assert_same_adapters(finished, tmp_path / "runs" / "small")
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
     command = [Path(sys.executable).parent / "florilegium", "run", "quickstart", *SMALL, "name=small"]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it

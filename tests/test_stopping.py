@@ -150,6 +150,7 @@ def test_a_process_that_is_told_to_ends_with_its_parent(tmp_path: Path) -> None:
         assert_all_end(started)
 
 
+@pytest.mark.slow
 def test_a_benchmarks_process_is_ended_whatever_it_does() -> None:
     with pytest.raises(AbsentError, match="ended with exit code 1"):
         Worker("none", "nano", "float32", "cpu")

@@ -630,6 +630,7 @@ def federated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
     return study, folder / "study"
 
 
+@pytest.mark.slow
 def test_a_federated_study_compares_budgets_on_the_same_people(federated: tuple[Study, Path]) -> None:
     study, folder = federated
     one, eight, plain = (o for t in study.config.tables.values() for o in outcomes(study, folder, t))

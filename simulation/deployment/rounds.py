@@ -150,6 +150,11 @@ class OperatorStrategy(ReleaseStrategy):
         self.terms, self.operator_key, self.link, self.tell = terms, operator_key, link, tell
         self.asked: Sequence[str] = ()  # in the round that is under way
 
+    @property
+    def fewest(self) -> int:
+        """Releases that a round is aggregated of at least: as the terms say, and as the rule needs."""
+        return self.terms.fewest if self.sums else self.least_releases
+
     def greet(self, grid: Grid) -> None:
         """Nobody is asked for a name: names are bound to keys by the operator."""
 
@@ -214,7 +219,7 @@ class OperatorStrategy(ReleaseStrategy):
         self.asked = ()
         for attempt in range(TRIES):
             if attempt:
-                self.tell(f"round {number}: {self.facts[number].releases} of {self.terms.fewest} releases; once more")
+                self.tell(f"round {number}: {self.facts[number].releases} of {self.fewest} releases; once more")
             while len(self.link.online()) < self.least_releases:
                 time.sleep(LOOK_S)
             self.look()
@@ -244,7 +249,7 @@ class ServerRecorder(Recorder):
         if number:
             facts = strategy.facts[number]
             self.run.record(RoundEnd(round=number, **asdict(facts)))
-            strategy.tell(f"round {number}: {came_to(facts, strategy.terms.fewest)}")
+            strategy.tell(f"round {number}: {came_to(facts, strategy.fewest)}")
 
 
 def strategy_of(folder: Path, link: Link, layout: AdapterLayout, tell: Tell) -> tuple[OperatorStrategy, ArrayRecord]:
