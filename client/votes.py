@@ -71,6 +71,9 @@ def cast_votes(
     """The noised counts (N,) of each device: a vote for each dialogue of its pool in its user's own words."""
     if not isinstance(context, VotingContext):
         raise TypeError("votes are cast in a VotingContext")
+    shared = context.config.shared
+    if (shared.sampling_rate, shared.steps_per_round) != (1.0, 1):
+        raise ValueError("all of a pool votes, once: set shared.sampling_rate = 1 and shared.steps_per_round = 1")
     return {s.id: _noised(counts(s, context), s, plan, context) for s in states}
 
 

@@ -57,6 +57,12 @@ class Budget:
     delta: float
     adjacency: Adjacency
     of: str  # "dialogue" or "device"
+    in_sum: bool = False  # whether what is protected is a device's part of a sum, which is added or left out
+
+    @property
+    def unit(self) -> str:
+        """What entries were spent for. What one sense costs says nothing of another: neither is reckoned in it."""
+        return f"{self.of} in a sum" if self.in_sum else self.of
 
     def objection(self, events: Sequence[Event]) -> str:
         """Why these are not all paid for: together they cost too much, or nobody has proved what they cost together."""
@@ -101,7 +107,7 @@ class Entry:
     round: int
     received: str
     event: Event
-    unit: str  # what the event was spent for: "dialogue" or "device"
+    unit: str  # what the event was spent for: "dialogue", "device" or "device in a sum"
     dialogues: tuple[bytes, ...]
     nonce: str = ""  # of what is drawn anew each time
 
@@ -271,7 +277,7 @@ def _judged(request: Request, budget: Budget, account: Account | None) -> tuple[
             return Answer(SPENT if SPENT in refusals else OTHER_TERMS), None
     paid_for = tuple(names.values()) if budget.of == "dialogue" else ()
     nonce = "" if request.repeatable else token_hex(16)
-    entry = Entry(request.experiment, request.round, request.received, request.event, budget.of, paid_for, nonce)
+    entry = Entry(request.experiment, request.round, request.received, request.event, budget.unit, paid_for, nonce)
     return Answer(GRANTED, account.next_head(entry), frozenset(names)), entry
 
 
@@ -291,7 +297,7 @@ def _affordable(
 
 def _objection(request: Request, budget: Budget, account: Account) -> str:
     """Why an account must not pay, whatever is left in it."""
-    if any(e.unit != budget.of for e in account.entries):
+    if any(e.unit != budget.unit for e in account.entries):
         return OTHER_UNIT
     if not set(request.heads) <= set(account.heads):
         return BEHIND if account.entries else MISSING

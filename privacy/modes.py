@@ -145,4 +145,5 @@ class PrivacyConfig(Config):
     def budget(self) -> Budget:
         """What the ledger holds a device to; without end in `none`."""
         limit = math.inf if self.mode == "none" else self.epsilon
-        return Budget(limit, self.delta, self.promise.adjacency, self.promise.of)
+        in_sum = self.mode == "user-distributed"  # of the two modes of a real device, that which is not replace-one
+        return Budget(limit, self.delta, self.promise.adjacency, self.promise.of, in_sum)

@@ -62,12 +62,12 @@ def test_of_the_candidates_the_worthiest_is_said_and_of_options_its_label(lm: La
     made, calls = Longest(context(lm)), noted(lm, "generate")
     made.prepare(PEOPLE)
     sampling = SamplingConfig(max_new_tokens=6)
-    free, choice = PEOPLE[0].questions[0][0], Asked("which?", "", ("no", "a longer one", "yes"))
+    free, choice = PEOPLE[0].questions[0][0], Asked("which?", "", ("no", "a longer one", "yes"), ("(a)", "(b)", "(c)"))
     said = made.reply([(0, free), (1, choice)], [free.prompt, "which?"], Served([0, 1], []), sampling, [7, 8])
     assert [c["sampling"].temperature for c in calls] == [0] + [1] * (CANDIDATES - 1)
     assert all(c["prompts"] == [free.prompt] for c in calls) and len({tuple(c["seeds"]) for c in calls}) == CANDIDATES
     drawn = [lm.generate(c["prompts"], c["slots"], [], c["sampling"], c["seeds"])[0] for c in calls[:CANDIDATES]]
-    assert said == [max(drawn, key=len), "[2]"] and len(set(drawn)) > 1
+    assert said == [max(drawn, key=len), "(b)"] and len(set(drawn)) > 1
 
 
 # -- heads --------------------------------------------------------------------------------------------------------

@@ -166,12 +166,14 @@ def test_a_slack_export_has_a_folder_for_each_channel(tmp_path: Path) -> None:
         ("13.05.2024 г., 21:00 - a: Tea?", "13.05.2024 г., 21:01 - b: Green.", "2024-05-13T21:01"),
         ("2024. 05. 13. 21:00 - a: Tea?", "2024. 05. 13. 21:01 - b: Green.", "2024-05-13T21:01"),
         ("2024. 5. 13. 오후 9:00 - a: Tea?", "2024. 5. 13. 오후 9:01 - b: Green.", "2024-05-13T21:01"),
+        ("2024/5/3 下午9:00 - a: Tea?", "2024/5/3 下午9:01 - b: Green.", "2024-05-03T21:01"),
+        ("2024. 5. 3. 오전 9:00 - a: Tea?", "2024. 5. 3. 오전 9:01 - b: Green.", "2024-05-03T09:01"),
         ("2024/5/13 下午9:00 - a: Tea?", "2024/5/13 下午9:01 - b: Green.", "2024-05-13T21:01"),
         ("[2024/5/13 上午9:00:00] a: Tea?", "[2024/5/13 上午9:01:00] b: Green.", "2024-05-13T09:01"),
     ],
     ids=[
         "us", "german", "british", "ios", "ios-us", "french", "finnish", "uhr", "bulgarian", "hungarian", "korean",
-        "chinese", "ios-chinese",
+        "chinese-early", "korean-early", "chinese", "ios-chinese",
     ],
 )  # fmt: skip
 def test_whatsapp_of_several_locales(tmp_path: Path, first: str, second: str, time: str) -> None:

@@ -31,6 +31,7 @@ from florilegium.privacy.ledger import (
     Request,
     dialogue_name,
 )
+from florilegium.privacy.modes import PrivacyConfig
 
 GENESIS = "ab" * 32
 EVENT = Event(2.0, 0.5, 4)
@@ -219,9 +220,13 @@ def test_an_account_of_another_secret_is_broken(tmp_path: Path) -> None:
 
 
 def test_what_was_spent_for_another_unit_is_not_reckoned_in_this_one(tmp_path: Path) -> None:
-    """Steps on sampled dialogues say nothing of what a whole device has spent, and the other way round."""
-    for budgets in ((LIFE, DIALOGUES), (DIALOGUES, LIFE)):
-        ledger = Ledger(tmp_path / f"{budgets[0].of}.db")
+    """Steps on sampled dialogues say nothing of what a whole device has spent, and the other way round.
+
+    Nor does a device that is replaced, in `user-local`, of one whose part of a sum is left out.
+    """
+    summed = PrivacyConfig(mode="user-distributed", epsilon=100).budget
+    for budgets in ((LIFE, DIALOGUES), (DIALOGUES, LIFE), (LIFE, summed), (summed, LIFE)):
+        ledger = Ledger(tmp_path / f"{budgets[0].unit} {budgets[1].unit}.db")
         found = [refusals(ledger, request(n, dialogues=("a",)), budget=b)[0] for n, b in enumerate(budgets, start=1)]
         assert found == [GRANTED, OTHER_UNIT]
 

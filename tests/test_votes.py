@@ -70,6 +70,7 @@ def test_the_noise_is_for_what_a_replaced_dialogue_moves(lm: LanguageModel) -> N
     """A noise multiplier is for what moves by 2, replace-one: for √2 it takes σ / √2."""
     about = context(lm)
     event, privacy = planned_event(about.config), about.config.privacy
+    assert (event.sampling_rate, event.steps) == (1.0, 1)  # no coin keeps a dialogue from voting
     assert epsilon([event], privacy.delta, "replace-one") <= privacy.epsilon
     assert about.noise_std * math.sqrt(2) == pytest.approx(event.noise_multiplier)
     state, plan = about.new_state("one"), RoundPlan(1, 0)
@@ -106,3 +107,6 @@ def test_votes_are_cast_about_candidates_alone(lm: LanguageModel) -> None:
     plain = CohortContext.of(lm, config(), 0, lambda device, dialogue: "")
     with pytest.raises(TypeError, match="VotingContext"):
         cast_votes([plain.new_state("one")], torch.zeros(3), RoundPlan(1, 0), plain)
+    sampled = CohortContext.of(lm, load_config(find_config("scale/votes")), 0, lambda device, dialogue: "")
+    with pytest.raises(ValueError, match=r"shared\.sampling_rate = 1"):
+        cast_votes([], torch.zeros(3), RoundPlan(1, 0), VotingContext.about(CANDIDATES, sampled))

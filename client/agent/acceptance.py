@@ -82,6 +82,8 @@ def disagreement(config: DeviceConfig, told: DistributedTerms | None) -> str:
             told.survivors < own.survivors,
         f"sums of up to {told.devices} devices, above this device's secure_aggregation.devices = {own.devices}":
             bool(own.devices) and told.devices > own.devices,
+        f"releases = {told.releases or 'all'}, above this device's privacy.releases = {privacy.releases}":
+            bool(privacy.releases) and not 0 < told.releases <= privacy.releases,
         f"colluding = {told.colluding}, below this device's secure_aggregation.colluding = {own.colluding}":
             told.colluding < own.colluding,
         f"bits = {told.bits}, other than this device's secure_aggregation.bits = {own.bits}":
@@ -170,6 +172,8 @@ def check_promise(config: DeviceConfig, devices: int) -> None:
     """
     privacy = config.privacy
     units, what = (config.shared.pool_capacity, "dialogues") if privacy.by_dialogue else (devices, "devices")
+    if privacy.by_dialogue and privacy.distributed:
+        units *= config.summed.devices  # all that a sum is of
     if units and privacy.delta * units >= 1:
         raise RefusedTermsError(
             f"privacy.delta = {privacy.delta:g} must be below 1/{units:,}, as there are {units:,} {what}: "

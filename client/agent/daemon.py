@@ -118,8 +118,8 @@ def opened(folder: DeviceFolder) -> Iterator[Agent]:
         from florilegium.client.agent.agent import Agent  # and with it torch, now that nothing is left to refuse
 
         agent = Agent.open(folder)
-        agent.settle()
         try:
+            agent.settle()
             with listening(agent):
                 yield agent
         finally:

@@ -20,7 +20,7 @@ from florilegium.client.agent.acceptance import (
     disagreement,
     unprotected,
 )
-from florilegium.client.agent.device import Device, forget_shared, write_adapter
+from florilegium.client.agent.device import SESSION, Device, forget_shared, write_adapter
 from florilegium.client.agent.errors import AgentError
 from florilegium.client.agent.folder import replace_file
 from florilegium.client.agent.learning import gathered, retire
@@ -119,6 +119,7 @@ def join(device: Device, terms: Terms, server: str, registration: Registration |
 def leave(device: Device) -> None:
     """Answers no server from now on, and learns anew without the shared adapter."""
     device.vault.set_fact("federation", None)  # at once: a round that is being worked on is not sent
+    device.vault.set_fact(SESSION, None)
     with device.busy:
         _go_over(device, device.config.device.shared.pool_capacity, None)
 

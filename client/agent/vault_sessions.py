@@ -65,10 +65,10 @@ class VaultSessions:
         return self._session(there, kept)
 
     def keep(self, session: Session) -> None:
-        """On the disk; of one that has said all nothing."""
-        scene = session.scene
+        """On the disk; of one that has said all nothing, nor of a federation that its owner has left meanwhile."""
+        scene, there = session.scene, self.device.membership
         kept: _Kept | None = None
-        if not session.unmasked:
+        if not session.unmasked and there and there.federation == scene.federation:
             kept = {
                 "federation": scene.federation, "round": scene.round, "seed": session.seed.hex(),
                 "told": stored(session),

@@ -124,7 +124,8 @@ def gguf_adapter(adapters: Sequence[Adapters], place: Placement) -> bytes:
     for one in adapters:
         layout = lora_alone(one)
         for layer, (_, a, b) in zip(layout.layers, layout.split(one.rows[:1].float().cpu()), strict=True):
-            pairs.setdefault(layer, []).append((a.squeeze(0).cpu(), b.squeeze(0).cpu(), layout.scale))
+            down, up = a.reshape(layout.rank, layer.in_features), b.reshape(layer.out_features, layout.rank)
+            pairs.setdefault(layer, []).append((down.cpu(), up.cpu(), layout.scale))
     alone = len(adapters) == 1
     alpha = lora_alone(adapters[0]).alpha if alone else 1.0
     writer = GGUFWriter(None, place.architecture)

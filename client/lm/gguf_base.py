@@ -59,6 +59,10 @@ def _check(config: PretrainedConfig, name: str) -> None:
     if config.model_type != LLAMA or rope.get("rope_type", "default") != "default":
         what = f"of the type {config.model_type!r}, positions {rope.get('rope_type', 'default')!r}"
         raise ModelError(f"model {name!r} is {what}: plain Llama models alone are written as GGUF here; {OTHERWISE}")
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise ModelError(
+            f"model {name!r} has heads of a size of their own: it is not written as GGUF here; {OTHERWISE}"
+        )
     if config.attention_bias or config.mlp_bias:
         raise ModelError(f"model {name!r} has biases in its layers: it is not written as GGUF here; {OTHERWISE}")
 

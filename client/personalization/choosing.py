@@ -49,7 +49,7 @@ class Choosing(Prompting):
             for i, text in zip(written, said, strict=True):
                 found[i].append(text)
         best = self.best(asked, found)
-        return [f"[{b + 1}]" if q.options else of[b] for (_, q), of, b in zip(asked, found, best, strict=True)]
+        return [q.labels[b] if q.options else of[b] for (_, q), of, b in zip(asked, found, best, strict=True)]
 
     def best(self, asked: Sequence[tuple[int, Asked]], candidates: Sequence[Sequence[str]]) -> list[int]:
         """Of each question's candidates the place of the one that is worth most."""

@@ -49,7 +49,6 @@ class Dpcml(AgainstOthers):
     @torch.no_grad()
     def worth(self, asked: Sequence[tuple[int, Asked]], replies: Sequence[str]) -> torch.Tensor:
         whose = self.vectors[[k for k, _ in asked]]
-        whose = self.vectors[[k for k, _ in asked]]
         return -distances(whose, in_ball(self.projection(self.space(replies))))
 
     @property

@@ -14,7 +14,8 @@ class Asked:
 
     prompt: str
     search: str  # what a retriever is given; empty where a question has nothing to look by
-    options: tuple[str, ...] = ()  # texts that the labels [1], [2], … of a choice stand for
+    options: tuple[str, ...] = ()  # texts that the labels of a choice stand for
+    labels: tuple[str, ...] = ()  # what is said of each option, such as [1], [2], …
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ from florilegium.simulation.engines.in_memory import InMemory, RecordingGrid, fe
 from florilegium.simulation.evaluation.caching_model import CachingModel
 from florilegium.simulation.evaluation.metrics import Measured, compare, score_arms
 from florilegium.simulation.rounds import Recorder, federate
-from florilegium.simulation.settings import find_config
+from florilegium.simulation.settings import ConfigError, find_config
 
 PUBLIC = "self_dialogue"
 SIGNIFICANT = 2.0  # standard deviations of the sum's noise: what has fewer votes has none
@@ -123,6 +123,10 @@ class Trial:
 def measure(name: str, candidates: int, epsilons: Sequence[float], tell: Callable[[str], object]) -> Outcome:
     """Gradients and votes by the configuration `name`, at each ε and without noise."""
     config = load_config(find_config(name))
+    if config.data.split != "test":
+        raise ConfigError(
+            f"{name}: data.split = {config.data.split!r}: candidates are the development half's, so 'test'"
+        )
     lm, users = CachingModel.load(config.model), load_population(config.data, config.seed)
     assert isinstance(lm, CachingModel)
     trial, rows = Trial(lm, config, users, tell), list[Row]()
@@ -157,6 +161,8 @@ def _written(trial: Trial, count: int) -> list[Dialogue]:
 
 def _some(trial: Trial, data: Any, count: int) -> list[Dialogue]:
     met = [d for user in load_population(data, trial.config.seed) for d in user.stream]
+    if len(met) < count:
+        raise ConfigError(f"--candidates {count:,}: there are {len(met):,} of them in {data.name}")
     order = np.random.default_rng(derive_seed(trial.config.seed, "candidates")).permutation(len(met))[:count]
     return [met[i].in_context for i in order]
 
@@ -204,7 +210,7 @@ def _without_votes(trial: Trial, kind: str, candidates: Sequence[Dialogue]) -> R
 
 def once(config: ExperimentConfig) -> ExperimentConfig:
     """All of a pool votes, in one round."""
-    shared = config.shared.model_copy(update={"batch_size": config.shared.pool_capacity, "steps_per_round": 1})
+    shared = config.shared.model_copy(update={"sampling_rate": 1.0, "steps_per_round": 1})
     return config.model_copy(update={"shared": shared, "rounds": 1})
 
 

@@ -10,6 +10,7 @@ a line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -92,12 +93,20 @@ def _check_text(key: str, value: object, where: str) -> None:
         raise DataError(f"{where}: {key} = {shown(value)} must be {expected}")
 
 
+def _is_a_date(value: str) -> bool:
+    """Whether a text of eight digits is a day of ISO 8601, such as 20240501; as seconds it would be in 1970."""
+    try:
+        return bool(re.fullmatch(r"\s*\d{8}\s*", value) and date.fromisoformat(value.strip()))
+    except ValueError:
+        return False
+
+
 def moment(value: object, where: str) -> float:
     """Seconds since the epoch of a number of seconds or milliseconds, or ISO 8601; UTC where no zone is named."""
     number = value
     if isinstance(value, str):
         try:
-            number = float(value)
+            number = value.strip() if _is_a_date(value) else float(value)
         except ValueError:
             number = value.strip()
     try:

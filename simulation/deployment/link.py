@@ -9,6 +9,7 @@ private parts it uses.
 from __future__ import annotations
 
 import io
+import logging
 import time
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.linkstate import InMemoryLinkState
@@ -29,6 +30,7 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.superlink.servicer.runtime import runtime_handlers
 
+log = logging.getLogger(__name__)
 HANDLERS = {
     "GetNodes": runtime_handlers.get_nodes,
     "PushMessages": runtime_handlers.push_messages,
@@ -109,22 +111,43 @@ class LinkGrid(HttpGrid):
 
         A device that is expelled meanwhile is not waited for.
         """
-        asked = list(messages)
-        nodes = {i: m.metadata.dst_node_id for i, m in zip(self.push_messages(asked), asked, strict=False) if i}
-        waiting, unanswered = set(nodes), set(nodes)
+        pushed = list(messages)
+        asked = {i: m for i, m in zip(self.push_messages(pushed), pushed, strict=False) if i}
+        waiting, unanswered = set(asked), set(asked)
         until, found = time.monotonic() + (timeout or 0.0), list[Message]()
         while waiting and (timeout is None or time.monotonic() < until):
-            for reply in self.pull_messages(waiting):
-                unanswered.discard(reply.metadata.reply_to_message_id)
-                found.append(reply)
+            for i in waiting:
+                if reply := self._reply(i, asked[i]):
+                    unanswered.discard(i)
+                    found.append(reply)
             there = set(self._link.nodes.values())
-            waiting = {i for i in unanswered if nodes[i] in there}
+            waiting = {i for i in unanswered if asked[i].metadata.dst_node_id in there}
             if waiting:
                 time.sleep(LOOK_S)
         self._link.state.delete_messages(unanswered)
         for left in unanswered:
             self._link.state.object_store.delete(left)
         return found
+
+    def _reply(self, identity: str, asked: Message) -> Message | None:
+        """The answer to one message, if it is there: of the device that was asked, whatever stands in it.
+
+        What cannot be read, or says that it is another device's, is an error of the device's own: whoever was admitted
+        can send any bytes under a name of Flower's objects.
+        """
+        node = asked.metadata.dst_node_id
+        try:
+            for reply in self.pull_messages([identity]):
+                if (reply.metadata.src_node_id, reply.metadata.reply_to_message_id) == (node, identity):
+                    return reply
+                break
+            else:
+                return None
+        except Exception as error:  # noqa: BLE001  # DecodeError, JSONDecodeError, AttributeError, … of Flower's parsing
+            log.warning("an answer cannot be read: %s", type(error).__name__)
+        reply = Message(Error(0), reply_to=asked)
+        reply.metadata.__dict__["_src_node_id"] = node
+        return reply
 
 
 class _Handlers:

@@ -46,7 +46,7 @@ def register(folder: Path, terms: Terms, name: str, identity: str) -> Registrati
         raise DeviceError(f"the devices of {terms.name!r} add no noise together: its terms name no registrar")
     if terms.distributed.registrar != public_half(private):
         raise DeviceError(f"the terms of {terms.name!r} name another registrar than {folder}")
-    if not NAME.fullmatch(name) or not re.fullmatch(HEX_KEY, identity):
+    if not NAME.fullmatch(name) or name in (".", "..") or not re.fullmatch(HEX_KEY, identity):
         raise DeviceError(f"{name!r}, {identity!r}: a name of 1 to 64 of A-Z, a-z, 0-9, _ . -, and 64 digits of a key")
     _note(folder / REGISTERED / sha256(terms.federation.encode()).hexdigest()[:16], name, identity)
     signature = certified(private_key(private), terms.federation, name, bytes.fromhex(identity))

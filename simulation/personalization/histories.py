@@ -17,7 +17,9 @@ def person(user: TaskUser, task: Task, config: HistoryConfig, name: str) -> Pers
     """A user under a device's name, with as much of the history as the settings leave."""
     items = user.history[-config.most :] if config.most else user.history
     past = tuple((_past if config.labels else _plain)(item, task) for item in items)
-    questions = tuple((Asked(q.input, q.search, q.options), task.question(q)) for q in user.queries)
+    questions = tuple(
+        (Asked(q.input, q.search, q.options, task.labels if q.options else ()), task.question(q)) for q in user.queries
+    )
     return Person(name, past, questions)
 
 

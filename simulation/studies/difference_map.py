@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from florilegium.simulation.reports.figures import figure
 from florilegium.simulation.studies.config import TOGETHER, TableConfig
-from florilegium.simulation.studies.statistics import METRICS, Contrast, Entry, named
+from florilegium.simulation.studies.statistics import LOWER_IS_BETTER, METRICS, Contrast, Entry, named
 from florilegium.simulation.studies.study_report import difference
 
 BETTER, EVEN, WORSE = "#1987ba", "#f4f1ea", "#d25440"
@@ -32,11 +32,12 @@ class DifferenceMap:
 
     def drawn(self) -> go.Figure:
         """A heat map whose colours are symmetric about no difference."""
+        low, high = (BETTER, WORSE) if self.metric in LOWER_IS_BETTER else (WORSE, BETTER)
         values = [[c.found.mean_difference if c else None for c in row] for row in self.cells]
         most = max((abs(v) for row in values for v in row if v is not None), default=1.0) or 1.0
         heat = go.Heatmap(
             z=values, x=list(self.columns), y=list(self.rows), text=self.texts, texttemplate="%{text}", zmin=-most,
-            zmax=most, colorscale=[[0, BETTER], [0.5, EVEN], [1, WORSE]], textfont={"color": "#1d2024", "size": 11},
+            zmax=most, colorscale=[[0, low], [0.5, EVEN], [1, high]], textfont={"color": "#1d2024", "size": 11},
             colorbar={"title": {"text": "difference"}}, xgap=2, ygap=2,
             hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
         )  # fmt: skip

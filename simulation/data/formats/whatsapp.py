@@ -16,7 +16,7 @@ from florilegium.simulation.data.formats.reading import Reading
 
 MARKS = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # directions, which the app writes around names
 STAMP = re.compile(
-    r"^\[?(?P<first>\d{1,4})(?P<mark>[./-])\s?(?P<second>\d{1,2})(?P=mark)\s?(?P<third>\d{2,4})\.?(?:\s?г\.)?,?\s+"
+    r"^\[?(?P<first>\d{1,4})(?P<mark>[./-])\s?(?P<second>\d{1,2})(?P=mark)\s?(?P<third>\d{1,4})\.?(?:\s?г\.)?,?\s+"
     r"(?:(?:à|às|kl\.?|klo|om|um)\s+)?(?:(?P<half>오전|오후|上午|下午|午前|午後)\s?)?"
     r"(?P<hour>\d{1,2})[:.](?P<minute>\d{2})(?:[:.](?P<seconds>\d{2}))?"
     r"(?:\s*(?P<am_pm>[AaPp])\.?\s?[Mm]\.?|\s*Uhr)?(?:\]|\s+-)\s+(?P<said>.*)$"
