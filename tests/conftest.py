@@ -14,7 +14,7 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "1000"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
-os.environ["RAY_worker_niceness"] = "0"  # beside other tests they would hardly have a turn
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # else its processes hardly have a turn beside others
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes side by side: a thread each
     os.environ["OMP_NUM_THREADS"] = "1"
 
