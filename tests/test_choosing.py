@@ -157,6 +157,12 @@ def test_hydras_heads_choose_what_their_persons_would_say(lm: LanguageModel) -> 
 def test_a_persons_replies_are_set_against_those_of_others(lm: LanguageModel) -> None:
     made = Dpcml(context(lm, name="dpcml"))
     made.learn(POOL)
+    twins = [replace(POOL[0], person="loud"), replace(POOL[1], person="calm"), replace(POOL[2], person="loud")]
+    alone = Dpcml(context(lm, name="dpcml"))
+    alone.learn(twins)
+    others = alone.pairs(twins[0]).others  # none of them of another moment of the same person
+    calm = alone.space([past.example.response for past in twins[1].history])
+    assert len(others) == 3 and all(any(torch.equal(row, own) for own in calm) for row in others)
     there = made.pairs(POOL[0])
     torch.testing.assert_close(there.own, made.space([reply for _, reply in LOUD[:3]]))
     theirs = {tuple(v) for who, v in zip(made.whose, made.said.tolist(), strict=True) if who != "p0"}

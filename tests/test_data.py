@@ -32,7 +32,7 @@ from florilegium.simulation.data.describe import describe, names, quantiles, ren
 from florilegium.simulation.data.errors import DataError
 from florilegium.simulation.data.formats.reading import FieldNames, Reading
 from florilegium.simulation.data.hub import HubFields, read_hub
-from florilegium.simulation.data.jsonl import read_jsonl, seconds
+from florilegium.simulation.data.jsonl import moment, read_jsonl, seconds
 from florilegium.simulation.data.population import (
     DataConfig,
     Order,
@@ -107,6 +107,13 @@ def test_times_are_seconds_or_iso_8601() -> None:
     for wrong in ("yesterday", None, True, float("nan"), float("inf")):
         with pytest.raises(ValueError):
             seconds(wrong)
+
+
+def test_a_moment_is_a_number_or_a_day_as_it_is_written() -> None:
+    assert moment(1_772_389_200_000, "") == moment("1772389200", "") == 1_772_389_200.0
+    assert moment("20240501", "") == seconds("2024-05-01") and moment("20249901", "") == 20_249_901.0
+    with pytest.raises(DataError, match="line 3: time = 'noon' must be seconds or milliseconds"):
+        moment("noon", "line 3")
 
 
 def test_without_times_the_order_of_the_lines_counts(tmp_path: Path) -> None:

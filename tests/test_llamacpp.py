@@ -58,10 +58,10 @@ def written(base: Path) -> LanguageModel:
     return LanguageModel.load(ModelConfig(name=str(base), dtype="float32"))
 
 
-def adapters(lm: LanguageModel) -> list[Adapters]:
+def adapters(lm: LanguageModel, rank: int = 4) -> list[Adapters]:
     """A shared adapter of values alone with a frozen A, and a personal one of all layers on top of it."""
     torch.manual_seed(0)
-    shared = lm.lora_layout(AdapterConfig(rank=4, alpha=64, factors="b", targets=("v_proj",)), public_seed=1)
+    shared = lm.lora_layout(AdapterConfig(rank=rank, alpha=64, factors="b", targets=("v_proj",)), public_seed=1)
     personal = lm.lora_layout(AdapterConfig(rank=8, alpha=16))
     rows = 0.02 * torch.randn(shared.width), personal.start(0) + 0.02 * torch.randn(personal.width)
     return [lm.adapters(shared, rows[0]), lm.adapters(personal, rows[1])]
@@ -98,10 +98,12 @@ def test_a_base_that_is_written_is_the_same_model(lm: LanguageModel, written: La
     assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_a_file_says_what_the_adapter_says(written: LanguageModel, base: Path, tmp_path: Path, together: bool) -> None:
+@pytest.mark.parametrize(("together", "rank"), [(False, 4), (True, 4), (True, 1)])
+def test_a_file_says_what_the_adapter_says(
+    written: LanguageModel, base: Path, tmp_path: Path, together: bool, rank: int
+) -> None:
     """Σ scale · B A of the adapters that are on, in the order of rows that the file of the base has."""
-    on = adapters(written)[0 if together else 1 :]
+    on = adapters(written, rank)[0 if together else 1 :]
     reader = read(gguf_adapter(on, placement(written.engine, GGUFReader(base))), tmp_path)
     told = {k: reader.fields[k].contents() for k in ("general.architecture", "general.type", "adapter.type")}
     assert list(told.values()) == ["llama", "adapter", "lora"]

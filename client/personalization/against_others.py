@@ -48,7 +48,7 @@ class AgainstOthers(Choosing):
     def learn(self, others: Sequence[Person]) -> None:
         super().prepare(others)
         texts = [past.example.response for p in others for past in p.history]
-        self.whose = [p.id for p in others for _ in p.history]
+        self.whose = [p.owner for p in others for _ in p.history]
         self.space = space(self.context.lm, texts)
         self.said = self.space(texts)
         self.fit([p.id for p in others], [self.pairs(p) for p in others])
@@ -62,7 +62,7 @@ class AgainstOthers(Choosing):
     def pairs(self, person: Person) -> Pairs:
         """One of each of the person's replies; none where the pool has nobody else."""
         own = self.space([past.example.response for past in person.history])
-        there = [i for i, who in enumerate(self.whose) if who != person.id]
+        there = [i for i, who in enumerate(self.whose) if who != person.owner]
         if not there:
             return Pairs(own[:0], own[:0])
         rng = np.random.Generator(np.random.Philox(key=derive_seed(self.context.seed, person.id, "others")))

@@ -48,7 +48,7 @@ class Dpl(Prompting):
         super().prepare(people)
         there = self.representatives or representatives(people, self.space)
         self.count(read=self.texts_tokens([past.document for p in people for past in p.history]))
-        compared = [self._compared(p, [r for r in there if r.id != p.id]) for p in people]
+        compared = [self._compared(p, [r for r in there if r.owner != p.owner]) for p in people]
         self.profiles = self._summed_up(self._differences(compared))
 
     @property

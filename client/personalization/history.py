@@ -37,11 +37,20 @@ History = Sequence[Past]  # oldest first
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """A history, and later questions with the replies that are right."""
+    """A history, and later questions with the replies that are right.
+
+    Where one person is asked at several moments, each is one of these, and `person` is whose it is.
+    """
 
     id: str
     history: tuple[Past, ...]
     questions: tuple[tuple[Asked, Dialogue], ...] = ()
+    person: str = ""
+
+    @property
+    def owner(self) -> str:
+        """The same for all moments of one person."""
+        return self.person or self.id
 
 
 WithItems = Callable[[str, Sequence[str]], str]  # (prompt, items as they are shown) → prompt with them

@@ -20,7 +20,7 @@ def person(user: TaskUser, task: Task, config: HistoryConfig, name: str) -> Pers
     questions = tuple(
         (Asked(q.input, q.search, q.options, task.labels if q.options else ()), task.question(q)) for q in user.queries
     )
-    return Person(name, past, questions)
+    return Person(name, past, questions, user.person)
 
 
 def wording(task: Task) -> Wording:
