@@ -247,7 +247,7 @@ def test_a_method_that_chooses_costs_its_candidates_but_where_there_are_options(
     config = MethodsConfig.model_validate(
         METHODS_OF_TWO | {"method": {"name": "steerable", "training": {"epochs": 1}}, "task_stage": {"enabled": False}}
     )
-    task = Task("which", ("accuracy",), asked="{text}")
+    task = Task("which", ("accuracy",), asked="{text}", labels=("[1]", "[2]"))
     people = [TaskUser(n, tuple(Item(f"{n}{i}", f"say {i}", f"it is {i}") for i in range(3)), ()) for n in "abcd"]
     query = Query("q", "which is it", "[2]", "it", ("it is 1", "it was"))
     users = {

@@ -535,7 +535,14 @@ def test_the_pipeline_on_a_real_instruct_model(tmp_path: Path) -> None:
         resolve("smollm2-135m")
     except ModelError as error:
         pytest.skip(str(error))
-    settings = [*SMALL, "data.users=4", "model.name=smollm2-135m", "data.max_pairs=16", "personal.learning_rate=5e-4"]
+    settings = [
+        *SMALL,
+        "data.users=4",
+        "model.name=smollm2-135m",
+        "data.max_pairs=24",
+        "data.min_pairs=24",
+        "personal.learning_rate=5e-4",
+    ]
     tiny = ["selection.bins=4", "shared.pool_capacity=8", "evaluation.pooled_epochs=0", "name=smollm2"]
     summary = run_experiment(load_config(find_config("quickstart"), [*settings, *tiny]), tmp_path / "run")
     assert summary.model == "smollm2-135m" and summary.devices == 4
