@@ -19,6 +19,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.app import Error, Message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.linkstate import InMemoryLinkState
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, NodeStatus, TaskType
@@ -98,13 +99,14 @@ class LinkGrid(HttpGrid):
     def __init__(self, link: Link) -> None:
         super().__init__(token="none")
         self._link = link
+        self._pulled: PullAppMessagesResponse | None = None  # an answer that is being read
         self.set_run(link.run)
         TaskIdentity.task_id, TaskIdentity.run_id = link.task.task_id, link.run_id
         TaskIdentity.node_id = SUPERLINK_NODE_ID
 
     @property
     def _runtime_client(self) -> RuntimeHttpClient:
-        return _Handlers(self._link)  # type: ignore[return-value]
+        return _Handlers(self._link, self._pulled)  # type: ignore[return-value]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """What was not answered in time is not asked any more: a device would spend on a round that is over.
@@ -116,10 +118,12 @@ class LinkGrid(HttpGrid):
         waiting, unanswered = set(asked), set(asked)
         until, found = time.monotonic() + (timeout or 0.0), list[Message]()
         while waiting and (timeout is None or time.monotonic() < until):
-            for i in waiting:
-                if reply := self._reply(i, asked[i]):
-                    unanswered.discard(i)
-                    found.append(reply)
+            pulled = _Handlers(self._link).PullMessages(PullAppMessagesRequest(message_ids=waiting))
+            for envelope, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
+                i = envelope.metadata.reply_to_message_id
+                unanswered.discard(i)
+                alone = PullAppMessagesResponse(messages_list=[envelope], message_object_trees=[tree])
+                found.append(self._reply(i, asked[i], alone))
             there = set(self._link.nodes.values())
             waiting = {i for i in unanswered if asked[i].metadata.dst_node_id in there}
             if waiting:
@@ -129,20 +133,17 @@ class LinkGrid(HttpGrid):
             self._link.state.object_store.delete(left)
         return found
 
-    def _reply(self, identity: str, asked: Message) -> Message | None:
-        """The answer to one message, if it is there: of the device that was asked, whatever stands in it.
+    def _reply(self, identity: str, asked: Message, pulled: PullAppMessagesResponse) -> Message:
+        """The answer to one message, out of what was pulled: of the device that was asked, whatever stands in it.
 
         What cannot be read, or says that it is another device's, is an error of the device's own: whoever was admitted
         can send any bytes under a name of Flower's objects.
         """
-        node = asked.metadata.dst_node_id
+        node, self._pulled = asked.metadata.dst_node_id, pulled
         try:
-            for reply in self.pull_messages([identity]):
-                if (reply.metadata.src_node_id, reply.metadata.reply_to_message_id) == (node, identity):
-                    return reply
-                break
-            else:
-                return None
+            (reply,) = self.pull_messages([identity])
+            if (reply.metadata.src_node_id, reply.metadata.reply_to_message_id) == (node, identity):
+                return reply
         except Exception as error:  # noqa: BLE001  # DecodeError, JSONDecodeError, AttributeError, … of Flower's parsing
             log.warning("an answer cannot be read: %s", type(error).__name__)
         reply = Message(Error(0), reply_to=asked)
@@ -153,10 +154,13 @@ class LinkGrid(HttpGrid):
 class _Handlers:
     """What a client of Flower's runtime would ask over HTTP."""
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    def __init__(self, link: Link, pulled: PullAppMessagesResponse | None = None) -> None:
+        """With `pulled` that is what there is to pull."""
+        self.link, self.pulled = link, pulled
 
     def __getattr__(self, name: str) -> Any:
+        if name == "PullMessages" and self.pulled:
+            return lambda request: self.pulled
         handler = HANDLERS[name]
         return lambda request: handler(request, self.link.state, self.link.task)
 
